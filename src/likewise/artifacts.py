@@ -1,0 +1,242 @@
+"""Folders that one step leaves for the next: keyed by what made them, atomic, resumable, safe to open.
+
+An artifact is a directory with a manifest, `artifact.json`, and data files in open formats. The manifest is
+written first, with `"complete": false`; data files appear under their final names only when whole; the
+manifest is replaced last. A step that was killed finds its own manifest, skips the files that exist, and
+ends with the same bytes as an uninterrupted run (so a manifest holds no times).
+"""
+
+import errno
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field, replace
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from likewise.errors import ArtifactError, InputError
+
+FORMAT = 1
+MANIFEST = "artifact.json"
+_PACKAGES = ("likewise", "numpy", "torch", "timm", "sentence-transformers", "pillow", "simplejpeg", "pyarrow")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Manifest:
+    """What an artifact is, what made it, and what was left out of it."""
+
+    kind: str
+    key: str
+    settings: dict[str, Any]
+    inputs: dict[str, str]
+    complete: bool = False
+    counts: dict[str, int] = field(default_factory=dict)
+    skipped: dict[str, int] = field(default_factory=dict)
+    versions: dict[str, str] = field(default_factory=dict)
+    format: int = FORMAT
+
+
+@dataclass(frozen=True)
+class Artifact:
+    """A directory and its manifest."""
+
+    path: Path
+    manifest: Manifest
+
+    @property
+    def complete(self) -> bool:
+        """Whether the step that makes it has finished."""
+        return self.manifest.complete
+
+    def finish(self, counts: Mapping[str, int], skipped: Mapping[str, int] | None = None) -> "Artifact":
+        """Mark the artifact as complete and record what it holds and what was skipped, by reason."""
+        done = replace(self.manifest, complete=True, counts=dict(counts), skipped=dict(skipped or {}))
+        write_json(self.path / MANIFEST, asdict(done))
+        return replace(self, manifest=done)
+
+
+def key_of(kind: str, settings: Mapping[str, Any], inputs: Mapping[str, str]) -> str:
+    """Fingerprint everything that decides a result: 16 hexadecimal digits of BLAKE2b over sorted JSON."""
+    told = json.dumps([kind, FORMAT, dict(settings), dict(inputs)], sort_keys=True, default=str)
+    return hashlib.blake2b(told.encode(), digest_size=8).hexdigest()
+
+
+def fingerprint(path: Path) -> str:
+    """Return 16 hexadecimal digits of BLAKE2b over a file, or over all files below a folder, by content."""
+    digest = hashlib.blake2b(digest_size=8)
+    files = [path] if path.is_file() else sorted(p for p in path.rglob("*") if p.is_file())
+    for file in files:
+        digest.update(file.relative_to(path).as_posix().encode())
+        with file.open("rb") as stream:
+            while chunk := stream.read(1 << 20):
+                digest.update(chunk)
+    return digest.hexdigest()
+
+
+def installed_versions() -> dict[str, str]:
+    """Return the versions of the libraries that shape results."""
+    found = {}
+    for package in _PACKAGES:
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:
+            continue
+    return found
+
+
+def begin(
+    path: Path,
+    kind: str,
+    settings: Mapping[str, Any],
+    inputs: Mapping[str, str],
+    volatile: tuple[str, ...] = (),
+) -> Artifact:
+    """Start an artifact, or take up the unfinished or finished one that the same key left there.
+
+    `volatile` names settings that are recorded but do not change the result (a root folder, workers).
+
+    Raises:
+        ArtifactError: where the folder holds something else, or the same kind made with other settings.
+    """
+    key = key_of(kind, {k: v for k, v in settings.items() if k not in volatile}, inputs)
+    if (path / MANIFEST).is_file():
+        found = _read_manifest(path)
+        if found.kind != kind:
+            raise ArtifactError(f"{path} already holds a {found.kind}, not a {kind}; choose another folder")
+        if found.key != key:
+            raise ArtifactError(
+                f"{path} already holds a {kind} made otherwise ({_difference(found, settings, inputs)}); "
+                "choose another folder, or delete this one to make it anew"
+            )
+        _sweep(path)
+        return Artifact(path, found)
+    if path.is_file():
+        raise ArtifactError(f"{path} is a file; a {kind} needs a folder")
+    if path.is_dir() and any(path.iterdir()):
+        raise ArtifactError(f"{path} is not empty and holds no {kind}; choose a new or empty folder")
+    manifest = Manifest(
+        kind=kind, key=key, settings=dict(settings), inputs=dict(inputs), versions=installed_versions()
+    )
+    path.mkdir(parents=True, exist_ok=True)
+    write_json(path / MANIFEST, asdict(manifest))
+    return Artifact(path, manifest)
+
+
+def open_artifact(path: Path, kind: str) -> Artifact:
+    """Open a finished artifact of a kind.
+
+    Raises:
+        ArtifactError: where the folder is missing, of another kind, of a newer format, or unfinished.
+    """
+    if not path.exists():
+        raise ArtifactError(f"there is no {kind} at {path}: the folder does not exist")
+    if not (path / MANIFEST).is_file():
+        raise ArtifactError(f"{path} is not a {kind}: it has no {MANIFEST}")
+    manifest = _read_manifest(path)
+    if manifest.kind != kind:
+        raise ArtifactError(f"{path} holds a {manifest.kind}, not a {kind}")
+    if not manifest.complete:
+        raise ArtifactError(f"the {kind} at {path} is unfinished; run the command that makes it again")
+    return Artifact(path, manifest)
+
+
+def _read_manifest(path: Path) -> Manifest:
+    try:
+        told = json.loads((path / MANIFEST).read_text())
+        if told.get("format", 0) > FORMAT:
+            raise ArtifactError(f"{path} was written by a newer likewise; upgrade to open it")
+        return Manifest(**told)
+    except (json.JSONDecodeError, TypeError, AttributeError) as fault:
+        raise ArtifactError(
+            f"{path / MANIFEST} is damaged ({fault}); delete the folder and remake it"
+        ) from fault
+
+
+def _difference(found: Manifest, settings: Mapping[str, Any], inputs: Mapping[str, str]) -> str:
+    """Say in a few words what differs between what is there and what was asked for."""
+    asked = json.loads(json.dumps(dict(settings), default=str))
+    names = [k for k in sorted(asked.keys() | found.settings.keys()) if asked.get(k) != found.settings.get(k)]
+    told = [f"{name} was {found.settings.get(name)}, is {asked.get(name)}" for name in names[:3]]
+    if found.inputs != dict(inputs):
+        told.append("its inputs have changed since")
+    return "; ".join(told) or "another version of the format"
+
+
+def _sweep(path: Path) -> None:
+    """Remove what a killed run left half-written."""
+    for stale in path.rglob(".*.tmp"):
+        stale.unlink(missing_ok=True)
+
+
+@contextmanager
+def atomic(path: Path) -> Iterator[Path]:
+    """Yield a temporary name beside `path`; it takes the final name only if the block succeeds.
+
+    Raises:
+        ArtifactError: where the disk is full.
+    """
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        yield temporary
+        temporary.replace(path)
+    except OSError as fault:
+        if fault.errno == errno.ENOSPC:
+            free = shutil.disk_usage(path.parent).free // 2**20
+            raise ArtifactError(
+                f"no space left to write {path} ({free} MiB free); free some and run the same command again: "
+                "what is finished is kept"
+            ) from fault
+        raise
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a text file, whole or not at all."""
+    with atomic(path) as temporary:
+        temporary.write_text(text, encoding="utf-8")
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write a value as indented JSON, whole or not at all."""
+    write_text(path, json.dumps(value, indent=1, sort_keys=True, ensure_ascii=False, default=str) + "\n")
+
+
+def read_json(path: Path) -> Any:
+    """Read a JSON file.
+
+    Raises:
+        InputError: where the file is no JSON.
+    """
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (json.JSONDecodeError, UnicodeDecodeError) as fault:
+        raise InputError(f"{path} is not valid JSON: {fault}") from fault
+
+
+def write_array(path: Path, array: np.ndarray) -> None:
+    """Write a `.npy` file, whole or not at all."""
+    with atomic(path) as temporary, temporary.open("wb") as stream:
+        np.save(stream, array, allow_pickle=False)
+
+
+def read_array(path: Path) -> np.ndarray:
+    """Map a `.npy` file into memory, read-only; pickled objects are refused."""
+    return np.load(path, mmap_mode="r" if path.stat().st_size > 4096 else None, allow_pickle=False)
+
+
+def shard_name(stem: str, index: int, suffix: str) -> str:
+    """Return the name of a shard, such as `records-00003.parquet`."""
+    return f"{stem}-{index:05d}.{suffix}"
+
+
+def slug(name: str) -> str:
+    """Return a name that is safe as a folder name: the last part of a path or hub name."""
+    tail = name.rstrip("/").rsplit("/", maxsplit=1)[-1]
+    return "".join(c if c.isalnum() or c in "._-" else "-" for c in tail).strip(".-") or "unnamed"
