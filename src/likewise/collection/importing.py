@@ -1,0 +1,219 @@
+"""Import: any set of captioned images becomes a collection; every image is decoded once, to be sure of it."""
+
+import json
+import shutil
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import pyarrow.parquet as pq
+
+from likewise.artifacts import MANIFEST, Artifact, begin, shard_name, write_json, write_text
+from likewise.collection.images import BadImageError, decode, read_bytes
+from likewise.collection.records import KIND, SHARD_ROWS, Collection, Record, write_records
+from likewise.collection.sources import Candidate, Fault, ImportOptions, Source, open_source
+from likewise.collection.sources.admission import Gate, chunks, first
+from likewise.errors import InputError
+from likewise.launch import default_workers, ordered_map
+from likewise.progress import SILENT, Progress, Task
+
+_BLOCK = 16  # images decoded by a thread before it hands back
+_EXAMPLES = 3
+_GUESSED = ImportOptions()
+_VOLATILE = ("root", "source", "guesses")
+
+
+def import_collection(
+    source: str | Path,
+    target: str | Path,
+    options: ImportOptions = _GUESSED,
+    *,
+    shard_rows: int = SHARD_ROWS,
+    workers: int | None = None,
+    progress: Progress = SILENT,
+) -> Collection:
+    """Make a collection of the captioned images at a path or hub name, and open it.
+
+    Images stay where they are, unless they lie in the rows of a table. Broken ones are left out and
+    counted. Run again after a kill, it decodes only what is missing; on a finished target it does nothing.
+
+    Raises:
+        InputError: where the source is not there, not of a known format, or without a single usable image.
+        ArtifactError: where the target holds something else.
+        DependencyError: where a Hugging Face dataset is asked for without its library.
+    """
+    target = Path(target)
+    _check(options, shard_rows)
+    opened = open_source(str(source), options)
+    for sentence in opened.guesses():
+        progress.say(sentence)
+    settings = _settings(str(source), opened, options, shard_rows)
+    inputs = {"source": opened.fingerprint()}
+    found = target.exists()
+    artifact = _at_root(begin(target, KIND, settings, inputs, volatile=_VOLATILE), str(opened.root))
+    if artifact.complete:
+        collection = Collection(target)
+        progress.say(f"{target} already holds this collection of {len(collection):,} images; nothing to do.")
+        return collection
+    work = _Import(target, opened.root, default_workers() if workers is None else workers, shard_rows)
+    try:
+        work.run(opened, options.limit, progress)
+    except InputError:
+        if not any(target.glob("records-*.parquet")):
+            _undo(target, keep=found)
+        raise
+    counts, skipped = _tally(target, work.shards)
+    if not counts.pop("images"):
+        message = _nothing_usable(str(source), target, skipped)
+        _undo(target, keep=found)
+        raise InputError(message)
+    artifact.finish({**counts, "empty_captions": work.gate.empty_captions}, skipped)
+    _say_outcome(counts, skipped, progress)
+    return Collection(target)
+
+
+def _check(options: ImportOptions, shard_rows: int) -> None:
+    for name, value in (("limit", options.limit), ("shard_rows", shard_rows)):
+        if value is not None and value < 1:
+            raise InputError(f"{name} must be at least 1, not {value}")
+
+
+def _settings(source: str, opened: Source, options: ImportOptions, shard_rows: int) -> dict[str, Any]:
+    """Return what decides the result, and what is only recorded; `images` is told by `root`."""
+    told = asdict(options) | {"caption_column": list(options.caption_column), "where": list(options.where)}
+    del told["images"]
+    recorded = {"root": str(opened.root), "source": source, "guesses": opened.guesses()}
+    return told | {"shard_rows": shard_rows} | recorded
+
+
+def _at_root(artifact: Artifact, root: str) -> Artifact:
+    """Record where the images lie now, should the same source have been moved since."""
+    if artifact.manifest.settings["root"] == root:
+        return artifact
+    manifest = replace(artifact.manifest, settings=artifact.manifest.settings | {"root": root})
+    write_json(artifact.path / MANIFEST, asdict(manifest))
+    return replace(artifact, manifest=manifest)
+
+
+@dataclass
+class _Import:
+    """Writes the shards of one collection."""
+
+    target: Path
+    root: Path
+    workers: int
+    shard_rows: int
+    gate: Gate = field(default_factory=Gate)
+    shards: int = 0
+
+    def run(self, source: Source, limit: int | None, progress: Progress) -> None:
+        """Write every shard that is missing; entries before it are read again, but not their images."""
+        total = source.count() if limit is None else min(source.count(), limit)
+        entries = map(self.gate.admit, first(source.candidates(), limit))
+        done = sum(map(_entries_in, _files(self.target)))
+        with progress.task("import", total, "images", done=min(done, total)) as task:
+            for index, chunk in enumerate(chunks(entries, self.shard_rows)):
+                self.shards = index + 1
+                if not (self.target / shard_name("records", index, "parquet")).is_file():
+                    self._write(index, chunk, task)
+
+    def _write(self, index: int, chunk: list[Candidate | Fault], task: Task) -> None:
+        """Write what was skipped, then the records: a shard whose records are there is whole."""
+        records: list[Record] = []
+        skipped: list[Fault] = []
+        blocks = [chunk[i : i + _BLOCK] for i in range(0, len(chunk), _BLOCK)]
+        for looked_at in ordered_map(self._look, blocks, self.workers):
+            records += [entry for entry in looked_at if isinstance(entry, Record)]
+            skipped += [entry for entry in looked_at if isinstance(entry, Fault)]
+            task.advance(len(looked_at), note=f"{len(skipped):,} skipped in this shard" if skipped else None)
+        told = self.target / shard_name("skipped", index, "jsonl")
+        told.unlink(missing_ok=True)
+        if skipped:
+            lines = [json.dumps(asdict(fault), sort_keys=True) + "\n" for fault in skipped]
+            write_text(told, "".join(lines))
+        write_records(self.target / shard_name("records", index, "parquet"), records)
+
+    def _look(self, block: list[Candidate | Fault]) -> list[Record | Fault]:
+        return [entry if isinstance(entry, Fault) else _look_at(entry, self.root) for entry in block]
+
+
+def _look_at(entry: Candidate, root: Path) -> Record | Fault:
+    """Decode an image in full, which is the only honest check, and return its record or what is wrong."""
+    try:
+        height, width, _ = decode(read_bytes(entry.image, root)).shape
+    except BadImageError as fault:
+        return Fault(id=entry.id, where=entry.where, reason=str(fault))
+    return Record(
+        id=entry.id,
+        image=entry.image,
+        captions=entry.captions,
+        group=entry.group,
+        label=entry.label,
+        width=width,
+        height=height,
+    )
+
+
+def _files(target: Path) -> list[Path]:
+    """Return the files of records and of what was skipped."""
+    return [*target.glob("records-*.parquet"), *target.glob("skipped-*.jsonl")]
+
+
+def _entries_in(path: Path) -> int:
+    """Return the number of entries in a file of records or of what was skipped."""
+    if path.suffix == ".parquet":
+        return pq.read_metadata(path).num_rows
+    return path.read_bytes().count(b"\n")
+
+
+def _tally(target: Path, shards: int) -> tuple[dict[str, int], dict[str, int]]:
+    """Count over all shards, also of earlier runs: records, captions, and what was skipped by reason."""
+    counts = Counter(shards=shards, images=0, captions=0, without_caption=0, with_several_captions=0)
+    for index in range(shards):
+        rows = pq.read_table(target / shard_name("records", index, "parquet"), columns=["captions"])
+        lengths = [len(captions) for captions in rows.column("captions").to_pylist()]
+        counts["images"] += len(lengths)
+        counts["captions"] += sum(lengths)
+        counts["without_caption"] += lengths.count(0)
+        counts["with_several_captions"] += sum(length > 1 for length in lengths)
+    skipped = Counter(told["reason"] for told in _skipped(target))
+    return dict(counts), dict(sorted(skipped.items()))
+
+
+def _skipped(target: Path) -> Iterator[dict[str, str]]:
+    for path in sorted(target.glob("skipped-*.jsonl")):
+        with path.open(encoding="utf-8") as lines:
+            yield from map(json.loads, lines)
+
+
+def _nothing_usable(source: str, target: Path, skipped: dict[str, int]) -> str:
+    """Say what was wrong with most entries, with an example of each fault."""
+    example: dict[str, str] = {}
+    for entry in _skipped(target):
+        example.setdefault(entry["reason"], entry["where"].encode("utf-8", "backslashreplace").decode())
+    common = sorted(skipped, key=lambda reason: -skipped[reason])[:_EXAMPLES]
+    told = [f"{reason} ({skipped[reason]:,} times, such as {example[reason]})" for reason in common]
+    return f"not one usable image in {source}: {'; '.join(told) or 'no entry fulfils the conditions'}"
+
+
+def _undo(target: Path, *, keep: bool) -> None:
+    """Remove the folder that this import made, or of one that was there before only what imports write."""
+    if not keep:
+        shutil.rmtree(target)
+        return
+    for path in [*_files(target), target / MANIFEST]:
+        path.unlink()
+
+
+def _say_outcome(counts: dict[str, int], skipped: dict[str, int], progress: Progress) -> None:
+    if skipped:
+        told = "; ".join(
+            f"{reason} ({count:,})" for reason, count in sorted(skipped.items(), key=lambda i: -i[1])
+        )
+        progress.say(f"skipped {sum(skipped.values()):,}: {told}.")
+    if not counts["captions"]:
+        progress.say(
+            "no image has a caption: only pairs of an image with itself can be made of this collection."
+        )

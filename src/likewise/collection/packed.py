@@ -1,0 +1,139 @@
+"""The packed cache: every image decoded once, made as small as training needs, and laid end to end.
+
+Pairs need two images from anywhere in the collection at once. Raw RGB is kept up to a short side of
+`RAW_LIMIT` pixels, JPEG above it. Each shard is one flat `.npy` of bytes, mapped into memory, with an index
+of (offset, length, height, width) per image; length 0 marks an image that could not be read any more.
+"""
+
+import io
+from collections import Counter
+from functools import lru_cache
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+from likewise.artifacts import Artifact, begin, open_artifact, read_array, shard_name, write_array
+from likewise.collection.images import BadImageError, decode, read_bytes
+from likewise.collection.records import Collection, Record
+from likewise.launch import default_workers, ordered_map
+from likewise.progress import SILENT, Progress
+
+KIND = "packed images"
+RAW_LIMIT = 192
+_ROWS = 1024  # images a shard: bounds what packing holds in memory to about 100 MB
+_QUALITY = 95
+
+
+def shrink(pixels: np.ndarray, short_side: int) -> np.ndarray:
+    """Make the short side `short_side`, never enlarging: (h, w, 3) uint8 -> (h', w', 3) uint8."""
+    height, width = pixels.shape[:2]
+    scale = short_side / min(height, width)
+    if scale >= 1:
+        return pixels
+    size = (max(1, round(width * scale)), max(1, round(height * scale)))
+    return np.asarray(Image.fromarray(pixels).resize(size, Image.Resampling.BICUBIC))
+
+
+def pack_images(
+    collection: Collection, short_side: int, *, workers: int | None = None, progress: Progress = SILENT
+) -> "PackedImages":
+    """Pack all images of a collection at a short side in pixels; finished shards are kept on a rerun.
+
+    Raises:
+        ArtifactError: where the disk is full.
+    """
+    raw = short_side <= RAW_LIMIT
+    path = collection.path / "packed" / f"{short_side}px"
+    settings = {"short_side": short_side, "codec": "rgb" if raw else f"jpeg-{_QUALITY}", "rows": _ROWS}
+    artifact = begin(path, KIND, settings, {"collection": collection.key})
+    if artifact.complete:
+        return PackedImages(artifact)
+
+    shards = range(-(-len(collection) // _ROWS))
+    ready = {i for i in shards if (path / shard_name("index", i, "npy")).is_file()}
+    done = sum(min(_ROWS, len(collection) - i * _ROWS) for i in ready)
+    with progress.task("packing", len(collection), "images", done) as task:
+        for shard in shards:
+            if shard in ready:
+                continue
+            first, last = shard * _ROWS, min((shard + 1) * _ROWS, len(collection))
+            records = (collection[i] for i in range(first, last))
+            blobs = []
+            for blob in ordered_map(
+                lambda record: _encode(record, collection.root, short_side, raw=raw),
+                records,
+                default_workers() if workers is None else workers,
+            ):
+                blobs.append(blob)
+                task.advance()
+            _write_shard(path, shard, blobs)
+    return PackedImages(_finish(artifact, len(shards)))
+
+
+def _encode(record: Record, root: Path, short_side: int, *, raw: bool) -> tuple[np.ndarray, int, int]:
+    """Return one image as flat bytes with its height and width; no bytes where it can no longer be read."""
+    try:
+        pixels = shrink(decode(read_bytes(record.image, root), short_side), short_side)
+    except BadImageError:
+        return np.empty(0, np.uint8), 0, 0
+    height, width = pixels.shape[:2]
+    if raw:
+        return pixels.reshape(-1), height, width
+    buffer = io.BytesIO()
+    Image.fromarray(pixels).save(buffer, "JPEG", quality=_QUALITY)
+    return np.frombuffer(buffer.getvalue(), np.uint8), height, width
+
+
+def _write_shard(path: Path, shard: int, blobs: list[tuple[np.ndarray, int, int]]) -> None:
+    lengths = np.array([len(blob) for blob, _, _ in blobs], np.int64)
+    sides = np.array([(height, width) for _, height, width in blobs], np.int64)
+    offsets = np.concatenate([[0], np.cumsum(lengths)[:-1]])
+    write_array(path / shard_name("bytes", shard, "npy"), np.concatenate([blob for blob, _, _ in blobs]))
+    # The index comes last: where it exists, its bytes are whole.
+    write_array(path / shard_name("index", shard, "npy"), np.column_stack([offsets, lengths, sides]))
+
+
+def _finish(artifact: Artifact, shards: int) -> Artifact:
+    lengths = [read_array(artifact.path / shard_name("index", i, "npy"))[:, 1] for i in range(shards)]
+    lost = int(sum((column == 0).sum() for column in lengths))
+    images = sum(len(column) for column in lengths)
+    skipped = Counter({"no longer readable": lost}) if lost else {}
+    return artifact.finish({"images": images, "shards": shards}, skipped)
+
+
+class PackedImages:
+    """Random access to packed pixels."""
+
+    def __init__(self, source: Artifact | Path) -> None:
+        """Open a finished cache; raises ArtifactError where there is none."""
+        artifact = source if isinstance(source, Artifact) else open_artifact(source, KIND)
+        self.path = artifact.path
+        self.raw = artifact.manifest.settings["codec"] == "rgb"
+        self.key = artifact.manifest.key
+        shards = artifact.manifest.counts["shards"]
+        self.index = np.concatenate(
+            [np.asarray(read_array(self.path / shard_name("index", i, "npy"))) for i in range(shards)]
+        )
+        self._bytes = lru_cache(maxsize=4096)(self._open_bytes)
+
+    def __len__(self) -> int:
+        return len(self.index)
+
+    @property
+    def usable(self) -> np.ndarray:
+        """The positions of the images that can be read: (m,) int64, ascending."""
+        return np.flatnonzero(self.index[:, 1] > 0)
+
+    def shapes(self, positions: np.ndarray) -> np.ndarray:
+        """Return the (height, width) of some images: (m,) -> (m, 2) int64."""
+        return self.index[positions, 2:]
+
+    def pixels(self, position: int) -> np.ndarray:
+        """Return one image as (h, w, 3) uint8, read-only where it is mapped."""
+        offset, length, height, width = self.index[position]
+        flat = self._bytes(int(position) // _ROWS)[offset : offset + length]
+        return flat.reshape(height, width, 3) if self.raw else decode(flat.tobytes())
+
+    def _open_bytes(self, shard: int) -> np.ndarray:
+        return read_array(self.path / shard_name("bytes", shard, "npy"))
