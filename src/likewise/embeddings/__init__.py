@@ -1,0 +1,1 @@
+"""Captions turned into vectors by a pretrained language model."""

@@ -1,0 +1,1 @@
+"""Who is described like whom, and who is shown with whom."""

@@ -1,0 +1,41 @@
+"""Fixtures on real data: emoji from installed packages, as the demo uses them."""
+
+import os
+from pathlib import Path
+
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+
+import pytest
+from jaxtyping import install_import_hook
+
+# Shapes and types of every annotated function are checked while the tests run.
+install_import_hook("likewise", "beartype.beartype")
+
+from likewise.collection.emoji import make_emoji
+from likewise.collection.importing import import_collection
+from likewise.collection.records import Collection
+from likewise.collection.sources.candidates import ImportOptions
+from likewise.embeddings.embed import embed
+from likewise.neighbors.neighbors import find_neighbors
+from support import MINILM
+
+
+@pytest.fixture(scope="session")
+def emoji(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The table of some hundred emoji pictures with captions, labels, splits, concepts and houses."""
+    return make_emoji(tmp_path_factory.mktemp("emoji") / "pictures", every=12)
+
+
+@pytest.fixture(scope="session")
+def collection(emoji: Path, tmp_path_factory: pytest.TempPathFactory) -> Collection:
+    """A collection of the training emoji, imported in several shards, with embeddings and neighbors."""
+    options = ImportOptions(
+        caption_column=("caption", "alias"),
+        label_column="label",
+        group_column="house",
+        where=("split=train",),
+    )
+    made = import_collection(emoji, tmp_path_factory.mktemp("collection") / "c", options, shard_rows=64)
+    embed(made, MINILM)
+    find_neighbors(made, k=5)
+    return made
