@@ -1,0 +1,1 @@
+"""Training an image encoder on pairs."""

@@ -1,0 +1,34 @@
+"""The optimizer of the paper: AdamW, linear warm-up, cosine decay, and truly no decay on norms and biases."""
+
+import math
+
+from torch import nn
+from torch.optim import AdamW
+
+FLOOR = 1e-6
+
+
+def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, object]]:
+    """Split parameters into those that decay and those that must not: norms' gains and all biases.
+
+    One-dimensional parameters are just these. (The LGSSL code means to exempt them but writes
+    `gain_bias_decay or weight_decay`, which turns its 0.0 into the full decay.)
+    """
+    trained = [p for p in model.parameters() if p.requires_grad]
+    return [
+        {"params": [p for p in trained if p.ndim > 1], "weight_decay": weight_decay},
+        {"params": [p for p in trained if p.ndim <= 1], "weight_decay": 0.0},
+    ]
+
+
+def adamw(model: nn.Module, *, rate: float, weight_decay: float) -> AdamW:
+    """Build AdamW (Loshchilov and Hutter 2019) over a model's parameter groups."""
+    return AdamW(parameter_groups(model, weight_decay), lr=rate)
+
+
+def scheduled_rate(step: int, *, steps: int, warmup: int, peak: float) -> float:
+    """Return the learning rate of a step counted from 0: linear up to the peak, then cosine to 1e-6."""
+    if step < warmup:
+        return peak * (step + 1) / warmup
+    share = (step - warmup) / max(1, steps - 1 - warmup)
+    return FLOOR + (peak - FLOOR) * (1 + math.cos(math.pi * min(1.0, share))) / 2

@@ -1,0 +1,127 @@
+"""Backbones of several families, stems for small images, and weights that must fit exactly."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import timm
+import torch
+from safetensors.torch import save_file
+from torch import nn
+
+from likewise.errors import ArtifactError, ModelError
+from likewise.models.backbones import BackboneSpec, build_backbone, default_stem
+from likewise.models.checkpoints import load_encoder, load_state_dict, load_strictly, save_encoder
+from likewise.models.encoders import open_encoder
+from likewise.models.heads import projector
+
+
+@pytest.mark.parametrize(
+    ("name", "size"),
+    [
+        ("resnet10t", 48),
+        ("resnet18", 32),
+        ("vit_tiny_patch16_224", 64),
+        ("convnext_atto", 64),
+        ("mobilenetv3_small_050", 64),
+    ],
+)
+def test_any_family_gives_one_vector_an_image(name: str, size: int) -> None:
+    model, width = build_backbone(BackboneSpec(name=name, size=size, stem=default_stem(size)))
+    assert model(torch.randn(3, 3, size, size)).shape == (3, width)
+
+
+def features(model: Any, size: int) -> torch.Tensor:
+    return model.forward_features(torch.zeros(1, 3, size, size))
+
+
+@pytest.mark.parametrize(("size", "side"), [(64, 4), (48, 3), (32, 4)])
+def test_small_stem_keeps_resolution(size: int, side: int) -> None:
+    small, _ = build_backbone(BackboneSpec(name="resnet18", size=size, stem="small"))
+    usual, _ = build_backbone(BackboneSpec(name="resnet18", size=size))
+    assert features(small, size).shape[-1] == side
+    assert features(usual, size).shape[-1] == size // 32 + (size % 32 > 0)
+    assert small.state_dict().keys() == usual.state_dict().keys()
+    assert default_stem(64) == "small"
+    assert default_stem(65) == "standard"
+
+
+def test_names_that_do_not_exist_are_refused() -> None:
+    with pytest.raises(ModelError, match="unknown backbone 'resnet5O'.*Did you mean.*resnet50"):
+        build_backbone(BackboneSpec(name="resnet5O", size=64))
+
+
+def test_projector_is_the_papers() -> None:
+    head = projector(512, (2048, 2048, 128))
+    assert [type(m) for m in head] == [
+        nn.Linear,
+        nn.BatchNorm1d,
+        nn.ReLU,
+        nn.Linear,
+        nn.BatchNorm1d,
+        nn.ReLU,
+        nn.Linear,
+    ]
+    assert [m.out_features for m in head if isinstance(m, nn.Linear)] == [2048, 2048, 128]
+    assert all(m.bias is None for m in head if isinstance(m, nn.Linear))
+
+
+def test_saved_encoder_comes_back_the_same(tmp_path: Path) -> None:
+    spec = BackboneSpec(name="resnet10t", size=48, stem="small")
+    model, width = build_backbone(spec)
+    save_encoder(tmp_path / "e.safetensors", model, spec)
+    again, found, found_width = load_encoder(tmp_path / "e.safetensors")
+    assert (found, found_width) == (spec, width)
+    images = torch.randn(2, 3, 48, 48)
+    torch.testing.assert_close(again.eval()(images), model.eval()(images))
+
+
+def test_weights_that_do_not_fit_name_the_keys() -> None:
+    model, _ = build_backbone(BackboneSpec(name="resnet10t", size=48))
+    tensors = model.state_dict()
+    first = next(iter(tensors))
+    broken = {k: v for k, v in tensors.items() if k != first} | {
+        "extra": torch.zeros(1),
+        "bn1.weight": torch.zeros(3),
+    }
+    with pytest.raises(
+        ModelError, match=rf"1 missing \({first}\).*1 unexpected \(extra\).*of another shape \(bn1.weight\)"
+    ):
+        load_strictly(model, broken, "here")
+
+
+def test_plain_state_dict_of_a_timm_model_loads_without_its_classifier(tmp_path: Path) -> None:
+    torch.manual_seed(3)
+    full: Any = timm.create_model("resnet10t", num_classes=7)
+    torch.save({"state_dict": full.state_dict()}, tmp_path / "w.pth")
+    save_file(full.state_dict(), tmp_path / "w.safetensors")
+    images = torch.randn(2, 3, 64, 64)
+    expected = full.eval().forward_head(full.forward_features(images), pre_logits=True)
+    for name in ("w.pth", "w.safetensors"):
+        encoder = open_encoder(str(tmp_path / name), backbone="resnet10t", size=64)
+        torch.testing.assert_close(encoder.model(images), expected)
+        assert not encoder.model.training
+    with pytest.raises(ModelError, match="does not say which backbone.*--backbone"):
+        open_encoder(str(tmp_path / "w.safetensors"))
+    with pytest.raises(ModelError, match="do not fit"):
+        open_encoder(str(tmp_path / "w.pth"), backbone="resnet18")
+
+
+def test_files_that_are_no_weights_are_refused(tmp_path: Path) -> None:
+    (tmp_path / "w.safetensors").write_bytes(b"no weights")
+    (tmp_path / "w.pth").write_bytes(b"no weights")
+    torch.save({"note": object}, tmp_path / "code.pth")
+    for name in ("w.safetensors", "w.pth", "code.pth"):
+        with pytest.raises(ModelError):
+            load_state_dict(tmp_path / name)
+    with pytest.raises(ModelError, match="no run, no file of weights"):
+        open_encoder("nowhere")
+    with pytest.raises(ArtifactError, match="is not a run"):
+        open_encoder(str(tmp_path))
+
+
+def test_identity_tells_weights_and_stems_apart() -> None:
+    same = [open_encoder("random:resnet10t", size=48).identity for _ in range(2)]
+    assert same[0] == same[1]
+    # At 96 pixels the stem is the standard one: the weights are equal, the forward pass is not.
+    assert open_encoder("random:resnet10t", size=96).identity != same[0]

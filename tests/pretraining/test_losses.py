@@ -1,0 +1,73 @@
+"""Losses against the formula in float64, against lightly, and by their properties."""
+
+import math
+
+import lightly.loss
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from likewise.pretraining.losses import info_nce, nt_xent
+
+
+def naive_nt_xent(first: np.ndarray, second: np.ndarray, temperature: float) -> float:
+    """Equation 1 of Chen et al. 2020, term by term."""
+    views = np.concatenate([first, second]).astype(np.float64)
+    views /= np.linalg.norm(views, axis=1, keepdims=True)
+    b = len(first)
+    total = 0.0
+    for i in range(2 * b):
+        partner = (i + b) % (2 * b)
+        others = [math.exp(views[i] @ views[j] / temperature) for j in range(2 * b) if j != i]
+        total -= math.log(math.exp(views[i] @ views[partner] / temperature) / sum(others))
+    return total / (2 * b)
+
+
+def test_by_hand() -> None:
+    # Two pairs of equal views, orthogonal to each other: each picks one of e^(1/t), 1, 1.
+    views = torch.eye(2)
+    expected = -math.log(math.e / (math.e + 2))
+    assert nt_xent(views, views, 1.0).item() == pytest.approx(expected, rel=1e-6)
+
+
+@settings(deadline=None, max_examples=30)
+@given(
+    b=st.integers(2, 12),
+    d=st.integers(2, 16),
+    t=st.sampled_from([0.07, 0.1, 0.5, 1.0]),
+    seed=st.integers(0, 10**6),
+)
+def test_nt_xent_equals_the_formula_and_lightly(b: int, d: int, t: float, seed: int) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    first, second = (torch.randn(b, d, generator=generator, requires_grad=True) for _ in range(2))
+    loss = nt_xent(first, second, t)
+    assert loss.item() == pytest.approx(
+        naive_nt_xent(first.detach().numpy(), second.detach().numpy(), t), abs=1e-5
+    )
+    ours = torch.autograd.grad(loss, [first, second])
+    peer = lightly.loss.NTXentLoss(temperature=t)(first, second)
+    theirs = torch.autograd.grad(peer, [first, second])
+    assert loss.item() == pytest.approx(peer.item(), abs=1e-5)
+    for mine, other in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(mine, other, atol=1e-5, rtol=1e-4)
+
+
+def test_nt_xent_does_not_mind_order_side_or_length() -> None:
+    first, second = torch.randn(2, 9, 5)
+    loss = nt_xent(first, second, 0.1)
+    order = torch.randperm(9)
+    torch.testing.assert_close(nt_xent(first[order], second[order], 0.1), loss)
+    torch.testing.assert_close(nt_xent(second, first, 0.1), loss)
+    torch.testing.assert_close(nt_xent(7 * first, 0.2 * second, 0.1), loss)
+    assert nt_xent(first, second[order.roll(1)], 0.1) != loss
+
+
+def test_info_nce_equals_the_formula() -> None:
+    queries, keys, partner = torch.randn(6, 4), torch.randn(11, 4), torch.randint(0, 11, (6,))
+    q = queries.double() / queries.double().norm(dim=1, keepdim=True)
+    k = keys.double() / keys.double().norm(dim=1, keepdim=True)
+    picked = [torch.exp(q[i] @ k[partner[i]] / 0.2) / torch.exp(q[i] @ k.T / 0.2).sum() for i in range(6)]
+    expected = -torch.stack(picked).log().mean()
+    torch.testing.assert_close(info_nce(queries, keys, partner, 0.2).double(), expected, atol=1e-6, rtol=1e-5)
