@@ -1,0 +1,1 @@
+"""Probes on frozen features: what a model knows, measured without changing the model."""

@@ -1,0 +1,141 @@
+"""Features of a labelled set under a frozen encoder, computed once and kept."""
+
+from collections import Counter
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from likewise.artifacts import (
+    Artifact,
+    begin,
+    key_of,
+    read_array,
+    read_json,
+    shard_name,
+    write_array,
+    write_json,
+)
+from likewise.collection.images import BadImageError, decode, read_bytes
+from likewise.collection.records import ImageRef
+from likewise.errors import InputError
+from likewise.evaluation.suite import LabelledSet
+from likewise.launch import default_workers, ordered_map
+from likewise.models.encoders import ImageEncoder
+from likewise.progress import SILENT, Progress
+
+KIND = "features"
+_ROWS = 2048
+
+
+@dataclass(frozen=True, kw_only=True)
+class Features:
+    """Features of the readable images of a set.
+
+    Attributes:
+        vectors: (m, d) float32.
+        rows: (m,) int64, the place of each in the set, ascending.
+        skipped: Images left out, by reason.
+    """
+
+    vectors: np.ndarray
+    rows: np.ndarray
+    skipped: dict[str, int]
+
+
+def extract_features(
+    encoder: ImageEncoder,
+    images: LabelledSet,
+    folder: Path,
+    *,
+    batch_size: int = 64,
+    workers: int | None = None,
+    device: str | None = None,
+    progress: Progress = SILENT,
+) -> Features:
+    """Compute the features of all images of a set, or take those kept under `folder`.
+
+    The key covers weights, structure, transform and set; finished shards are kept on a rerun.
+
+    Raises:
+        InputError: where no image of a split can be read.
+    """
+    settings = encoder.told() | {"set": images.name}
+    inputs = {"weights": encoder.identity, "set": images.key}
+    # What an encoder is called does not change what it sees.
+    key = key_of(KIND, {k: v for k, v in settings.items() if k != "name"}, inputs)
+    artifact = begin(folder / f"{images.name}-{key[:8]}", KIND, settings, inputs, volatile=("name",))
+    if not artifact.complete:
+        on = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        artifact = _extract_missing(encoder, images, artifact, batch_size, workers, on, progress)
+    return _gather(artifact, images)
+
+
+def _extract_missing(
+    encoder: ImageEncoder,
+    images: LabelledSet,
+    artifact: Artifact,
+    batch_size: int,
+    workers: int | None,
+    device: torch.device,
+    progress: Progress,
+) -> Artifact:
+    encoder.model.to(device).to(memory_format=torch.channels_last)
+    starts = range(0, len(images), _ROWS)
+    paths = [artifact.path / shard_name("vectors", i, "npy") for i in range(len(starts))]
+    done = sum(min(_ROWS, len(images) - s) for s, p in zip(starts, paths, strict=True) if p.is_file())
+    threads = default_workers() if workers is None else workers
+    with progress.task(f"features {images.name}", len(images), "images", done) as task:
+        for index, (start, path) in enumerate(zip(starts, paths, strict=True)):
+            if path.is_file():
+                continue
+            files = images.files[start : start + _ROWS]
+            batches = [files[i : i + batch_size] for i in range(0, len(files), batch_size)]
+            vectors, faults = [], []
+            for crops, reasons in ordered_map(lambda b: _load(b, images.root, encoder), batches, threads):
+                vectors.append(_forward(encoder, crops, device))
+                faults += reasons
+                task.advance(len(crops))
+            write_json(artifact.path / shard_name("skipped", index, "json"), faults)
+            write_array(path, _mark(np.concatenate(vectors), faults))
+    told = [read_json(artifact.path / shard_name("skipped", i, "json")) for i in range(len(starts))]
+    skipped = Counter(reason for faults in told for reason in faults if reason)
+    return artifact.finish({"images": len(images), "shards": len(starts)}, skipped)
+
+
+def _load(files: tuple[str, ...], root: Path, encoder: ImageEncoder) -> tuple[np.ndarray, list[str]]:
+    """Return the crops of files, (b, size, size, 3) uint8, and why each that is black could not be read."""
+    size = encoder.transform.size
+    crops, reasons = np.zeros((len(files), size, size, 3), np.uint8), []
+    for place, file in enumerate(files):
+        try:
+            pixels = decode(read_bytes(ImageRef(path=file), root), encoder.transform.resize)
+            crops[place] = encoder.transform.crop(pixels)
+            reasons.append("")
+        except BadImageError as fault:
+            reasons.append(str(fault))
+    return crops, reasons
+
+
+@torch.inference_mode()
+def _forward(encoder: ImageEncoder, crops: np.ndarray, device: torch.device) -> np.ndarray:
+    images = encoder.transform.standardise(torch.from_numpy(crops).to(device))
+    return encoder.model(images).float().cpu().numpy()
+
+
+def _mark(vectors: np.ndarray, faults: list[str]) -> np.ndarray:
+    """Mark unreadable images by NaN, which no sound feature is."""
+    vectors[[bool(reason) for reason in faults]] = np.nan
+    return vectors
+
+
+def _gather(artifact: Artifact, images: LabelledSet) -> Features:
+    shards = range(artifact.manifest.counts["shards"])
+    vectors = np.concatenate([read_array(artifact.path / shard_name("vectors", i, "npy")) for i in shards])
+    rows = np.flatnonzero(np.isfinite(vectors).all(axis=1))
+    for split in ("train", "test"):
+        if not (images.splits[rows] == split).any():
+            reasons = ", ".join(f"{n} {reason}" for reason, n in artifact.manifest.skipped.items())
+            raise InputError(f"no {split} image of {images.root} can be read: {reasons}")
+    return Features(vectors=vectors[rows], rows=rows, skipped=artifact.manifest.skipped)

@@ -1,0 +1,186 @@
+"""Evaluation end to end on real pictures: figures that can be recomputed, kept on disk, and compared."""
+
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from sklearn.linear_model import LogisticRegression
+
+from likewise.errors import ArtifactError, InputError
+from likewise.evaluation.compare import compare, read_results
+from likewise.evaluation.evaluate import evaluate
+from likewise.evaluation.features import extract_features
+from likewise.evaluation.fewshot import FewShot
+from likewise.evaluation.protocols import ProtocolSettings
+from likewise.evaluation.suite import open_set
+from likewise.models.encoders import open_encoder
+
+SETTINGS = ProtocolSettings(fewshot=FewShot(ways=2, shots=2, episodes=50))
+
+
+def by_category(emoji: Path, target: Path, *, bad: bool = False) -> Path:
+    """Lay some emoji out as split/class/file, by their category, with unreadable files on demand."""
+    import csv
+
+    with emoji.open() as stream:
+        for row in csv.DictReader(stream):
+            if row["category"] in ("objects", "animals-and-nature", "symbols"):
+                place = target / row["split"] / row["category"] / f"{row['house']}-{row['instance']}.png"
+                place.parent.mkdir(parents=True, exist_ok=True)
+                shutil.copy(emoji.parent / row["file"], place)
+    if bad:
+        first = sorted((target / "test").rglob("*.png"))[0]
+        (first.parent / "broken.png").write_bytes(first.read_bytes()[:200])
+        (first.parent / "text.jpg").write_text("no image")
+        (first.parent / "wide.png").parent.mkdir(exist_ok=True)
+        Image.new("RGB", (900, 10)).save(first.parent / "wide.png")
+    return target
+
+
+@pytest.fixture(scope="module")
+def folder(emoji: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return by_category(emoji, tmp_path_factory.mktemp("sets") / "kinds", bad=True)
+
+
+@pytest.fixture(scope="module")
+def out(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    target = tmp_path_factory.mktemp("results")
+    evaluate(
+        "random:resnet10t",
+        folder,
+        ("linear", "fewshot", "knn", "retrieval"),
+        settings=SETTINGS,
+        size=48,
+        out=target,
+    )
+    return target
+
+
+def results(out: Path) -> dict:
+    (file,) = out.glob("kinds-*/results.json")
+    return json.loads(file.read_text())
+
+
+def test_features_are_the_models_on_resized_centres(folder: Path, tmp_path: Path) -> None:
+    encoder = open_encoder("random:resnet10t", size=48)
+    images = open_set(folder)
+    features = extract_features(encoder, images, tmp_path, batch_size=7)
+    assert features.skipped == {"damaged": 1, "not an image": 1, "sides differ more than 20 to 1": 1}
+    assert len(features.rows) == len(images) - 3
+    row = int(features.rows[11])
+    picture = Image.open(folder / images.files[row]).convert("RGBA")
+    flat = Image.alpha_composite(Image.new("RGBA", picture.size, "white"), picture).convert("RGB")
+    pixels = (
+        torch.from_numpy(np.asarray(flat.resize((48, 48), Image.Resampling.BICUBIC)).copy()).permute(2, 0, 1)
+        / 255
+    )
+    mean, std = (torch.tensor(v).view(3, 1, 1) for v in ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)))
+    expected = encoder.model(((pixels - mean) / std)[None])[0]
+    torch.testing.assert_close(torch.from_numpy(features.vectors[11]), expected, atol=1e-4, rtol=1e-3)
+
+
+def test_linear_probe_is_scikit_learns_at_the_chosen_cost(folder: Path, out: Path) -> None:
+    told = results(out)["protocols"]["linear"]["scores"][0]
+    images = open_set(folder)
+    features = extract_features(open_encoder("random:resnet10t", size=48), images, out / "features")
+    splits, labels = images.splits[features.rows], images.labels[features.rows]
+    peer = LogisticRegression(C=told["details"]["cost"], max_iter=20_000, tol=1e-6)
+    peer.fit(features.vectors[splits == "train"].astype(np.float64), labels[splits == "train"])
+    score = peer.score(features.vectors[splits == "test"].astype(np.float64), labels[splits == "test"])
+    assert told["value"] == pytest.approx(score, abs=0.02)
+    assert told["low"] < told["value"] < told["high"]
+    assert told["n"] == (splits == "test").sum()
+    assert told["details"]["converged"]
+
+
+def test_results_say_what_was_left_out(out: Path) -> None:
+    about = results(out)["set"]
+    assert about["classes"] == 3
+    assert about["skipped"] == {"damaged": 1, "not an image": 1, "sides differ more than 20 to 1": 1}
+    for protocol in ("linear", "fewshot", "knn", "retrieval"):
+        for score in results(out)["protocols"][protocol]["scores"]:
+            items = np.load(next(out.glob("kinds-*")) / score["items"])
+            assert items.mean() == pytest.approx(score["value"], abs=1e-6)
+
+
+def test_a_second_call_measures_nothing_anew(folder: Path, out: Path) -> None:
+    before = {p: p.stat().st_mtime_ns for p in out.rglob("*.npy")}
+    again = evaluate("random:resnet10t", folder, ("linear",), settings=SETTINGS, size=48, out=out)
+    assert {p: p.stat().st_mtime_ns for p in out.rglob("*.npy")} == before
+    assert again[0]["protocols"]["linear"] == results(out)["protocols"]["linear"]
+
+
+def test_comparison_is_paired_and_by_name(folder: Path, out: Path, tmp_path: Path) -> None:
+    evaluate("random:resnet14t", folder, ("linear", "knn"), settings=SETTINGS, size=48, out=tmp_path)
+    rows = compare([read_results(out), read_results(tmp_path)])
+    assert {(r.row.protocol, r.row.metric) for r in rows} == {("linear", "accuracy"), ("knn", "accuracy")}
+    for row in rows:
+        (difference,) = row.differences
+        assert difference is not None
+        assert difference.value == pytest.approx(row.estimates[1].value - row.estimates[0].value, abs=1e-6)
+    with pytest.raises(ArtifactError, match="holds no evaluation"):
+        read_results(tmp_path / "nothing")
+
+
+def test_cross_house_retrieval_looks_in_the_other_house(emoji: Path, tmp_path: Path) -> None:
+    (result,) = evaluate("random:resnet10t", emoji.parent, ("retrieval",), size=48, out=tmp_path)
+    scores = {s["metric"]: s for s in result["protocols"]["retrieval"]["scores"]}
+    assert scores["recall@1"]["value"] <= scores["recall@5"]["value"]
+    assert scores["recall@1"]["groups"] is not None
+    images = open_set(emoji.parent)
+    test = images.splits == "test"
+    assert images.instances is not None
+    assert images.domains is not None
+    both = set(images.instances[test & (images.domains == "twemoji")]) & set(
+        images.instances[test & (images.domains == "openmoji")]
+    )
+    assert scores["recall@1"]["n"] == 2 * len(both)
+
+
+def test_no_concept_is_in_both_splits(emoji: Path) -> None:
+    images = open_set(emoji.parent)
+    assert images.instances is not None
+    train, test = (set(images.instances[images.splits == split]) for split in ("train", "test"))
+    assert len(test) > 10
+    assert not train & test
+
+
+@pytest.mark.parametrize(
+    ("table", "match"),
+    [
+        ("name,split,label\n", "no column of image files"),
+        ("file,split,kind\n", "no column 'label'; it has file, split, kind; use --label-column"),
+        ("file,label\n", "no column 'split'.*--split-column"),
+        ("file,split,label\na.png,later,x\n", "row 2: 'later' is no split"),
+        ("file,split,label\na.png,train,x\n", "has no test images"),
+        ("file,split,label\na.png,train,x\nb.png,test,x\n", "1 class; at least 2"),
+        ("file,split,label\na.png,train,x\nb.png,test,y\n", "no train image.*can be read: 2 file is missing"),
+    ],
+)
+def test_tables_that_are_no_sets_are_refused(table: str, match: str, tmp_path: Path) -> None:
+    (tmp_path / "set.csv").write_text(table)
+    with pytest.raises(InputError, match=match):
+        evaluate("random:resnet10t", tmp_path / "set.csv", size=48, out=tmp_path / "out")
+
+
+def test_other_bad_input_is_refused(folder: Path, tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="does not exist"):
+        evaluate("random:resnet10t", tmp_path / "no", size=48, out=tmp_path)
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(InputError, match="neither a labels.csv nor images"):
+        evaluate("random:resnet10t", tmp_path / "empty", size=48, out=tmp_path)
+    with pytest.raises(InputError, match="unknown protocol 'lineer'.*linear"):
+        evaluate("random:resnet10t", folder, ("lineer",), size=48, out=tmp_path)
+    with pytest.raises(InputError, match="fewshot on kinds: "):
+        evaluate(
+            "random:resnet10t",
+            folder,
+            ("fewshot",),
+            settings=ProtocolSettings(fewshot=FewShot(ways=9)),
+            size=48,
+            out=tmp_path,
+        )

@@ -1,0 +1,278 @@
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from sklearn.datasets import load_digits
+from sklearn.linear_model import LogisticRegression
+from torch import Tensor
+from torch.nn.functional import cross_entropy
+
+from likewise.evaluation.linear import LinearProbe, hold_out, linear_probe, search
+from likewise.evaluation.logistic import fit_logistic
+
+FEATURES, LABELS = (torch.as_tensor(part) for part in load_digits(return_X_y=True))
+FEATURES = FEATURES / 16
+X0, Y0 = FEATURES[:50], LABELS[:50]
+
+
+def reference(x: Tensor, y: Tensor, cost: float) -> LogisticRegression:
+    return LogisticRegression(C=cost, tol=1e-10, max_iter=20_000).fit(x.tolist(), y.tolist())
+
+
+def objective(weight: Tensor, bias: Tensor, x: Tensor, y: Tensor, cost: float) -> Tensor:
+    return cost * cross_entropy(x @ weight.T + bias, y, reduction="sum") + weight.square().sum() / 2
+
+
+@pytest.mark.parametrize("cost", [1e-6, 1e-2, 1.0, 1e2])
+def test_coefficients_are_those_of_scikit_learn(cost: float) -> None:
+    x, y = FEATURES[:600], LABELS[:600]
+    expected = reference(x, y, cost)
+    weight, bias, converged = fit_logistic(x, y, cost, 10, tolerance=1e-9)
+    assert converged
+    scale = float(weight.abs().max())
+    coefficients, intercept = torch.as_tensor(expected.coef_), torch.as_tensor(expected.intercept_)
+    torch.testing.assert_close(weight, coefficients, rtol=1e-3, atol=1e-4 * scale)
+    torch.testing.assert_close(bias, intercept, rtol=1e-3, atol=1e-4 * scale)
+    predictions = (FEATURES @ weight.T + bias).argmax(dim=1)
+    np.testing.assert_array_equal(predictions, expected.predict(FEATURES.tolist()))
+
+
+def test_two_classes_are_scikit_learns_binary_form_at_twice_the_cost() -> None:
+    x, y = FEATURES[LABELS < 2], LABELS[LABELS < 2]
+    weight, bias, _ = fit_logistic(x, y, 0.5, 2, tolerance=1e-9)
+    expected = reference(x, y, 1.0)
+    np.testing.assert_allclose(weight[1] - weight[0], expected.coef_[0], rtol=1e-3, atol=1e-5)
+    np.testing.assert_allclose(bias[1] - bias[0], expected.intercept_[0], rtol=1e-3)
+
+
+@pytest.mark.parametrize("cost", [1e-6, 1.0, 1e6])
+def test_float32_reaches_the_minimum_of_float64(cost: float) -> None:
+    """At 1e6 the classes are separable and a bound on the gradient alone stops far from the minimum."""
+    x, y = FEATURES[:800] * 16 + 3, LABELS[:800]
+    exact = fit_logistic(x, y, cost, 10, tolerance=1e-8, max_iterations=5000)
+    single = fit_logistic(x.float(), y, cost, 10)
+    assert exact[2] and single[2]
+    assert single[0].dtype == torch.float32
+    lowest = objective(exact[0], exact[1], x, y, cost)
+    reached = objective(single[0].double(), single[1].double(), x, y, cost)
+    # Folding the mean back into a float32 bias costs digits at 1e6, where scores are in the hundreds.
+    assert float(reached) == pytest.approx(float(lowest), rel=1e-4 if cost > 1 else 1e-5)
+
+
+def test_gradient_by_autograd_vanishes_at_the_solution() -> None:
+    x, y = FEATURES[:300], LABELS[:300]
+    weight, bias, _ = fit_logistic(x, y, 3.0, 10, tolerance=1e-10)
+    weight, bias = weight.requires_grad_(), bias.requires_grad_()
+    slopes = torch.autograd.grad(objective(weight, bias, x, y, 3.0), (weight, bias))
+    assert all(slope.abs().max() < 1e-6 for slope in slopes)
+
+
+def test_starting_point_does_not_move_the_solution() -> None:
+    x, y = FEATURES[:300], LABELS[:300]
+    cold = fit_logistic(x, y, 0.1, 10, tolerance=1e-9)
+    start = fit_logistic(x, y, 0.03, 10)
+    warm = fit_logistic(x, y, 0.1, 10, init=start[:2], tolerance=1e-9)
+    torch.testing.assert_close(warm[0], cold[0], rtol=1e-5, atol=1e-7)
+    restart = fit_logistic(x, y, 0.1, 10, init=cold[:2], tolerance=1e-8, max_iterations=0)
+    assert restart[2]
+    torch.testing.assert_close(restart[0], cold[0])
+
+
+def test_shifted_features_give_the_same_weights() -> None:
+    x, y = FEATURES[:300], LABELS[:300]
+    weight, bias, _ = fit_logistic(x, y, 1.0, 10, tolerance=1e-9)
+    moved_weight, moved_bias, _ = fit_logistic(x + 5, y, 1.0, 10, tolerance=1e-9)
+    torch.testing.assert_close(moved_weight, weight, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(moved_bias + moved_weight.sum(dim=1) * 5, bias, rtol=1e-5, atol=1e-5)
+
+
+def test_blocks_do_not_change_the_fit(monkeypatch: pytest.MonkeyPatch) -> None:
+    whole = fit_logistic(FEATURES[:300], LABELS[:300], 1.0, 10, tolerance=1e-9)
+    monkeypatch.setattr("likewise.evaluation.logistic._CELLS", 700)
+    torch.testing.assert_close(fit_logistic(FEATURES[:300], LABELS[:300], 1.0, 10, tolerance=1e-9), whole)
+
+
+def test_class_without_labels_is_never_predicted() -> None:
+    known = LABELS != 4
+    weight, bias, converged = fit_logistic(FEATURES[known][:300], LABELS[known][:300], 1.0, 12)
+    assert converged
+    assert bias[[4, 10, 11]].tolist() == [-torch.inf] * 3
+    assert not weight[[4, 10, 11]].any()
+    assert not torch.isin((FEATURES @ weight.T + bias).argmax(dim=1), torch.tensor([4, 10, 11])).any()
+
+
+def test_one_class_and_fewer_images_than_features() -> None:
+    weight, bias, converged = fit_logistic(FEATURES[:1], torch.tensor([2]), 1.0, 3)
+    assert converged and not weight.any() and bias.argmax() == 2
+    few = fit_logistic(FEATURES[:20], LABELS[:20], 1.0, 10, tolerance=1e-9)
+    expected = reference(FEATURES[:20], LABELS[:20], 1.0)
+    torch.testing.assert_close(few[0], torch.as_tensor(expected.coef_), rtol=1e-3, atol=1e-5)
+
+
+def test_unfinished_fit_says_so() -> None:
+    assert not fit_logistic(FEATURES[:300], LABELS[:300], 1e6, 10, max_iterations=3)[2]
+
+
+@pytest.mark.parametrize("cost", [0.0, -1.0, float("nan")])
+def test_cost_must_be_positive(cost: float) -> None:
+    with pytest.raises(ValueError, match="cost"):
+        fit_logistic(FEATURES[:20], LABELS[:20], cost, 10)
+
+
+def test_features_must_be_finite_and_present() -> None:
+    broken = FEATURES[:20].clone()
+    broken[3, 4] = torch.nan
+    with pytest.raises(ValueError, match="finite"):
+        fit_logistic(broken, LABELS[:20], 1.0, 10)
+    with pytest.raises(ValueError, match="finite"):
+        fit_logistic(FEATURES[:0], LABELS[:0], 1.0, 10)
+
+
+def transcribed_sweep(x: Tensor, y: Tensor, val_x: Tensor, val_y: Tensor) -> tuple[float, dict[float, float]]:
+    """The search as published, on windows of a list of costs, with scikit-learn; ties to the smaller cost."""
+    known = {}
+
+    def accuracy(cost: float) -> float:
+        if cost not in known:
+            known[cost] = float(np.mean(reference(x, y, cost).predict(val_x.tolist()) == val_y.numpy()))
+        return known[cost]
+
+    coarse = [10.0**e for e in range(-6, 7, 2)]
+    scores = [accuracy(cost) for cost in coarse]
+    centre = round(np.log10(coarse[scores.index(max(scores))]) * 8)
+    window = [10.0 ** (e / 8) for e in range(centre - 16, centre + 17) if abs(e) <= 48]
+    while len(window) > 1:
+        size = len(window)
+        quarter, half, three = window[size // 4], window[size // 2], window[-size // 4]
+        best = max(accuracy(quarter), accuracy(half), accuracy(three))
+        if best == accuracy(quarter):
+            window = window[: size // 2]
+        elif best == accuracy(half) and half != three:
+            window = window[size // 4 : -size // 4]
+        else:
+            window = window[size // 2 :]
+    best = max(known.values())
+    return min(cost for cost in known if known[cost] == best), known
+
+
+def test_sweep_chooses_the_cost_of_scikit_learn() -> None:
+    # Raw pixels without noise saturate; with it the best cost lies inside the grid.
+    noise = torch.randn(len(FEATURES), 64, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    x = FEATURES + noise * 0.4
+    train, val, test = slice(0, 500), slice(500, 1100), slice(1100, None)
+    expected, known = transcribed_sweep(x[train], LABELS[train], x[val], LABELS[val])
+    seen = {}
+    result = linear_probe(
+        LinearProbe(tolerance=1e-8),
+        *(x[train], LABELS[train], x[test], LABELS[test]),
+        val_x=x[val],
+        val_y=LABELS[val],
+        classes=10,
+        progress=seen.__setitem__,
+    )
+    assert result.cost == expected
+    assert 1e-6 < expected < 1e6
+    assert list(result.sweep) == sorted(known)
+    # At 1e6 scikit-learn stops by the change of its objective, with an image or two still undecided.
+    assert result.sweep == pytest.approx(known, abs=2 / 600)
+    assert result.sweep == seen
+    assert result.validation_accuracy == max(result.sweep.values())
+    refit = reference(x[:1100], LABELS[:1100], expected).predict(x[test].tolist())
+    np.testing.assert_array_equal(result.predictions, refit)
+    assert result.accuracy == pytest.approx(np.mean(refit == LABELS[test].numpy()))
+    assert result.converged
+
+
+@given(st.lists(st.integers(0, 5), min_size=97, max_size=97))
+def test_search_visits_the_coarse_grid_and_ends_in_a_local_maximum(values: list[int]) -> None:
+    scores = search(lambda step: float(values[step + 48]))
+    assert set(range(-48, 49, 16)) <= set(scores)
+    assert len(scores) <= 15
+    best = max(scores, key=lambda step: (scores[step], -step))
+    assert all(abs(step) <= 48 for step in scores)
+    if abs(best) < 48 and best % 16:
+        assert {best - 1, best + 1} <= set(scores)
+
+
+def test_search_finds_the_peak_of_a_concave_score_and_takes_the_smaller_of_equals() -> None:
+    for peak in range(-48, 49):
+        scores = search(lambda step, peak=peak: -float(abs(step - peak)))
+        assert max(scores, key=scores.__getitem__) == peak
+    flat = search(lambda _: 0.5)
+    assert set(flat) == {*range(-48, 49, 16), -40, -44, -46, -47}
+
+
+def test_of_equal_accuracies_the_smaller_cost_is_chosen() -> None:
+    # Three far corners and a few wrong labels in train: costs of some range are perfect on validation.
+    x = torch.eye(3, dtype=torch.float64).repeat(30, 1)
+    x += torch.randn(90, 3, generator=torch.Generator().manual_seed(0), dtype=torch.float64) * 0.1
+    y = torch.arange(3).repeat(30)
+    y[:6] = 0
+    result = linear_probe(LinearProbe(), x, y, x, y, val_x=x[6:], val_y=y[6:], classes=3)
+    assert result.validation_accuracy == 1
+    assert result.cost == min(cost for cost, accuracy in result.sweep.items() if accuracy == 1)
+    assert result.sweep[1e-6] < 1
+    assert sum(accuracy == 1 for accuracy in result.sweep.values()) > 2
+
+
+def test_mean_per_class_weighs_rare_classes_fully() -> None:
+    rare = torch.cat([torch.arange(0, 400), torch.arange(400, 1200)[LABELS[400:1200] < 5]])
+    x, y = FEATURES[rare], LABELS[rare]
+    settings_ = LinearProbe(mean_per_class=True, tolerance=1e-3)
+    test_y = LABELS[1300:].clone()
+    result = linear_probe(settings_, x, y, FEATURES[1300:], test_y, classes=10)
+    hit = (result.predictions == test_y).double()
+    expected = np.mean([hit[test_y == label].mean() for label in range(10)])
+    assert result.accuracy == pytest.approx(expected)
+
+
+@settings(deadline=None)
+@given(st.lists(st.integers(0, 6), min_size=1, max_size=60), st.floats(0.01, 0.99), st.integers(0, 3))
+def test_hold_out_is_stratified_and_keeps_every_class_in_train(
+    labels: list[int], share: float, seed: int
+) -> None:
+    names = torch.tensor(labels)
+    counts = names.bincount()
+    if counts.max() < 2:
+        with pytest.raises(ValueError, match="no class has two images"):
+            hold_out(names, share, seed)
+        return
+    kept, held = hold_out(names, share, seed)
+    assert sorted([*kept.tolist(), *held.tolist()]) == list(range(len(labels)))
+    for label in names.unique():
+        of_class = int(counts[label])
+        out = int((names[held] == label).sum())
+        assert out == min(max(int(of_class * share), 1), of_class - 1)
+    again = hold_out(names, share, seed)
+    assert torch.equal(kept, again[0]) and torch.equal(held, again[1])
+
+
+@pytest.mark.parametrize("share", [0.0, 1.0, -0.2])
+def test_validation_share_is_a_share(share: float) -> None:
+    with pytest.raises(ValueError, match="between 0 and 1"):
+        hold_out(LABELS, share, 0)
+
+
+def test_held_out_images_are_drawn_and_not_the_first_ones() -> None:
+    first, second = (hold_out(LABELS, 0.2, seed)[1] for seed in (0, 1))
+    assert not torch.equal(first, second)
+    assert first.max() > 1500
+
+
+def test_without_validation_the_split_is_held_out_and_the_refit_uses_all() -> None:
+    x, y, test = FEATURES[:400], LABELS[:400], slice(1500, None)
+    probe = LinearProbe(tolerance=1e-6)
+    result = linear_probe(probe, x, y, FEATURES[test], LABELS[test], classes=10)
+    kept, held = hold_out(y, 0.2, 0)
+    given_split = linear_probe(
+        probe, x[kept], y[kept], FEATURES[test], LABELS[test], val_x=x[held], val_y=y[held], classes=10
+    )
+    assert result.sweep == given_split.sweep
+    weight, bias, _ = fit_logistic(x, y, result.cost, 10, tolerance=1e-6)
+    assert torch.equal(result.predictions, (FEATURES[test] @ weight.T + bias).argmax(dim=1))
+
+
+def test_half_a_validation_split_is_an_error() -> None:
+    with pytest.raises(ValueError, match="together"):
+        linear_probe(LinearProbe(), X0, Y0, X0, Y0, val_x=X0, classes=10)

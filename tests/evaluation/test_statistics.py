@@ -1,0 +1,192 @@
+from itertools import product
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from jaxtyping import TypeCheckError
+
+from likewise.evaluation.statistics import (
+    bootstrap,
+    mean_per_class,
+    normal_interval,
+    paired_difference,
+)
+
+# With the import hook the annotations speak first.
+WRONG_SHAPE = (ValueError, TypeCheckError)
+
+
+def test_values_by_hand() -> None:
+    scores = np.array([True, False, True, True])
+    assert bootstrap(scores).value == 0.75
+    assert bootstrap(scores, np.array(["a", "a", "b", "b"])).value == 0.75
+    assert mean_per_class(scores, np.array([0, 0, 0, 1])).value == pytest.approx((2 / 3 + 1) / 2)
+    assert paired_difference(scores, np.array([True, True, True, True])).value == 0.25
+
+
+def test_interval_of_fair_coins_is_that_of_the_binomial() -> None:
+    scores = np.arange(400) % 2
+    interval = bootstrap(scores, resamples=20_000)
+    assert interval.low == pytest.approx(0.5 - 1.96 * 0.025, abs=0.004)
+    assert interval.high == pytest.approx(0.5 + 1.96 * 0.025, abs=0.004)
+
+
+def literal_bootstrap(
+    scores: np.ndarray, groups: np.ndarray, resamples: int, rng: np.random.Generator
+) -> np.ndarray:
+    names = np.unique(groups)
+    members = {name: scores[groups == name] for name in names}
+    draws = rng.choice(names, size=(resamples, len(names)))
+    return np.array([np.concatenate([members[name] for name in draw]).mean() for draw in draws])
+
+
+def test_cluster_bootstrap_is_the_literal_one() -> None:
+    rng = np.random.default_rng(3)
+    groups = rng.integers(0, 25, 200)
+    scores = rng.random(200) + groups / 25
+    low, high = np.quantile(literal_bootstrap(scores, groups, 8000, rng), [0.025, 0.975])
+    interval = bootstrap(scores, groups, resamples=8000)
+    width = high - low
+    assert interval.low == pytest.approx(low, abs=0.06 * width)
+    assert interval.high == pytest.approx(high, abs=0.06 * width)
+
+
+def test_coverage_on_simulated_data() -> None:
+    rng = np.random.default_rng(0)
+    intervals = [bootstrap(rng.random(100) < 0.7, resamples=400, seed=seed) for seed in range(400)]
+    covered = np.mean([interval.low <= 0.7 <= interval.high for interval in intervals])
+    assert 0.90 <= covered <= 0.985
+
+
+def test_coverage_with_correlated_groups_needs_the_groups() -> None:
+    rng = np.random.default_rng(1)
+    groups = np.repeat(np.arange(40), 10)
+    covered = {"naive": 0, "cluster": 0}
+    for seed in range(200):
+        scores = rng.random(400) < np.repeat(rng.choice([0.2, 0.8], 40), 10)
+        naive = bootstrap(scores, resamples=300, seed=seed)
+        cluster = bootstrap(scores, groups, resamples=300, seed=seed)
+        assert cluster.high - cluster.low > naive.high - naive.low
+        covered["naive"] += naive.low <= 0.5 <= naive.high
+        covered["cluster"] += cluster.low <= 0.5 <= cluster.high
+    assert covered["naive"] < 150
+    assert covered["cluster"] > 175
+
+
+def enumerated_p_value(differences: list[float]) -> float:
+    sums = [abs(np.dot(signs, differences)) for signs in product([-1, 1], repeat=len(differences))]
+    return float(np.mean(np.array(sums) >= abs(np.sum(differences)) - 1e-12))
+
+
+@pytest.mark.parametrize(
+    "differences",
+    [
+        [1, 1, 1, 1, 1, -1, 0, 0],
+        [0.3, -0.1, 0.25, 0.7, 0.05, 0.2, -0.4, 0.1],
+        [1, 1, 1, 1, 1, 1, 1, 1],
+        [0, 0, 0],
+    ],
+)
+def test_p_value_is_the_exact_one(differences: list[float]) -> None:
+    a = np.full(len(differences), 0.5)
+    result = paired_difference(a, a + differences, resamples=40_000)
+    assert result.p_value == pytest.approx(enumerated_p_value(differences), abs=0.01)
+    assert result.value == pytest.approx(np.mean(differences))
+
+
+def test_p_value_flips_whole_groups() -> None:
+    groups = np.repeat(np.arange(6), 5)
+    difference = np.repeat([1.0, 1, 1, 1, 1, -1], 5)
+    zeros = np.zeros(30)
+    grouped = paired_difference(zeros, difference, groups, resamples=40_000)
+    assert grouped.p_value == pytest.approx(enumerated_p_value([5.0, 5, 5, 5, 5, -5]), abs=0.01)
+    assert paired_difference(zeros, difference).p_value < 0.01
+
+
+def test_p_value_is_uniform_without_a_difference_and_never_zero() -> None:
+    rng = np.random.default_rng(5)
+    values = [
+        paired_difference(rng.random(60), rng.random(60), resamples=200, seed=s).p_value for s in range(300)
+    ]
+    assert 0.02 <= np.mean(np.array(values) <= 0.05) <= 0.09
+    assert 0.4 <= np.mean(values) <= 0.6
+    sure = paired_difference(np.zeros(500), np.ones(500), resamples=999)
+    assert sure.p_value == 1 / 1000
+
+
+def test_paired_interval_is_narrower_than_the_two_intervals() -> None:
+    rng = np.random.default_rng(2)
+    a = rng.random(500)
+    b = a + 0.01 + 0.01 * rng.random(500)
+    result = paired_difference(a, b)
+    assert 0.01 < result.low < result.value < result.high < 0.02
+    assert result.p_value == 1 / 2001
+    alone = bootstrap(a)
+    assert alone.high - alone.low > 10 * (result.high - result.low)
+
+
+@given(st.lists(st.booleans(), min_size=1, max_size=30), st.integers(0, 5))
+def test_order_swap_and_single_groups_do_not_matter(flags: list[bool], seed: int) -> None:
+    scores = np.array(flags)
+    interval = bootstrap(scores, seed=seed, resamples=50)
+    assert 0 <= interval.low <= interval.high <= 1
+    assert bootstrap(scores[::-1], seed=seed, resamples=50) == interval
+    assert bootstrap(scores, np.arange(len(scores)), 50, seed) == interval
+    zeros = np.zeros(len(scores))
+    forth = paired_difference(zeros, scores, resamples=50, seed=seed)
+    back = paired_difference(scores, zeros, resamples=50, seed=seed)
+    assert forth.value == -back.value
+    assert forth.p_value == back.p_value
+
+
+def test_blocks_do_not_change_the_result(monkeypatch: pytest.MonkeyPatch) -> None:
+    rng = np.random.default_rng(0)
+    a, b = rng.random(40), rng.random(40)
+    whole = paired_difference(a, b), bootstrap(a), mean_per_class(a, np.arange(40) % 7)
+    monkeypatch.setattr("likewise.evaluation.statistics._CELLS", 1000)
+    assert (paired_difference(a, b), bootstrap(a), mean_per_class(a, np.arange(40) % 7)) == whole
+
+
+def test_mean_per_class_resamples_inside_classes() -> None:
+    rng = np.random.default_rng(4)
+    labels = np.repeat(np.arange(4), [200, 100, 50, 25])
+    correct = rng.random(375) < np.array([0.9, 0.7, 0.5, 0.3])[labels]
+    shares = np.array([correct[labels == label].mean() for label in range(4)])
+    error = np.sqrt(np.sum(shares * (1 - shares) / np.array([200, 100, 50, 25]))) / 4
+    interval = mean_per_class(correct, labels, resamples=10_000)
+    assert interval.value == pytest.approx(shares.mean())
+    assert interval.low == pytest.approx(shares.mean() - 1.96 * error, abs=0.1 * error)
+    assert interval.high == pytest.approx(shares.mean() + 1.96 * error, abs=0.1 * error)
+    # Classes far apart, all of one mind: resampling across classes would have a width, inside has none.
+    certain = mean_per_class(np.array([1, 1, 0, 0]), np.array(["cat", "cat", "dog", "dog"]))
+    assert (certain.low, certain.high) == (0.5, 0.5)
+
+
+def test_normal_interval_by_hand() -> None:
+    interval = normal_interval(np.array([0.0, 1.0, 0.0, 1.0]))
+    margin = 1.96 * np.sqrt(1 / 3) / 2
+    assert interval.value == 0.5
+    assert interval.low == pytest.approx(0.5 - margin)
+    assert interval.high == pytest.approx(0.5 + margin)
+
+
+def test_programmer_errors() -> None:
+    two, three = np.zeros(2), np.zeros(3)
+    with pytest.raises(WRONG_SHAPE):
+        bootstrap(two, three)
+    with pytest.raises(WRONG_SHAPE):
+        paired_difference(two, three)
+    with pytest.raises(WRONG_SHAPE):
+        paired_difference(two, two, three)
+    with pytest.raises(WRONG_SHAPE):
+        mean_per_class(two, three)
+    with pytest.raises(WRONG_SHAPE):
+        bootstrap(np.zeros((2, 2)))
+    for empty in (bootstrap, normal_interval):
+        with pytest.raises(ValueError, match="0"):
+            empty(np.zeros(0))
+    with pytest.raises(ValueError, match="resamples"):
+        bootstrap(two, resamples=0)
+    with pytest.raises(ValueError, match="two values"):
+        normal_interval(np.ones(1))
