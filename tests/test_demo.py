@@ -1,0 +1,44 @@
+"""The demo, made small: every step, the table and the page, interrupted and run again."""
+
+from pathlib import Path
+
+import pytest
+
+from likewise import demo
+from likewise.collection.emoji import concepts
+from likewise.models.checkpoints import load_tensors
+
+
+def test_demo_end_to_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(demo, "QUICK", demo.Size(every=12, epochs=1, episodes=50))
+    page, rows = demo.run_demo(tmp_path / "demo", quick=True)
+    assert {(r.row.protocol, r.row.metric) for r in rows} >= {
+        ("retrieval", "recall@1"),
+        ("linear", "accuracy"),
+        ("fewshot", "accuracy"),
+    }
+    for row in rows:
+        assert len(row.estimates) == 3
+        assert all(e.low <= e.value <= e.high for e in row.estimates)
+        assert row.differences[0] is not None
+    text = page.read_text()
+    for credit in ("Twemoji", "CC BY 4.0", "OpenMoji", "CC BY-SA 4.0"):
+        assert credit in text
+    again, same = demo.run_demo(tmp_path / "demo", quick=True)
+    assert again.read_text() == text
+    assert [r.told() for r in same] == [r.told() for r in rows]
+    # Both arms left the same start, so at least one weight must have moved in each.
+    start = load_tensors(tmp_path / "demo" / "untrained.safetensors")[0]
+    for arm in demo.ARMS:
+        trained = load_tensors(tmp_path / "demo" / f"run-{arm}" / "encoder.safetensors")[0]
+        assert any(not trained[name].equal(start[name]) for name in start)
+
+
+def test_variants_of_a_concept_stay_on_one_side() -> None:
+    sides: dict[str, set[bool]] = {}
+    for emoji in concepts():
+        sides.setdefault(emoji.family, set()).add(emoji.held_out)
+    assert all(len(side) == 1 for side in sides.values())
+    by_name = {e.name: e for e in concepts()}
+    assert by_name["man shrugging"].held_out == by_name["woman shrugging"].held_out
+    assert 0.1 < sum(e.held_out for e in concepts()) / len(concepts()) < 0.3

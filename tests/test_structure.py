@@ -1,0 +1,106 @@
+"""The house is built as design says: imports run downward, files and functions stay short."""
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import likewise
+
+SOURCE = Path(likewise.__file__).parent
+
+# Each room may import those that stand in its set; all may import the ground floor.
+GROUND = {"errors", "artifacts", "config", "draws", "launch", "progress"}
+ROOMS = {
+    "collection": set(),
+    "embeddings": {"collection"},
+    "neighbors": {"embeddings", "collection"},
+    "models": set(),
+    "pretraining": {"neighbors", "collection", "models"},
+    "evaluation": {"models", "collection"},
+    "report": {"collection", "neighbors", "evaluation"},
+    "demo": {"collection", "embeddings", "neighbors", "pretraining", "evaluation", "report"},
+    "terminal": {"evaluation"},
+    "cli": {
+        "collection",
+        "embeddings",
+        "neighbors",
+        "pretraining",
+        "evaluation",
+        "report",
+        "demo",
+        "terminal",
+    },
+}
+GROUND_ORDER = {
+    "errors": set(),
+    "draws": set(),
+    "launch": set(),
+    "progress": set(),
+    "artifacts": {"errors"},
+    "config": {"errors", "artifacts"},
+}
+MODULES = sorted(SOURCE.rglob("*.py"))
+
+
+def name_of(path: Path) -> str:
+    return ".".join(path.relative_to(SOURCE).with_suffix("").parts).removesuffix(".__init__")
+
+
+def imports_of(path: Path) -> set[str]:
+    """Every likewise module that a file imports, at the top or inside functions."""
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.ImportFrom) and node.module and node.module.startswith("likewise."):
+            found.add(node.module.removeprefix("likewise."))
+        if isinstance(node, ast.Import):
+            found |= {a.name.removeprefix("likewise.") for a in node.names if a.name.startswith("likewise.")}
+    return found
+
+
+def test_imports_run_downward() -> None:
+    for path in MODULES:
+        room = name_of(path).split(".")[0]
+        if path == SOURCE / "__init__.py":
+            continue
+        allowed = GROUND_ORDER[room] if room in GROUND else ROOMS[room] | GROUND
+        for imported in imports_of(path):
+            target = imported.split(".")[0]
+            assert target == room or target in allowed, f"{name_of(path)} must not import {imported}"
+
+
+def test_no_cycles_between_modules() -> None:
+    graph = {name_of(p): imports_of(p) for p in MODULES if p != SOURCE / "__init__.py"}
+    done: set[str] = set()
+
+    def visit(module: str, path: tuple[str, ...]) -> None:
+        assert module not in path, " -> ".join((*path, module))
+        if module not in done:
+            for imported in graph.get(module, set()):
+                visit(imported, (*path, module))
+            done.add(module)
+
+    for module in graph:
+        visit(module, ())
+
+
+def test_modules_and_functions_stay_short() -> None:
+    for path in MODULES:
+        assert len(path.read_text().splitlines()) <= 350, path
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.FunctionDef):
+                body = node.body[1:] if ast.get_docstring(node) else node.body
+                length = (node.end_lineno or 0) - body[0].lineno + 1 if body else 0
+                assert length <= 60, f"{name_of(path)}.{node.name} has {length} lines"
+
+
+def test_nothing_heavy_is_loaded_before_the_arguments_are_parsed() -> None:
+    code = "import sys, likewise, likewise.cli; print([m for m in sys.modules if m in sys.argv[1:]])"
+    heavy = ["torch", "timm", "pyarrow", "matplotlib", "transformers", "numpy", "sentence_transformers"]
+    told = subprocess.run([sys.executable, "-c", code, *heavy], capture_output=True, text=True, check=True)
+    assert told.stdout.strip() == "[]"
+
+
+def test_every_public_name_can_be_loaded() -> None:
+    for name in likewise.__all__:
+        assert getattr(likewise, name) is not None
