@@ -1,9 +1,6 @@
 """Fixtures on real data: emoji from installed packages, as the demo uses them."""
 
-import os
 from pathlib import Path
-
-os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 import pytest
 from jaxtyping import install_import_hook

@@ -1,6 +1,5 @@
 """The command line: one verb a stage. Parse, call, print; everything else lies below."""
 
-import os
 import sys
 from collections.abc import Sequence
 from dataclasses import replace
@@ -15,10 +14,6 @@ from likewise.terminal import Common, comparison_lines, fail, import_lines, resu
 
 if TYPE_CHECKING:
     from likewise.evaluation.protocols import ProtocolSettings
-
-# Training threads wait for each other without burning the processor that the threads making batches need.
-# OpenMP reads this when torch is loaded, so it is set before.
-os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 app = App(
     name="likewise",

@@ -23,7 +23,7 @@ def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, ob
 
 def adamw(model: nn.Module, *, rate: float, weight_decay: float) -> AdamW:
     """Build AdamW (Loshchilov and Hutter 2019) over a model's parameter groups."""
-    return AdamW(parameter_groups(model, weight_decay), lr=rate)
+    return AdamW(parameter_groups(model, weight_decay), lr=rate, fused=True)
 
 
 def scheduled_rate(step: int, *, steps: int, warmup: int, peak: float) -> float:

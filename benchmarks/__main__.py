@@ -1,0 +1,19 @@
+"""`make bench`: all comparisons that take minutes."""
+
+
+def main() -> None:
+    """Run the comparisons one after the other and print a line each."""
+    import torch
+
+    from benchmarks import search, step
+
+    print(
+        f"torch {torch.__version__}, {torch.get_num_threads()} threads; ratio = peer / ours, above 1 is faster"
+    )
+    print(search.run())
+    for line in step.run():
+        print(line)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,102 @@
+"""Self against language pairs on product photos, several seeds: the figures of docs/results.md.
+
+    python -m benchmarks.fashion ITEMS.csv WORK --also FOLDER --seeds 3
+
+ITEMS.csv has columns file, split, title and articleType. Finished runs are reused, so it can be stopped and
+run again; the table is printed after each seed.
+"""
+
+import argparse
+from pathlib import Path
+
+import numpy as np
+from scipy import stats
+
+from likewise import TrainSettings, embed, find_neighbors, import_collection, train
+from likewise.collection.sources.candidates import ImportOptions
+from likewise.evaluation.evaluate import evaluate
+from likewise.evaluation.suite import open_set
+from likewise.pretraining.train import initial_encoder
+from likewise.progress import Terminal
+
+PROTOCOLS = ("linear", "fewshot", "knn")
+Figures = dict[tuple[str, str, str], list[float]]
+
+
+def settings(pairs: str, seed: int, epochs: int) -> TrainSettings:
+    """Return the settings of one run: the same for both arms but for the pairs and what follows from them."""
+    return TrainSettings(
+        pairs="self" if pairs == "self" else "language",
+        backbone="resnet10t",
+        size=48,
+        stem="standard",
+        batch_size=128,
+        epochs=epochs,
+        rate=4e-3,
+        seed=seed,
+    )
+
+
+def measure(target: Path, items: Path, also: list[Path], out: Path, figures: Figures, arm: str) -> None:
+    """Evaluate one encoder on all sets and add its figures, in percent, to those of its arm."""
+    sets = [open_set(items, label_column="articleType"), *(open_set(path) for path in also)]
+    for result in evaluate(target, sets, PROTOCOLS, out=out):
+        for protocol, told in result["protocols"].items():
+            key = (result["set"]["name"], protocol, arm)
+            figures.setdefault(key, []).append(100 * told["scores"][0]["value"])
+
+
+def interval(values: list[float]) -> str:
+    """Return the mean over seeds with the 95 % interval of Student's t."""
+    if len(values) < 2:
+        return f"{values[0]:.1f}"
+    half = stats.t.ppf(0.975, len(values) - 1) * np.std(values, ddof=1) / len(values) ** 0.5
+    return f"{np.mean(values):.1f} ± {half:.1f}"
+
+
+def table(figures: Figures) -> str:
+    """Lay the figures out as Markdown, with the difference paired by seed."""
+    lines = [
+        "| set | protocol | untrained | self | language | language − self |",
+        "|---|---|---|---|---|---|",
+    ]
+    for name, protocol in dict.fromkeys((key[0], key[1]) for key in figures):
+        arms = {arm: figures[name, protocol, arm] for arm in ("untrained", "self", "language")}
+        gain = [b - a for a, b in zip(arms["self"], arms["language"], strict=True)]
+        cells = " | ".join(interval(values) for values in (*arms.values(), gain))
+        lines.append(f"| {name} | {protocol} | {cells} |")
+    return "\n".join(lines)
+
+
+def main() -> None:
+    """Run everything and print the table."""
+    from rich.console import Console
+
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("items", type=Path)
+    parser.add_argument("work", type=Path)
+    parser.add_argument("--also", type=Path, nargs="*", default=[])
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--epochs", type=int, default=10)
+    told = parser.parse_args()
+    progress = Terminal(Console(stderr=True))
+    options = ImportOptions(caption_column=("title",), label_column="articleType", where=("split=train",))
+    collection = import_collection(told.items, told.work / "collection", options, progress=progress)
+    embed(collection, "all-MiniLM-L6-v2", progress=progress)
+    find_neighbors(collection, progress=progress)
+    figures: Figures = {}
+    for seed in range(told.seeds):
+        start = initial_encoder(
+            settings("self", seed, told.epochs), told.work / f"untrained-{seed}.safetensors"
+        )
+        measure(start, told.items, told.also, told.work / f"untrained-{seed}", figures, "untrained")
+        for arm in ("self", "language"):
+            run = train(
+                collection, told.work / f"{arm}-{seed}", settings(arm, seed, told.epochs), progress=progress
+            )
+            measure(run.path, told.items, told.also, run.path / "evaluation", figures, arm)
+        print(f"\nafter seed {seed}:\n{table(figures)}", flush=True)
+
+
+if __name__ == "__main__":
+    main()
