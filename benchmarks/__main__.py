@@ -7,9 +7,7 @@ def main() -> None:
 
     from benchmarks import search, step
 
-    print(
-        f"torch {torch.__version__}, {torch.get_num_threads()} threads; ratio = peer / ours, above 1 is faster"
-    )
+    print(f"torch {torch.__version__}, {torch.get_num_threads()} threads; a ratio above 1: ours is faster")
     print(search.run())
     for line in step.run():
         print(line)

@@ -24,9 +24,9 @@ if TYPE_CHECKING:
     from likewise.pretraining.train import Run, train
     from likewise.report.html import write_report
 
-# OpenMP's threads spin while they wait for each other. Unbounded, they take the processors from the threads that
-# make batches and from other programs (training 3 times slower on 2 cores of which one is busy); without any
-# spinning, small products wait for the scheduler (the linear probe 6 times slower). Read when torch is loaded.
+# OpenMP's threads spin while they wait for each other. Unbounded, they take the processors from the threads
+# that make batches and from other programs (training 3 times slower on 2 cores of which one is busy); without
+# any spinning, small products wait for the scheduler (the linear probe 6 times slower).
 os.environ.setdefault("GOMP_SPINCOUNT", "10000")
 
 __version__ = "0.1.0"

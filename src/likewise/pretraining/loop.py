@@ -80,15 +80,21 @@ def load_checkpoint(trainer: Trainer, scaler: torch.amp.GradScaler) -> tuple[int
     tensors, meta = load_tensors(found[-1])
     model = {name.removeprefix("model."): t for name, t in tensors.items() if name.startswith("model.")}
     load_strictly(trainer.method, model, str(found[-1]))
+    parameters = [p for group in trainer.optimizer.param_groups for p in group["params"]]
     state: dict[int, dict[str, Tensor]] = {}
     for name, tensor in tensors.items():
         if name.startswith("optimizer."):
             _, index, part = name.split(".", 2)
-            state.setdefault(int(index), {})[part] = tensor
+            state.setdefault(int(index), {})[part] = _laid_out_like(parameters[int(index)], tensor)
     trainer.optimizer.load_state_dict(trainer.optimizer.state_dict() | {"state": state})
     if meta["scaler"]:
         scaler.load_state_dict(meta["scaler"])
     return int(meta["step"]), Sums(tensors["sums.loss"].to(trainer.device), int(meta["summed"]))
+
+
+def _laid_out_like(parameter: Tensor, tensor: Tensor) -> Tensor:
+    """Give a moment the memory format of its parameter: the fused optimizer walks both by address."""
+    return torch.empty_like(parameter).copy_(tensor) if tensor.shape == parameter.shape else tensor
 
 
 def run_training(trainer: Trainer, progress: Progress) -> None:
