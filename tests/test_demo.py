@@ -10,7 +10,7 @@ from likewise.models.checkpoints import load_tensors
 
 
 def test_demo_end_to_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(demo, "QUICK", demo.Size(every=12, epochs=1, episodes=50))
+    monkeypatch.setattr(demo, "QUICK", demo.Size(every=4, epochs=1, episodes=50))
     page, rows = demo.run_demo(tmp_path / "demo", quick=True)
     assert {(r.row.protocol, r.row.metric) for r in rows} >= {
         ("retrieval", "recall@1"),

@@ -69,6 +69,7 @@ def evaluate(
     if not sets or not protocols:
         raise InputError("nothing to evaluate: give at least one set and one protocol")
     encoder = open_encoder(str(target), backbone=backbone, size=size)
+    asked = {"target": str(target), "backbone": backbone, "size": size}
     folder = Path(out) if out is not None else _default_out(target)
     chosen = settings or ProtocolSettings()
     results = []
@@ -77,8 +78,9 @@ def evaluate(
             encoder, images, folder / "features", workers=workers, device=device, progress=progress
         )
         artifact = _begin(encoder, images, folder)
+        head = {"asked": asked, "encoder": encoder.told(), "protocols": {}}
         results.append(
-            _measure(Task(images=images, features=features), protocols, chosen, artifact, encoder, progress)
+            _measure(Task(images=images, features=features), protocols, chosen, artifact, head, progress)
         )
     return results
 
@@ -100,12 +102,12 @@ def _measure(
     protocols: Sequence[str],
     settings: ProtocolSettings,
     artifact: Artifact,
-    encoder: ImageEncoder,
+    head: dict[str, Any],
     progress: Progress,
 ) -> dict[str, Any]:
     """Run the protocols that have not been run with these settings, writing the results after each."""
     path = artifact.path / RESULTS
-    result = read_json(path) if path.is_file() else _head(task, encoder)
+    result = read_json(path) if path.is_file() else head | {"set": _about(task)}
     with progress.task(f"probing {task.images.name}", len(protocols), "protocols") as bar:
         for name in protocols:
             asked = PROTOCOLS[name].settings(settings)
@@ -131,20 +133,18 @@ def _run(name: str, task: Task, settings: ProtocolSettings) -> list[Score]:
         raise InputError(f"{name} on {task.images.name}: {fault}") from fault
 
 
-def _head(task: Task, encoder: ImageEncoder) -> dict[str, Any]:
+def _about(task: Task) -> dict[str, Any]:
     images = task.images
     return {
-        "encoder": encoder.told(),
-        "set": {
-            "name": images.name,
-            "path": str(images.root.resolve()),
-            "key": images.key,
-            "classes": len(images.classes),
-            "images": images.counts(),
-            "skipped": task.features.skipped,
-            "classes_only_in_test": images.unseen(),
-        },
-        "protocols": {},
+        "name": images.name,
+        "path": str(images.source.resolve()),
+        "label_column": images.label_column,
+        "split_column": images.split_column,
+        "key": images.key,
+        "classes": len(images.classes),
+        "images": images.counts(),
+        "skipped": task.features.skipped,
+        "classes_only_in_test": images.unseen(),
     }
 
 

@@ -25,6 +25,9 @@ class LabelledSet:
 
     Attributes:
         name: What to call it in tables.
+        source: The folder or table it was read from.
+        label_column: Where its labels came from, in a table.
+        split_column: Where its splits came from, in a table.
         root: The folder that files are relative to.
         files: n paths.
         splits: (n,) of `train`, `val`, `test`.
@@ -36,6 +39,9 @@ class LabelledSet:
     """
 
     name: str
+    source: Path
+    label_column: str
+    split_column: str
     root: Path
     files: tuple[str, ...]
     splits: np.ndarray
@@ -92,7 +98,7 @@ def open_set(where: str | Path, *, label_column: str = "label", split_column: st
         root, name = path, path.resolve().name
     if label_column != "label":
         name = f"{name}-{label_column}"
-    return _assemble(name, root, rows, str(path))
+    return _assemble(name, path, (label_column, split_column), root, rows)
 
 
 def _table_name(table: Path) -> str:
@@ -152,18 +158,20 @@ def _split(name: str, where: str) -> str:
     raise InputError(f"{where}: {name!r} is no split; use train, val or test")
 
 
-def _assemble(name: str, root: Path, rows: Sequence[_Row], where: str) -> LabelledSet:
+def _assemble(
+    name: str, source: Path, columns: tuple[str, str], root: Path, rows: Sequence[_Row]
+) -> LabelledSet:
     splits = np.array([row.split for row in rows])
     if "test" not in splits and "val" in splits:
         splits[splits == "val"] = "test"
     for needed in ("train", "test"):
         if needed not in splits:
             raise InputError(
-                f"{where} has no {needed} images; found: {', '.join(sorted(set(splits))) or 'nothing'}"
+                f"{source} has no {needed} images; found: {', '.join(sorted(set(splits))) or 'nothing'}"
             )
     classes = tuple(sorted({row.label for row in rows}))
     if len(classes) < 2:
-        raise InputError(f"{where} has {len(classes)} class; at least 2 are needed to tell apart")
+        raise InputError(f"{source} has {len(classes)} class; at least 2 are needed to tell apart")
     number = {label: i for i, label in enumerate(classes)}
     digest = hashlib.blake2b(digest_size=8)
     for row in rows:
@@ -172,6 +180,9 @@ def _assemble(name: str, root: Path, rows: Sequence[_Row], where: str) -> Labell
         digest.update(f"{row}\0{size}\n".encode())
     return LabelledSet(
         name=name,
+        source=source,
+        label_column=columns[0],
+        split_column=columns[1],
         root=root,
         files=tuple(row.file for row in rows),
         splits=splits,

@@ -8,7 +8,7 @@ from typing import Any
 
 from likewise.collection.records import Collection
 from likewise.report.guidance import Found, Guidance
-from likewise.report.sources import UNTRAINED, Entry, Trained
+from likewise.report.sources import Entry, Trained
 
 _IMPORT_FLAGS = (
     "image_column",
@@ -72,13 +72,15 @@ class Commands:
         few = protocols.get("fewshot", {}).get("settings", {})
         given = {name: few.get(name) for name in ("ways", "shots", "episodes")}
         given["mean_per_class"] = any(p["settings"].get("mean_per_class") for p in protocols.values()) or None
-        where = self._short(Path(result["set"]["path"]))
-        how = {"on": where, "protocol": ",".join(protocols), **given}
+        about, asked = result["set"], result["asked"]
+        for name, usual in (("label_column", "label"), ("split_column", "split")):
+            given[name] = None if about[name] == usual else about[name]
+        given |= {name: asked[name] for name in ("backbone", "size")}
+        how = {"on": self._short(Path(about["path"])), "protocol": ",".join(protocols), **given}
         if entry.trained is not None:
             return _line("evaluate", self._short(entry.path), **how)
-        encoder = result["encoder"]
-        side = encoder["transform"]["size"] if encoder["name"].startswith(UNTRAINED) else None
-        return _line("evaluate", encoder["name"], **how, size=side, out=self._short(entry.path))
+        target = asked["target"] if ":" in asked["target"] else self._short(Path(asked["target"]).resolve())
+        return _line("evaluate", target, **how, out=self._short(entry.path))
 
 
 def _source(told: str, root: Path) -> str:
