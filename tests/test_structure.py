@@ -35,7 +35,7 @@ ROOMS = {
 GROUND_ORDER = {
     "errors": set(),
     "draws": set(),
-    "launch": set(),
+    "launch": {"errors"},
     "progress": set(),
     "artifacts": {"errors"},
     "config": {"errors", "artifacts"},

@@ -110,8 +110,9 @@ def begin(
         if found.kind != kind:
             raise ArtifactError(f"{path} already holds a {found.kind}, not a {kind}; choose another folder")
         if found.key != key:
+            decisive = {k: v for k, v in settings.items() if k not in volatile}
             raise ArtifactError(
-                f"{path} already holds a {kind} made otherwise ({_difference(found, settings, inputs)}); "
+                f"{path} already holds a {kind} made otherwise ({_difference(found, decisive, inputs)}); "
                 "choose another folder, or delete this one to make it anew"
             )
         _sweep(path)
@@ -161,7 +162,7 @@ def _read_manifest(path: Path) -> Manifest:
 def _difference(found: Manifest, settings: Mapping[str, Any], inputs: Mapping[str, str]) -> str:
     """Say in a few words what differs between what is there and what was asked for."""
     asked = json.loads(json.dumps(dict(settings), default=str))
-    names = [k for k in sorted(asked.keys() | found.settings.keys()) if asked.get(k) != found.settings.get(k)]
+    names = [name for name in sorted(asked) if asked[name] != found.settings.get(name)]
     told = [f"{name} was {found.settings.get(name)}, is {asked.get(name)}" for name in names[:3]]
     if found.inputs != dict(inputs):
         told.append("its inputs have changed since")
@@ -169,9 +170,21 @@ def _difference(found: Manifest, settings: Mapping[str, Any], inputs: Mapping[st
 
 
 def _sweep(path: Path) -> None:
-    """Remove what a killed run left half-written."""
-    for stale in path.rglob(".*.tmp"):
-        stale.unlink(missing_ok=True)
+    """Remove what a killed run left half-written, but not what another one is writing just now."""
+    for stale in path.glob(".*.tmp"):
+        owner = stale.name.removesuffix(".tmp").rsplit(".", maxsplit=1)[-1]
+        if not (owner.isdigit() and _is_running(int(owner))):
+            stale.unlink(missing_ok=True)
+
+
+def _is_running(process: int) -> bool:
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        return True
+    return True
 
 
 @contextmanager
@@ -220,10 +233,26 @@ def read_json(path: Path) -> Any:
         raise InputError(f"{path} is not valid JSON: {fault}") from fault
 
 
+def read_lines(path: Path) -> list[dict[str, Any]]:
+    """Read JSON Lines; a line cut short by a kill is left out, and a missing file has none."""
+    rows = []
+    for line in path.read_text(encoding="utf-8").splitlines() if path.is_file() else []:
+        try:
+            rows.append(json.loads(line))
+        except json.JSONDecodeError:
+            continue
+    return rows
+
+
 def write_array(path: Path, array: np.ndarray) -> None:
     """Write a `.npy` file, whole or not at all."""
     with atomic(path) as temporary, temporary.open("wb") as stream:
         np.save(stream, array, allow_pickle=False)
+
+
+def load_array(path: Path) -> np.ndarray:
+    """Read a `.npy` file into memory; pickled objects are refused."""
+    return np.load(path, allow_pickle=False)
 
 
 def read_array(path: Path) -> np.ndarray:

@@ -270,7 +270,7 @@ def report(
     """Write a page that shows pairs, curves and results of one or several runs.
 
     Args:
-        runs: Finished runs; the others are compared with the first.
+        runs: Finished runs; they are compared with the first that has `self` pairs, else with the first.
         out: The HTML file; by default `report.html` in the first run.
         title: What stands at the top.
     """
@@ -283,7 +283,7 @@ def report(
 @app.command(help_epilogue="Example: `likewise demo --quick`")
 def demo(
     *,
-    out: Path = Path("likewise-demo"),
+    out: Path | None = None,
     quick: bool = False,
     device: str | None = None,
     common: Common = _COMMON,
@@ -294,13 +294,14 @@ def demo(
     start, once on pairs of views of one image and once on pairs of images that are described alike.
 
     Args:
-        out: The folder of everything the demo makes.
+        out: The folder of everything the demo makes; `likewise-demo` or `likewise-demo-quick` by default.
         quick: A smaller run, under 90 seconds on 2 processors.
         device: Where to train.
     """
     from likewise.demo import run_demo
 
-    page, rows = run_demo(_demo_folder(out, quick), quick=quick, device=device, progress=common.progress())
+    folder = out or Path("likewise-demo-quick" if quick else "likewise-demo")
+    page, rows = run_demo(folder, quick=quick, device=device, progress=common.progress())
     common.tell(
         {"report": str(page), "results": [row.told() for row in rows]},
         "\n".join(
@@ -311,11 +312,6 @@ def demo(
             ]
         ),
     )
-
-
-def _demo_folder(out: Path, quick: bool) -> Path:
-    """Keep the quick demo and the full one apart, so that one never takes up the other's files."""
-    return out.with_name(f"{out.name}-quick") if quick else out
 
 
 def _listed(text: str | None) -> tuple[str, ...]:
@@ -341,6 +337,10 @@ def _run(tokens: list[str], *, debug: bool) -> int:
         if debug:
             raise
         return fail(f"error: {fault}", 1)
+    except OSError as fault:
+        if debug:
+            raise
+        return fail(f"error: {fault.strerror or fault}: {fault.filename or 'no file named'}", 1)
     return 0
 
 

@@ -1,31 +1,13 @@
-"""Settings as frozen dataclasses: told as plain values, read back strictly, unknown names refused."""
+"""Settings on disk, as plain YAML that people can read."""
 
-from dataclasses import asdict, fields
+from dataclasses import asdict
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import yaml
 
 from likewise.artifacts import write_text
-from likewise.errors import InputError, close_matches
-
-Settings = TypeVar("Settings")
-
-
-def from_mapping(kind: type[Settings], values: dict[str, Any], where: str) -> Settings:
-    """Build a settings dataclass from plain values.
-
-    Raises:
-        InputError: for a name that the dataclass does not have, with close matches, or a missing one.
-    """
-    known = [field.name for field in fields(kind)]  # pyrefly: ignore[bad-argument-type]
-    for name in values:
-        if name not in known:
-            raise InputError(f"{where}: unknown setting `{name}`.{close_matches(name, known)}")
-    try:
-        return kind(**values)
-    except TypeError as fault:
-        raise InputError(f"{where}: {fault}") from fault
+from likewise.errors import InputError
 
 
 def write_yaml(path: Path, settings: Any, extra: dict[str, Any] | None = None) -> None:

@@ -57,7 +57,7 @@ def run_demo(
 
     Args:
         out: The folder of everything; a demo that was interrupted goes on there.
-        quick: A third of the data and less than half the epochs.
+        quick: A third of the data and fewer epochs.
         device: Where to train.
         progress: Where to report.
 

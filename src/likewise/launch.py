@@ -6,6 +6,8 @@ from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import TypeVar
 
+from likewise.errors import InputError
+
 Shard = TypeVar("Shard")
 Result = TypeVar("Result")
 
@@ -15,10 +17,25 @@ def default_workers() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def ordered_map(
-    work: Callable[[Shard], Result], shards: Iterable[Shard], workers: int, ahead: int | None = None
-) -> Iterator[Result]:
-    """Yield `work(shard)` in the order of the shards, with up to `ahead` computed in advance by threads.
+def resolve_device(name: str | None) -> str:
+    """Return the device by that name, or the best there is where none is named.
+
+    Raises:
+        InputError: where torch does not know it or this machine does not have it.
+    """
+    import torch
+
+    if name is None:
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        torch.empty(1, device=name)
+    except Exception as fault:  # each backend raises its own
+        raise InputError(f"--device {name}: this machine has no such device that torch can use") from fault
+    return name
+
+
+def ordered_map(work: Callable[[Shard], Result], shards: Iterable[Shard], workers: int) -> Iterator[Result]:
+    """Yield `work(shard)` in the order of the shards, a few of them computed in advance by threads.
 
     Threads suffice because the work behind it (decoding, resizing, matrix products) releases the
     interpreter's lock. `workers=0` computes in the caller's thread.
@@ -26,13 +43,12 @@ def ordered_map(
     if workers <= 0:
         yield from map(work, shards)
         return
-    depth = 2 * workers if ahead is None else ahead
     with ThreadPoolExecutor(workers) as pool:
         waiting: deque[Future[Result]] = deque()
         try:
             for shard in shards:
                 waiting.append(pool.submit(work, shard))
-                if len(waiting) > depth:
+                if len(waiting) > 2 * workers:
                     yield waiting.popleft().result()
             while waiting:
                 yield waiting.popleft().result()

@@ -514,7 +514,7 @@ def test_saved_dataset(tmp_path: Path, pictures: list[Picture], *, splits: bool)
     options = ImportOptions(label_column="kind", where=("kind=odd",))
     got = import_collection(tmp_path / "src", tmp_path / "out", options, progress=heard)
     assert _told(got) == {f"{i:08d}": (pictures[i][1], (pictures[i][2],)) for i in (1, 3, 5)}
-    assert got.labels() == ["odd"] * 3
+    assert [record.label for record in got] == ["odd"] * 3
     assert ("train is taken" in heard.said[0]) == splits
     everything = import_collection(tmp_path / "src", tmp_path / "out2")
     assert len(everything) == 6
@@ -829,7 +829,7 @@ def test_resumed_equals_uninterrupted(tmp_path: Path, many: Path, removed: str) 
         (out / name).unlink()
     if removed == "stale skips":
         _write(out / "skipped-00001.jsonl", '{"id": "x", "where": "x", "reason": "x"}\n')
-    _write(out / ".records-00000.parquet.1.tmp", b"half")
+    _write(out / ".records-00000.parquet.999999999.tmp", b"half")
     heard = Listening()
     import_collection(many, out, options, shard_rows=4, progress=heard)
     assert _files(out) == _files(tmp_path / "whole")

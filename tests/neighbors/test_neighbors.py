@@ -66,7 +66,7 @@ def test_resumed_equals_uninterrupted(collection: Collection, tmp_path: Path) ->
     manifest = (found.path / MANIFEST).read_text().replace('"complete": true', '"complete": false')
     (found.path / MANIFEST).write_text(manifest)
     (found.path / "neighbors-00001.parquet").unlink()
-    (found.path / ".neighbors-00001.parquet.1.tmp").write_bytes(b"half a shard")
+    (found.path / ".neighbors-00001.parquet.999999999.tmp").write_bytes(b"half a shard")
     with pytest.raises(ArtifactError, match="unfinished"):
         Neighbors(found.path)
     assert snapshot(find_neighbors(copy, k=5).path) == whole

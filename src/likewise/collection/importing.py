@@ -3,7 +3,6 @@
 import json
 import shutil
 from collections import Counter
-from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -12,7 +11,7 @@ import pyarrow.parquet as pq
 
 from likewise.artifacts import MANIFEST, Artifact, begin, shard_name, write_json, write_text
 from likewise.collection.images import BadImageError, decode, read_bytes
-from likewise.collection.records import KIND, SHARD_ROWS, Collection, Record, write_records
+from likewise.collection.records import KIND, SHARD_ROWS, Collection, Record, skipped_entries, write_records
 from likewise.collection.sources import Candidate, Fault, ImportOptions, Source, open_source
 from likewise.collection.sources.admission import Gate, chunks, first
 from likewise.errors import InputError
@@ -178,20 +177,14 @@ def _tally(target: Path, shards: int) -> tuple[dict[str, int], dict[str, int]]:
         counts["captions"] += sum(lengths)
         counts["without_caption"] += lengths.count(0)
         counts["with_several_captions"] += sum(length > 1 for length in lengths)
-    skipped = Counter(told["reason"] for told in _skipped(target))
+    skipped = Counter(told["reason"] for told in skipped_entries(target))
     return dict(counts), dict(sorted(skipped.items()))
-
-
-def _skipped(target: Path) -> Iterator[dict[str, str]]:
-    for path in sorted(target.glob("skipped-*.jsonl")):
-        with path.open(encoding="utf-8") as lines:
-            yield from map(json.loads, lines)
 
 
 def _nothing_usable(source: str, target: Path, skipped: dict[str, int]) -> str:
     """Say what was wrong with most entries, with an example of each fault."""
     example: dict[str, str] = {}
-    for entry in _skipped(target):
+    for entry in skipped_entries(target):
         example.setdefault(entry["reason"], entry["where"].encode("utf-8", "backslashreplace").decode())
     common = sorted(skipped, key=lambda reason: -skipped[reason])[:_EXAMPLES]
     told = [f"{reason} ({skipped[reason]:,} times, such as {example[reason]})" for reason in common]

@@ -13,9 +13,10 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from likewise.artifacts import Artifact, begin, open_artifact, read_array, shard_name, write_array
+from likewise.artifacts import Artifact, begin, load_array, open_artifact, read_array, shard_name, write_array
 from likewise.collection.images import BadImageError, decode, read_bytes
 from likewise.collection.records import Collection, Record
+from likewise.errors import ArtifactError
 from likewise.launch import default_workers, ordered_map
 from likewise.progress import SILENT, Progress
 
@@ -23,6 +24,7 @@ KIND = "packed images"
 RAW_LIMIT = 192
 _ROWS = 1024  # images a shard: bounds what packing holds in memory to about 100 MB
 _QUALITY = 95
+_OPEN_SHARDS = 256  # each mapped file holds a descriptor, of which a process usually has 1,024
 
 
 def shrink(pixels: np.ndarray, short_side: int) -> np.ndarray:
@@ -41,8 +43,10 @@ def pack_images(
     """Pack all images of a collection at a short side in pixels; finished shards are kept on a rerun.
 
     Raises:
-        ArtifactError: where the disk is full.
+        ArtifactError: where the disk is full or the folder of the images is gone.
     """
+    if not collection.root.is_dir():
+        raise ArtifactError(f"{collection.root}, which holds the images of {collection.path}, is not there")
     raw = short_side <= RAW_LIMIT
     path = collection.path / "packed" / f"{short_side}px"
     settings = {"short_side": short_side, "codec": "rgb" if raw else f"jpeg-{_QUALITY}", "rows": _ROWS}
@@ -68,7 +72,11 @@ def pack_images(
                 blobs.append(blob)
                 task.advance()
             _write_shard(path, shard, blobs)
-    return PackedImages(_finish(artifact, len(shards)))
+    packed = PackedImages(_finish(artifact, len(shards)))
+    lost = len(packed) - len(packed.usable)
+    if lost:
+        progress.say(f"warning: {lost:,} images could not be read any more and take no part")
+    return packed
 
 
 def _encode(record: Record, root: Path, short_side: int, *, raw: bool) -> tuple[np.ndarray, int, int]:
@@ -95,7 +103,7 @@ def _write_shard(path: Path, shard: int, blobs: list[tuple[np.ndarray, int, int]
 
 
 def _finish(artifact: Artifact, shards: int) -> Artifact:
-    lengths = [read_array(artifact.path / shard_name("index", i, "npy"))[:, 1] for i in range(shards)]
+    lengths = [load_array(artifact.path / shard_name("index", i, "npy"))[:, 1] for i in range(shards)]
     lost = int(sum((column == 0).sum() for column in lengths))
     images = sum(len(column) for column in lengths)
     skipped = Counter({"no longer readable": lost}) if lost else {}
@@ -113,9 +121,9 @@ class PackedImages:
         self.key = artifact.manifest.key
         shards = artifact.manifest.counts["shards"]
         self.index = np.concatenate(
-            [np.asarray(read_array(self.path / shard_name("index", i, "npy"))) for i in range(shards)]
+            [load_array(self.path / shard_name("index", i, "npy")) for i in range(shards)]
         )
-        self._bytes = lru_cache(maxsize=4096)(self._open_bytes)
+        self._bytes = lru_cache(maxsize=_OPEN_SHARDS)(self._open_bytes)
 
     def __len__(self) -> int:
         return len(self.index)

@@ -154,26 +154,27 @@ class Collection:
         group, row = divmod(index - self.starts[shard], _ROW_GROUP)
         return _row_group(str(self.shards[shard]), self.key, group)[row]
 
-    def labels(self) -> list[str | None]:
-        """Return the label of every record."""
-        return [label for i in range(len(self.shards)) for label in self.columns(i, ["label"])["label"]]
+    def skipped(self) -> Iterator[dict[str, str]]:
+        """Yield every entry that was left out, with its `id`, `where` and `reason`."""
+        return skipped_entries(self.path)
 
     def summary(self) -> dict[str, Any]:
         """Return counts as the import found them: images, captions, and what was skipped, by reason."""
         manifest = self.artifact.manifest
         return {"images": len(self), **manifest.counts, "skipped": dict(manifest.skipped)}
 
-    def skipped(self) -> Iterator[dict[str, str]]:
-        """Yield every skipped entry with its `id`, `where` and `reason`."""
-        for path in sorted(self.path.glob("skipped-*.jsonl")):
-            with path.open(encoding="utf-8") as lines:
-                yield from map(json.loads, lines)
+
+def skipped_entries(path: Path) -> Iterator[dict[str, str]]:
+    """Yield what the shards of a collection, finished or not, say was left out."""
+    for file in sorted(path.glob("skipped-*.jsonl")):
+        with file.open(encoding="utf-8") as lines:
+            yield from map(json.loads, lines)
 
 
 def _record(row: dict[str, Any]) -> Record:
     return Record(**row | {"image": ImageRef(**row["image"]), "captions": tuple(row["captions"])})
 
 
-@lru_cache(maxsize=64)
+@lru_cache(maxsize=4)  # rows may hold the images themselves
 def _row_group(path: str, _key: str, group: int) -> list[Record]:
     return [_record(row) for row in pq.ParquetFile(path).read_row_group(group).to_pylist()]

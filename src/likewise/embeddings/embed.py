@@ -18,6 +18,7 @@ from likewise.artifacts import (
 from likewise.collection.records import Collection
 from likewise.embeddings.encoders import PAPER_ENCODER, EncoderChoice, SentenceEncoder, choose_encoder
 from likewise.errors import ArtifactError, InputError
+from likewise.launch import resolve_device
 from likewise.progress import SILENT, Progress
 
 KIND = "embeddings"
@@ -93,12 +94,15 @@ def embed(
         raise InputError(
             f"no image of {source.path} has a caption: there is nothing to embed; use --pairs self"
         )
+    if batch_size < 1:
+        raise InputError(f"--batch-size is {batch_size}; at least 1 is needed")
+    on = None if device is None else resolve_device(device)
     choice = choose_encoder(encoder)
     artifact = _begin(source, choice)
     if artifact.complete:
         progress.say(f"embeddings of {len(source):,} images by {choice.name} exist: {artifact.path}")
         return Embeddings(artifact.path)
-    return _embed_missing(source, choice, artifact, batch_size, device, progress)
+    return _embed_missing(source, choice, artifact, batch_size, on, progress)
 
 
 def _begin(source: Collection, choice: EncoderChoice) -> Artifact:
@@ -163,8 +167,8 @@ def look_up_embeddings(collection: Collection, encoder: str | None) -> Embedding
         except ArtifactError:
             continue
     if encoder is not None:
-        name = choose_encoder(encoder).name
-        found = [e for e in found if e.artifact.manifest.settings["encoder"] == name]
+        identity = choose_encoder(encoder).identity
+        found = [e for e in found if e.artifact.manifest.inputs["encoder"] == identity]
     wanted = "" if encoder is None else f" by {encoder}"
     if not found:
         hint = "" if encoder is None else f" --encoder {encoder}"

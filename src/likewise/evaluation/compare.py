@@ -1,5 +1,6 @@
 """Set results side by side: the same set, the same items, two encoders."""
 
+import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -10,6 +11,7 @@ import numpy as np
 from likewise.artifacts import read_array, read_json
 from likewise.errors import ArtifactError
 from likewise.evaluation.evaluate import RESULTS
+from likewise.evaluation.protocols import PER_CLASS
 from likewise.evaluation.statistics import Difference, Estimate, paired_difference
 
 
@@ -19,6 +21,7 @@ class Row:
 
     set: str
     set_key: str
+    encoder_key: str
     protocol: str
     metric: str
     estimate: Estimate
@@ -29,22 +32,28 @@ class Row:
     details: dict[str, Any]
 
     @property
-    def name(self) -> tuple[str, str, str]:
-        """What makes two rows comparable: set, protocol and metric."""
-        return (self.set_key, self.protocol, self.metric)
+    def name(self) -> tuple[str, str, str, str]:
+        """What makes two rows comparable: set, protocol and its settings, and metric."""
+        return (self.set_key, self.protocol, json.dumps(self.settings, sort_keys=True), self.metric)
 
 
 def read_results(folder: str | Path) -> list[Row]:
     """Read everything measured under a run or an evaluation folder.
 
     Raises:
-        ArtifactError: where nothing was measured.
+        ArtifactError: where nothing was measured, or more than one encoder.
     """
     base = Path(folder)
     files = sorted(base.glob(f"evaluation/*/{RESULTS}")) or sorted(base.glob(f"*/{RESULTS}"))
     if not files:
         raise ArtifactError(f"{base} holds no evaluation; run: likewise evaluate {base} --on SET")
-    return [row for file in files for row in _rows(file)]
+    rows = [row for file in files for row in _rows(file)]
+    if len({row.encoder_key for row in rows}) > 1:
+        raise ArtifactError(
+            f"{base} holds results of several weights or input sizes; "
+            "measure each into a folder of its own (--out)"
+        )
+    return rows
 
 
 def _rows(file: Path) -> list[Row]:
@@ -53,6 +62,7 @@ def _rows(file: Path) -> list[Row]:
         Row(
             set=result["set"]["name"],
             set_key=result["set"]["key"],
+            encoder_key=f"{result['encoder']['weights']} {result['encoder']['transform']}",
             protocol=protocol,
             metric=score["metric"],
             estimate=Estimate(value=score["value"], low=score["low"], high=score["high"]),
@@ -90,7 +100,8 @@ class Comparison:
 def compare(results: Sequence[Sequence[Row]]) -> list[Comparison]:
     """Line up what all encoders were measured on, and test each against the first on the same items.
 
-    The difference of an encoder whose items are others (another number of readable images) is None.
+    The difference is None where the items are others (another number of readable images), and for means over
+    classes, whose items do not add up to them.
     """
     tables = [{row.name: row for row in rows} for rows in results]
     shared = [row for row in results[0] if all(row.name in table for table in tables[1:])]
@@ -108,6 +119,6 @@ def compare(results: Sequence[Sequence[Row]]) -> list[Comparison]:
 
 
 def _difference(first: Row, other: Row) -> Difference | None:
-    if len(first.items) != len(other.items) or first.settings != other.settings:
+    if len(first.items) != len(other.items) or first.metric == PER_CLASS:
         return None
     return paired_difference(np.asarray(first.items), np.asarray(other.items), groups=first.groups)

@@ -77,7 +77,7 @@ def evaluate(
         features = extract_features(
             encoder, images, folder / "features", workers=workers, device=device, progress=progress
         )
-        artifact = _begin(encoder, images, folder)
+        artifact = _begin(encoder, images, chosen, folder)
         head = {"asked": asked, "encoder": encoder.told(), "protocols": {}}
         results.append(
             _measure(Task(images=images, features=features), protocols, chosen, artifact, head, progress)
@@ -90,8 +90,10 @@ def _default_out(target: str | Path) -> Path:
     return path / "evaluation" if path.is_dir() else Path(f"evaluation-{slug(str(target).replace(':', '-'))}")
 
 
-def _begin(encoder: ImageEncoder, images: LabelledSet, folder: Path) -> Artifact:
+def _begin(encoder: ImageEncoder, images: LabelledSet, chosen: ProtocolSettings, folder: Path) -> Artifact:
     settings = {"set": images.name, "encoder": encoder.name, "transform": encoder.told()["transform"]}
+    # Other settings get another folder: what was measured before is never overwritten.
+    settings["protocols"] = asdict(chosen)
     inputs = {"weights": encoder.identity, "set": images.key}
     key = key_of(KIND, {k: v for k, v in settings.items() if k != "encoder"}, inputs)
     return begin(folder / f"{images.name}-{key[:8]}", KIND, settings, inputs, volatile=("encoder",))

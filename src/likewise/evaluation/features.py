@@ -11,7 +11,7 @@ from likewise.artifacts import (
     Artifact,
     begin,
     key_of,
-    read_array,
+    load_array,
     read_json,
     shard_name,
     write_array,
@@ -21,7 +21,7 @@ from likewise.collection.images import BadImageError, decode, read_bytes
 from likewise.collection.records import ImageRef
 from likewise.errors import InputError
 from likewise.evaluation.suite import LabelledSet
-from likewise.launch import default_workers, ordered_map
+from likewise.launch import default_workers, ordered_map, resolve_device
 from likewise.models.encoders import ImageEncoder
 from likewise.progress import SILENT, Progress
 
@@ -67,7 +67,7 @@ def extract_features(
     key = key_of(KIND, {k: v for k, v in settings.items() if k != "name"}, inputs)
     artifact = begin(folder / f"{images.name}-{key[:8]}", KIND, settings, inputs, volatile=("name",))
     if not artifact.complete:
-        on = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        on = torch.device(resolve_device(device))
         artifact = _extract_missing(encoder, images, artifact, batch_size, workers, on, progress)
     return _gather(artifact, images)
 
@@ -132,7 +132,7 @@ def _mark(vectors: np.ndarray, faults: list[str]) -> np.ndarray:
 
 def _gather(artifact: Artifact, images: LabelledSet) -> Features:
     shards = range(artifact.manifest.counts["shards"])
-    vectors = np.concatenate([read_array(artifact.path / shard_name("vectors", i, "npy")) for i in shards])
+    vectors = np.concatenate([load_array(artifact.path / shard_name("vectors", i, "npy")) for i in shards])
     rows = np.flatnonzero(np.isfinite(vectors).all(axis=1))
     for split in ("train", "test"):
         if not (images.splits[rows] == split).any():

@@ -17,6 +17,7 @@ from likewise.evaluation.statistics import Estimate, bootstrap, mean_per_class
 from likewise.evaluation.suite import LabelledSet
 
 RECALL_AT = (1, 5)
+PER_CLASS = "mean per-class accuracy"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -96,7 +97,7 @@ def _accuracy(
 ) -> Score:
     correct = (predictions == labels).double().numpy()
     estimate = mean_per_class(correct, labels.numpy()) if per_class else bootstrap(correct)
-    name = "mean per-class accuracy" if per_class else "accuracy"
+    name = PER_CLASS if per_class else "accuracy"
     return Score(metric=name, estimate=estimate, items=correct, details=details)
 
 

@@ -121,6 +121,15 @@ def _read_folder(path: Path) -> list[_Row]:
 
 
 def _read_table(table: Path, label_column: str, split_column: str) -> list[_Row]:
+    if table.suffix not in (".csv", ".tsv"):
+        raise InputError(f"{table} is no labelled set: give a folder, or a .csv or .tsv file")
+    try:
+        return _read_rows(table, label_column, split_column)
+    except (UnicodeDecodeError, csv.Error) as fault:
+        raise InputError(f"{table} is no UTF-8 table with commas (tabs in .tsv): {fault}") from fault
+
+
+def _read_rows(table: Path, label_column: str, split_column: str) -> list[_Row]:
     with table.open(encoding="utf-8-sig", newline="") as stream:
         reader = csv.DictReader(stream, delimiter="\t" if table.suffix == ".tsv" else ",")
         columns = list(reader.fieldnames or [])
@@ -161,7 +170,7 @@ def _split(name: str, where: str) -> str:
 def _assemble(
     name: str, source: Path, columns: tuple[str, str], root: Path, rows: Sequence[_Row]
 ) -> LabelledSet:
-    splits = np.array([row.split for row in rows])
+    splits = np.array([row.split for row in rows], "<U5")
     if "test" not in splits and "val" in splits:
         splits[splits == "val"] = "test"
     for needed in ("train", "test"):
@@ -188,11 +197,17 @@ def _assemble(
         splits=splits,
         labels=np.array([number[row.label] for row in rows], np.int64),
         classes=classes,
-        instances=_column([row.instance for row in rows]),
-        domains=_column([row.domain for row in rows]),
+        instances=_column("instance", [row.instance for row in rows], splits, source),
+        domains=_column("domain", [row.domain for row in rows], splits, source),
         key=digest.hexdigest(),
     )
 
 
-def _column(values: list[str | None]) -> np.ndarray | None:
-    return np.array(values) if all(values) else None
+def _column(name: str, values: list[str | None], splits: np.ndarray, source: Path) -> np.ndarray | None:
+    """Return a column that serves retrieval, if there is one; it must be filled where it is looked at."""
+    if not any(values):
+        return None
+    empty = sum(not value for value, split in zip(values, splits, strict=True) if split == "test")
+    if empty:
+        raise InputError(f"{source}: column {name!r} is empty for {empty} test images; fill it or drop it")
+    return np.array([value or "" for value in values])

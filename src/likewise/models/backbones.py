@@ -13,6 +13,8 @@ from torch import nn
 
 from likewise.errors import ModelError, close_matches
 
+IMAGENET_MEAN = (0.485, 0.456, 0.406)
+IMAGENET_STD = (0.229, 0.224, 0.225)
 SMALL = 64
 _TINY = 40
 
@@ -51,9 +53,10 @@ def build_backbone(spec: BackboneSpec, *, pretrained: bool = False) -> tuple[nn.
         ModelError: for an unknown name (with close matches), an input size that the model refuses, weights
             that cannot be fetched, or features that are not one vector an image.
     """
-    options = _options(spec)
+    if spec.name.split(".")[0] not in timm.list_models():
+        raise ModelError(f"unknown backbone {spec.name!r}.{close_matches(spec.name, timm.list_models())}")
     try:
-        model = timm.create_model(spec.name, pretrained=pretrained, num_classes=0, **options)
+        model = timm.create_model(spec.name, pretrained=pretrained, num_classes=0, **_options(spec))
     except Exception as fault:  # timm and the hub raise a dozen types
         raise ModelError(f"cannot build the backbone {spec.name!r} at {spec.size} px: {fault}") from fault
     if spec.stem == "small" and isinstance(model, ResNet):
@@ -63,8 +66,6 @@ def build_backbone(spec: BackboneSpec, *, pretrained: bool = False) -> tuple[nn.
 
 def _options(spec: BackboneSpec) -> dict[str, Any]:
     """Return what timm must be told so that a model takes this input size."""
-    if spec.name.split(".")[0] not in timm.list_models():
-        raise ModelError(f"unknown backbone {spec.name!r}.{close_matches(spec.name, timm.list_models())}")
     with torch.device("meta"), contextlib.redirect_stdout(io.StringIO()):
         sketch = timm.create_model(spec.name, pretrained=False, num_classes=0)
     options: dict[str, Any] = {}

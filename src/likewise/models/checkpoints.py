@@ -1,7 +1,7 @@
 """Weights on disk: saved whole, loaded strictly, never unpickled beyond tensors."""
 
 import json
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +11,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from likewise.artifacts import atomic
-from likewise.errors import ModelError
+from likewise.errors import ArtifactError, ModelError
 from likewise.models.backbones import BackboneSpec, build_backbone
 
 _META = "likewise"
@@ -20,8 +20,12 @@ _META = "likewise"
 def save_tensors(path: Path, tensors: dict[str, Tensor], meta: dict[str, Any]) -> None:
     """Write tensors and a JSON-able note about them as safetensors, whole or not at all."""
     held = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-    with atomic(path) as temporary:
-        save_file(held, temporary, metadata={_META: json.dumps(meta, sort_keys=True)})
+    try:
+        with atomic(path) as temporary:
+            save_file(held, temporary, metadata={_META: json.dumps(meta, sort_keys=True)})
+    except SafetensorError as fault:
+        # It reports a full disk without the number that `atomic` knows it by.
+        raise ArtifactError(f"cannot write {path}: {fault}; is the disk full?") from fault
 
 
 def load_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
@@ -63,8 +67,10 @@ def save_encoder(path: Path, backbone: nn.Module, spec: BackboneSpec) -> None:
     save_tensors(path, backbone.state_dict(), {"kind": "encoder", "backbone": asdict(spec)})
 
 
-def load_encoder(path: Path) -> tuple[nn.Module, BackboneSpec, int]:
+def load_encoder(path: Path, size: int | None = None) -> tuple[nn.Module, BackboneSpec, int]:
     """Read a backbone that `save_encoder` wrote: the model, its spec, and the width of its features.
+
+    `size` builds it for another side of the input than it was trained with, where its weights allow that.
 
     Raises:
         ModelError: where the file is missing, damaged, or not written by `save_encoder`.
@@ -73,6 +79,7 @@ def load_encoder(path: Path) -> tuple[nn.Module, BackboneSpec, int]:
     if meta.get("kind") != "encoder":
         raise ModelError(f"{path} does not say which backbone it is for; name it with --backbone")
     spec = BackboneSpec(**meta["backbone"])
+    spec = spec if size is None else replace(spec, size=size)
     model, width = build_backbone(spec)
     load_strictly(model, tensors, str(path))
     return model, spec, width

@@ -14,10 +14,9 @@ from torch import Tensor, nn
 
 from likewise.artifacts import open_artifact
 from likewise.errors import ModelError
-from likewise.models.backbones import BackboneSpec, build_backbone, default_stem
+from likewise.models.backbones import IMAGENET_MEAN, IMAGENET_STD, BackboneSpec, build_backbone, default_stem
 from likewise.models.checkpoints import load_encoder, load_state_dict, load_strictly
 
-_IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
 RUN_ENCODER = "encoder.safetensors"
 
 
@@ -28,8 +27,8 @@ class Transform:
     size: int
     resize: int
     interpolation: str = "bicubic"
-    mean: tuple[float, ...] = _IMAGENET[0]
-    std: tuple[float, ...] = _IMAGENET[1]
+    mean: tuple[float, ...] = IMAGENET_MEAN
+    std: tuple[float, ...] = IMAGENET_STD
 
     def crop(self, pixels: np.ndarray) -> np.ndarray:
         """Return the centre: (h, w, 3) uint8 -> (size, size, 3) uint8."""
@@ -102,9 +101,8 @@ def open_encoder(target: str, *, backbone: str | None = None, size: int | None =
 
 
 def _own(file: Path, name: str, size: int | None) -> ImageEncoder:
-    model, spec, width = load_encoder(file)
-    side = spec.size if size is None else size
-    return _encoder(name, model, Transform(size=side, resize=side), width)
+    model, spec, width = load_encoder(file, size)
+    return _encoder(name, model, Transform(size=spec.size, resize=spec.size), width)
 
 
 def _foreign(file: Path, backbone: str, size: int | None) -> ImageEncoder:

@@ -13,6 +13,7 @@ from likewise.artifacts import MANIFEST, Artifact, atomic, begin, key_of, open_a
 from likewise.collection.records import Collection
 from likewise.embeddings.embed import Embeddings, look_up_embeddings
 from likewise.errors import ArtifactError, InputError
+from likewise.launch import resolve_device
 from likewise.neighbors.search import Grouped, group_equal, top_k
 from likewise.progress import SILENT, Progress
 
@@ -38,7 +39,7 @@ class Neighbors:
         self.path = self.artifact.path
         self.k: int = self.artifact.manifest.settings["k"]
         self.encoder: str = self.artifact.manifest.settings["encoder"]
-        self.key = self.artifact.manifest.key
+        self.embeddings: str = self.artifact.manifest.inputs["embeddings"]
 
     def __len__(self) -> int:
         return self.artifact.manifest.counts["images"]
@@ -104,6 +105,7 @@ def find_neighbors(
     """
     source = Collection.open(collection)
     embeddings = look_up_embeddings(source, encoder)
+    device = resolve_device(device)
     if k < 1:
         raise InputError(f"-k is {k}; at least 1 neighbor is needed")
     name = embeddings.artifact.manifest.settings["encoder"]
@@ -214,12 +216,8 @@ def look_up_neighbors(collection: Collection, encoder: str | None, k: int) -> Ne
             found.append(Neighbors(path.parent))
         except ArtifactError:
             continue
-    wanted = (
-        None
-        if encoder is None
-        else look_up_embeddings(collection, encoder).artifact.manifest.settings["encoder"]
-    )
-    found = [n for n in found if n.k >= k and wanted in (None, n.encoder)]
+    wanted = None if encoder is None else look_up_embeddings(collection, encoder).artifact.manifest.key
+    found = [n for n in found if n.k >= k and wanted in (None, n.embeddings)]
     if not found:
         by = "" if encoder is None else f" by {encoder}"
         flag = "" if encoder is None else f" --encoder {encoder}"
@@ -227,7 +225,7 @@ def look_up_neighbors(collection: Collection, encoder: str | None, k: int) -> Ne
             f"{collection.path} has no finished neighbors{by} with k >= {k}; "
             f"run: likewise neighbors {collection.path}{flag} -k {max(k, DEFAULT_K)}"
         )
-    if len({n.encoder for n in found}) > 1:
+    if len({n.embeddings for n in found}) > 1:
         names = ", ".join(sorted({n.encoder for n in found}))
         raise ArtifactError(
             f"{collection.path} has neighbors by several encoders ({names}); name one with --encoder"

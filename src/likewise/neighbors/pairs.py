@@ -72,4 +72,6 @@ def make_pairs(
     readable[usable] = True
     candidates = np.where(readable[candidates], candidates, -1)
     order = np.argsort(candidates < 0, axis=1, kind="stable")
-    return Pairs(len(collection), np.take_along_axis(candidates, order, axis=1), rule, found.key), found
+    return Pairs(
+        len(collection), np.take_along_axis(candidates, order, axis=1), rule, f"{found.embeddings}-{rule.k}"
+    ), found

@@ -1,24 +1,9 @@
 """Losses: tensors in, scalar out; no state and no communication."""
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float
 from torch import Tensor
 from torch.nn.functional import cross_entropy, normalize
-
-
-def info_nce(
-    queries: Float[Tensor, "b d"], keys: Float[Tensor, "n d"], partner: Int[Tensor, " b"], temperature: float
-) -> Float[Tensor, ""]:
-    """Cross-entropy of picking each query's partner among all keys (van den Oord et al. 2018, eq. 4).
-
-    Args:
-        queries: Of any length; they are normalised here.
-        keys: Likewise.
-        partner: The row of each query's partner among the keys.
-        temperature: Divides the cosine similarities.
-    """
-    logits = normalize(queries, dim=1) @ normalize(keys, dim=1).T / temperature
-    return cross_entropy(logits, partner)
 
 
 def nt_xent(

@@ -9,7 +9,7 @@ from jaxtyping import Float
 from torch import Tensor
 from torch.nn.functional import normalize
 
-from likewise.artifacts import write_text
+from likewise.artifacts import read_lines, write_text
 
 if TYPE_CHECKING:
     from torch.utils.tensorboard import SummaryWriter
@@ -46,26 +46,12 @@ def has_collapsed(*, rank: float, spread: float) -> bool:
     return rank < COLLAPSED_RANK or spread < COLLAPSED_SPREAD
 
 
-def read_metrics(run: Path) -> list[dict[str, int | float]]:
-    """Read the metrics of a run, in the order of steps; a line cut short by a kill is left out."""
-    path = run / METRICS
-    if not path.is_file():
-        return []
-    rows = []
-    for line in path.read_text(encoding="utf-8").splitlines():
-        try:
-            rows.append(json.loads(line))
-        except json.JSONDecodeError:
-            continue
-    return rows
-
-
 class MetricsLog:
     """Appends metrics to `metrics.jsonl` and to TensorBoard."""
 
     def __init__(self, run: Path, from_step: int) -> None:
         """Open the log of a run, forgetting what was logged after the step it goes on from."""
-        kept = [row for row in read_metrics(run) if row["step"] <= from_step]
+        kept = [row for row in read_lines(run / METRICS) if row["step"] <= from_step]
         write_text(run / METRICS, "".join(json.dumps(row) + "\n" for row in kept))
         self._lines = (run / METRICS).open("a", encoding="utf-8")
         self._board = _tensorboard(run / "tensorboard", from_step)

@@ -2,9 +2,9 @@
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Literal, get_args
 
-from likewise.errors import InputError, TrainingError
+from likewise.errors import InputError, TrainingError, close_matches
 from likewise.neighbors.rules import PairSource
 
 REFERENCE_BATCH = 512
@@ -14,6 +14,7 @@ WARMUP_SHARE = 0.02  # the paper's 5,000 of 250,000 steps
 HEAD = (2048, 2048, 128)
 DEFAULT_VIEWS = {"self": "simclr", "language": "crop"}
 
+Stem = Literal["standard", "small"]
 Precision = Literal["auto", "float32", "bf16", "fp16"]
 
 
@@ -52,7 +53,7 @@ class TrainSettings:
     encoder: str | None = None
     k: int = 1
     views: str | None = None
-    stem: Literal["standard", "small"] | None = None
+    stem: Stem | None = None
     rate: float = 1e-3
     weight_decay: float = 0.01
     temperature: float = 0.1
@@ -66,6 +67,7 @@ class TrainSettings:
         Raises:
             InputError: naming the setting and what it may be.
         """
+        self._check_names()
         if self.epochs is not None and self.steps is not None:
             raise InputError("give --epochs or --steps, not both")
         for name in ("epochs", "steps"):
@@ -74,10 +76,25 @@ class TrainSettings:
                 raise InputError(f"--{name} is {value}; at least 1 is needed")
         if self.batch_size < 2:
             raise InputError(f"--batch-size is {self.batch_size}; contrast needs at least 2 pairs a step")
+        if self.seed < 0:
+            raise InputError(f"--seed is {self.seed}; it must be 0 or more")
         if self.size < 16:
             raise InputError(f"--size is {self.size}; views of fewer than 16 pixels show nothing")
         if self.temperature <= 0 or self.rate <= 0:
             raise InputError("--temperature and --rate must be above 0")
+
+    def _check_names(self) -> None:
+        known = {
+            "pairs": get_args(PairSource),
+            "precision": get_args(Precision),
+            "stem": (None, *get_args(Stem)),
+        }
+        for name, names in known.items():
+            value = getattr(self, name)
+            if value not in names:
+                told = [each for each in names if each is not None]
+                near = close_matches(str(value), told)
+                raise InputError(f"unknown {name} {value!r}; known: {', '.join(told)}.{near}")
 
     @property
     def view_name(self) -> str:

@@ -7,23 +7,31 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from likewise.artifacts import Artifact, begin, fingerprint, open_artifact, write_array, write_json
+from likewise.artifacts import (
+    Artifact,
+    begin,
+    fingerprint,
+    open_artifact,
+    read_lines,
+    write_array,
+    write_json,
+)
 from likewise.collection.packed import PackedImages, pack_images
 from likewise.collection.records import Collection
-from likewise.config import write_yaml
+from likewise.config import read_yaml, write_yaml
 from likewise.errors import ModelError
-from likewise.launch import default_workers
+from likewise.launch import default_workers, resolve_device
 from likewise.models.backbones import BackboneSpec, build_backbone, default_stem
 from likewise.models.checkpoints import load_state_dict, load_strictly, save_encoder
 from likewise.models.encoders import RUN_ENCODER
-from likewise.neighbors.neighbors import Neighbors
+from likewise.neighbors.neighbors import Neighbors, look_up_neighbors
 from likewise.neighbors.pairs import Pairs, make_pairs
 from likewise.neighbors.rules import PairRule
 from likewise.pretraining.batches import PairBatches
 from likewise.pretraining.loop import Trainer, run_training
 from likewise.pretraining.methods import build_method, check_method
 from likewise.pretraining.methods.base import Method
-from likewise.pretraining.monitor import read_metrics
+from likewise.pretraining.monitor import METRICS
 from likewise.pretraining.optim import adamw
 from likewise.pretraining.settings import Plan, TrainSettings, plan
 from likewise.pretraining.views import restore, view_recipe
@@ -32,6 +40,7 @@ from likewise.progress import SILENT, Progress
 KIND = "run"
 PACKED_MARGIN = 1.5  # images are packed half as large again as views, so that small crops keep detail
 _PREVIEW_PAIRS = 12
+_PRECISIONS = {"float32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 class Run:
@@ -49,7 +58,7 @@ class Run:
 
     def metrics(self) -> list[dict[str, int | float]]:
         """Return what was logged, in the order of steps."""
-        return read_metrics(self.path)
+        return read_lines(self.path / METRICS)
 
 
 def train(
@@ -80,10 +89,15 @@ def train(
         InterruptedRunError: after Ctrl-C, with a checkpoint written.
     """
     source, chosen, run = Collection.open(collection), settings or TrainSettings(), Path(out)
+    on = torch.device(resolve_device(device))
     check_method(chosen.method)
     view_recipe(chosen.view_name)
     spec = _spec(chosen)
     method = _build(chosen, spec)
+    # What can fail fails before the images are packed, which may take long.
+    plan(chosen, len(source), source.path)
+    if chosen.pairs == "language":
+        look_up_neighbors(source, chosen.encoder, chosen.k)
     images = pack_images(source, math.ceil(PACKED_MARGIN * chosen.size), workers=workers, progress=progress)
     rule = PairRule(source=chosen.pairs, k=chosen.k)
     pairs, found = make_pairs(source, rule, chosen.encoder, images.usable)
@@ -94,7 +108,6 @@ def train(
         return Run(run)
     progress.say(pairs.summary())
 
-    on = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     dtype = _dtype(chosen.precision, on)
     batches = PairBatches(
         images,
@@ -104,8 +117,11 @@ def train(
         size=chosen.size,
         seed=chosen.seed,
     )
-    _describe(run, chosen, spec, steps, pairs, found, on, dtype, source)
-    _write_preview(run, source, batches)
+    if (run / "config.yaml").is_file():
+        _say_if_precision_changed(run, dtype, progress)
+    else:
+        _write_preview(run, source, batches)
+        _describe(run, chosen, spec, steps, pairs, found, on, dtype, source)
     method.to(on).to(memory_format=torch.channels_last)
     trainer = Trainer(
         run=run,
@@ -170,15 +186,26 @@ def _inputs(
 
 def _dtype(precision: str, device: torch.device) -> torch.dtype:
     """Return the type that matrix products run in."""
-    known = {"float32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
     if precision != "auto":
-        return known[precision]
+        return _PRECISIONS[precision]
     if device.type == "cpu":
         able = torch.cpu.get_capabilities()
         return torch.bfloat16 if able.get("avx512_bf16") or able.get("amx_bf16") else torch.float32
     if device.type != "cuda":
         return torch.float32
     return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
+
+
+def _say_if_precision_changed(run: Path, dtype: torch.dtype, progress: Progress) -> None:
+    began, now = read_yaml(run / "config.yaml")["derived"]["precision"], _name(dtype)
+    if began != now:
+        progress.say(
+            f"warning: the run began in {began} and goes on in {now}; --precision {began} would keep it"
+        )
+
+
+def _name(dtype: torch.dtype) -> str:
+    return next(name for name, known in _PRECISIONS.items() if known == dtype)
 
 
 def _describe(
@@ -200,7 +227,7 @@ def _describe(
         "collection": str(source.path.resolve()),
         "neighbors": None if found is None else str(found.path.resolve()),
         "device": str(device),
-        "dtype": str(dtype).removeprefix("torch."),
+        "precision": _name(dtype),
     }
     write_yaml(run / "config.yaml", settings, {"derived": derived})
 

@@ -16,9 +16,8 @@ from torchvision.transforms.v2 import functional as tv
 
 from likewise.draws import uniforms
 from likewise.errors import InputError, close_matches
+from likewise.models.backbones import IMAGENET_MEAN, IMAGENET_STD
 
-MEAN = (0.485, 0.456, 0.406)
-STD = (0.229, 0.224, 0.225)
 _ATTEMPTS = 10
 _CROP_DRAWS = 4 * _ATTEMPTS + 1
 COLOUR_DRAWS = 9
@@ -141,13 +140,13 @@ def change_colours(
 
 def standardise(images: Float[Tensor, "b 3 h w"]) -> Float[Tensor, "b 3 h w"]:
     """Subtract ImageNet's mean and divide by its deviation, channel by channel."""
-    mean, std = (torch.tensor(v, device=images.device).view(3, 1, 1) for v in (MEAN, STD))
+    mean, std = (torch.tensor(v, device=images.device).view(3, 1, 1) for v in (IMAGENET_MEAN, IMAGENET_STD))
     return (images - mean) / std
 
 
 def restore(views: Float[Tensor, "... 3 h w"]) -> Float[Tensor, "... 3 h w"]:
     """Undo `standardise`, back to [0, 1], so that people can look at a view."""
-    mean, std = (torch.tensor(v, device=views.device).view(3, 1, 1) for v in (MEAN, STD))
+    mean, std = (torch.tensor(v, device=views.device).view(3, 1, 1) for v in (IMAGENET_MEAN, IMAGENET_STD))
     return (views * std + mean).clamp(0, 1)
 
 

@@ -17,7 +17,7 @@ _FIRST = (
     ("knn", "accuracy"),
     ("knn", "mean per-class accuracy"),
 )
-_NAMES = {"views": "the recipe of views", "dtype": "precision"}
+_NAMES = {"views": "the recipe of views", "precision": "precision"}
 _UNCOMPARED = ("pairs", "encoder", "k", "seed")
 
 
@@ -114,7 +114,7 @@ def caveats(results: Results) -> list[str]:
 
 
 def _telling(derived: dict[str, Any]) -> dict[str, Any]:
-    return {name: derived[name] for name in ("views", "steps", "dtype") if name in derived}
+    return {name: derived[name] for name in ("views", "steps", "precision") if name in derived}
 
 
 def _called(name: str) -> str:

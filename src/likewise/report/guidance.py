@@ -124,7 +124,9 @@ def open_collection(trained: Trained) -> Collection:
 
 def _open_guidance(style: int, collection: Collection, trained: Trained) -> Guidance:
     neighbors = Neighbors(Path(trained.derived["neighbors"]))
-    if neighbors.key != trained.manifest.inputs.get("pairs") or len(neighbors) != len(collection):
+    if trained.manifest.inputs.get("pairs") != f"{neighbors.embeddings}-{trained.settings['k']}" or len(
+        neighbors
+    ) != len(collection):
         raise ArtifactError(
             f"the neighbors at {neighbors.path} are no longer those that the run was trained on"
         )

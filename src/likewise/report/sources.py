@@ -1,6 +1,5 @@
 """What the page is made from: the files of runs and of evaluations, read once and never trusted."""
 
-import json
 import math
 from collections import Counter
 from collections.abc import Sequence
@@ -11,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from likewise.artifacts import MANIFEST, Manifest, open_artifact, read_array, read_json
+from likewise.artifacts import MANIFEST, Manifest, open_artifact, read_array, read_json, read_lines
 from likewise.config import read_yaml
 from likewise.errors import InputError, LikewiseError
 from likewise.evaluation.compare import Row, read_results
@@ -116,7 +115,7 @@ def _read_run(path: Path) -> Entry:
         manifest=manifest,
         settings=settings,
         derived=derived,
-        metrics=_read_metrics(path / METRICS),
+        metrics=read_lines(path / METRICS),
         preview=_read_preview(path),
     )
     entry = Entry(
@@ -151,17 +150,6 @@ def _with_results(entry: Entry, files: list[Path]) -> Entry:
         )
     except FAULTS as fault:
         return replace(entry, fault=f"the results in {entry.path} cannot be read ({fault})")
-
-
-def _read_metrics(path: Path) -> list[dict[str, float | int]]:
-    """Read what was logged; a line cut short by a kill is left out."""
-    rows = []
-    for line in path.read_text(encoding="utf-8").splitlines() if path.is_file() else []:
-        try:
-            rows.append(json.loads(line))
-        except json.JSONDecodeError:
-            continue
-    return rows
 
 
 def _read_preview(path: Path) -> Preview | None:
