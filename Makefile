@@ -16,7 +16,7 @@ help:  ## Show the targets
 
 install: .venv/.installed  ## Make .venv and install everything into it
 
-demo: install  ## Train on emoji and write a report (about 5 minutes on 2 cores)
+demo: install  ## Train on emoji and write a report (about 4 minutes on 2 cores)
 	$(BIN)/likewise demo
 
 test: install  ## Run the whole test suite

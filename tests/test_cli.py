@@ -47,6 +47,12 @@ def test_every_verb_has_help_with_an_example(verb: str) -> None:
         (["evaluate", "random:resnet10t", "--on", "empty", "--protocol", "lineer"], 1, "linear"),
         (["evaluate", "random:resnet5O", "--on", "set", "--size", "32"], 1, "resnet50"),
         (["report", "nowhere"], 1, "nowhere"),
+        (
+            ["evaluate", "random:resnet10t", "--on", "set", "--size", "32", "--device", "gpu"],
+            1,
+            "--device gpu",
+        ),
+        (["train", "c", "--out", "r", "--seed", "-1"], 1, "--seed is -1"),
     ],
 )
 def test_bad_input_is_one_sentence(arguments: list[str], code: int, sentence: str, tmp_path: Path) -> None:
@@ -75,6 +81,12 @@ def test_json_is_for_machines(collection: Collection) -> None:
     told = likewise("neighbors", collection.path, "-k", "5", "--json", "--quiet")
     assert json.loads(told.stdout)["k"] == 5
     assert told.stderr == ""
+
+
+def test_names_are_checked_in_python_too() -> None:
+    code = "import likewise; likewise.TrainSettings(pairs='langage')"
+    told = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert "unknown pairs 'langage'; known: self, language. Did you mean language?" in told.stderr
 
 
 def test_unknown_encoders_are_one_sentence(collection: Collection) -> None:

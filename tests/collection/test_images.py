@@ -10,8 +10,11 @@ from PIL import Image
 
 from likewise.artifacts import MANIFEST
 from likewise.collection.images import BadImageError, check_shape, decode, read_bytes
+from likewise.collection.importing import import_collection
 from likewise.collection.packed import PackedImages, pack_images, shrink
 from likewise.collection.records import Collection, ImageRef
+from likewise.collection.sources.candidates import ImportOptions
+from likewise.errors import ArtifactError
 
 
 def picture() -> Image.Image:
@@ -152,3 +155,13 @@ def test_records_are_read_by_position(collection: Collection) -> None:
         assert collection[position] == everything[position]
     with pytest.raises(IndexError):
         collection[len(collection)]
+
+
+def test_a_missing_image_folder_is_told_and_leaves_no_cache(emoji: Path, tmp_path: Path) -> None:
+    pictures = shutil.copytree(emoji.parent, tmp_path / "pictures")
+    made = import_collection(pictures / "labels.csv", tmp_path / "c", ImportOptions(limit=20))
+    pictures.rename(tmp_path / "elsewhere")
+    with pytest.raises(ArtifactError, match="pictures, which holds the images of .*, is not there"):
+        pack_images(made, 32)
+    (tmp_path / "elsewhere").rename(pictures)
+    assert len(pack_images(made, 32).usable) == 20

@@ -15,6 +15,7 @@ from likewise.evaluation.compare import compare, read_results
 from likewise.evaluation.evaluate import evaluate
 from likewise.evaluation.features import extract_features
 from likewise.evaluation.fewshot import FewShot
+from likewise.evaluation.linear import LinearProbe
 from likewise.evaluation.protocols import ProtocolSettings
 from likewise.evaluation.suite import open_set
 from likewise.models.encoders import open_encoder
@@ -184,3 +185,41 @@ def test_other_bad_input_is_refused(folder: Path, tmp_path: Path) -> None:
             size=48,
             out=tmp_path,
         )
+
+
+def test_other_settings_never_overwrite_what_was_measured(folder: Path, tmp_path: Path) -> None:
+    for shots in (1, 2):
+        chosen = ProtocolSettings(fewshot=FewShot(ways=2, shots=shots, episodes=20))
+        evaluate("random:resnet10t", folder, ("fewshot",), settings=chosen, size=48, out=tmp_path)
+    rows = read_results(tmp_path)
+    assert sorted(row.settings["shots"] for row in rows) == [1, 2]
+    assert len({row.name for row in rows}) == 2
+
+
+def test_results_of_several_encoders_in_one_folder_are_refused(folder: Path, tmp_path: Path) -> None:
+    for size in (32, 48):
+        evaluate("random:resnet10t", folder, ("knn",), size=size, out=tmp_path)
+    with pytest.raises(ArtifactError, match="several weights or input sizes"):
+        read_results(tmp_path)
+
+
+def test_means_over_classes_are_not_compared_item_by_item(folder: Path, tmp_path: Path) -> None:
+    chosen = ProtocolSettings(linear=LinearProbe(mean_per_class=True))
+    for name in ("resnet10t", "resnet14t"):
+        evaluate(f"random:{name}", folder, ("knn",), settings=chosen, size=48, out=tmp_path / name)
+    (row,) = compare([read_results(tmp_path / "resnet10t"), read_results(tmp_path / "resnet14t")])
+    assert row.row.metric == "mean per-class accuracy"
+    assert row.differences == [None]
+
+
+def test_half_filled_columns_for_retrieval_are_refused(tmp_path: Path) -> None:
+    rows = ["a.png,train,x,", "b.png,test,x,1", "c.png,test,y,"]
+    (tmp_path / "set.csv").write_text("\n".join(["file,split,label,instance", *rows]) + "\n")
+    with pytest.raises(InputError, match="column 'instance' is empty for 1 test images"):
+        open_set(tmp_path / "set.csv")
+    (tmp_path / "set.csv").write_bytes(b"file,split,label\n\xff.png,train,x\n")
+    with pytest.raises(InputError, match="no UTF-8 table"):
+        open_set(tmp_path / "set.csv")
+    (tmp_path / "set.parquet").write_bytes(b"PAR1")
+    with pytest.raises(InputError, match="give a folder, or a .csv or .tsv file"):
+        open_set(tmp_path / "set.parquet")

@@ -21,7 +21,7 @@ from likewise.progress import SILENT, Progress, Task
 _BLOCK = 16  # images decoded by a thread before it hands back
 _EXAMPLES = 3
 _GUESSED = ImportOptions()
-_VOLATILE = ("root", "source", "guesses")
+_VOLATILE = ("root", "images", "source", "guesses")
 
 
 def import_collection(
@@ -80,9 +80,9 @@ def _check(options: ImportOptions, shard_rows: int) -> None:
 
 
 def _settings(source: str, opened: Source, options: ImportOptions, shard_rows: int) -> dict[str, Any]:
-    """Return what decides the result, and what is only recorded; `images` is told by `root`."""
+    """Return what decides the result, and what is only recorded: where things lie, and what was guessed."""
     told = asdict(options) | {"caption_column": list(options.caption_column), "where": list(options.where)}
-    del told["images"]
+    told["images"] = None if options.images is None else str(options.images)
     recorded = {"root": str(opened.root), "source": source, "guesses": opened.guesses()}
     return told | {"shard_rows": shard_rows} | recorded
 

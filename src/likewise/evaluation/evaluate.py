@@ -12,6 +12,7 @@ from likewise.errors import InputError, LikewiseError
 from likewise.evaluation.features import extract_features
 from likewise.evaluation.protocols import PROTOCOLS, ProtocolSettings, Score, Task, check_protocols
 from likewise.evaluation.suite import LabelledSet, open_set
+from likewise.launch import resolve_device
 from likewise.models.encoders import ImageEncoder, open_encoder
 from likewise.progress import SILENT, Progress
 
@@ -59,6 +60,7 @@ def evaluate(
         ModelError: where the encoder cannot be opened.
     """
     check_protocols(tuple(protocols))
+    device = resolve_device(device)
     single = isinstance(on, str | Path | LabelledSet)
     sets = [
         each

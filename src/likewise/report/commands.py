@@ -17,6 +17,7 @@ _IMPORT_FLAGS = (
     "group_column",
     "id_column",
     "where",
+    "images",
     "limit",
 )
 
