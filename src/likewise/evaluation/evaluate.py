@@ -109,17 +109,18 @@ def _measure(
     head: dict[str, Any],
     progress: Progress,
 ) -> dict[str, Any]:
-    """Run the protocols that have not been run with these settings, writing the results after each."""
+    """Run the protocols that have not been run yet, writing the results after each."""
     path = artifact.path / RESULTS
     result = read_json(path) if path.is_file() else head | {"set": _about(task)}
+    if artifact.complete and all(name in result["protocols"] for name in protocols):
+        progress.say(f"{task.images.name} was measured before: {path}")
+        return result
     with progress.task(f"probing {task.images.name}", len(protocols), "protocols") as bar:
         for name in protocols:
-            asked = PROTOCOLS[name].settings(settings)
-            known = result["protocols"].get(name)
-            if known is None or known["settings"] != asked:
+            if name not in result["protocols"]:
                 scores = _run(name, task, settings)
                 result["protocols"][name] = {
-                    "settings": asked,
+                    "settings": PROTOCOLS[name].settings(settings),
                     "scores": [_keep(name, score, artifact.path) for score in scores],
                 }
                 write_json(path, result)
