@@ -33,7 +33,7 @@ class Size:
 
 
 FULL = Size(every=1, epochs=9, episodes=5000)
-QUICK = Size(every=3, epochs=5, episodes=1000)
+QUICK = Size(every=3, epochs=4, episodes=1000)
 PIXELS = 40
 
 
