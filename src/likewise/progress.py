@@ -52,8 +52,8 @@ class Silent(Progress):
 
 @final
 class _BarTask(Task):
-    def __init__(self, bars: "RichBars", task: "TaskID", unit: str, done: int) -> None:
-        self._bars, self._task, self._unit, self._done = bars, task, unit, done
+    def __init__(self, bars: "RichBars", task: "TaskID", unit: str) -> None:
+        self._bars, self._task, self._unit = bars, task, unit
         self._here = 0
 
     def advance(self, amount: int = 1, note: str | None = None) -> None:
@@ -92,7 +92,7 @@ class Terminal(Progress):
         )
         with RichBars(*columns, console=self._console) as bars:
             bar = bars.add_task(name, total=total, completed=done, rate="", note="")
-            yield _BarTask(bars, bar, unit, done)
+            yield _BarTask(bars, bar, unit)
 
     def say(self, sentence: str) -> None:
         """Print the sentence, marked as an aside."""
