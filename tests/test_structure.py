@@ -95,7 +95,7 @@ def test_modules_and_functions_stay_short() -> None:
 
 
 def test_nothing_heavy_is_loaded_before_the_arguments_are_parsed() -> None:
-    code = "import sys, likewise, likewise.cli; print([m for m in sys.modules if m in sys.argv[1:]])"
+    code = "import sys, likewise, likewise.cli.__main__; print([m for m in sys.modules if m in sys.argv[1:]])"
     heavy = ["torch", "timm", "pyarrow", "matplotlib", "transformers", "numpy", "sentence_transformers"]
     told = subprocess.run([sys.executable, "-c", code, *heavy], capture_output=True, text=True, check=True)
     assert told.stdout.strip() == "[]"

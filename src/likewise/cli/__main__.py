@@ -1,0 +1,42 @@
+"""Run the command line: hand the arguments to a verb, turn what went wrong into a sentence and a code."""
+
+import sys
+from collections.abc import Sequence
+
+from cyclopts import CycloptsError
+
+# Importing a module registers its verbs.
+from likewise.cli import collecting, measuring, pairing, training  # noqa: F401
+from likewise.cli.app import app
+from likewise.errors import InterruptedRunError, LikewiseError
+from likewise.terminal import fail
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Run the command line and leave with 0 (done), 1 (failed), 2 (bad usage) or 130 (interrupted)."""
+    tokens = list(sys.argv[1:] if arguments is None else arguments)
+    sys.exit(_run(tokens, debug="--debug" in tokens))
+
+
+def _run(tokens: list[str], *, debug: bool) -> int:
+    try:
+        app(tokens, exit_on_error=False, result_action="return_value")
+    except CycloptsError:
+        return 2
+    except KeyboardInterrupt:
+        return fail("interrupted; what is finished is kept, run the same command again to go on", 130)
+    except InterruptedRunError as fault:
+        return fail(str(fault), 130)
+    except LikewiseError as fault:
+        if debug:
+            raise
+        return fail(f"error: {fault}", 1)
+    except OSError as fault:
+        if debug:
+            raise
+        return fail(f"error: {fault.strerror or fault}: {fault.filename or 'no file named'}", 1)
+    return 0
+
+
+if __name__ == "__main__":
+    main()

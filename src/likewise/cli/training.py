@@ -1,0 +1,57 @@
+"""From pairs to an image encoder: `train`."""
+
+from pathlib import Path
+from typing import Annotated
+
+from cyclopts import Parameter
+
+from likewise.cli.app import COMMON, app
+from likewise.pretraining.settings import TrainSettings
+from likewise.terminal import Common
+
+_TRAIN = TrainSettings()
+TrainFlags = Annotated[TrainSettings, Parameter(name="*")]
+
+
+@app.command(
+    help_epilogue="Example: `likewise train photos.likewise --out run --backbone resnet18 --size 64 "
+    "--epochs 20 --batch-size 128`"
+)
+def train(
+    collection: Path,
+    /,
+    *,
+    out: Path,
+    settings: TrainFlags = _TRAIN,
+    workers: int | None = None,
+    device: str | None = None,
+    checkpoint_minutes: float = 2.0,
+    common: Common = COMMON,
+) -> None:
+    """Train an image encoder; run it again after an interruption, and it goes on.
+
+    Args:
+        collection: A collection; `--pairs language` needs its neighbors.
+        out: The run's folder.
+        workers: Threads that make batches; half the processors by default.
+        device: `cpu`, `cuda`, …; chosen by itself.
+        checkpoint_minutes: A kill loses at most this much work.
+    """
+    from likewise.pretraining.train import train as train_encoder
+
+    run = train_encoder(
+        collection,
+        out,
+        settings,
+        workers=workers,
+        device=device,
+        checkpoint_minutes=checkpoint_minutes,
+        progress=common.progress(),
+    )
+    last = (run.metrics() or [{}])[-1]
+    common.tell(
+        {"run": str(run.path), "encoder": str(run.encoder), "last": last},
+        f"trained: {run.path} (loss {last.get('loss', float('nan')):.3f}, effective rank "
+        f"{last.get('effective_rank', float('nan')):.0f})\n"
+        f"  next: likewise evaluate {run.path} --on FOLDER; likewise report {run.path}",
+    )
