@@ -8,8 +8,7 @@ def main() -> None:
     from benchmarks import search, step
 
     print(f"torch {torch.__version__}, {torch.get_num_threads()} threads; a ratio above 1: ours is faster")
-    print(search.run())
-    for line in step.run():
+    for line in [*search.run(), *step.run()]:
         print(line)
 
 

@@ -1,6 +1,6 @@
-"""Self against language pairs on product photos, several seeds: the figures of docs/results.md.
+"""Pairs and views compared on product photos, several seeds: the figures of docs/results.md.
 
-    python -m benchmarks.fashion ITEMS.csv WORK --also FOLDER --seeds 3
+    python -m benchmarks.fashion ITEMS.csv WORK --also FOLDER --seeds 3 --arms self language
 
 ITEMS.csv has columns file, split, title and articleType. Finished runs are reused, so it can be stopped and
 run again; the table is printed after each seed.
@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 from scipy import stats
 
-from likewise import TrainSettings, embed, find_neighbors, import_collection, train
+from likewise import PairRule, TrainSettings, embed, find_neighbors, import_collection, train
 from likewise.collection.sources.candidates import ImportOptions
 from likewise.evaluation.evaluate import evaluate
 from likewise.evaluation.suite import open_set
@@ -23,16 +23,27 @@ PROTOCOLS = ("linear", "fewshot", "knn")
 Figures = dict[tuple[str, str, str], list[float]]
 
 
-def settings(pairs: str, seed: int, epochs: int) -> TrainSettings:
-    """Return the settings of one run: the same for both arms but for the pairs and what follows from them."""
+# What is shown with whom, and by which views; the first is what the others are compared with.
+ARMS = {
+    "self": (PairRule(pairs="self"), "simclr"),
+    "language": (PairRule(), "crop"),
+    "language-simclr": (PairRule(), "simclr"),
+    "mix50-simclr": (PairRule(k=3, self_share=0.5), "simclr"),
+    "mix50-crop": (PairRule(k=3, self_share=0.5), "crop"),
+    "mix25-simclr": (PairRule(k=3, self_share=0.25), "simclr"),
+}
+
+
+def settings(views: str, seed: int, epochs: int) -> TrainSettings:
+    """Return the settings of one run: the same for all arms but for the views."""
     return TrainSettings(
-        pairs="self" if pairs == "self" else "language",
         backbone="resnet10t",
         size=48,
         stem="standard",
         batch_size=128,
         epochs=epochs,
         rate=4e-3,
+        views=views,
         seed=seed,
     )
 
@@ -55,15 +66,15 @@ def interval(values: list[float]) -> str:
 
 
 def table(figures: Figures) -> str:
-    """Lay the figures out as Markdown, with the difference paired by seed."""
-    lines = [
-        "| set | protocol | untrained | self | language | language − self |",
-        "|---|---|---|---|---|---|",
-    ]
+    """Lay the figures out as Markdown: each arm, and each but the first less the first, paired by seed."""
+    arms = list(dict.fromkeys(key[2] for key in figures))
+    others = [arm for arm in arms if arm not in ("untrained", "self")]
+    lines = ["| set | protocol | " + " | ".join([*arms, *(f"{arm} − self" for arm in others)]) + " |"]
+    lines.append("|---" * (2 + len(arms) + len(others)) + "|")
     for name, protocol in dict.fromkeys((key[0], key[1]) for key in figures):
-        arms = {arm: figures[name, protocol, arm] for arm in ("untrained", "self", "language")}
-        gain = [b - a for a, b in zip(arms["self"], arms["language"], strict=True)]
-        cells = " | ".join(interval(values) for values in (*arms.values(), gain))
+        values = {arm: figures[name, protocol, arm] for arm in arms}
+        gains = [[b - a for a, b in zip(values["self"], values[arm], strict=True)] for arm in others]
+        cells = " | ".join(interval(each) for each in (*values.values(), *gains))
         lines.append(f"| {name} | {protocol} | {cells} |")
     return "\n".join(lines)
 
@@ -78,6 +89,7 @@ def main() -> None:
     parser.add_argument("--also", type=Path, nargs="*", default=[])
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--epochs", type=int, default=10)
+    parser.add_argument("--arms", nargs="+", choices=ARMS, default=["self", "language"])
     told = parser.parse_args()
     progress = Terminal(Console(stderr=True))
     options = ImportOptions(caption_column=("title",), label_column="articleType", where=("split=train",))
@@ -87,12 +99,17 @@ def main() -> None:
     figures: Figures = {}
     for seed in range(told.seeds):
         start = initial_encoder(
-            settings("self", seed, told.epochs), told.work / f"untrained-{seed}.safetensors"
+            settings("simclr", seed, told.epochs), told.work / f"untrained-{seed}.safetensors"
         )
         measure(start, told.items, told.also, told.work / f"untrained-{seed}", figures, "untrained")
-        for arm in ("self", "language"):
+        for arm in told.arms:
+            rule, views = ARMS[arm]
             run = train(
-                collection, told.work / f"{arm}-{seed}", settings(arm, seed, told.epochs), progress=progress
+                collection,
+                told.work / f"{arm}-{seed}",
+                settings(views, seed, told.epochs),
+                rule,
+                progress=progress,
             )
             measure(run.path, told.items, told.also, run.path / "evaluation", figures, arm)
         print(f"\nafter seed {seed}:\n{table(figures)}", flush=True)

@@ -11,8 +11,8 @@ from likewise.collection.importing import import_collection
 from likewise.collection.packed import pack_images
 from likewise.collection.sources.candidates import ImportOptions
 from likewise.models.backbones import BackboneSpec, build_backbone
-from likewise.neighbors.pairs import make_pairs
 from likewise.neighbors.rules import PairRule
+from likewise.neighbors.sources import make_pairs
 from likewise.pretraining.batches import PairBatches
 from likewise.pretraining.methods import build_method
 from likewise.pretraining.optim import adamw
@@ -32,7 +32,7 @@ def _compare(folder: Path, recipe_name: str) -> str:
     table = make_emoji(folder / "emoji", every=6)
     collection = import_collection(table, folder / "collection", ImportOptions())
     images = pack_images(collection, SIZE * 3 // 2)
-    pairs, _ = make_pairs(collection, PairRule(source="self"), None, images.usable)
+    pairs = make_pairs(collection, PairRule(pairs="self"), images.usable)
     recipe = view_recipe(recipe_name)
     batches = PairBatches(images, pairs, recipe, batch_size=BATCH, size=SIZE, seed=0)
     settings = TrainSettings(backbone="resnet18", size=SIZE, batch_size=BATCH)

@@ -2,7 +2,6 @@
 
 import errno
 import os
-from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -128,14 +127,8 @@ def test_slugs_are_safe_folder_names() -> None:
     assert "/" not in slug("a b/c d:e")
 
 
-@dataclass(frozen=True, kw_only=True)
-class Sample:
-    rate: float = 0.1
-    name: str = "x"
-
-
 def test_settings_go_to_yaml_and_back(tmp_path: Path) -> None:
-    write_yaml(tmp_path / "s.yaml", Sample(rate=0.0))
+    write_yaml(tmp_path / "s.yaml", {"rate": 0.0, "name": "x"})
     assert read_yaml(tmp_path / "s.yaml") == {"rate": 0.0, "name": "x"}
     (tmp_path / "bad.yaml").write_text("a: [")
     with pytest.raises(InputError, match="not valid YAML"):

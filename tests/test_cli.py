@@ -20,7 +20,9 @@ def likewise(*arguments: str | Path, cwd: Path | None = None) -> subprocess.Comp
     return subprocess.run(command, capture_output=True, text=True, check=False, cwd=cwd)
 
 
-@pytest.mark.parametrize("verb", ["import", "embed", "neighbors", "train", "evaluate", "report", "demo"])
+@pytest.mark.parametrize(
+    "verb", ["import", "embed", "neighbors", "diagnose", "audit", "train", "evaluate", "report", "demo"]
+)
 def test_every_verb_has_help_with_an_example(verb: str) -> None:
     told = likewise(verb, "--help")
     assert told.returncode == 0
@@ -84,9 +86,10 @@ def test_json_is_for_machines(collection: Collection) -> None:
 
 
 def test_names_are_checked_in_python_too() -> None:
-    code = "import likewise; likewise.TrainSettings(pairs='langage')"
+    code = "import likewise; likewise.PairRule(pairs='langage')"
     told = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
-    assert "unknown pairs 'langage'; known: self, language. Did you mean language?" in told.stderr
+    assert "unknown source of pairs 'langage'; known: self, language, vision" in told.stderr
+    assert "Did you mean language" in told.stderr
 
 
 def test_unknown_encoders_are_one_sentence(collection: Collection) -> None:

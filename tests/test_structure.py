@@ -13,10 +13,10 @@ SOURCE = Path(likewise.__file__).parent
 GROUND = {"errors", "artifacts", "config", "draws", "launch", "progress"}
 ROOMS = {
     "collection": set(),
-    "embeddings": {"collection"},
+    "embeddings": {"collection", "models"},
     "neighbors": {"embeddings", "collection"},
     "models": set(),
-    "pretraining": {"neighbors", "collection", "models"},
+    "pretraining": {"neighbors", "embeddings", "collection", "models"},
     "evaluation": {"models", "collection"},
     "report": {"collection", "neighbors", "evaluation"},
     "demo": {"collection", "embeddings", "neighbors", "pretraining", "evaluation", "report"},

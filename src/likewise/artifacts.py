@@ -196,8 +196,22 @@ def atomic(path: Path) -> Iterator[Path]:
     """
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
-        yield temporary
-        temporary.replace(path)
+        with told_if_full(path):
+            yield temporary
+            temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+@contextmanager
+def told_if_full(path: Path) -> Iterator[None]:
+    """Say in one sentence that there is no space left to write a file.
+
+    Raises:
+        ArtifactError: where the disk is full.
+    """
+    try:
+        yield
     except OSError as fault:
         if fault.errno == errno.ENOSPC:
             free = shutil.disk_usage(path.parent).free // 2**20
@@ -206,8 +220,6 @@ def atomic(path: Path) -> Iterator[Path]:
                 "what is finished is kept"
             ) from fault
         raise
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def write_text(path: Path, text: str) -> None:

@@ -1,6 +1,5 @@
 """Settings on disk, as plain YAML that people can read."""
 
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -10,9 +9,9 @@ from likewise.artifacts import write_text
 from likewise.errors import InputError
 
 
-def write_yaml(path: Path, settings: Any, extra: dict[str, Any] | None = None) -> None:
-    """Write settings, and values derived from them under their own names, as YAML."""
-    write_text(path, yaml.safe_dump(asdict(settings) | (extra or {}), sort_keys=False))
+def write_yaml(path: Path, settings: dict[str, Any]) -> None:
+    """Write settings as YAML, in their order."""
+    write_text(path, yaml.safe_dump(settings, sort_keys=False))
 
 
 def read_yaml(path: Path) -> dict[str, Any]:

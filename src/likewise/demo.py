@@ -12,7 +12,7 @@ from likewise.evaluation.evaluate import evaluate
 from likewise.evaluation.fewshot import FewShot
 from likewise.evaluation.protocols import ProtocolSettings
 from likewise.neighbors.neighbors import find_neighbors
-from likewise.neighbors.rules import PairSource
+from likewise.neighbors.rules import PairRule, PairSource
 from likewise.pretraining.settings import TrainSettings
 from likewise.pretraining.train import initial_encoder, train
 from likewise.progress import SILENT, Progress
@@ -37,9 +37,8 @@ QUICK = Size(every=3, epochs=4, episodes=1000)
 PIXELS = 40
 
 
-def _settings(arm: PairSource, size: Size) -> TrainSettings:
+def _settings(size: Size) -> TrainSettings:
     return TrainSettings(
-        pairs=arm,
         backbone="resnet10t",
         size=PIXELS,
         stem="standard",
@@ -85,12 +84,19 @@ def run_demo(
     probes = ProtocolSettings(fewshot=FewShot(episodes=size.episodes))
     runs = []
     for arm in ARMS:
-        run = train(collection, out / f"run-{arm}", _settings(arm, size), device=device, progress=progress)
+        run = train(
+            collection,
+            out / f"run-{arm}",
+            _settings(size),
+            PairRule(pairs=arm),
+            device=device,
+            progress=progress,
+        )
         evaluate(run.path, table.parent, PROTOCOLS, settings=probes, device=device, progress=progress)
         runs.append(run.path)
     floor = out / "untrained"
     evaluate(
-        initial_encoder(_settings("self", size), out / "untrained.safetensors"),
+        initial_encoder(_settings(size), out / "untrained.safetensors"),
         table.parent,
         PROTOCOLS,
         settings=probes,

@@ -120,6 +120,37 @@ def test_files_that_are_no_weights_are_refused(tmp_path: Path) -> None:
         open_encoder(str(tmp_path))
 
 
+def test_clip_image_tower_sees_what_open_clip_sees(tmp_path: Path) -> None:
+    import json
+
+    import numpy as np
+    import open_clip
+    from PIL import Image
+
+    from support import save_png
+
+    vision = {"image_size": 32, "layers": 1, "width": 32, "head_width": 16, "patch_size": 16}
+    text = {"context_length": 8, "vocab_size": 49408, "width": 32, "heads": 2, "layers": 1}
+    config = {"embed_dim": 24, "vision_cfg": vision, "text_cfg": text}
+    (tmp_path / "likewise-tower.json").write_text(json.dumps(config))
+    open_clip.add_model_config(tmp_path)
+    torch.manual_seed(0)
+    made: Any = open_clip.create_model_and_transforms("likewise-tower")
+    model, _, prepare = made
+    torch.save(model.state_dict(), tmp_path / "w.pt")
+    save_png(tmp_path / "face.png")
+    image = Image.open(tmp_path / "face.png").convert("RGBA").convert("RGB").resize((90, 60))
+    encoder = open_encoder(f"clip:likewise-tower/{tmp_path / 'w.pt'}")
+    crop = encoder.transform.crop(np.asarray(image))
+    with torch.no_grad():
+        expected = model.eval().encode_image(prepare(image)[None])
+    found = encoder.model(encoder.transform.standardise(torch.from_numpy(crop[None].copy())))
+    torch.testing.assert_close(found, expected, atol=1e-4, rtol=1e-4)
+    assert encoder.width == 24
+    with pytest.raises(ModelError, match="is neither a file nor weights of likewise-tower"):
+        open_encoder("clip:likewise-tower/nowhere.pt")
+
+
 def test_identity_tells_weights_and_stems_apart() -> None:
     same = [open_encoder("random:resnet10t", size=48).identity for _ in range(2)]
     assert same[0] == same[1]

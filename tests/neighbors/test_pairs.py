@@ -1,71 +1,94 @@
-"""Partners: never oneself, drawn evenly and reproducibly, and only among readable images."""
+"""Draws of partners: even or by similarity, reproducible, and functions of seed, epoch and image alone."""
 
 import numpy as np
-import pytest
 
-from likewise.collection.records import Collection
-from likewise.errors import ArtifactError, InputError
-from likewise.neighbors.neighbors import look_up_neighbors
-from likewise.neighbors.pairs import Pairs, make_pairs
+from likewise.neighbors.candidates import Candidates
+from likewise.neighbors.pairs import FromGroups, FromTable, Nobody, Pairs
 from likewise.neighbors.rules import PairRule
 
-
-def all_positions(collection: Collection) -> np.ndarray:
-    return np.arange(len(collection))
+NEAREST = PairRule()
 
 
-def test_nearest_caption_is_the_partner(collection: Collection) -> None:
-    pairs, found = make_pairs(collection, PairRule(source="language"), None, all_positions(collection))
-    assert found is not None
-    nearest, similarity = found.table(1)
-    partners = pairs.partners(all_positions(collection), seed=3, epoch=5)
-    np.testing.assert_array_equal(partners, nearest[:, 0])
-    assert (partners != all_positions(collection)).all()
-    # Both houses draw most concepts under one name, so most partners carry the very same captions.
-    same = [collection[i].captions == collection[int(p)].captions for i, p in enumerate(partners)]
-    assert np.mean(same) > 0.8
-    assert (similarity[same, 0] > 0.999).all()
+def pairs(choice: FromTable | FromGroups | Nobody, rule: PairRule = NEAREST, images: int = 4) -> Pairs:
+    return Pairs(rule, choice, "key", dropped=np.zeros(images, bool))
 
 
-def test_self_pairs_every_image_with_itself(collection: Collection) -> None:
-    pairs, found = make_pairs(collection, PairRule(source="self"), None, all_positions(collection))
-    assert found is None
-    np.testing.assert_array_equal(pairs.partners(np.array([4, 1]), seed=0, epoch=0), [4, 1])
+def of(rows: list[list[int]], similarity: list[list[float]] | None = None) -> Candidates:
+    positions = np.array(rows)
+    values = np.ones(positions.shape, np.float32) if similarity is None else np.array(similarity, np.float32)
+    return Candidates(positions, np.where(positions < 0, -np.inf, values).astype(np.float32))
 
 
-def test_draws_are_even_and_depend_on_seed_and_epoch_alone(collection: Collection) -> None:
-    pairs, found = make_pairs(collection, PairRule(source="language", k=3), None, all_positions(collection))
-    assert found is not None
-    everyone = all_positions(collection)
-    one = pairs.partners(everyone, seed=1, epoch=2)
-    np.testing.assert_array_equal(one[::-1], pairs.partners(everyone[::-1], seed=1, epoch=2))
-    assert (one != pairs.partners(everyone, seed=1, epoch=3)).any()
-    assert (one != pairs.partners(everyone, seed=2, epoch=2)).any()
-    drawn = np.stack([pairs.partners(everyone, seed=0, epoch=e) for e in range(60)])
-    nearest = found.table(3)[0]
-    shares = [(drawn == nearest[:, place]).mean() for place in range(3)]
-    np.testing.assert_allclose(shares, 1 / 3, atol=0.03)
+def shares(drawn: np.ndarray, images: int = 4) -> np.ndarray:
+    return np.bincount(drawn, minlength=images) / len(drawn)
 
 
-def test_unreadable_images_are_never_partners(collection: Collection) -> None:
-    _, found = make_pairs(collection, PairRule(source="language"), None, all_positions(collection))
-    assert found is not None
-    lost = int(found.table(1)[0][0, 0])
-    usable = np.delete(all_positions(collection), lost)
-    pairs, _ = make_pairs(collection, PairRule(source="language", k=2), None, usable)
-    for epoch in range(5):
-        assert lost not in pairs.partners(usable, seed=0, epoch=epoch)
+def draws(made: Pairs, image: int, count: int = 4000) -> np.ndarray:
+    return np.concatenate([made.partners(np.array([image]), seed=0, epoch=e) for e in range(count)])
 
 
-def test_images_without_neighbors_stay_with_themselves() -> None:
-    pairs = Pairs(3, np.array([[1, -1], [-1, -1], [0, 1]]), PairRule(k=2), "key")
-    assert pairs.partners(np.array([1]), seed=0, epoch=0).tolist() == [1]
-    assert {int(pairs.partners(np.array([0]), seed=s, epoch=0)[0]) for s in range(20)} == {1}
-    assert "1 without a caption" in pairs.summary()
+def test_even_draws_and_images_without_candidates() -> None:
+    made = pairs(FromTable(of([[1, 2, 3], [-1, -1, -1], [0, 1, -1], [0, -1, -1]])), PairRule(k=3))
+    np.testing.assert_allclose(shares(draws(made, 0)), [0, 1 / 3, 1 / 3, 1 / 3], atol=0.03)
+    np.testing.assert_allclose(shares(draws(made, 2)), [0.5, 0.5, 0, 0], atol=0.03)
+    assert set(draws(made, 1, 20)) == {1}
+    assert set(draws(made, 3, 20)) == {0}
+    assert made.with_partner.tolist() == [True, False, True, True]
+    assert "3 of 4 images have a partner; 1 are paired with themselves" in made.summary()
 
 
-def test_bad_rules_are_refused(collection: Collection) -> None:
-    with pytest.raises(InputError, match="k is 0"):
-        PairRule(k=0)
-    with pytest.raises(ArtifactError, match="k >= 50"):
-        look_up_neighbors(collection, None, 50)
+def test_draws_by_similarity_follow_the_softmax() -> None:
+    table = of([[1, 2, 3]] * 4, [[0.9, 0.7, 0.2]] * 4)
+    made = pairs(FromTable(table, temperature=0.3), PairRule(k=3, draw_temperature=0.3))
+    weights = np.exp(np.array([0.9, 0.7, 0.2]) / 0.3)
+    np.testing.assert_allclose(shares(draws(made, 0))[1:], weights / weights.sum(), atol=0.03)
+    cold = pairs(FromTable(table, temperature=1e-4), PairRule(k=3, draw_temperature=1e-4))
+    assert set(draws(cold, 0, 50)) == {1}
+
+
+def test_a_share_with_themselves() -> None:
+    made = pairs(FromTable(of([[1], [2], [3], [0]])), PairRule(self_share=0.25))
+    np.testing.assert_allclose(shares(draws(made, 0)), [0.25, 0.75, 0, 0], atol=0.03)
+
+
+def test_a_caption_is_drawn_first() -> None:
+    # Image 0 has three captions, one of which found nobody; image 1 has none, image 2 one.
+    table = of([[1, 3], [-1, -1], [2, -1], [3, 1]])
+    choice = FromTable(table, starts=np.array([0, 3, 3, 4, 4]))
+    made = pairs(choice, PairRule(k=2))
+    np.testing.assert_allclose(shares(draws(made, 0)), [0, 0.25, 0.5, 0.25], atol=0.03)
+    assert made.with_partner.tolist() == [True, False, True, False]
+    assert choice.partners_of(0) == [1, 3, 2]
+    assert choice.partners_of(1) == []
+
+
+def test_groups_draw_any_other_member_evenly() -> None:
+    group = np.array([5, -1, 5, 5, 7, -1, 5])
+    made = pairs(FromGroups(group), PairRule(pairs="label"), images=7)
+    np.testing.assert_allclose(shares(draws(made, 2), 7), [1 / 3, 0, 0, 1 / 3, 0, 0, 1 / 3], atol=0.03)
+    assert made.with_partner.tolist() == [True, False, True, True, False, False, True]
+    for alone in (1, 4, 5):
+        assert set(draws(made, alone, 20)) == {alone}
+
+
+def test_order_and_company_change_no_draw() -> None:
+    rng = np.random.default_rng(0)
+    table = of((rng.integers(1, 500, (500, 6)) + np.arange(500)[:, None]).tolist())
+    made = Pairs(PairRule(k=6), FromTable(table), "key", dropped=np.zeros(500, bool))
+    everyone = np.arange(500)
+    one = made.partners(everyone, seed=1, epoch=2)
+    np.testing.assert_array_equal(one[::-1], made.partners(everyone[::-1], seed=1, epoch=2))
+    parts = [made.partners(part, seed=1, epoch=2) for part in np.array_split(everyone, 7)]
+    np.testing.assert_array_equal(one, np.concatenate(parts))
+    assert (one != made.partners(everyone, seed=1, epoch=3)).any()
+    assert (one != made.partners(everyone, seed=2, epoch=2)).any()
+
+
+def test_self_pairs_and_dropped_images() -> None:
+    made = pairs(Nobody(4), PairRule(pairs="self"))
+    assert made.partners(np.array([3, 1]), seed=0, epoch=0).tolist() == [3, 1]
+    left = Pairs(
+        PairRule(), FromTable(of([[1], [0], [0], [-1]])), "key", dropped=np.array([False, False, True, True])
+    )
+    assert left.anchors.tolist() == [0, 1]
+    assert left.with_partner.tolist() == [True, True, False, False]

@@ -17,6 +17,7 @@ from likewise.collection.records import Collection
 from likewise.collection.sources.candidates import ImportOptions
 from likewise.errors import ArtifactError, InputError, ModelError, TrainingError
 from likewise.models.checkpoints import load_tensors
+from likewise.neighbors.rules import PairRule
 from likewise.pretraining import loop
 from likewise.pretraining.settings import TrainSettings
 from likewise.pretraining.train import Run, train
@@ -137,12 +138,14 @@ def test_other_settings_or_seed_never_mix(collection: Collection, whole: Path) -
 def test_both_arms_start_alike_and_seeds_differ(collection: Collection, tmp_path: Path) -> None:
     one_step = replace(TINY, steps=1, rate=1e-30)
     start = {
-        name: weights(train(collection, tmp_path / name, settings).path)["conv1.0.weight"]
-        for name, settings in {
-            "language": one_step,
-            "self": replace(one_step, pairs="self"),
-            "seed": replace(one_step, seed=1),
-        }.items()
+        name: weights(train(collection, tmp_path / name, settings, PairRule(pairs=pairs)).path)[
+            "conv1.0.weight"
+        ]
+        for name, settings, pairs in (
+            ("language", one_step, "language"),
+            ("self", one_step, "self"),
+            ("seed", replace(one_step, seed=1), "language"),
+        )
     }
     torch.testing.assert_close(start["self"], start["language"])
     assert not torch.allclose(start["seed"], start["language"])
@@ -168,9 +171,9 @@ def test_loss_that_is_no_number_stops_and_keeps_the_last_good_checkpoint(
 
     original, calls = contrastive.nt_xent, []
 
-    def breaks(first, second, temperature):  # noqa: ANN001, ANN202
+    def breaks(*arguments):  # noqa: ANN002, ANN202
         calls.append(1)
-        loss = original(first, second, temperature)
+        loss = original(*arguments)
         return loss * float("nan") if len(calls) == 4 else loss
 
     monkeypatch.setattr(contrastive, "nt_xent", breaks)
@@ -192,8 +195,8 @@ def test_bad_settings_are_refused_before_anything_is_made(collection: Collection
         train(collection, run, replace(TINY, method="simcrl"))
     with pytest.raises(InputError, match="--epochs or --steps, not both"):
         replace(TINY, epochs=2)
-    with pytest.raises(ArtifactError, match="k >= 9"):
-        train(collection, run, replace(TINY, k=9))
+    with pytest.raises(InputError, match="no image .* has a partner .*loosen the rule"):
+        train(collection, run, TINY, PairRule(min_similarity=1.0, distinct_captions=True))
     assert not run.exists()
 
 
@@ -201,7 +204,7 @@ def test_one_image_is_too_few(tmp_path: Path) -> None:
     save_png(tmp_path / "images" / "one.png")
     one = import_collection(tmp_path / "images", tmp_path / "c", ImportOptions())
     with pytest.raises(TrainingError, match="1 usable images.*at least 2"):
-        train(one, tmp_path / "run", replace(TINY, pairs="self"))
+        train(one, tmp_path / "run", TINY, PairRule(pairs="self"))
 
 
 def test_images_lost_since_import_are_left_out_and_counted(emoji: Path, tmp_path: Path) -> None:
@@ -213,6 +216,6 @@ def test_images_lost_since_import_are_left_out_and_counted(emoji: Path, tmp_path
     )
     for position in (0, 7):
         (made.root / str(made[position].image.path)).unlink()
-    run = train(made, tmp_path / "run", replace(TINY, pairs="self", steps=2))
+    run = train(made, tmp_path / "run", replace(TINY, steps=2), PairRule(pairs="self"))
     assert run.artifact.manifest.skipped == {"no longer readable": 2}
     assert run.artifact.manifest.counts["images"] == len(made) - 2

@@ -23,6 +23,7 @@ from likewise.evaluation.fewshot import FewShot
 from likewise.evaluation.protocols import ProtocolSettings
 from likewise.evaluation.statistics import Difference
 from likewise.neighbors.neighbors import find_neighbors
+from likewise.neighbors.rules import PairRule
 from likewise.pretraining.settings import TrainSettings
 from likewise.pretraining.train import train
 from likewise.report.figures import chance, listed, plain, points
@@ -125,10 +126,8 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
     embed(collection, "all-MiniLM-L6-v2")
     find_neighbors(collection, k=5)
     for name, pairs, seed in (("own", "self", 0), ("alike", "language", 0), ("bare", "language", 1)):
-        settings = TrainSettings(
-            pairs=pairs, backbone="resnet10t", size=32, steps=3, batch_size=8, seed=seed, encoder=None
-        )
-        train(collection, base / name, settings, device="cpu")
+        settings = TrainSettings(backbone="resnet10t", size=32, steps=3, batch_size=8, seed=seed)
+        train(collection, base / name, settings, PairRule(pairs=pairs), device="cpu")
     protocols = ("linear", "knn", "fewshot", "retrieval")
     for name in ("own", "alike"):
         evaluate(base / name, table.parent, protocols, settings=_PROBES, device="cpu")

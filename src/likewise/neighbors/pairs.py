@@ -1,77 +1,179 @@
-"""Partners drawn from neighbors by a rule: who is shown with whom."""
+"""Partners drawn by a rule: who is shown with whom, as a function of seed, epoch and image alone."""
+
+from abc import ABC, abstractmethod
+from typing import final
 
 import numpy as np
 
-from likewise.collection.records import Collection
+from likewise.artifacts import Artifact
 from likewise.draws import uniforms
-from likewise.neighbors.neighbors import Neighbors, look_up_neighbors
+from likewise.neighbors.candidates import Candidates
 from likewise.neighbors.rules import PairRule
 
 _STREAM = 101  # keeps the draw of partners apart from the draws of views
 
 
-class Pairs:
-    """Partners for every image of a collection, drawn anew each epoch where there is a choice."""
+class Choice(ABC):
+    """The partners that images have, and the draw of one."""
 
-    def __init__(self, images: int, candidates: np.ndarray | None, rule: PairRule, key: str) -> None:
-        """Hold the candidates (n, k) int64 of every image, -1 where there is none, or None for `self`."""
-        self.images = images
-        self.candidates = candidates
-        self.rule = rule
-        self.key = key
+    @property
+    @abstractmethod
+    def with_partner(self) -> np.ndarray:
+        """Which images have a partner: (n,) bool."""
+
+    @abstractmethod
+    def draw(self, positions: np.ndarray, chance: np.ndarray) -> np.ndarray:
+        """Draw partners by two chances in [0, 1) each: (b,), (b, 2) -> (b,) int64, -1 where there is none."""
+
+
+@final
+class Nobody(Choice):
+    """No image has a partner: `self`."""
+
+    def __init__(self, images: int) -> None:
+        self._images = images
 
     @property
     def with_partner(self) -> np.ndarray:
-        """Which images have a partner other than themselves: (n,) bool."""
-        if self.candidates is None:
-            return np.zeros(self.images, bool)
-        return self.candidates[:, 0] >= 0
+        """Nowhere: (n,) bool."""
+        return np.zeros(self._images, bool)
+
+    def draw(self, positions: np.ndarray, chance: np.ndarray) -> np.ndarray:
+        """Return -1 for each."""
+        return np.full(len(positions), -1, np.int64)
+
+
+@final
+class FromTable(Choice):
+    """A row of candidates an image, or several of which one is drawn first (a row a caption)."""
+
+    def __init__(
+        self, candidates: Candidates, temperature: float | None = None, starts: np.ndarray | None = None
+    ) -> None:
+        """Hold candidates; `starts` (n + 1,) tells where each image's rows begin, one each where not given.
+
+        Rows without candidates are passed over in the draw of a row.
+        """
+        self.candidates = candidates
+        self.temperature = temperature
+        rows = np.arange(len(candidates.positions)) if starts is None else np.arange(starts[-1])
+        filled = candidates.found.any(axis=1)
+        bounds = np.arange(len(rows) + 1) if starts is None else starts
+        self._rows = rows[filled]
+        self._bounds = np.concatenate([[0], np.cumsum(filled)])[bounds]
+
+    @property
+    def with_partner(self) -> np.ndarray:
+        """Which images have a partner: (n,) bool."""
+        return np.diff(self._bounds) > 0
+
+    def partners_of(self, position: int) -> list[int]:
+        """Return everybody who may be drawn for an image, best first."""
+        rows = self._rows[self._bounds[position] : self._bounds[position + 1]]
+        found = self.candidates.positions[rows].ravel()
+        return list(dict.fromkeys(found[found >= 0].tolist()))
+
+    def draw(self, positions: np.ndarray, chance: np.ndarray) -> np.ndarray:
+        """Draw a row evenly, and from it a candidate evenly or by exp(similarity / temperature)."""
+        first, last = self._bounds[positions], self._bounds[positions + 1]
+        some = last > first
+        drawn = np.full(len(positions), -1, np.int64)
+        nth = np.minimum((chance[:, 1] * (last - first)).astype(np.int64), last - first - 1)
+        rows = self._rows[(first + nth)[some]]
+        choices, similarity = self.candidates.positions[rows], self.candidates.similarity[rows]
+        place = self._place(choices >= 0, similarity, chance[some, 0])
+        drawn[some] = choices[np.arange(len(rows)), place]
+        return drawn
+
+    def _place(self, there: np.ndarray, similarity: np.ndarray, chance: np.ndarray) -> np.ndarray:
+        counts = there.sum(axis=1)
+        if self.temperature is None:
+            return np.minimum((chance * counts).astype(np.int64), counts - 1)
+        likelihood = np.where(there, similarity.astype(np.float64), -np.inf) / self.temperature
+        weights = np.exp(likelihood - likelihood.max(axis=1, keepdims=True))
+        reached = np.cumsum(weights, axis=1) / weights.sum(axis=1, keepdims=True)
+        return np.minimum((reached <= chance[:, None]).sum(axis=1), counts - 1)
+
+
+@final
+class FromGroups(Choice):
+    """Any other image of one's own group, evenly: the oracle that knows the labels."""
+
+    def __init__(self, group: np.ndarray) -> None:
+        """Hold the group of every image: (n,) int64, -1 where there is none."""
+        self._group = group
+        self._members = np.argsort(group, kind="stable")
+        ordered = group[self._members]
+        self._first = np.searchsorted(ordered, group)
+        self._size = np.searchsorted(ordered, group, side="right") - self._first
+        self._place = np.empty(len(group), np.int64)
+        self._place[self._members] = np.arange(len(group))
+
+    @property
+    def with_partner(self) -> np.ndarray:
+        """Which images have a partner: (n,) bool."""
+        return (self._group >= 0) & (self._size > 1)
+
+    def draw(self, positions: np.ndarray, chance: np.ndarray) -> np.ndarray:
+        """Draw one of the others evenly."""
+        others = self._size[positions] - 1
+        nth = np.minimum((chance[:, 0] * others).astype(np.int64), np.maximum(others - 1, 0))
+        at = self._first[positions] + nth
+        at += at >= self._place[positions]  # oneself is passed over
+        return np.where(
+            self.with_partner[positions], self._members[np.minimum(at, len(self._members) - 1)], -1
+        )
+
+
+class Pairs:
+    """Partners for the images of a collection, drawn anew each epoch where there is a choice."""
+
+    def __init__(
+        self,
+        rule: PairRule,
+        choice: Choice,
+        key: str,
+        *,
+        dropped: np.ndarray,
+        neighbors: tuple[Artifact, ...] = (),
+        notes: tuple[str, ...] = (),
+    ) -> None:
+        """Hold a choice under a rule.
+
+        Args:
+            rule: The rule.
+            choice: What it leaves.
+            key: A fingerprint of everything that decides the draws.
+            dropped: Images that take no part, (n,) bool.
+            neighbors: The neighbors that it was made from.
+            notes: Counts in words that belong into the summary.
+        """
+        self.rule, self.choice, self.key = rule, choice, key
+        self.dropped, self.neighbors, self.notes = dropped, neighbors, notes
+        self.with_partner = choice.with_partner & ~dropped
+
+    @property
+    def anchors(self) -> np.ndarray:
+        """The images that take part: (m,) int64, ascending."""
+        return np.flatnonzero(~self.dropped)
 
     def partners(self, positions: np.ndarray, *, seed: int, epoch: int) -> np.ndarray:
         """Return the partner of each image: (b,) int64 -> (b,) int64; itself where it has no other.
 
         The draw is a function of seed, epoch and position alone.
         """
-        if self.candidates is None:
-            return positions
-        choices = self.candidates[positions]
-        counts = (choices >= 0).sum(axis=1)
-        draws = uniforms(positions, 1, seed=seed, epoch=epoch, stream=_STREAM)[:, 0]
-        drawn = np.minimum((draws * counts).astype(np.int64), np.maximum(counts - 1, 0))
-        return np.where(counts > 0, choices[np.arange(len(positions)), drawn], positions)
+        chance = uniforms(positions, 3, seed=seed, epoch=epoch, stream=_STREAM)
+        drawn = self.choice.draw(positions, chance[:, [0, 2]])
+        return np.where((drawn < 0) | (chance[:, 1] < self.rule.self_share), positions, drawn)
 
     def summary(self) -> str:
-        """Say the rule in plain words, with how many images it leaves with themselves."""
-        if self.candidates is None:
-            return f"each of {self.images:,} images is paired with another view of itself"
-        whom = "the image" if self.rule.k == 1 else f"one of the {self.rule.k} images"
-        alone = int((~self.with_partner).sum())
-        rest = f"; {alone:,} without a caption are paired with themselves" if alone else ""
-        return f"each of {self.images - alone:,} images is paired with {whom} described most like it{rest}"
-
-
-def make_pairs(
-    collection: Collection, rule: PairRule, encoder: str | None, usable: np.ndarray
-) -> tuple[Pairs, Neighbors | None]:
-    """Apply a rule to a collection.
-
-    Args:
-        collection: The images.
-        rule: Who may be paired with whom.
-        encoder: Whose neighbors to use for `language`; may be left out where there is only one.
-        usable: Positions of the images whose pixels can be read, (m,) int64; no other becomes a partner.
-
-    Raises:
-        ArtifactError: where the neighbors are missing.
-    """
-    if rule.source == "self":
-        return Pairs(len(collection), None, rule, "self"), None
-    found = look_up_neighbors(collection, encoder, rule.k)
-    candidates, _ = found.table(rule.k)
-    readable = np.zeros(len(collection) + 1, bool)  # the last place answers for -1
-    readable[usable] = True
-    candidates = np.where(readable[candidates], candidates, -1)
-    order = np.argsort(candidates < 0, axis=1, kind="stable")
-    return Pairs(
-        len(collection), np.take_along_axis(candidates, order, axis=1), rule, f"{found.embeddings}-{rule.k}"
-    ), found
+        """Say the rule in plain words, with how many images it leaves with themselves or out."""
+        taking, paired = int((~self.dropped).sum()), int(self.with_partner.sum())
+        told = [self.rule.summary()]
+        if self.rule.pairs == "self":
+            told.append(f"{taking:,} images")
+        else:
+            told.append(f"{paired:,} of {taking:,} images have a partner")
+        if paired and paired < taking:
+            told.append(f"{taking - paired:,} are paired with themselves")
+        return "; ".join([*told, *self.notes])

@@ -1,168 +1,219 @@
-"""Exact nearest neighbors by cosine: a blockwise self-join with running top-k.
+"""Exact nearest neighbors by cosine among admissible rows.
 
-Blocks are compared in float32, and only what could still enter a row's best k (within `_SLACK`) is scored
-again in float64, so results do not depend on the size of blocks or on the device. Equal vectors are searched
-for once. Ties go to the lower position. Nobody is their own neighbor, by identity and not by dropping the
-first hit: with repeated captions, the first hit is often somebody else.
+Results depend neither on the size of blocks nor on the device (see `scan`). Equal vectors are searched once.
+Ties go to the lower position. Nobody is their own neighbor, by identity and not by dropping the first hit:
+with repeated captions, the first hit is often somebody else.
 """
 
-from dataclasses import dataclass
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator
 
 import numpy as np
-import torch
-from torch import Tensor
 
-_SLACK = 1e-4  # more than float32 dot products of unit vectors err by
-_QUERY_ROWS = 1024
-_EXACT_ROWS = 16_384
+from likewise.errors import InputError
+from likewise.neighbors.arithmetic import fast_arithmetic
+from likewise.neighbors.grouping import Grouped, group_equal
+from likewise.neighbors.scan import Admission, best_columns, block_sizes
+
+MEMORY = 512 * 2**20
+_WASTED_PAIRS = 2**17  # comparing so many takes about as long as beginning another block
+
+Found = tuple[np.ndarray, np.ndarray]
 
 
-@dataclass(frozen=True)
-class Grouped:
-    """Vectors with the repeats taken out.
+class Index(ABC):
+    """Vectors that can be asked for the nearest admissible others of their rows."""
 
-    Attributes:
-        first: (u,) int64, the first row of each distinct vector, ascending.
-        group: (n,) int64, the distinct vector of each row.
-        members: (n,) int64, all rows ordered by group and then by row.
-        starts: (u + 1,) int64, where each group begins in `members`.
+    @abstractmethod
+    def search(self, rows: np.ndarray, k: int) -> Found:
+        """Return the k nearest admissible other rows of some rows.
+
+        Args:
+            rows: (m,) int64; thousands at a time are faster than the same in small parts.
+            k: How many, at least 1; rows with fewer admissible others are padded.
+
+        Returns:
+            Rows (m, k) int64, nearest first, ties to the lower, -1 where there are no more; and their cosine
+            similarity (m, k) float32, -inf there. Where records were given, at most one row of each record:
+            its nearest.
+        """
+
+
+class ExactIndex(Index):
+    """Exact search over all rows."""
+
+    def __init__(
+        self,
+        vectors: np.ndarray,
+        *,
+        differ: np.ndarray | None = None,
+        same: np.ndarray | None = None,
+        record: np.ndarray | None = None,
+        memory: int = MEMORY,
+        device: str = "cpu",
+    ) -> None:
+        """Group equal rows.
+
+        Args:
+            vectors: (n, d) float32 of unit length or zero, may be memory-mapped.
+            differ: (n, m) int64 codes or None: rows with an equal code >= 0 in any column are kept apart.
+            same: (n,) int64 codes or None: only rows with an equal code >= 0 come together.
+            record: (n,) int64 codes >= 0 or None: rows of one record are kept apart, and of another record
+                only the nearest row is found.
+            memory: Bytes that blocks may take; about 50 bytes a row and 4 a code come on top.
+            device: Where blocks are compared.
+
+        Raises:
+            InputError: for codes that are not one a row.
+        """
+        self.vectors, self.record = vectors, record
+        self.admission = Admission(_all_that_differ(vectors, differ, same, record), same)
+        self.grouped = group_equal(vectors, self.admission.differ, same)
+        self._memory, self._device = memory, device
+
+    def search(self, rows: np.ndarray, k: int) -> Found:
+        """See `Index.search`."""
+        if self.record is None:
+            return self.nearest_rows(rows, k)
+        return nearest_of_each_record(self.nearest_rows, rows, k, self.record)
+
+    def nearest_rows(self, rows: np.ndarray, k: int) -> Found:
+        """Search as `search` does, and leave several rows of one record among what is found."""
+        differ, same = self.admission.differ, self.admission.same
+        return top_k(
+            self.vectors,
+            self.grouped,
+            rows,
+            k,
+            differ=differ,
+            same=same,
+            memory=self._memory,
+            device=self._device,
+        )
+
+
+def _all_that_differ(
+    vectors: np.ndarray, differ: np.ndarray | None, same: np.ndarray | None, record: np.ndarray | None
+) -> np.ndarray:
+    """Check that there is a code a row, and add the record to what must differ: (n, m) int64.
+
+    Raises:
+        InputError: for codes that are not one a row.
     """
-
-    first: np.ndarray
-    group: np.ndarray
-    members: np.ndarray
-    starts: np.ndarray
-
-
-def group_equal(vectors: np.ndarray) -> Grouped:
-    """Find rows that are equal to the bit: (n, d) float32 -> groups.
-
-    Rows are told apart by two independent 64-bit multiply-add hashes, so a false match among 10⁹ rows has a
-    probability below 10⁻²⁰.
-    """
-    words = vectors.shape[1]
-    multipliers = (
-        np.random.default_rng(0).integers(1, 2**63, size=(words, 2), dtype=np.int64).astype(np.uint64)
-    )
-    hashes = np.empty((len(vectors), 2), np.uint64)
-    for start in range(0, len(vectors), _EXACT_ROWS):
-        bits = np.ascontiguousarray(vectors[start : start + _EXACT_ROWS]).view(np.uint32).astype(np.uint64)
-        mixed = (bits[:, :, None] + np.uint64(1)) * (multipliers | np.uint64(1))
-        hashes[start : start + _EXACT_ROWS] = (mixed ^ (mixed >> np.uint64(31))).sum(axis=1, dtype=np.uint64)
-    _, first, inverse = np.unique(hashes, axis=0, return_index=True, return_inverse=True)
-    by_appearance = np.argsort(first)
-    rank = np.empty_like(by_appearance)
-    rank[by_appearance] = np.arange(len(by_appearance))
-    group = rank[inverse.reshape(-1)]
-    members = np.argsort(group, kind="stable")
-    starts = np.concatenate([[0], np.cumsum(np.bincount(group, minlength=len(first)))])
-    return Grouped(first[by_appearance], group, members, starts)
+    for name, codes in (("differ", differ), ("same", same), ("record", record)):
+        if codes is not None and (len(codes) != len(vectors) or codes.ndim != 1 + (name == "differ")):
+            raise InputError(f"codes `{name}` have the shape {codes.shape}, for {len(vectors)} vectors")
+    parts = [codes.reshape(len(vectors), -1) for codes in (differ, record) if codes is not None]
+    return np.concatenate([np.empty((len(vectors), 0), np.int64), *parts], axis=1)
 
 
-@torch.inference_mode()
 def top_k(
     vectors: np.ndarray,
     grouped: Grouped,
     queries: np.ndarray,
     k: int,
     *,
-    memory: int = 512 * 2**20,
+    differ: np.ndarray | None = None,
+    same: np.ndarray | None = None,
+    memory: int = MEMORY,
     device: str = "cpu",
-) -> tuple[np.ndarray, np.ndarray]:
-    """Return the k nearest other rows of some query rows.
+) -> Found:
+    """Return the k nearest admissible other rows of some query rows.
 
     Args:
-        vectors: (n, d) float32 unit vectors, may be memory-mapped.
-        grouped: What `group_equal` made of them.
+        vectors: (n, d) float32 of unit length or zero, may be memory-mapped.
+        grouped: What `group_equal` made of them and of the same codes.
         queries: (m,) int64 rows.
-        k: How many neighbors; rows with fewer than k others are padded.
-        memory: Bytes that a block of similarities and its selection may take.
+        k: How many neighbors; rows with fewer than k admissible others are padded.
+        differ: (n, m) int64 codes or None: rows with an equal code >= 0 in any column are kept apart.
+        same: (n,) int64 codes or None: only rows with an equal code >= 0 come together.
+        memory: Bytes that blocks of similarities and what is selected of them may take.
         device: Where blocks are compared.
 
     Returns:
-        Neighbors (m, k) int64, nearest first, -1 where there are no more; and their cosine similarity
-        (m, k) float32, -inf there.
+        Neighbors (m, k) int64, nearest first, ties to the lower row, -1 where there are no more; and their
+        cosine similarity (m, k) float32, -inf there.
     """
-    neighbors = np.full((len(queries), k), -1, np.int64)
-    similarity = np.full((len(queries), k), -np.inf, np.float32)
-    for start in range(0, len(queries), _QUERY_ROWS):
-        block = queries[start : start + _QUERY_ROWS]
+    groups, back = np.unique(grouped.group[queries], return_inverse=True)
+    best = np.full((len(groups), k + 1), -1, np.int64)
+    scores = np.full((len(groups), k + 1), -np.inf)
+    admission = Admission(np.empty((len(vectors), 0), np.int64) if differ is None else differ, same)
+    arithmetic = fast_arithmetic(device)
+    height, width = block_sizes(vectors.shape[1], k + 1, memory)
+    for some, columns in _tasks(grouped, groups, same, height):
         # One more than k, because a row's own group is among its best and may hold nobody else.
-        groups, scores = _nearest_groups(vectors, block, grouped.first, k + 1, memory, device)
-        here = slice(start, start + len(block))
-        neighbors[here], similarity[here] = _spell_out(block, groups, scores, grouped, k)
-    return neighbors, similarity
+        rows = grouped.first[groups[some]]
+        found, scores[some] = best_columns(vectors, rows, columns, k + 1, admission, arithmetic, width)
+        best[some] = np.where(found < 0, -1, grouped.group[columns[found]])
+    return spell_out(queries, best, scores, back, grouped, k)
 
 
-def _nearest_groups(
-    vectors: np.ndarray, rows: np.ndarray, distinct: np.ndarray, k: int, memory: int, device: str
-) -> tuple[np.ndarray, np.ndarray]:
-    """Return the k best groups of each query row and their float64 similarity, best first."""
-    queries = np.asarray(vectors[rows])
-    best = np.full((len(queries), k), -1, np.int64)
-    scores = np.full((len(queries), k), -np.inf)
-    columns = max(1024, memory // (len(queries) * 10))
-    on_device = torch.from_numpy(queries).to(device)
-    for start in range(0, len(distinct), columns):
-        block = np.asarray(vectors[distinct[start : start + columns]])
-        similar = on_device @ torch.from_numpy(block).to(device).T
-        which, hits = _could_enter(similar, scores[:, -1], k)
-        exact = _exact(queries, block, which, hits)
-        best, scores = _merge(best, scores, which, hits + start, exact)
-    return best, scores
+def _tasks(
+    grouped: Grouped, groups: np.ndarray, same: np.ndarray | None, height: int
+) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """Divide query groups into blocks: (places in `groups`, rows to search among), both int64."""
+    if same is None:
+        blocks = [(np.arange(len(groups)), grouped.first)]
+    else:
+        blocks = _scopes(same[grouped.first[groups]], same[grouped.first], grouped.first)
+    for places, columns in blocks:
+        for start in range(0, len(places), height):
+            yield places[start : start + height], columns
 
 
-def _could_enter(similar: Tensor, worst: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
-    """Return the (row, column) places of a block that may belong to their row's best k."""
-    floor = torch.from_numpy(worst).to(similar)
-    if not np.isfinite(worst).all():
-        floor = torch.maximum(floor, similar.topk(min(k, similar.shape[1]), dim=1).values[:, -1])
-        if similar.shape[1] < k:
-            floor.fill_(-torch.inf)
-    places = (similar >= (floor - _SLACK)[:, None]).nonzero().cpu().numpy()
-    return places[:, 0], places[:, 1]
+def _scopes(
+    codes: np.ndarray, column_codes: np.ndarray, rows: np.ndarray
+) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """Bring queries and columns of the same code together, several small codes at a time."""
+    order = np.argsort(codes, kind="stable")
+    order = order[np.searchsorted(codes[order], 0) :]
+    by_code = np.argsort(column_codes, kind="stable")
+    found, begins = np.unique(codes[order], return_index=True)
+    ends = np.append(begins[1:], len(order))
+    low = np.searchsorted(column_codes[by_code], found)
+    high = np.searchsorted(column_codes[by_code], found, side="right")
+    needed = (ends - begins) * (high - low)
+    useful, first = 0, 0
+    for here, own in enumerate(needed):
+        useful += own
+        if here + 1 < len(found):
+            compared = (ends[here + 1] - begins[first]) * (high[here + 1] - low[first])
+            if compared - useful - needed[here + 1] <= _WASTED_PAIRS:
+                continue
+        yield order[begins[first] : ends[here]], rows[by_code[low[first] : high[here]]]
+        useful, first = 0, here + 1
 
 
-def _exact(queries: np.ndarray, block: np.ndarray, rows: np.ndarray, hits: np.ndarray) -> np.ndarray:
-    """Score pairs in float64; each pair's value depends on nothing but its two vectors."""
-    scores = np.empty(len(rows))
-    for start in range(0, len(rows), _EXACT_ROWS):
-        part = slice(start, start + _EXACT_ROWS)
-        scores[part] = (queries[rows[part]].astype(np.float64) * block[hits[part]]).sum(axis=1)
-    return scores
+def spell_out(
+    rows: np.ndarray, best: np.ndarray, scores: np.ndarray, back: np.ndarray, grouped: Grouped, k: int
+) -> Found:
+    """Turn best groups into best rows, each row itself left out.
 
+    Args:
+        rows: (m,) int64.
+        best: (g, j) int64 groups, best first, -1 padded; j > k, or all there are.
+        scores: (g, j) float64 similarities.
+        back: (m,) int64, the place in `best` that answers for each row.
+        grouped: Who is in which group.
+        k: How many.
 
-def _merge(
-    best: np.ndarray, scores: np.ndarray, rows: np.ndarray, hits: np.ndarray, exact: np.ndarray
-) -> tuple[np.ndarray, np.ndarray]:
-    """Keep each row's k best of what it had and what came, ties to the lower column."""
-    n, k = best.shape
-    all_rows = np.concatenate([np.repeat(np.arange(n), k), rows])
-    all_hits = np.concatenate([best.ravel(), hits])
-    all_scores = np.concatenate([scores.ravel(), exact])
-    order = np.lexsort((all_hits, -all_scores, all_rows))
-    place = np.arange(len(order)) - np.searchsorted(all_rows[order], np.arange(n))[all_rows[order]]
-    kept = order[place < k]
-    return all_hits[kept].reshape(n, k), all_scores[kept].reshape(n, k)
-
-
-def _spell_out(
-    rows: np.ndarray, groups: np.ndarray, scores: np.ndarray, grouped: Grouped, k: int
-) -> tuple[np.ndarray, np.ndarray]:
-    """Turn each row's best groups into its best k rows, itself left out."""
+    Returns:
+        Rows (m, k) int64 and similarities (m, k) float32, padded with -1 and -inf.
+    """
     neighbors = np.full((len(rows), k), -1, np.int64)
     similarity = np.full((len(rows), k), -np.inf, np.float32)
     sizes = np.diff(grouped.starts)
     # A group lends at most k + 1 of its rows; the lowest come first, so no better one is passed over.
     lent = min(k + 1, int(sizes.max(initial=0)))
-    chunk = max(1, 2**22 // (groups.shape[1] * lent))
+    chunk = max(1, 2**18 // max(1, best.shape[1] * lent))
+    nth = np.arange(lent)
     for start in range(0, len(rows), chunk):
         part = slice(start, start + chunk)
-        nth = np.arange(lent)
-        there = (groups[part, :, None] >= 0) & (nth < sizes[groups[part]][:, :, None])
-        at = np.where(there, grouped.starts[groups[part]][:, :, None] + nth, 0)
+        groups = best[back[part]]
+        there = (groups[:, :, None] >= 0) & (nth < sizes[groups][:, :, None])
+        at = np.where(there, grouped.starts[groups][:, :, None] + nth, 0)
         ids = np.where(there, grouped.members[at], -1).reshape(len(at), -1)
-        value = np.repeat(scores[part], lent, axis=1)
+        value = np.repeat(scores[back[part]], lent, axis=1)
         value = np.where((ids < 0) | (ids == rows[part, None]), -np.inf, value)
         order = np.lexsort((ids, -value))[:, :k]
         chosen = np.take_along_axis(value, order, axis=1)
@@ -170,3 +221,42 @@ def _spell_out(
         neighbors[part, : order.shape[1]] = filled
         similarity[part, : order.shape[1]] = chosen
     return neighbors, similarity
+
+
+def nearest_of_each_record(
+    find: Callable[[np.ndarray, int], Found], rows: np.ndarray, k: int, record: np.ndarray
+) -> Found:
+    """Return the nearest rows of the k nearest records, by looking for more and more rows.
+
+    Args:
+        find: Returns the best rows of some rows, as `Index.search` does.
+        rows: (m,) int64.
+        k: How many records.
+        record: (n,) int64, the record of each row.
+
+    Returns:
+        Rows (m, k) int64 of different records, best first, and similarities (m, k) float32, padded.
+    """
+    neighbors = np.full((len(rows), k), -1, np.int64)
+    similarity = np.full((len(rows), k), -np.inf, np.float32)
+    short, count = np.arange(len(rows)), k
+    while len(short):
+        count = min(2 * count, max(1, len(record)))
+        ids, values = find(rows[short], count)
+        kept = _first_of_each(np.where(ids < 0, -1, record[ids])) & (ids >= 0)
+        place = np.cumsum(kept, axis=1) - 1
+        at, column = np.nonzero(kept & (place < k))
+        neighbors[short[at], place[at, column]] = ids[at, column]
+        similarity[short[at], place[at, column]] = values[at, column]
+        done = (kept.sum(axis=1) >= k) | (ids[:, -1] < 0) | (count >= len(record))
+        short = short[~done]
+    return neighbors, similarity
+
+
+def _first_of_each(codes: np.ndarray) -> np.ndarray:
+    """Tell where a code stands for the first time in its row: (m, k) int64 -> (m, k) bool."""
+    order = np.argsort(codes, axis=1, kind="stable")
+    ordered = np.take_along_axis(codes, order, axis=1)
+    first = np.ones(codes.shape, bool)
+    np.put_along_axis(first, order[:, 1:], ordered[:, 1:] != ordered[:, :-1], axis=1)
+    return first

@@ -13,6 +13,7 @@ from likewise.collection.packed import PackedImages
 from likewise.draws import permutation
 from likewise.launch import ordered_map
 from likewise.neighbors.pairs import Pairs
+from likewise.neighbors.vectors import RecordVectors
 from likewise.pretraining.views import (
     ViewDraws,
     ViewRecipe,
@@ -33,12 +34,15 @@ class Batch:
         partners: (b,) int64 positions, equal to the anchor's where it is paired with itself.
         crops: (2, b, 3, size, size) uint8.
         colours: Two (b, 9) arrays of draws in [0, 1).
+        captions: (2, b, d) float32 unit vectors of what describes anchors and partners, zero where nothing
+            does; None where no method asks for them.
     """
 
     anchors: np.ndarray
     partners: np.ndarray
     crops: Tensor
     colours: tuple[np.ndarray, np.ndarray]
+    captions: Tensor | None = None
 
     def views(self, recipe: ViewRecipe, device: torch.device) -> Float[Tensor, "v b c h w"]:
         """Finish the views on a device: (2, b, 3, size, size) float32, standardised."""
@@ -55,18 +59,29 @@ class PairBatches:
     """The batches of a whole run."""
 
     def __init__(
-        self, images: PackedImages, pairs: Pairs, recipe: ViewRecipe, *, batch_size: int, size: int, seed: int
+        self,
+        images: PackedImages,
+        pairs: Pairs,
+        recipe: ViewRecipe,
+        *,
+        batch_size: int,
+        size: int,
+        seed: int,
+        captions: RecordVectors | None = None,
     ) -> None:
-        """Serve pairs of readable images; each is an anchor once an epoch, but for an incomplete batch."""
-        self.images, self.pairs, self.recipe = images, pairs, recipe
+        """Serve pairs of images that take part; each is an anchor once an epoch, but for an incomplete batch.
+
+        `captions` gives each batch the vectors of its captions.
+        """
+        self.images, self.pairs, self.recipe, self.captions = images, pairs, recipe, captions
         self.batch_size, self.size, self.seed = batch_size, size, seed
-        self.usable = images.usable
+        self.anchors = np.intersect1d(images.usable, pairs.anchors)
         self._order = lru_cache(maxsize=2)(self._visit)
 
     @property
     def steps_per_epoch(self) -> int:
         """How many whole batches an epoch has."""
-        return len(self.usable) // self.batch_size
+        return len(self.anchors) // self.batch_size
 
     def batch(self, step: int) -> Batch:
         """Make the batch of a step counted from 0."""
@@ -76,14 +91,22 @@ class PairBatches:
         # Both views are drawn for the anchor: two anchors that share a partner must not share its view.
         draws = [draw_view(anchors, view, seed=self.seed, epoch=epoch) for view in (0, 1)]
         crops = torch.stack([self._cut(anchors, draws[0]), self._cut(partners, draws[1])])
-        return Batch(anchors, partners, crops, (draws[0].colour, draws[1].colour))
+        return Batch(
+            anchors, partners, crops, (draws[0].colour, draws[1].colour), self._described(anchors, partners)
+        )
 
     def stream(self, start: int, stop: int, workers: int) -> Iterator[Batch]:
         """Yield the batches of steps start to stop, made ahead of time by `workers` threads."""
         return ordered_map(self.batch, range(start, stop), workers)
 
     def _visit(self, epoch: int) -> np.ndarray:
-        return self.usable[permutation(len(self.usable), seed=self.seed, epoch=epoch)]
+        return self.anchors[permutation(len(self.anchors), seed=self.seed, epoch=epoch)]
+
+    def _described(self, anchors: np.ndarray, partners: np.ndarray) -> Tensor | None:
+        if self.captions is None:
+            return None
+        both = self.captions.of(np.concatenate([anchors, partners]))
+        return torch.from_numpy(both).unflatten(0, (2, len(anchors)))
 
     def _cut(self, positions: np.ndarray, draws: ViewDraws) -> Tensor:
         boxes = crop_boxes(self.images.shapes(positions), draws.crop, self.recipe.crop)

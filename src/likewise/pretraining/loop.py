@@ -165,9 +165,10 @@ class _Loop:
             group["lr"] = rate
         self.rate = rate
         views = batch.views(trainer.batches.recipe, trainer.device)
+        captions = None if batch.captions is None else batch.captions.to(trainer.device, non_blocking=True)
         mixed = trainer.dtype != torch.float32
         with torch.autocast(trainer.device.type, trainer.dtype, enabled=mixed):
-            step = trainer.method.step(views)
+            step = trainer.method.step(views, captions)
         trainer.optimizer.zero_grad(set_to_none=True)
         self.scaler.scale(step.loss).backward()
         self.scaler.step(trainer.optimizer)

@@ -3,6 +3,7 @@
 import math
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -16,30 +17,35 @@ from likewise.artifacts import (
     write_array,
     write_json,
 )
+from likewise.collection.filters import read_filter
 from likewise.collection.packed import PackedImages, pack_images
 from likewise.collection.records import Collection
 from likewise.config import read_yaml, write_yaml
+from likewise.embeddings.embed import look_up_embeddings
 from likewise.errors import ModelError
 from likewise.launch import default_workers, resolve_device
 from likewise.models.backbones import BackboneSpec, build_backbone, default_stem
 from likewise.models.checkpoints import load_state_dict, load_strictly, save_encoder
 from likewise.models.encoders import RUN_ENCODER
-from likewise.neighbors.neighbors import Neighbors, look_up_neighbors
-from likewise.neighbors.pairs import Pairs, make_pairs
+from likewise.neighbors.pairs import Pairs
 from likewise.neighbors.rules import PairRule
+from likewise.neighbors.sources import make_pairs
+from likewise.neighbors.space import kept_captions
+from likewise.neighbors.vectors import RecordVectors
 from likewise.pretraining.batches import PairBatches
 from likewise.pretraining.loop import Trainer, run_training
-from likewise.pretraining.methods import build_method, check_method
+from likewise.pretraining.methods import build_method, check_method, needs_captions
 from likewise.pretraining.methods.base import Method
 from likewise.pretraining.monitor import METRICS
 from likewise.pretraining.optim import adamw
-from likewise.pretraining.settings import Plan, TrainSettings, plan
+from likewise.pretraining.settings import Plan, TrainSettings, plan, view_name
 from likewise.pretraining.views import restore, view_recipe
 from likewise.progress import SILENT, Progress
 
 KIND = "run"
 PACKED_MARGIN = 1.5  # images are packed half as large again as views, so that small crops keep detail
 _PREVIEW_PAIRS = 12
+_NAMES = ("encoder", "image_encoder", "filter", "pairs_file", "index")
 _PRECISIONS = {"float32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -65,6 +71,7 @@ def train(
     collection: Collection | str | Path,
     out: str | Path,
     settings: TrainSettings | None = None,
+    rule: PairRule | None = None,
     *,
     workers: int | None = None,
     device: str | None = None,
@@ -77,51 +84,56 @@ def train(
         collection: A collection or its path.
         out: The run's folder.
         settings: What is trained and how; the paper's recipe where not given.
+        rule: Who is shown with whom; `PairRule()` where not given. Missing neighbors are searched for.
         workers: Threads that make batches; half the processors by default. Does not change the result.
         device: `cpu`, `cuda`, …; chosen by itself where not given.
         checkpoint_minutes: A kill loses at most this much work; 0 writes a checkpoint every step.
         progress: Where to report.
 
     Raises:
-        ArtifactError: where neighbors are missing or `out` holds something else.
+        ArtifactError: where embeddings are missing or `out` holds something else.
+        InputError: where the rule leaves nobody with a partner.
         ModelError: where the backbone or initial weights do not fit.
         TrainingError: where there are too few images or the loss stops being a number.
         InterruptedRunError: after Ctrl-C, with a checkpoint written.
     """
     source, chosen, run = Collection.open(collection), settings or TrainSettings(), Path(out)
+    shown = rule or PairRule()
     on = torch.device(resolve_device(device))
     check_method(chosen.method)
-    view_recipe(chosen.view_name)
+    recipe = view_recipe(view_name(chosen, shown))
     spec = _spec(chosen)
     method = _build(chosen, spec)
     # What can fail fails before the images are packed, which may take long.
     plan(chosen, len(source), source.path)
-    if chosen.pairs == "language":
-        look_up_neighbors(source, chosen.encoder, chosen.k)
+    captions = _caption_vectors(source, chosen, shown)
+    pairs = make_pairs(source, shown, device=on.type, progress=progress)
     images = pack_images(source, math.ceil(PACKED_MARGIN * chosen.size), workers=workers, progress=progress)
-    rule = PairRule(source=chosen.pairs, k=chosen.k)
-    pairs, found = make_pairs(source, rule, chosen.encoder, images.usable)
-    steps = plan(chosen, len(images.usable), source.path)
-    artifact = begin(run, KIND, asdict(chosen), _inputs(source, images, pairs, chosen))
+    if len(images.usable) < len(source):
+        pairs = make_pairs(source, shown, images.usable, device=on.type, progress=progress)
+    batches = PairBatches(
+        images,
+        pairs,
+        recipe,
+        batch_size=chosen.batch_size,
+        size=chosen.size,
+        seed=chosen.seed,
+        captions=captions,
+    )
+    steps = plan(chosen, len(batches.anchors), source.path)
+    inputs = _inputs(source, images, pairs, captions, chosen)
+    # Where partners come from is told by the inputs, however it was named.
+    artifact = begin(run, KIND, _told(shown) | asdict(chosen), inputs, volatile=_NAMES)
     if artifact.complete:
         progress.say(f"{run} is finished; nothing to do")
         return Run(run)
     progress.say(pairs.summary())
-
     dtype = _dtype(chosen.precision, on)
-    batches = PairBatches(
-        images,
-        pairs,
-        view_recipe(chosen.view_name),
-        batch_size=chosen.batch_size,
-        size=chosen.size,
-        seed=chosen.seed,
-    )
     if (run / "config.yaml").is_file():
         _say_if_precision_changed(run, dtype, progress)
     else:
         _write_preview(run, source, batches)
-        _describe(run, chosen, spec, steps, pairs, found, on, dtype, source)
+        _describe(run, chosen, spec, steps, pairs, on, dtype, source)
     method.to(on).to(memory_format=torch.channels_last)
     trainer = Trainer(
         run=run,
@@ -176,12 +188,40 @@ def initial_weights(init: str) -> Path:
 
 
 def _inputs(
-    source: Collection, images: PackedImages, pairs: Pairs, settings: TrainSettings
+    source: Collection,
+    images: PackedImages,
+    pairs: Pairs,
+    captions: RecordVectors | None,
+    settings: TrainSettings,
 ) -> dict[str, str]:
     inputs = {"collection": source.key, "images": images.key, "pairs": pairs.key}
+    if captions is not None:
+        inputs["captions"] = captions.key
     if settings.init not in ("scratch", "pretrained"):
         inputs["init"] = fingerprint(initial_weights(settings.init))
     return inputs
+
+
+def _told(rule: PairRule) -> dict[str, Any]:
+    """Return a rule as it is recorded beside the other settings."""
+    return {name: str(value) if isinstance(value, Path) else value for name, value in asdict(rule).items()}
+
+
+def _changed(settings: TrainSettings, rule: PairRule) -> dict[str, Any]:
+    """Return pairs, seed and the settings that are not the usual ones, as a command would give them."""
+    usual = _told(PairRule()) | asdict(TrainSettings())
+    given = _told(rule) | asdict(settings)
+    return {name: value for name, value in given.items() if value != usual[name] or name in ("pairs", "seed")}
+
+
+def _caption_vectors(source: Collection, settings: TrainSettings, rule: PairRule) -> RecordVectors | None:
+    """Open the embeddings that tell which negatives are alike, where the settings ask for that."""
+    if not needs_captions(settings):
+        return None
+    left_out = None if rule.filter is None else read_filter(rule.filter, source)
+    return RecordVectors(
+        look_up_embeddings(source, rule.encoder), len(source), kept_captions(source, left_out)
+    )
 
 
 def _dtype(precision: str, device: torch.device) -> torch.dtype:
@@ -214,22 +254,24 @@ def _describe(
     spec: BackboneSpec,
     steps: Plan,
     pairs: Pairs,
-    found: Neighbors | None,
     device: torch.device,
     dtype: torch.dtype,
     source: Collection,
 ) -> None:
     """Write the settings as given and, apart from them, what followed from them."""
     derived = asdict(steps) | {
-        "views": settings.view_name,
+        "views": view_name(settings, pairs.rule),
         "stem": spec.stem,
         "rule": pairs.summary(),
         "collection": str(source.path.resolve()),
-        "neighbors": None if found is None else str(found.path.resolve()),
+        "neighbors": [
+            {"path": str(each.path.resolve()), "key": each.manifest.key} for each in pairs.neighbors
+        ],
+        "asked": _changed(settings, pairs.rule),
         "device": str(device),
         "precision": _name(dtype),
     }
-    write_yaml(run / "config.yaml", settings, {"derived": derived})
+    write_yaml(run / "config.yaml", _told(pairs.rule) | asdict(settings) | {"derived": derived})
 
 
 def _write_preview(run: Path, source: Collection, batches: PairBatches) -> None:

@@ -66,7 +66,8 @@ class Commands:
 
     def _train(self, entry: Entry, trained: Trained) -> str:
         collection = self._short(Path(str(trained.derived.get("collection"))))
-        return _line("train", collection, out=self._short(entry.path), **trained.settings)
+        asked = trained.derived.get("asked", trained.settings)
+        return _line("train", collection, out=self._short(entry.path), **asked)
 
     def _evaluate(self, entry: Entry, result: dict[str, Any]) -> str:
         protocols = result["protocols"]

@@ -1,8 +1,10 @@
 """What the tables come to, in sentences: by the figures alone, and honest where they show nothing."""
 
 from collections.abc import Sequence
+from dataclasses import fields
 from typing import Any
 
+from likewise.neighbors.rules import PairRule
 from likewise.report.figures import listed, plain, points
 from likewise.report.protocols import protocol
 from likewise.report.results import LEVEL, Change, Line, Results
@@ -18,7 +20,7 @@ _FIRST = (
     ("knn", "mean per-class accuracy"),
 )
 _NAMES = {"views": "the recipe of views", "precision": "precision"}
-_UNCOMPARED = ("pairs", "encoder", "k", "seed")
+_UNCOMPARED = {"seed"} | {field.name for field in fields(PairRule)}
 
 
 def sentences(results: Results) -> list[str]:

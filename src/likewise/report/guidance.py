@@ -96,9 +96,9 @@ def look_up(entries: Sequence[Entry]) -> Found:
             continue
         try:
             opened[place] = open_collection(entry.trained)
-            where = entry.trained.derived.get("neighbors")
-            if where is not None and where not in guidance:
-                guidance[where] = _open_guidance(place, opened[place], entry.trained)
+            used = entry.trained.derived.get("neighbors")
+            if used and used[0]["path"] not in guidance:
+                guidance[used[0]["path"]] = _open_guidance(place, opened[place], used[0])
         except FAULTS as fault:
             notes.append(f"{entry.name}: {fault}.")
     if not guidance and not notes and opened:
@@ -122,14 +122,14 @@ def open_collection(trained: Trained) -> Collection:
     return found
 
 
-def _open_guidance(style: int, collection: Collection, trained: Trained) -> Guidance:
-    neighbors = Neighbors(Path(trained.derived["neighbors"]))
-    if trained.manifest.inputs.get("pairs") != f"{neighbors.embeddings}-{trained.settings['k']}" or len(
-        neighbors
-    ) != len(collection):
+def _open_guidance(style: int, collection: Collection, told: dict[str, str]) -> Guidance:
+    neighbors = Neighbors(Path(told["path"]))
+    if neighbors.artifact.manifest.key != told["key"]:
         raise ArtifactError(
             f"the neighbors at {neighbors.path} are no longer those that the run was trained on"
         )
+    if len(neighbors) != len(collection):
+        raise ArtifactError(f"the neighbors at {neighbors.path} are those of captions, not of images")
     positions, similarity = neighbors.table(min(SHOWN_PARTNERS, neighbors.k))
     return Guidance(
         style=style,

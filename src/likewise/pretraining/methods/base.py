@@ -28,5 +28,5 @@ class Method(nn.Module, ABC):
     backbone: nn.Module
 
     @abstractmethod
-    def step(self, views: Float[Tensor, "v b c h w"]) -> Step:
-        """Return the loss of a batch of v views of b pairs."""
+    def step(self, views: Float[Tensor, "v b c h w"], captions: Float[Tensor, "v b d"] | None = None) -> Step:
+        """Return the loss of a batch of v views of b pairs; `captions` are vectors of what describes them."""

@@ -1,0 +1,64 @@
+"""Embedding a collection into files against sentence-transformers' plain `encode` of all its captions."""
+
+import sys
+import tempfile
+from pathlib import Path
+
+from benchmarks.timing import alternate, told
+from likewise.artifacts import shard_name, write_array
+from likewise.collection.emoji import make_emoji
+from likewise.collection.importing import import_collection
+from likewise.collection.records import Collection
+from likewise.collection.sources.candidates import ImportOptions
+from likewise.embeddings.encoders import choose_encoder, load_encoder
+from likewise.embeddings.options import Backend, EncoderOptions
+from likewise.embeddings.rows import CaptionRows
+from likewise.embeddings.sentence import SentenceEncoder
+from likewise.progress import SILENT
+
+BATCH = 64
+
+
+def run(table: Path | None = None, encoder: str = "all-MiniLM-L6-v2", rounds: int = 3) -> list[str]:
+    """Compare on the captions of a table, by default those of the demo's emoji, with each backend.
+
+    Models are loaded before; ours writes its shards, the peer only returns its vectors.
+    """
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        if table is None:
+            source = make_emoji(folder / "emoji")
+            options = ImportOptions(caption_column=("caption", "alias"))
+        else:
+            source, options = table, ImportOptions()
+        collection = import_collection(source, folder / "c", options)
+        return [_compare(collection, encoder, backend, folder, rounds) for backend in ("torch", "onnx")]
+
+
+def _compare(collection: Collection, name: str, backend: Backend, folder: Path, rounds: int) -> str:
+    choice = choose_encoder(name, EncoderOptions(backend=backend))
+    loaded = load_encoder(choice, "cpu", lambda: iter([]))
+    plain = SentenceEncoder(choose_encoder(name), "cpu").model
+    captions = [text for record in collection for text in record.captions]
+
+    def ours() -> None:
+        rows = CaptionRows(collection, loaded, BATCH)
+        with SILENT.task("embedding", len(captions), "captions") as task:
+            for shard in range(len(collection.shards)):
+                made = rows.of(shard, task)
+                write_array(folder / shard_name("vectors", shard, "npy"), made.vectors)
+                write_array(folder / shard_name("ids", shard, "npy"), made.ids)
+
+    def peer() -> object:
+        return plain.encode(captions, batch_size=BATCH, show_progress_bar=False)
+
+    return told(
+        f"embed, {len(captions):,} captions ({len(set(captions)):,} distinct), {backend}",
+        "SentenceTransformer.encode",
+        alternate(ours, peer, rounds),
+    )
+
+
+if __name__ == "__main__":
+    for line in run(Path(sys.argv[1]) if len(sys.argv) > 1 else None):
+        print(line)

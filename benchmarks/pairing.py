@@ -1,0 +1,119 @@
+"""What pairs are worth by encoder and rule, without training: the tables of docs/pairing.md.
+
+    python -m benchmarks.pairing fashion=fashion.likewise photos_en=photos_en.likewise --out pages
+
+Each collection is given as NAME=COLLECTION. Captions that an encoder has not embedded yet are embedded, and
+neighbors searched for, once; so it can be stopped and run again. With --out, a page with pictures is written
+for each collection.
+"""
+
+import argparse
+from pathlib import Path
+
+from likewise.collection.records import Collection
+from likewise.embeddings.embed import embed
+from likewise.neighbors.diagnose import diagnose
+from likewise.neighbors.diagnosis import Diagnosis, Row
+from likewise.neighbors.quality import Share
+from likewise.progress import Terminal
+from likewise.report.pairs_page import write_pairs_page
+
+ENCODERS = "all-MiniLM-L6-v2,tfidf,bow"
+HEADS = (
+    "encoder",
+    "rule",
+    "with partner",
+    "median similarity",
+    "identical captions",
+    "hub skew",
+    "reciprocal",
+    "reach",
+    "dHash bits (pairs / random)",
+    "precision@1",
+    "precision",
+)
+
+
+def percent(share: float | None) -> str:
+    """Return a share of one in percent."""
+    return "" if share is None else f"{100 * share:.1f} %"
+
+
+def interval(share: Share | None) -> str:
+    """Return a share in percent with half of its 95 % interval."""
+    if share is None:
+        return ""
+    return f"{100 * share.value:.1f} ± {50 * (share.high - share.low):.1f} %"
+
+
+def line(row: Row, diagnosis: Diagnosis) -> list[str]:
+    """Return the cells of one rule with one encoder."""
+    name = [row.encoder or "–", f"`{row.rule}`"]
+    figures, chance = row.figures, diagnosis.chance.hash_distance
+    if figures is None:
+        return [*name, row.fault or "", *[""] * (len(HEADS) - 3)]
+    bits = "" if figures.hash_distance is None else f"{figures.hash_distance:.1f} / {chance:.1f}"
+    return [
+        *name,
+        percent(figures.with_partner),
+        "" if figures.similarity is None else f"{figures.similarity[1]:.2f}",
+        percent(figures.identical_captions),
+        f"{figures.hub_skew:.2f}",
+        percent(figures.reciprocal),
+        percent(figures.reach),
+        bits,
+        interval(figures.precision_first),
+        interval(figures.precision),
+    ]
+
+
+def table(diagnosis: Diagnosis) -> str:
+    """Lay the rows out as Markdown; columns for labels only where there are any."""
+    rows = [list(HEADS), *(line(row, diagnosis) for row in diagnosis.rows)]
+    kept = len(HEADS) if diagnosis.labelled else len(HEADS) - 2
+    lines = ["| " + " | ".join(row[:kept]) + " |" for row in rows]
+    lines.insert(1, "|---|---|" + "---:|" * (kept - 2))
+    return "\n".join(lines)
+
+
+def agreements(diagnosis: Diagnosis) -> str:
+    """Lay out how far encoders agree as Markdown."""
+    lines = ["| encoder | and | same of the ten nearest | rank correlation |", "|---|---|---:|---:|"]
+    for each in diagnosis.agreements:
+        correlation = "" if each.correlation is None else f"{each.correlation:.2f}"
+        lines.append(f"| {each.first} | {each.second} | {percent(each.overlap)} | {correlation} |")
+    return "\n".join(lines)
+
+
+def main() -> None:
+    """Diagnose each collection and print its tables."""
+    from rich.console import Console
+
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("collections", nargs="+", metavar="NAME=COLLECTION")
+    parser.add_argument(
+        "--encoder", default=ENCODERS, help="with commas between; image:… for those of images"
+    )
+    parser.add_argument("--rule", action="append", help="as of likewise diagnose; its usual ones by default")
+    parser.add_argument("--out", type=Path, help="a folder for pages with pictures")
+    told = parser.parse_args()
+    progress = Terminal(Console(stderr=True))
+    encoders = [name.strip() for name in told.encoder.split(",") if name.strip()]
+    for given in told.collections:
+        name, _, path = given.partition("=")
+        collection = Collection(Path(path or name))
+        for encoder in encoders:
+            embed(collection, encoder, progress=progress)
+        found = diagnose(collection, encoders, told.rule, progress=progress)
+        random = percent(found.chance.precision)
+        print(f"\n## {name}\n\n{found.images:,} images, {found.labelled:,} with a label", end="")
+        print(f" (two at random share it in {random})" if random else "", end=".\n\n")
+        print(f"{table(found)}\n\n{agreements(found)}", flush=True)
+        if told.out is not None:
+            print(f"\npage: {write_pairs_page(found, collection, told.out / f'{name}.html')}")
+
+
+if __name__ == "__main__":
+    main()

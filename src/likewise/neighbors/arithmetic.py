@@ -1,0 +1,105 @@
+"""Fast products of blocks of vectors, and how far off they can be."""
+
+from dataclasses import dataclass
+from functools import cache
+
+import numpy as np
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Arithmetic:
+    """How blocks are multiplied, and by how much that errs.
+
+    Attributes:
+        device: Where.
+        dtype: What vectors are rounded to before.
+        inner: Relative error of a product beyond the rounding of what goes in.
+        outer: Relative error of rounding the result.
+    """
+
+    device: str
+    dtype: torch.dtype
+    inner: float
+    outer: float
+
+
+def fast_arithmetic(device: str) -> Arithmetic:
+    """Choose the fastest multiplication whose error is known.
+
+    bfloat16 (8 bits of precision, sums in float32) where the processor multiplies it; float32 elsewhere,
+    which on a GPU may mean TensorFloat-32 of 11 bits, as the caller has set it.
+    """
+    if device != "cpu":
+        return Arithmetic(device, torch.float32, 2.0**-9, 0.0)
+    if _multiplies_bfloat16():
+        return Arithmetic(device, torch.bfloat16, 0.0, 2.0**-8)
+    return Arithmetic(device, torch.float32, 0.0, 0.0)
+
+
+@cache
+def _multiplies_bfloat16() -> bool:
+    # Older releases of torch do not tell.
+    able = getattr(torch.cpu, "get_capabilities", dict)()
+    return bool(able.get("avx512_bf16") or able.get("amx_bf16"))
+
+
+@dataclass(frozen=True)
+class Rounded:
+    """Vectors as they are multiplied, with what rounding did to them: norms of both, (n,) float64."""
+
+    values: Tensor
+    norms: np.ndarray
+    errors: np.ndarray
+
+
+def rounded(vectors: np.ndarray, arithmetic: Arithmetic) -> Rounded:
+    """Make vectors (n, d) float32 ready to be multiplied."""
+    values = torch.from_numpy(vectors).to(arithmetic.dtype)
+    if arithmetic.dtype == torch.float32:
+        return Rounded(values.to(arithmetic.device), _norms(vectors), np.zeros(len(vectors)))
+    back = values.float().numpy()
+    return Rounded(values.to(arithmetic.device), _norms(back), _norms(vectors - back))
+
+
+def _norms(vectors: np.ndarray) -> np.ndarray:
+    return np.sqrt(np.einsum("nd,nd->n", vectors, vectors).astype(np.float64))
+
+
+def radius(queries: Rounded, columns: Rounded, arithmetic: Arithmetic) -> np.ndarray:
+    """Bound |x·y - fl(x̃·ỹ)| before the result is rounded, for each query and any of the columns: (m,).
+
+    With x = x̃ + e and y = ỹ + f it is at most |e||y| + |x̃||f| by Cauchy and Schwarz, and summing d products
+    in float32 adds at most d 2⁻²⁴ |x̃||ỹ|, doubled here for what hardware does with rounding and underflow.
+    """
+    norm, error = columns.norms.max(), columns.errors.max()
+    relative = arithmetic.inner + columns.values.shape[1] * 2.0**-23
+    return 1.0001 * (queries.errors * (norm + error) + queries.norms * (error + relative * norm))
+
+
+def ends(value: np.ndarray, off: np.ndarray, arithmetic: Arithmetic) -> tuple[np.ndarray, np.ndarray]:
+    """Return the ends of intervals that hold the true products, from computed ones and their radius."""
+    away = off + arithmetic.outer * np.abs(value)
+    return value - away, value + away
+
+
+def multiply(queries: Rounded, columns: Rounded) -> Tensor:
+    """Return the products of all pairs, (m, c) of the type that is multiplied."""
+    if queries.values.device.type == "cpu" and queries.values.dtype == torch.float32:
+        # No setting lowers the precision of numpy's product, as it may that of torch's.
+        return torch.from_numpy(queries.values.numpy() @ columns.values.numpy().T)
+    return queries.values @ columns.values.T
+
+
+def reaches(similar: Tensor, least: np.ndarray) -> Tensor:
+    """Tell which places of a block reach their row's least value: (m, c) bool.
+
+    The bound is rounded as the block was. Rounding is monotone, so what reached it before, reaches it after.
+    """
+    bound = torch.from_numpy(least).to(similar.device, similar.dtype)[:, None]
+    if similar.dtype == torch.bfloat16 and similar.device.type == "cpu" and bool((bound > 0).all()):
+        # Positive floats are ordered as their bits are, and numpy compares those four times as fast.
+        bits, least_bits = similar.view(torch.int16).numpy(), bound.view(torch.int16).numpy()
+        return torch.from_numpy(bits >= least_bits)
+    return similar >= bound

@@ -1,0 +1,324 @@
+"""Each kind of encoder against its library's own plain call, or a direct computation."""
+
+import gzip
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from likewise.collection.records import Collection
+from likewise.embeddings.base import CaptionEncoder, unit_rows
+from likewise.embeddings.embed import embed
+from likewise.embeddings.encoders import choose_encoder, load_encoder
+from likewise.embeddings.hashed import BUCKETS, HashedWords, bucket_counts
+from likewise.embeddings.options import EncoderOptions
+from likewise.embeddings.packaged import packaged_folder
+from likewise.embeddings.text import split_words
+from likewise.errors import InputError, ModelError
+from support import MINILM
+
+FEW = ["grinning face", "a", "flag: Åland Islands", "woman in a wheelchair, facing right, dark skin tone"]
+CLIP = {
+    "embed_dim": 24,
+    "vision_cfg": {"image_size": 32, "layers": 1, "width": 32, "head_width": 16, "patch_size": 16},
+    "text_cfg": {"context_length": 77, "vocab_size": 49408, "width": 32, "heads": 2, "layers": 2},
+}
+
+
+def load(name: str, captions: list[str] | None = None, **options: Any) -> CaptionEncoder:
+    return load_encoder(
+        choose_encoder(name, EncoderOptions(**options)), "cpu", lambda: iter([captions or []])
+    )
+
+
+def captions_of(collection: Collection) -> list[str]:
+    return [text for record in collection for text in record.captions]
+
+
+@pytest.fixture(scope="session")
+def minilm() -> Path:
+    return packaged_folder(MINILM)
+
+
+@pytest.fixture(scope="session")
+def tokens(minilm: Path) -> np.ndarray:
+    """The real token vectors of MiniLM, (30522, 384)."""
+    return load_file(minilm / "model.safetensors")["embeddings.word_embeddings.weight"].numpy()
+
+
+def test_sentence_model_equals_its_librarys_own_call(collection: Collection, minilm: Path) -> None:
+    from sentence_transformers import SentenceTransformer
+
+    captions = captions_of(collection)
+    plain = SentenceTransformer(str(minilm), device="cpu").encode(captions, normalize_embeddings=True)
+    found = embed(collection, MINILM)
+    rows = np.concatenate([found.shard(i)[0] for i in range(found.shards)])
+    ids = np.concatenate([found.shard(i)[1] for i in range(found.shards)])
+    # Two houses draw each emoji: identical captions are embedded once and must land in every place.
+    assert len(set(captions)) < 0.8 * len(captions)
+    np.testing.assert_allclose(rows, plain, atol=5e-4)
+    assert ids.tolist() == [i for i, record in enumerate(collection) for _ in record.captions]
+
+
+def last_hidden_states(folder: Path, caption: str) -> np.ndarray:
+    """One caption alone, so without padding, through the plain model: (tokens, d)."""
+    from transformers import AutoModel, AutoTokenizer
+
+    model: Any = AutoModel.from_pretrained(folder)
+    tokenizer: Any = AutoTokenizer.from_pretrained(folder)
+    with torch.no_grad():
+        return model.eval()(**tokenizer(caption, return_tensors="pt")).last_hidden_state[0].double().numpy()
+
+
+def direct(folder: Path, pooling: str) -> np.ndarray:
+    states = [last_hidden_states(folder, caption) for caption in FEW]
+    rows = {"cls": lambda h: h[0], "mean": lambda h: h.mean(axis=0), "last": lambda h: h[-1]}
+    return unit_rows(np.stack([rows[pooling](each) for each in states]))
+
+
+@pytest.mark.parametrize("pooling", ["cls", "mean", "last"])
+def test_pooling_of_a_hugging_face_model(minilm: Path, pooling: str) -> None:
+    found = load(f"hf:{minilm}", pooling=pooling).encode(FEW, 4)
+    np.testing.assert_allclose(found, direct(minilm, pooling), atol=1e-5)
+    assert found.dtype == np.float32
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_last_token_of_a_generator_without_a_padding_token(minilm: Path, tmp_path: Path, side: str) -> None:
+    from tokenizers import Tokenizer
+    from transformers import GPT2Config, GPT2Model, PreTrainedTokenizerFast
+
+    torch.manual_seed(0)
+    # Its learned positions would be shifted by padding on the left.
+    GPT2Model(GPT2Config(vocab_size=30522, n_embd=32, n_layer=2, n_head=2)).save_pretrained(tmp_path)
+    whole = Tokenizer.from_file(str(minilm / "tokenizer.json"))
+    whole.no_padding()
+    special = {"eos_token": "[SEP]", "padding_side": side, "model_max_length": 64}
+    PreTrainedTokenizerFast(tokenizer_object=whole, **special).save_pretrained(tmp_path)
+    assert PreTrainedTokenizerFast.from_pretrained(tmp_path).pad_token is None
+    found = load(f"hf:{tmp_path}", pooling="last").encode(FEW, 4)
+    np.testing.assert_allclose(found, direct(tmp_path, "last"), atol=1e-5)
+
+
+@pytest.mark.parametrize("name", [MINILM, "hf"])
+def test_max_length_cuts_captions(minilm: Path, name: str) -> None:
+    name = f"hf:{minilm}" if name == "hf" else name
+    long = "red apple on a table in the garden of the old house"
+    whole, cut = load(name), load(name, max_length=4)
+    # Four tokens are the two of the frame and two words.
+    np.testing.assert_allclose(cut.encode([long], 1), whole.encode(["red apple"], 1), atol=1e-5)
+    assert np.abs(cut.encode([long], 1) - whole.encode([long], 1)).max() > 0.01
+    with pytest.raises(ModelError, match="takes at most"):
+        load(name, max_length=100_000)
+
+
+def test_onnx_gives_what_torch_gives(minilm: Path) -> None:
+    captions = [*FEW, " ".join(FEW)]
+    # The last batch is a single caption, and longer than what the graph was traced with.
+    found = load(f"hf:{minilm}", pooling="cls", backend="onnx").encode(captions, 2)
+    np.testing.assert_allclose(found, load(f"hf:{minilm}", pooling="cls").encode(captions, 2), atol=1e-5)
+    with pytest.raises(InputError, match="runs on the CPU"):
+        load_encoder(choose_encoder(MINILM, EncoderOptions(backend="onnx")), "cuda", lambda: iter([]))
+
+
+@pytest.fixture(scope="session")
+def clip(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, Any]:
+    """A small open_clip model with random weights: its name for us, and the model itself."""
+    import open_clip
+
+    folder = tmp_path_factory.mktemp("clip")
+    (folder / "likewise-tiny.json").write_text(json.dumps(CLIP))
+    open_clip.add_model_config(folder)
+    torch.manual_seed(0)
+    model = open_clip.create_model("likewise-tiny").eval()
+    torch.save(model.state_dict(), folder / "w.pt")
+    return f"clip:likewise-tiny/{folder / 'w.pt'}", model
+
+
+def test_clip_text_equals_open_clip(clip: tuple[str, Any]) -> None:
+    import open_clip
+
+    name, model = clip
+    encoder = load(name)
+    tokenize = open_clip.get_tokenizer("likewise-tiny")
+    with torch.no_grad():
+        expected = model.encode_text(tokenize(FEW), normalize=True).numpy()
+    np.testing.assert_allclose(encoder.encode(FEW, 3), expected, atol=1e-5)
+    assert encoder.dimension == 24
+
+
+def test_long_captions_keep_clips_end_token(clip: tuple[str, Any]) -> None:
+    name, model = clip
+    import open_clip
+
+    words = [FEW[i % 4].split()[0] for i in range(200)]
+
+    tokenizer: Any = open_clip.get_tokenizer("likewise-tiny")
+    ids = tokenizer.encode(" ".join(words))
+    start, end = 49406, 49407
+    row = torch.tensor([[start, *ids[:75], end]])
+    with torch.no_grad():
+        expected = model.encode_text(row, normalize=True).numpy()
+    np.testing.assert_allclose(load(name).encode([" ".join(words)], 1), expected, atol=1e-5)
+
+
+@pytest.mark.usefixtures("clip")
+def test_clip_faults_name_what_there_is(tmp_path: Path) -> None:
+    with pytest.raises(ModelError, match="unknown CLIP model 'ViT-B-23'.*Did you mean.*ViT-B-32"):
+        load("clip:ViT-B-23/openai")
+    with pytest.raises(ModelError, match="'opena' is neither a file nor weights of ViT-B-32; it has openai"):
+        load("clip:ViT-B-32/opena")
+    with pytest.raises(ModelError, match="lacks its weights"):
+        choose_encoder("clip:ViT-B-32")
+    (tmp_path / "w.pt").write_bytes(b"no weights")
+    with pytest.raises(ModelError, match="cannot load the CLIP model"):
+        load(f"clip:likewise-tiny/{tmp_path / 'w.pt'}")
+
+
+def test_static_tokens_equal_the_mean_of_real_vectors(
+    minilm: Path, tokens: np.ndarray, tmp_path: Path
+) -> None:
+    from model2vec import StaticModel
+    from tokenizers import Tokenizer
+
+    tokenizer = Tokenizer.from_file(str(minilm / "tokenizer.json"))
+    tokenizer.no_padding()
+    StaticModel(tokens, tokenizer).save_pretrained(tmp_path)
+    encoder = load(f"model2vec:{tmp_path}")
+    ids = [tokenizer.encode(caption, add_special_tokens=False).ids for caption in FEW]
+    expected = unit_rows(np.stack([tokens[i].astype(np.float64).mean(axis=0) for i in ids]))
+    np.testing.assert_allclose(encoder.encode(FEW, 2), expected, atol=1e-5)
+
+
+def word_lines(minilm: Path, tokens: np.ndarray, *, header: bool) -> str:
+    """The real vectors of some thousand frequent words, as GloVe or with fastText's header and spaces."""
+    names = (minilm / "vocab.txt").read_text().splitlines()
+    rows = [(n, v) for n, v in zip(names, tokens[:, :50], strict=True) if n.isalpha()][:5000]
+    lines = [
+        " ".join([name, *(f"{x:.6f}" for x in values)]) + (" " if header else "") for name, values in rows
+    ]
+    return "\n".join([f"{len(rows)} 50"] * header + lines) + "\n"
+
+
+def test_word_vectors_are_averaged(minilm: Path, tokens: np.ndarray, tmp_path: Path) -> None:
+    plain = word_lines(minilm, tokens, header=False)
+    # As in glove.840B: a key with a space in it is no vector of its first word.
+    first, rest = plain.split("\n", 1)
+    phrase = "at name@domain.com " + " ".join(["0.5"] * 50)
+    (tmp_path / "glove.txt").write_text("\n".join([first, phrase, rest]))
+    (tmp_path / "fasttext.vec").write_text(word_lines(minilm, tokens, header=True))
+    with gzip.open(tmp_path / "glove.txt.gz", "wt") as stream:
+        stream.write(plain)
+    table = {line.split(" ")[0]: np.array(line.split(" ")[1:], np.float64) for line in plain.splitlines()}
+    captions = ["Smiling face at night!", "zzyzx qwrtp", "", "face face cat"]
+    chosen = [["smiling", "face", "at", "night"], ["face", "face", "cat"]]
+    expected = unit_rows(np.stack([np.mean([table[w] for w in words], axis=0) for words in chosen]))
+    for file in ("glove.txt", "fasttext.vec", "glove.txt.gz"):
+        encoder = load(f"words:{tmp_path / file}", captions)
+        found = encoder.encode(captions, 64)
+        np.testing.assert_allclose(found[[0, 3]], expected, atol=1e-4)
+        assert not found[[1, 2]].any()
+        assert encoder.dimension == 50
+
+
+def test_word_files_that_are_none_are_refused(minilm: Path, tokens: np.ndarray, tmp_path: Path) -> None:
+    plain = word_lines(minilm, tokens, header=False).splitlines()
+    place = next(i for i, line in enumerate(plain) if line.startswith("face "))
+    plain[place] = plain[place].rsplit(" ", 3)[0]
+    (tmp_path / "cut.txt").write_text("\n".join(plain))
+    with pytest.raises(ModelError, match=rf"cut.txt, line {place + 1} does not hold 50 numbers"):
+        load(f"words:{tmp_path / 'cut.txt'}", ["a face"])
+    with pytest.raises(ModelError, match="a vector for no word of this collection"):
+        load(f"words:{tmp_path / 'cut.txt'}", ["zzyzx"])
+    (tmp_path / "prose.txt").write_text("It was a dark night.\n")
+    with pytest.raises(ModelError, match="holds no word vectors"):
+        load(f"words:{tmp_path / 'prose.txt'}", ["night"])
+    del plain[place]
+    (tmp_path / "half.txt.gz").write_bytes(gzip.compress("\n".join(plain).encode())[:-2000])
+    with pytest.raises(ModelError, match="cannot be read as word vectors"):
+        load(f"words:{tmp_path / 'half.txt.gz'}", ["face"])
+    with pytest.raises(ModelError, match="no file of word vectors"):
+        choose_encoder("words:nowhere.vec")
+
+
+def test_idf_is_scikit_learns_on_the_same_counts(collection: Collection) -> None:
+    from sklearn.feature_extraction.text import TfidfTransformer
+
+    captions = captions_of(collection)
+    parts = [captions[:100], captions[100:101], [], captions[101:]]
+    encoder = HashedWords(lambda: iter(parts), weighted=True)
+    counts: Any = bucket_counts(captions)
+    reference: Any = TfidfTransformer().fit(counts)
+    np.testing.assert_allclose(encoder.weights, reference.idf_, rtol=1e-6)
+    found = encoder.encode(captions, 64)
+    np.testing.assert_allclose(found, reference.transform(counts).toarray(), atol=1e-6)
+    counted = unit_rows(bucket_counts(captions).toarray())
+    np.testing.assert_allclose(load("bow").encode(captions, 64), counted, atol=1e-6)
+    assert found.shape == (len(captions), BUCKETS)
+
+
+def test_hashing_keeps_the_neighbors_of_exact_tfidf(collection: Collection) -> None:
+    from sklearn.feature_extraction.text import TfidfVectorizer
+
+    captions = sorted(set(captions_of(collection)))
+    exact: Any = TfidfVectorizer(analyzer=re.compile(r"\w+").findall).fit_transform(captions)
+    truth = (exact @ exact.T).toarray()
+    rows = load("tfidf", captions).encode(captions, 64).astype(np.float16).astype(np.float32)
+    hashed = rows @ rows.T
+    for similar in (truth, hashed):
+        np.fill_diagonal(similar, -1)
+    nearest = np.argsort(-hashed, axis=1, kind="stable")[:, :10]
+    tenth = -np.sort(-truth, axis=1)[:, 9:10]
+    # Captions that are equally near may stand in for one another.
+    overlap = (np.take_along_axis(truth, nearest, axis=1) >= tenth - 1e-6).mean()
+    assert overlap >= 0.95
+
+
+def test_words_of_many_scripts() -> None:
+    assert split_words("L'été, c'est 2 fois!") == ["L", "été", "c", "est", "2", "fois"]
+    assert split_words("हिन्दी में लिखा") == ["हिन्दी", "में", "लिखा"]
+    assert split_words("красный дом—синий") == ["красный", "дом", "синий"]
+    assert split_words("猫と犬 dog") == ["猫", "と", "犬", "dog"]
+    assert split_words("cafe\u0301") == split_words("café")
+    assert split_words("😀 …") == []
+
+
+def test_names_that_mean_nothing_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="unknown kind of encoder 'word:'.*Did you mean words.*tfidf"):
+        choose_encoder("word:glove.txt")
+    with pytest.raises(InputError, match="says no model; write it as in hf:bert"):
+        choose_encoder("hf:")
+    with pytest.raises(InputError, match="--pooling means nothing to tfidf; it goes with models such as hf:"):
+        choose_encoder("tfidf", EncoderOptions(pooling="cls"))
+    with pytest.raises(InputError, match="--max-length is 0"):
+        EncoderOptions(max_length=0)
+    with pytest.raises(ModelError, match="no model folder at /nowhere"):
+        choose_encoder("hf:/nowhere")
+    with pytest.raises(ModelError, match="it has no config.json"):
+        choose_encoder(f"hf:{tmp_path}")
+    with pytest.raises(ModelError, match="no finished run and no file of weights"):
+        choose_encoder("image:nothing")
+
+
+def test_identity_tells_kinds_and_weights_apart(minilm: Path, tmp_path: Path) -> None:
+    names = [MINILM, str(minilm), f"hf:{minilm}", "tfidf", "bow", "image:random:resnet10t"]
+    assert len({choose_encoder(name).identity for name in names}) == len(names)
+    for number in range(2):
+        (tmp_path / "m").mkdir(exist_ok=True)
+        (tmp_path / "m" / "config.json").write_text(str(number))
+        names.append(choose_encoder(f"model2vec:{tmp_path / 'm'}").identity)
+    assert names[-1] != names[-2]
+    choice = choose_encoder(f"hf:{minilm}", EncoderOptions(pooling="cls", max_length=20))
+    assert choice.name == "hf:model+cls+20"
+
+
+def test_a_hub_name_that_cannot_be_had_says_what_works_offline(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    for name in ("nobody/nothing", "hf:nobody/nothing", "model2vec:nobody/nothing"):
+        with pytest.raises(ModelError, match="cannot load.*Hugging Face hub"):
+            load(name)
