@@ -2,23 +2,20 @@
 
     python -m benchmarks.pairing fashion=fashion.likewise photos_en=photos_en.likewise --out pages
 
-Each collection is given as NAME=COLLECTION. Captions that an encoder has not embedded yet are embedded, and
-neighbors searched for, once; so it can be stopped and run again. With --out, a page with pictures is written
-for each collection.
+Each collection is given as NAME=COLLECTION, with the embeddings to compare. Neighbors are searched for once,
+so it can be stopped and run again. With --out, a page with pictures is written for each collection.
 """
 
 import argparse
 from pathlib import Path
 
 from likewise.collection.records import Collection
-from likewise.embeddings.embed import embed
 from likewise.neighbors.diagnose import diagnose
 from likewise.neighbors.diagnosis import Diagnosis, Row
 from likewise.neighbors.quality import Share
 from likewise.progress import Terminal
 from likewise.report.pairs_page import write_pairs_page
 
-ENCODERS = "all-MiniLM-L6-v2,tfidf,bow"
 HEADS = (
     "encoder",
     "rule",
@@ -93,19 +90,15 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("collections", nargs="+", metavar="NAME=COLLECTION")
-    parser.add_argument(
-        "--encoder", default=ENCODERS, help="with commas between; image:… for those of images"
-    )
+    parser.add_argument("--encoder", help="with commas between; all that the collection has by default")
     parser.add_argument("--rule", action="append", help="as of likewise diagnose; its usual ones by default")
     parser.add_argument("--out", type=Path, help="a folder for pages with pictures")
     told = parser.parse_args()
     progress = Terminal(Console(stderr=True))
-    encoders = [name.strip() for name in told.encoder.split(",") if name.strip()]
+    encoders = told.encoder.split(",") if told.encoder else None
     for given in told.collections:
         name, _, path = given.partition("=")
         collection = Collection(Path(path or name))
-        for encoder in encoders:
-            embed(collection, encoder, progress=progress)
         found = diagnose(collection, encoders, told.rule, progress=progress)
         random = percent(found.chance.precision)
         print(f"\n## {name}\n\n{found.images:,} images, {found.labelled:,} with a label", end="")

@@ -42,7 +42,15 @@ def test_commands_of_the_readme_run_as_written(emoji: Path, tmp_path: Path) -> N
     prepare(emoji, tmp_path)
     block = README.read_text().split("## Your own images")[1].split("```bash\n")[1].split("```")[0]
     commands = [line.split("#")[0].strip() for line in block.splitlines() if line.startswith("likewise ")]
-    assert [c.split()[1] for c in commands] == ["import", "embed", "neighbors", "train", "evaluate", "report"]
+    assert [c.split()[1] for c in commands] == [
+        "import",
+        "embed",
+        "audit",
+        "diagnose",
+        "train",
+        "evaluate",
+        "report",
+    ]
     path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
     for command in commands:
         # What a test cannot have: the paper's encoder comes from the hub, and 20 epochs take too long.

@@ -12,14 +12,17 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from likewise.collection.audit.audit import audit
     from likewise.collection.importing import import_collection
     from likewise.collection.records import Collection
     from likewise.collection.sources.candidates import ImportOptions
     from likewise.embeddings.embed import embed
     from likewise.errors import LikewiseError
     from likewise.evaluation.evaluate import evaluate
+    from likewise.neighbors.diagnose import diagnose
     from likewise.neighbors.neighbors import find_neighbors
-    from likewise.neighbors.rules import PairRule
+    from likewise.neighbors.rules import PairRule, SearchRule
+    from likewise.neighbors.sources import make_pairs
     from likewise.pretraining.settings import TrainSettings
     from likewise.pretraining.train import Run, train
     from likewise.report.html import write_report
@@ -36,11 +39,15 @@ __all__ = [
     "LikewiseError",
     "PairRule",
     "Run",
+    "SearchRule",
     "TrainSettings",
+    "audit",
+    "diagnose",
     "embed",
     "evaluate",
     "find_neighbors",
     "import_collection",
+    "make_pairs",
     "train",
     "write_report",
 ]
@@ -53,10 +60,14 @@ _HOMES = {
     "PairRule": "likewise.neighbors.rules",
     "Run": "likewise.pretraining.train",
     "TrainSettings": "likewise.pretraining.settings",
+    "SearchRule": "likewise.neighbors.rules",
+    "audit": "likewise.collection.audit.audit",
+    "diagnose": "likewise.neighbors.diagnose",
     "embed": "likewise.embeddings.embed",
     "evaluate": "likewise.evaluation.evaluate",
     "import_collection": "likewise.collection.importing",
     "find_neighbors": "likewise.neighbors.neighbors",
+    "make_pairs": "likewise.neighbors.sources",
     "train": "likewise.pretraining.train",
     "write_report": "likewise.report.html",
 }

@@ -24,7 +24,17 @@ from likewise.errors import ArtifactError, InputError
 
 FORMAT = 1
 MANIFEST = "artifact.json"
-_PACKAGES = ("likewise", "numpy", "torch", "timm", "sentence-transformers", "pillow", "simplejpeg", "pyarrow")
+_PACKAGES = (
+    "likewise",
+    "numpy",
+    "torch",
+    "timm",
+    "sentence-transformers",
+    "scikit-learn",
+    "pillow",
+    "simplejpeg",
+    "pyarrow",
+)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -51,15 +51,21 @@ def brute_force(
     same: np.ndarray | None = None,
     record: np.ndarray | None = None,
 ) -> tuple[np.ndarray, np.ndarray]:
-    """All pairs in float64, one row at a time; ties to the lower position; -1 and -inf at the end."""
+    """All pairs in float64, one row at a time; -1 and -inf at the end.
+
+    Ties go to the lower set of equal rows, and within it to the rows after one's own, and round.
+    """
     n = len(vectors)
+    parts = [vectors, *(c.reshape(n, -1) for c in (differ, same, record) if c is not None)]
+    kinds = [b"".join(np.ascontiguousarray(part[y]).tobytes() for part in parts) for y in range(n)]
+    lowest = [kinds.index(kind) for kind in kinds]
     exact = vectors.astype(np.float64)
     similar = (exact[:, None] * exact[None]).sum(-1)
     allowed = admissible(n, differ, same, record)
     ids, values = np.full((n, k), -1), np.full((n, k), -np.inf)
     for x in range(n):
         found, seen = [], set()
-        for y in sorted(np.flatnonzero(allowed[x]), key=lambda y: (-similar[x, y], y)):
+        for y in sorted(np.flatnonzero(allowed[x]), key=lambda y: (-similar[x, y], lowest[y], (y - x) % n)):
             if record is None or record[y] not in seen:
                 seen.add(None if record is None else record[y])
                 found.append(y)
@@ -72,7 +78,8 @@ def test_by_hand() -> None:
     vectors = np.array([[1, 0], [0, 1], [1, 0], [0.6, 0.8]], np.float32)
     neighbors, similarity = top_k(vectors, group_equal(vectors), np.arange(4), 2)
     # Row 0 and row 2 are equal: each is the other's nearest, and neither its own.
-    assert neighbors.tolist() == [[2, 3], [3, 0], [0, 3], [1, 0]]
+    # Both are as far from row 1, which finds the one after itself.
+    assert neighbors.tolist() == [[2, 3], [3, 2], [0, 3], [1, 0]]
     np.testing.assert_allclose(similarity, [[1, 0.6], [0.8, 0], [1, 0.6], [0.8, 0.6]], atol=1e-6)
 
 
@@ -176,7 +183,8 @@ def test_scopes_of_every_size_hold_what_they_hold(sizes: tuple[int, ...]) -> Non
     exact = vectors.astype(np.float64)
     similar = np.where(same[:, None] == same, (exact[:, None] * exact[None]).sum(-1), -np.inf)
     np.fill_diagonal(similar, -np.inf)
-    order = np.argsort(-similar, axis=1, kind="stable")[:, :4]
+    places = np.arange(len(same))
+    order = np.lexsort(((places - places[:, None]) % len(same), -similar), axis=1)[:, :4]
     scores = np.take_along_axis(similar, order, axis=1)
     np.testing.assert_array_equal(ids, np.where(np.isfinite(scores), order, -1))
     np.testing.assert_array_equal(similarity, scores.astype(np.float32))

@@ -7,7 +7,7 @@ from pathlib import Path
 from likewise.artifacts import fingerprint
 from likewise.embeddings.base import CaptionEncoder, Corpus, EncoderChoice
 from likewise.embeddings.clip import ClipText
-from likewise.embeddings.hashed import BUCKETS, HashedWords
+from likewise.embeddings.hashed import COLUMNS, HashedWords
 from likewise.embeddings.images import choose_clip, choose_image
 from likewise.embeddings.onnx import OnnxEncoder
 from likewise.embeddings.options import DEFAULT_OPTIONS, EncoderOptions
@@ -42,7 +42,7 @@ def _file(name: str) -> tuple[str, str, str]:
 
 
 def _hashed(name: str) -> tuple[str, str, str]:
-    return name, name, f"{BUCKETS} buckets"
+    return name, name, f"{COLUMNS} columns"
 
 
 SCHEMES = {

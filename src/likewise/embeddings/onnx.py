@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, final
 import numpy as np
 
 from likewise.embeddings.base import CaptionEncoder, EncoderChoice, unit_rows
-from likewise.embeddings.sentence import SentenceEncoder, first_line
+from likewise.embeddings.sentence import SentenceEncoder, batches_by_tokens, first_line
 from likewise.errors import DependencyError, InputError, ModelError
 
 if TYPE_CHECKING:
@@ -39,11 +39,10 @@ class OnnxEncoder(CaptionEncoder):
 
     def encode(self, captions: Sequence[str], batch_size: int) -> np.ndarray:
         """Embed captions: n strings -> (n, d) float32 of unit length (zero where a model gives zero)."""
-        rows = [
-            self._batch(list(captions[start : start + batch_size]))
-            for start in range(0, len(captions), batch_size)
-        ]
-        return unit_rows(np.concatenate(rows))
+        vectors = np.empty((len(captions), self.dimension), np.float32)
+        for part in batches_by_tokens(self._model, captions, batch_size):
+            vectors[part] = self._batch([captions[i] for i in part])
+        return unit_rows(vectors)
 
     def _batch(self, captions: list[str]) -> np.ndarray:
         import torch

@@ -11,7 +11,7 @@ from likewise.collection.records import Collection
 from likewise.embeddings.base import CaptionEncoder
 from likewise.progress import Task
 
-_BATCHES = 8
+_BATCHES = 16
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -60,7 +60,8 @@ class CaptionRows(Rows):
         row = [places.setdefault(text, len(places)) for each in captions for text in each]
         texts, times = list(places), np.bincount(row, minlength=len(places))
         vectors = np.empty((len(texts), self.dimension), np.float16)
-        # Sorting by length keeps padding small; parts of a few batches keep the bar moving.
+        # Sorting by length keeps padding small (encoders sort each part by tokens); parts of a few batches
+        # keep the bar moving.
         order = np.argsort([-len(text) for text in texts], kind="stable")
         for start in range(0, len(order), _BATCHES * self._batch_size):
             part = order[start : start + _BATCHES * self._batch_size]

@@ -89,7 +89,7 @@ class IvfIndex(Index):
             self.recall = self._measured(rows, wanted)
 
     def search(self, rows: np.ndarray, k: int) -> Found:
-        """See `Index.search`; ties go to the lower row among what is found."""
+        """See `Index.search`."""
         record = self._exact.record
         return self._near(rows, k) if record is None else nearest_of_each_record(self._near, rows, k, record)
 

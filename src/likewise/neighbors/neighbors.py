@@ -321,7 +321,7 @@ def _slots(space: Space, first: int, last: int, rows: np.ndarray) -> tuple[np.nd
 def _best_of_captions(
     near: np.ndarray, similarity: np.ndarray, record: np.ndarray, k: int
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Merge the rows of each image's captions: the k best images by their best match, ties to the lower."""
+    """Merge the rows of each image's captions: the k best images by their best match, ties to the next."""
     image = np.repeat(record, near.shape[1])
     flat, value = near.ravel(), similarity.ravel()
     order = np.lexsort((-value, flat, image))
@@ -330,7 +330,8 @@ def _best_of_captions(
     fresh = np.ones(len(flat), bool)
     fresh[1:] = (image[1:] != image[:-1]) | (flat[1:] != flat[:-1])
     image, flat, value = image[fresh], flat[fresh], value[fresh]
-    order = np.lexsort((flat, -value, image))
+    turned = np.where(flat > image, 0, 1)
+    order = np.lexsort((flat, turned, -value, image))
     image, flat, value = image[order], flat[order], value[order]
     images, starts = np.unique(image, return_index=True)
     place = np.arange(len(image)) - np.repeat(starts, np.diff(np.append(starts, len(image))))

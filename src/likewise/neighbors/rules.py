@@ -39,8 +39,8 @@ class SearchRule:
             find nobody.
         distinct_captions: Pass over images whose captions read the same but for case, spaces and
             punctuation.
-        distinct_images: Pass over near-duplicate images (difference hashes at most 3 of 64 bits apart, and the
-            same colours).
+        distinct_images: Pass over near-duplicate images (difference hashes at most 3 of 64 bits apart, and
+            the same colours).
         filter: A filter file as `likewise audit` writes it: images and captions that take no part.
         index: `exact`, or an approximate inverted file (`ivf`); `auto` is exact up to a million images.
         index_recall: Share of the exact ten nearest that an approximate index must find on a sample.

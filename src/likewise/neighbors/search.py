@@ -1,8 +1,9 @@
 """Exact nearest neighbors by cosine among admissible rows.
 
 Results depend neither on the size of blocks nor on the device (see `scan`). Equal vectors are searched once.
-Ties go to the lower position. Nobody is their own neighbor, by identity and not by dropping the first hit:
-with repeated captions, the first hit is often somebody else.
+Of equal vectors each finds those after itself first, and round, so that the images of one caption do not all
+share one partner; other ties go to the lower position. Nobody is their own neighbor, by identity and not by
+dropping the first hit: with repeated captions, the first hit is often somebody else.
 """
 
 from abc import ABC, abstractmethod
@@ -33,7 +34,7 @@ class Index(ABC):
             k: How many, at least 1; rows with fewer admissible others are padded.
 
         Returns:
-            Rows (m, k) int64, nearest first, ties to the lower, -1 where there are no more; and their cosine
+            Rows (m, k) int64, nearest first, -1 where there are no more; and their cosine
             similarity (m, k) float32, -inf there. Where records were given, at most one row of each record:
             its nearest.
         """
@@ -131,8 +132,9 @@ def top_k(
         device: Where blocks are compared.
 
     Returns:
-        Neighbors (m, k) int64, nearest first, ties to the lower row, -1 where there are no more; and their
-        cosine similarity (m, k) float32, -inf there.
+        Neighbors (m, k) int64, nearest first, -1 where there are no more; and their cosine similarity (m, k)
+        float32, -inf there. Of rows that are equally near, those equal to each other (in codes too) stand
+        together, ordered by their lowest; among them come first those after the query row.
     """
     groups, back = np.unique(grouped.group[queries], return_inverse=True)
     best = np.full((len(groups), k + 1), -1, np.int64)
@@ -189,6 +191,9 @@ def spell_out(
 ) -> Found:
     """Turn best groups into best rows, each row itself left out.
 
+    Of the rows of a group, those after the row itself come first, and then those before it: were the lowest
+    always first, all images of one caption would share one partner.
+
     Args:
         rows: (m,) int64.
         best: (g, j) int64 groups, best first, -1 padded; j > k, or all there are.
@@ -203,19 +208,24 @@ def spell_out(
     neighbors = np.full((len(rows), k), -1, np.int64)
     similarity = np.full((len(rows), k), -np.inf, np.float32)
     sizes = np.diff(grouped.starts)
-    # A group lends at most k + 1 of its rows; the lowest come first, so no better one is passed over.
     lent = min(k + 1, int(sizes.max(initial=0)))
+    # Members in order are also in the order of these numbers, which tell where a row would stand among them.
+    ranks = grouped.group[grouped.members] * len(grouped.group) + grouped.members
     chunk = max(1, 2**18 // max(1, best.shape[1] * lent))
     nth = np.arange(lent)
     for start in range(0, len(rows), chunk):
         part = slice(start, start + chunk)
         groups = best[back[part]]
         there = (groups[:, :, None] >= 0) & (nth < sizes[groups][:, :, None])
-        at = np.where(there, grouped.starts[groups][:, :, None] + nth, 0)
+        after = np.searchsorted(ranks, groups * len(grouped.group) + rows[part, None], side="right")
+        turned = (after - grouped.starts[groups])[:, :, None] + nth
+        at = np.where(
+            there, grouped.starts[groups][:, :, None] + turned % np.maximum(sizes[groups], 1)[:, :, None], 0
+        )
         ids = np.where(there, grouped.members[at], -1).reshape(len(at), -1)
         value = np.repeat(scores[back[part]], lent, axis=1)
         value = np.where((ids < 0) | (ids == rows[part, None]), -np.inf, value)
-        order = np.lexsort((ids, -value))[:, :k]
+        order = np.argsort(-value, axis=1, kind="stable")[:, :k]
         chosen = np.take_along_axis(value, order, axis=1)
         filled = np.where(np.isfinite(chosen), np.take_along_axis(ids, order, axis=1), -1)
         neighbors[part, : order.shape[1]] = filled
