@@ -18,7 +18,7 @@ from likewise.embeddings.base import unit_rows
 from likewise.embeddings.embed import Embeddings, embed, look_up_embeddings
 from likewise.embeddings.options import EncoderOptions
 from likewise.embeddings.packaged import packaged_folder
-from likewise.errors import ArtifactError, InputError
+from likewise.errors import ArtifactError, InputError, ModelError
 from likewise.models.encoders import open_encoder
 from support import MINILM
 
@@ -196,6 +196,15 @@ def test_unreadable_images_are_left_out_and_counted(emoji: Path, tmp_path: Path)
         file.unlink(missing_ok=True)
     with pytest.raises(InputError, match="no image of .* can be read: .* file is missing"):
         embed(made, LOOKS)
+    shutil.copytree(emoji.parent, folder, dirs_exist_ok=True)
+    assert len(embed(made, LOOKS)) == len(made)
+
+
+def test_encoder_that_cannot_be_loaded_leaves_nothing_behind(copied: Collection, tmp_path: Path) -> None:
+    (tmp_path / "two.txt").write_text("zzyzx 1 0 0\n")
+    with pytest.raises(ModelError, match="a vector for no word"):
+        embed(copied, f"words:{tmp_path / 'two.txt'}")
+    assert not (copied.path / "embeddings").exists()
 
 
 def test_images_need_no_captions(emoji: Path, tmp_path: Path) -> None:

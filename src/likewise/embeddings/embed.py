@@ -1,5 +1,6 @@
 """Embed every caption, or every image, of a collection: shard by shard, into an artifact."""
 
+import shutil
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -135,15 +136,20 @@ def embed(
             f"no image of {source.path} has a caption: there is nothing to embed; use --pairs self, or embed "
             "the images with --encoder image:…"
         )
-    artifact = _begin(source, choice)
+    path, settings, inputs = _place(source, choice)
+    # What cannot be loaded leaves no folder behind.
+    rows = None if (path / MANIFEST).is_file() else _open_rows(source, choice, batch_size, on)
+    artifact = begin(path, KIND, settings, inputs)
     if artifact.complete:
         progress.say(f"embeddings of {len(source):,} images by {choice.name} exist: {artifact.path}")
     else:
-        artifact = _embed_missing(source, choice, artifact, batch_size, on, progress)
+        rows = _open_rows(source, choice, batch_size, on) if rows is None else rows
+        artifact = _embed_missing(source, choice, artifact, rows, progress)
     return Embeddings(artifact.path)
 
 
-def _begin(source: Collection, choice: EncoderChoice) -> Artifact:
+def _place(source: Collection, choice: EncoderChoice) -> tuple[Path, dict[str, Any], dict[str, str]]:
+    """Return the folder of the embeddings, and the settings and inputs that its name is keyed by."""
     settings: dict[str, Any] = {"encoder": choice.name, "dtype": "float16"} | choice.options.given
     if choice.modality == "images":
         settings["modality"] = "images"
@@ -151,20 +157,18 @@ def _begin(source: Collection, choice: EncoderChoice) -> Artifact:
     key = key_of(KIND, settings, inputs)
     # A scheme belongs to the folder's name, but of a hub name only the last part does.
     name = choice.name.replace("/", "-").replace(":", "-") if choice.scheme else choice.name
-    return begin(source.path / "embeddings" / f"{slug(name)}-{key[:8]}", KIND, settings, inputs)
+    return source.path / "embeddings" / f"{slug(name)}-{key[:8]}", settings, inputs
 
 
 def _embed_missing(
     source: Collection,
     choice: EncoderChoice,
     artifact: Artifact,
-    batch_size: int,
-    device: str | None,
+    rows: Rows,
     progress: Progress,
 ) -> Artifact:
     shards = range(len(source.shards))
     done = [i for i in shards if (artifact.path / shard_name("ids", i, "npy")).is_file()]
-    rows = _open_rows(source, choice, batch_size, device)
     told = _Told()
     for shard in done:
         vectors = read_array(artifact.path / shard_name("vectors", shard, "npy"))
@@ -183,6 +187,7 @@ def _embed_missing(
             write_array(artifact.path / shard_name("ids", shard, "npy"), made.ids)
             told.add(made.vectors, made.skipped)
     if not told.rows:
+        shutil.rmtree(artifact.path)  # it would only keep a later run from looking again
         reasons = ", ".join(f"{count} {reason}" for reason, count in told.skipped.items())
         raise InputError(f"no image of {source.path} can be read: {reasons}")
     counts = {

@@ -32,7 +32,7 @@ class OnnxEncoder(CaptionEncoder):
         if device not in (None, "cpu"):
             raise InputError(f"--backend onnx runs on the CPU, not on {device}")
         encoder = SentenceEncoder(choice, "cpu")
-        self._model = encoder.model
+        self._model = encoder.model.float()  # weights may be stored in half precision
         self._session = _export(encoder.model, choice.name)
         self._names = [each.name for each in self._session.get_inputs()]
         self.dimension = encoder.dimension

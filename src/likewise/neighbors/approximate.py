@@ -159,6 +159,6 @@ def _import_faiss() -> Any:
         import faiss
     except ImportError as error:
         raise DependencyError(
-            "the approximate search needs faiss, which is not installed; run: pip install faiss-cpu"
+            "the approximate search needs faiss; run: pip install 'likewise[approximate]'"
         ) from error
     return faiss
