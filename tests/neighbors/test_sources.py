@@ -194,6 +194,12 @@ def test_nobody_with_a_partner_is_an_error_and_fallbacks_are_counted(several: Co
     assert near.key != pairs.key != left.key
 
 
+def test_more_partners_than_there_are_images_are_told(several: Collection) -> None:
+    pairs = make_pairs(several, PairRule(k=10_000))
+    assert f"none has more than {len(several) - 1:,} partners" in pairs.summary()
+    assert all(len(each) == len(several) - 1 for each in partners(pairs))
+
+
 def test_images_without_caption_follow_their_looks(emoji: Path, tmp_path: Path) -> None:
     lines = emoji.read_text().splitlines()[:60]
     kept = [lines[0]]

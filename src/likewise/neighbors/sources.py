@@ -102,7 +102,7 @@ def make_pairs(
         _key(rule, found, left_out),
         dropped=dropped,
         neighbors=tuple(each.artifact for each in found.neighbors),
-        notes=_notes(found, alone, dropped & allowed, left_out),
+        notes=_notes(rule, found, alone, dropped & allowed, left_out),
     )
 
 
@@ -114,9 +114,15 @@ def _key(rule: PairRule, found: _Found, left_out: Filter | None) -> str:
     return key_of("pairs", settings, inputs)
 
 
-def _notes(found: _Found, alone: np.ndarray, dropped: np.ndarray, left_out: Filter | None) -> tuple[str, ...]:
-    """Count in words who has no partner and why."""
+def _notes(
+    rule: PairRule, found: _Found, alone: np.ndarray, dropped: np.ndarray, left_out: Filter | None
+) -> tuple[str, ...]:
+    """Count in words who has no partner and why, and what else was asked for and is not there."""
     told = list(found.notes)
+    if rule.k is not None and isinstance(found.choice, FromTable):
+        most = int(found.choice.candidates.found.sum(axis=1).max())
+        if most < rule.k:
+            told.append(f"none has more than {most:,} partners")
     without = int((alone & found.uncaptioned).sum())
     if without:
         told.append(f"{without:,} of those without are not captioned")
