@@ -126,8 +126,7 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
     embed(collection, "all-MiniLM-L6-v2")
     find_neighbors(collection, k=5)
     for name, pairs, seed in (("own", "self", 0), ("alike", "language", 0), ("bare", "language", 1)):
-        views = "simclr" if pairs == "self" else "crop"
-        settings = TrainSettings(backbone="resnet10t", size=32, steps=3, batch_size=8, seed=seed, views=views)
+        settings = TrainSettings(backbone="resnet10t", size=32, steps=3, batch_size=8, seed=seed)
         train(collection, base / name, settings, PairRule(pairs=pairs), device="cpu")
     protocols = ("linear", "knn", "fewshot", "retrieval")
     for name in ("own", "alike"):

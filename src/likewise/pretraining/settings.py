@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Literal
 
 from likewise.errors import InputError, TrainingError
-from likewise.neighbors.rules import check_between, check_choices
+from likewise.neighbors.rules import PairRule, check_between, check_choices
 
 REFERENCE_BATCH = 512
 MAX_STEPS = 250_000  # the paper's
@@ -20,7 +20,7 @@ Negatives = Literal["all", "mask", "weight", "soften"]
 
 @dataclass(frozen=True, kw_only=True)
 class TrainSettings:
-    """What decides the weights of a run beside the pairs; the defaults are the paper's but for the views.
+    """What decides the weights of a run beside the pairs; the defaults are the paper's recipe.
 
     Attributes:
         backbone: Any timm model.
@@ -30,9 +30,8 @@ class TrainSettings:
         batch_size: Pairs a step.
         method: What the loss asks of a pair: `simclr` (that they find each other among the batch) or
             `pair-classifier` (that pairs described alike are told from pairs that are not).
-        views: `simclr` (crops, mirrored, jittered, grey, blurred) or `crop` (crops of 50 to 100 % alone: the
-            paper's for `language` pairs, which costs what is learned about other images, see
-            docs/pairing.md).
+        views: `crop` (crops of 50 to 100 % alone) or `simclr` (also mirrored, jittered, grey, blurred);
+            by default `simclr` where images are paired with themselves and `crop` else, as in the paper.
         stem: `small` keeps resolution for images up to 64 pixels, `standard` is timm's own; by the size.
         rate: Learning rate at a batch of 512; scaled linearly with the batch.
         weight_decay: Of AdamW; never on norms and biases.
@@ -55,7 +54,7 @@ class TrainSettings:
     epochs: int | None = None
     steps: int | None = None
     batch_size: int = 512
-    views: str = "simclr"
+    views: str | None = None
     stem: Stem | None = None
     rate: float = 1e-3
     weight_decay: float = 0.01
@@ -96,6 +95,16 @@ class TrainSettings:
             raise InputError(f"--alike is {self.alike}; it must be above 0 and at most 1")
         if not self.negative_ratio > 0:
             raise InputError(f"--negative-ratio is {self.negative_ratio}; it must be above 0")
+
+
+def view_name(settings: TrainSettings, rule: PairRule) -> str:
+    """Return the recipe of views by name: as asked for, or what suits the pairs.
+
+    An image beside itself differs from itself in what views change alone; crops would teach little.
+    """
+    if settings.views is not None:
+        return settings.views
+    return "simclr" if rule.pairs == "self" or rule.self_share > 0 else "crop"
 
 
 @dataclass(frozen=True, kw_only=True)

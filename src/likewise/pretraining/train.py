@@ -38,7 +38,7 @@ from likewise.pretraining.methods import build_method, check_method, needs_capti
 from likewise.pretraining.methods.base import Method
 from likewise.pretraining.monitor import METRICS
 from likewise.pretraining.optim import adamw
-from likewise.pretraining.settings import Plan, TrainSettings, plan
+from likewise.pretraining.settings import Plan, TrainSettings, plan, view_name
 from likewise.pretraining.views import restore, view_recipe
 from likewise.progress import SILENT, Progress
 
@@ -101,7 +101,7 @@ def train(
     shown = rule or PairRule()
     on = torch.device(resolve_device(device))
     check_method(chosen.method)
-    recipe = view_recipe(chosen.views)
+    recipe = view_recipe(view_name(chosen, shown))
     spec = _spec(chosen)
     method = _build(chosen, spec)
     # What can fail fails before the images are packed, which may take long.
@@ -260,6 +260,7 @@ def _describe(
 ) -> None:
     """Write the settings as given and, apart from them, what followed from them."""
     derived = asdict(steps) | {
+        "views": view_name(settings, pairs.rule),
         "stem": spec.stem,
         "rule": pairs.summary(),
         "collection": str(source.path.resolve()),

@@ -116,7 +116,7 @@ def caveats(results: Results) -> list[str]:
 
 
 def _telling(derived: dict[str, Any]) -> dict[str, Any]:
-    return {name: derived[name] for name in ("steps", "precision") if name in derived}
+    return {name: derived[name] for name in ("views", "steps", "precision") if name in derived}
 
 
 def _called(name: str) -> str:
