@@ -1,6 +1,8 @@
-"""What the training step costs beside the bare backbone: same model, same batch, same thread count."""
+"""What the training loop costs beside bare steps: same model, same batch, same thread count."""
 
 import tempfile
+from dataclasses import replace
+from itertools import count
 from pathlib import Path
 
 import torch
@@ -9,54 +11,84 @@ from benchmarks.timing import alternate, told
 from likewise.collection.emoji import make_emoji
 from likewise.collection.importing import import_collection
 from likewise.collection.packed import pack_images
+from likewise.collection.records import Collection
 from likewise.collection.sources.candidates import ImportOptions
 from likewise.models.backbones import BackboneSpec, build_backbone
 from likewise.neighbors.rules import PairRule
 from likewise.neighbors.sources import make_pairs
 from likewise.pretraining.batches import PairBatches
+from likewise.pretraining.loop import run_training
 from likewise.pretraining.methods import build_method
-from likewise.pretraining.optim import adamw
-from likewise.pretraining.settings import TrainSettings
-from likewise.pretraining.views import view_recipe
+from likewise.pretraining.optim import build_optimizer
+from likewise.pretraining.processes import Processes
+from likewise.pretraining.settings import TrainSettings, plan, showings
+from likewise.pretraining.state import Trainer
+from likewise.progress import SILENT
 
-SIZE, BATCH, STEPS = 64, 64, 4
+# Backbone, side, batch, steps.
+SHAPES = (("resnet18", 64, 64, 4), ("resnet50", 224, 16, 2))
+CPU = torch.device("cpu")
 
 
 def run() -> list[str]:
-    """Compare steps on real batches with bare steps on one batch that lies ready."""
+    """Compare the whole loop with bare steps of the same method on one batch that lies ready."""
     with tempfile.TemporaryDirectory() as folder:
-        return [_compare(Path(folder), recipe) for recipe in ("crop", "simclr")]
+        table = make_emoji(Path(folder) / "emoji", every=6)
+        collection = import_collection(table, Path(folder) / "collection", ImportOptions())
+        return [
+            _compare(collection, Path(folder), views, *shape)
+            for shape in SHAPES
+            for views in ("crop", "simclr")
+        ]
 
 
-def _compare(folder: Path, recipe_name: str) -> str:
-    table = make_emoji(folder / "emoji", every=6)
-    collection = import_collection(table, folder / "collection", ImportOptions())
-    images = pack_images(collection, SIZE * 3 // 2)
-    pairs = make_pairs(collection, PairRule(pairs="self"), images.usable)
-    recipe = view_recipe(recipe_name)
-    batches = PairBatches(images, pairs, recipe, batch_size=BATCH, size=SIZE, seed=0)
-    settings = TrainSettings(backbone="resnet18", size=SIZE, batch_size=BATCH)
-    backbone, width = build_backbone(BackboneSpec(name="resnet18", size=SIZE))
-    method = build_method(settings, backbone, width).to(memory_format=torch.channels_last)
-    optimizer = adamw(method, rate=1e-4, weight_decay=0.01)
-    cpu = torch.device("cpu")
-    ready = batches.batch(0).views(recipe, cpu)
-
-    def step(views: torch.Tensor) -> None:
-        loss = method.step(views).loss
-        optimizer.zero_grad(set_to_none=True)
-        loss.backward()
-        optimizer.step()
+def _compare(
+    collection: Collection, folder: Path, views: str, name: str, size: int, batch: int, steps: int
+) -> str:
+    settings = TrainSettings(
+        backbone=name, size=size, batch_size=batch, steps=steps, views=views, precision="float32"
+    )
+    rule = PairRule(pairs="self")
+    images = pack_images(collection, size * 3 // 2)
+    pairs = make_pairs(collection, rule, images.usable)
+    batches = PairBatches(images, pairs, showings(settings, rule), batch_size=batch, seed=0)
+    spec = BackboneSpec(name=name, size=size, stem="small" if size <= 64 else "standard")
+    backbone, width = build_backbone(spec)
+    method = build_method(settings, backbone, width).to(memory_format=torch.channels_last).train()
+    optimizer = build_optimizer("adamw", method, rate=1e-4, weight_decay=0.01)
+    ready = batches.batch(0).shown(batches.recipes, CPU)
+    fresh = count()
 
     def ours() -> None:
-        for batch in batches.stream(0, STEPS, 1):
-            step(batch.views(recipe, cpu))
+        out = folder / f"{views}-{name}-{next(fresh)}"
+        out.mkdir()
+        trainer = Trainer(
+            run=out,
+            method=method,
+            spec=spec,
+            stepper=method,
+            optimizer=optimizer,
+            batches=batches,
+            # The one checkpoint at the end is that of any run, however long; nothing is logged in between.
+            plan=replace(plan(settings, len(collection), collection.path), log_every=steps),
+            device=CPU,
+            dtype=torch.float32,
+            seed=0,
+            workers=1,
+            checkpoint_minutes=60.0,
+            among=Processes(),
+            scorer=None,
+            patience=None,
+            name=str,
+        )
+        run_training(trainer, SILENT)
 
     def bare() -> None:
-        for _ in range(STEPS):
-            step(ready)
+        for _ in range(steps):
+            loss = method(ready).loss
+            optimizer.zero_grad(set_to_none=True)
+            loss.backward()
+            optimizer.step()
 
     seconds = alternate(ours, bare)
-    return told(
-        f"resnet18 {SIZE} px, batch {BATCH}, views {recipe_name}", "the same steps without data", seconds
-    )
+    return told(f"{name} {size} px, batch {batch}, views {views}: the loop", "bare steps", seconds)

@@ -17,6 +17,11 @@ def default_workers() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
+def leads() -> bool:
+    """Tell whether this is the process that speaks, of those that torchrun started, or the only one."""
+    return os.environ.get("RANK", "0") == "0"
+
+
 def resolve_device(name: str | None) -> str:
     """Return the device by that name, or the best there is where none is named.
 

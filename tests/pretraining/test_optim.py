@@ -10,13 +10,15 @@ from torch import nn
 
 from likewise.models.backbones import BackboneSpec, build_backbone
 from likewise.pretraining.monitor import effective_rank, has_collapsed, spread
-from likewise.pretraining.optim import adamw, scheduled_rate
+from likewise.pretraining.optim import build_optimizer, scheduled_rate
 from likewise.pretraining.settings import TrainSettings, plan
 
 
 def test_norms_and_biases_do_not_decay() -> None:
     backbone, _ = build_backbone(BackboneSpec(name="resnet10t", size=32))
-    optimizer = adamw(nn.Sequential(backbone, nn.Linear(512, 4)), rate=0.1, weight_decay=0.5)
+    optimizer = build_optimizer(
+        "adamw", nn.Sequential(backbone, nn.Linear(512, 4)), rate=0.1, weight_decay=0.5
+    )
     decays = {id(p): g["weight_decay"] for g in optimizer.param_groups for p in g["params"]}
     for module in (*backbone.modules(), nn.Linear(1, 1)):
         for name, parameter in module.named_parameters(recurse=False):

@@ -6,13 +6,14 @@ from typing import Annotated
 from cyclopts import Parameter
 
 from likewise.cli.app import COMMON, app
+from likewise.launch import leads
 from likewise.neighbors.rules import PairRule
 from likewise.pretraining.settings import TrainSettings
 from likewise.terminal import Common
 
 _TRAIN = TrainSettings()
 _RULE = PairRule()
-TrainFlags = Annotated[TrainSettings, Parameter(name="*", group="Training")]
+TrainFlags = Annotated[TrainSettings, Parameter(name="*", group="Training", consume_multiple=True)]
 RuleFlags = Annotated[PairRule, Parameter(name="*", group="Who is shown with whom")]
 
 
@@ -34,6 +35,9 @@ def train(
 ) -> None:
     """Train an image encoder; run it again after an interruption, and it goes on.
 
+    On several GPUs or machines: `torchrun --nproc-per-node 8 -m likewise.cli train …` with the same flags;
+    each process takes its part of every batch.
+
     Args:
         collection: A collection; `--pairs language` needs embeddings of its captions.
         out: The run's folder.
@@ -53,10 +57,12 @@ def train(
         checkpoint_minutes=checkpoint_minutes,
         progress=common.progress(),
     )
+    if not leads():
+        return
     last = (run.metrics() or [{}])[-1]
     common.tell(
-        {"run": str(run.path), "encoder": str(run.encoder), "last": last},
+        {"run": str(run.path), "encoder": str(run.encoder), "last": last, "kept": run.kept_step},
         f"trained: {run.path} (loss {last.get('loss', float('nan')):.3f}, effective rank "
-        f"{last.get('effective_rank', float('nan')):.0f})\n"
+        f"{last.get('effective_rank', float('nan')):.0f}; encoder of step {run.kept_step:,})\n"
         f"  next: likewise evaluate {run.path} --on FOLDER; likewise report {run.path}",
     )

@@ -90,13 +90,22 @@ def _open_stem(model: ResNet, *, tiny: bool) -> None:
 
 
 @torch.no_grad()
-def _feature_width(model: nn.Module, spec: BackboneSpec) -> int:
+def check_side(model: nn.Module, name: str, side: int) -> None:
+    """Make sure that a backbone takes views of another side too.
+
+    Raises:
+        ModelError: where it does not.
+    """
     try:
-        features = model.eval()(torch.zeros(1, 3, spec.size, spec.size))
+        model.eval()(torch.zeros(1, 3, side, side))
     except Exception as fault:  # shape faults deep in somebody else's forward
-        raise ModelError(
-            f"the backbone {spec.name!r} does not take {spec.size}x{spec.size} images: {fault}"
-        ) from fault
+        raise ModelError(f"the backbone {name!r} does not take {side}x{side} images: {fault}") from fault
+
+
+@torch.no_grad()
+def _feature_width(model: nn.Module, spec: BackboneSpec) -> int:
+    check_side(model, spec.name, spec.size)
+    features = model(torch.zeros(1, 3, spec.size, spec.size))
     if features.ndim != 2:
         raise ModelError(f"the backbone {spec.name!r} gives {tuple(features.shape)}, not one vector an image")
     return features.shape[1]

@@ -101,7 +101,7 @@ class FromGroups(Choice):
 
     def __init__(self, group: np.ndarray) -> None:
         """Hold the group of every image: (n,) int64, -1 where there is none."""
-        self._group = group
+        self.group = group
         self._members = np.argsort(group, kind="stable")
         ordered = group[self._members]
         self._first = np.searchsorted(ordered, group)
@@ -112,7 +112,7 @@ class FromGroups(Choice):
     @property
     def with_partner(self) -> np.ndarray:
         """Which images have a partner: (n,) bool."""
-        return (self._group >= 0) & (self._size > 1)
+        return (self.group >= 0) & (self._size > 1)
 
     def draw(self, positions: np.ndarray, chance: np.ndarray) -> np.ndarray:
         """Draw one of the others evenly."""
@@ -157,12 +157,19 @@ class Pairs:
         """The images that take part: (m,) int64, ascending."""
         return np.flatnonzero(~self.dropped)
 
-    def partners(self, positions: np.ndarray, *, seed: int, epoch: int) -> np.ndarray:
+    @property
+    def groups(self) -> np.ndarray | None:
+        """The label of each image by number, (n,) int64, -1 without one; None if labels make no pairs."""
+        return self.choice.group if isinstance(self.choice, FromGroups) else None
+
+    def partners(self, positions: np.ndarray, *, seed: int, epoch: int, turn: float = 0.0) -> np.ndarray:
         """Return the partner of each image: (b,) int64 -> (b,) int64; itself where it has no other.
 
-        The draw is a function of seed, epoch and position alone.
+        The draw is a function of seed, epoch and position alone. Turns of 0, 1/m, 2/m, … give m partners that
+        differ wherever there are m to draw from evenly (systematic sampling).
         """
         chance = uniforms(positions, 3, seed=seed, epoch=epoch, stream=_STREAM)
+        chance[:, 0] = (chance[:, 0] + turn) % 1
         drawn = self.choice.draw(positions, chance[:, [0, 2]])
         return np.where((drawn < 0) | (chance[:, 1] < self.rule.self_share), positions, drawn)
 

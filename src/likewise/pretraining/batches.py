@@ -1,12 +1,11 @@
 """Batches of pairs, each a function of its step alone, so that a run may stop and go on anywhere."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 
 import numpy as np
 import torch
-from jaxtyping import Float
 from torch import Tensor
 
 from likewise.collection.packed import PackedImages
@@ -14,6 +13,10 @@ from likewise.draws import permutation
 from likewise.launch import ordered_map
 from likewise.neighbors.pairs import Pairs
 from likewise.neighbors.vectors import RecordVectors
+from likewise.pretraining.methods.base import Shown
+from likewise.pretraining.processes import Processes
+from likewise.pretraining.settings import Showing
+from likewise.pretraining.tokens import Tokens
 from likewise.pretraining.views import (
     ViewDraws,
     ViewRecipe,
@@ -22,37 +25,74 @@ from likewise.pretraining.views import (
     cut,
     draw_view,
     standardise,
+    view_recipe,
 )
 
 
 @dataclass(frozen=True)
 class Batch:
-    """A batch of b pairs, two views each, before colours are changed.
+    """A batch of b pairs, of which this process shows `part`, before colours are changed.
 
     Attributes:
         anchors: (b,) int64 positions in the collection.
-        partners: (b,) int64 positions, equal to the anchor's where it is paired with itself.
-        crops: (2, b, 3, size, size) uint8.
-        colours: Two (b, 9) arrays of draws in [0, 1).
-        captions: (2, b, d) float32 unit vectors of what describes anchors and partners, zero where nothing
-            does; None where no method asks for them.
+        partners: One array (b,) for each partner that is shown, equal to the anchor's where it is paired with
+            itself.
+        sizes: How many pairs each process shows.
+        crops: A tensor (part, 3, side, side) uint8 for each view.
+        colours: An array (part, 9) of draws in [0, 1) for each view.
+        captions: (2, b, d) float32 unit vectors of what describes anchors and first partners, zero where
+            nothing does; None where no method asks for them.
+        tokens: (part, t) int64, a caption of each anchor or its partner; None where no method asks for them.
+        groups: (b,) int64 labels; None where pairs are not made by them.
     """
 
     anchors: np.ndarray
-    partners: np.ndarray
-    crops: Tensor
-    colours: tuple[np.ndarray, np.ndarray]
+    partners: Sequence[np.ndarray]
+    sizes: tuple[int, ...]
+    crops: Sequence[Tensor]
+    colours: Sequence[np.ndarray]
     captions: Tensor | None = None
+    tokens: Tensor | None = None
+    groups: Tensor | None = None
 
-    def views(self, recipe: ViewRecipe, device: torch.device) -> Float[Tensor, "v b c h w"]:
-        """Finish the views on a device: (2, b, 3, size, size) float32, standardised."""
-        crops = self.crops.to(device, non_blocking=True).float() / 255
-        return torch.stack(
-            [
-                standardise(change_colours(each, draws, recipe))
-                for each, draws in zip(crops, self.colours, strict=True)
-            ]
+    def shown(self, recipes: Sequence[ViewRecipe], device: torch.device, progress: float = 0.0) -> Shown:
+        """Finish the views on a device, each by its recipe, and send what else a method needs there."""
+        views = [
+            standardise(change_colours(crops.to(device, non_blocking=True).float() / 255, draws, recipe))
+            for crops, draws, recipe in zip(self.crops, self.colours, recipes, strict=True)
+        ]
+        captions, tokens, groups = (
+            None if each is None else each.to(device, non_blocking=True)
+            for each in (self.captions, self.tokens, self.groups)
         )
+        return Shown(
+            views=views,
+            sizes=self.sizes,
+            captions=captions,
+            tokens=tokens,
+            groups=groups,
+            progress=progress,
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Words:
+    """What a method wants to know of captions beside the images.
+
+    Attributes:
+        vectors: Their embeddings, an image.
+        tokens: They themselves.
+        of_partners: Whether an anchor's caption is that of its partner.
+        captioned: Images that have a caption, (n,) bool; the others take no part. None where all do.
+    """
+
+    vectors: RecordVectors | None = None
+    tokens: Tokens | None = None
+    of_partners: bool = True
+    captioned: np.ndarray | None = None
+
+
+NO_WORDS, ALONE = Words(), Processes()
 
 
 class PairBatches:
@@ -62,20 +102,31 @@ class PairBatches:
         self,
         images: PackedImages,
         pairs: Pairs,
-        recipe: ViewRecipe,
+        shown: Sequence[Showing],
         *,
         batch_size: int,
-        size: int,
         seed: int,
-        captions: RecordVectors | None = None,
+        words: Words = NO_WORDS,
+        among: Processes = ALONE,
     ) -> None:
         """Serve pairs of images that take part; each is an anchor once an epoch, but for an incomplete batch.
 
-        `captions` gives each batch the vectors of its captions.
+        Args:
+            images: Their pixels; those that cannot be read take no part.
+            pairs: Who is shown with whom.
+            shown: The views of a pair.
+            batch_size: Pairs a batch, over all processes.
+            seed: Decides order, partners and views.
+            words: What is wanted of the captions.
+            among: Which part of each batch is this process's.
         """
-        self.images, self.pairs, self.recipe, self.captions = images, pairs, recipe, captions
-        self.batch_size, self.size, self.seed = batch_size, size, seed
+        self.images, self.pairs, self.showings, self.words = images, pairs, tuple(shown), words
+        self.recipes = tuple(view_recipe(each.views, each.crop) for each in shown)
+        self.batch_size, self.seed, self.among = batch_size, seed, among
         self.anchors = np.intersect1d(images.usable, pairs.anchors)
+        if words.captioned is not None:
+            self.anchors = self.anchors[words.captioned[self.anchors]]
+        self._partners = max(each.who for each in shown)
         self._order = lru_cache(maxsize=2)(self._visit)
 
     @property
@@ -87,33 +138,66 @@ class PairBatches:
         """Make the batch of a step counted from 0."""
         epoch, place = divmod(step, self.steps_per_epoch)
         anchors = self._order(epoch)[place * self.batch_size : (place + 1) * self.batch_size]
-        partners = self.pairs.partners(anchors, seed=self.seed, epoch=epoch)
-        # Both views are drawn for the anchor: two anchors that share a partner must not share its view.
-        draws = [draw_view(anchors, view, seed=self.seed, epoch=epoch) for view in (0, 1)]
-        crops = torch.stack([self._cut(anchors, draws[0]), self._cut(partners, draws[1])])
-        return Batch(
-            anchors, partners, crops, (draws[0].colour, draws[1].colour), self._described(anchors, partners)
-        )
+        return self._made(anchors, self._drawn_partners(anchors, epoch), epoch)
+
+    def shown_pairs(self, anchors: np.ndarray, partners: np.ndarray) -> Batch:
+        """Make a batch of given pairs, shown as in the first epoch."""
+        return self._made(anchors, [partners], 0)
 
     def stream(self, start: int, stop: int, workers: int) -> Iterator[Batch]:
         """Yield the batches of steps start to stop, made ahead of time by `workers` threads."""
         return ordered_map(self.batch, range(start, stop), workers)
 
+    def _made(self, anchors: np.ndarray, partners: list[np.ndarray], epoch: int) -> Batch:
+        part = self.among.mine(len(anchors))
+        of = [each[part] for each in (anchors, *partners)]
+        # All views are drawn for the anchor: two anchors that share a partner must not share its view.
+        draws = [draw_view(of[0], view, seed=self.seed, epoch=epoch) for view in range(len(self.showings))]
+        return Batch(
+            anchors,
+            partners,
+            self.among.sizes(len(anchors)),
+            [
+                self._cut(of[each.who], draw, recipe, each.size)
+                for each, draw, recipe in zip(self.showings, draws, self.recipes, strict=True)
+            ],
+            [draw.colour for draw in draws],
+            self._described(anchors, partners),
+            self._tokens(anchors[part], [each[part] for each in partners], epoch),
+            None if self.pairs.groups is None else torch.from_numpy(self.pairs.groups[anchors]),
+        )
+
     def _visit(self, epoch: int) -> np.ndarray:
         return self.anchors[permutation(len(self.anchors), seed=self.seed, epoch=epoch)]
 
-    def _described(self, anchors: np.ndarray, partners: np.ndarray) -> Tensor | None:
-        if self.captions is None:
+    def _drawn_partners(self, anchors: np.ndarray, epoch: int) -> list[np.ndarray]:
+        """Draw as many partners as are shown, and one at least, whose caption may be wanted."""
+        count = max(1, self._partners)
+        return [
+            self.pairs.partners(anchors, seed=self.seed, epoch=epoch, turn=nth / count)
+            for nth in range(count)
+        ]
+
+    def _described(self, anchors: np.ndarray, partners: Sequence[np.ndarray]) -> Tensor | None:
+        if self.words.vectors is None:
             return None
-        both = self.captions.of(np.concatenate([anchors, partners]))
+        both = self.words.vectors.of(np.concatenate([anchors, partners[0]]))
         return torch.from_numpy(both).unflatten(0, (2, len(anchors)))
 
-    def _cut(self, positions: np.ndarray, draws: ViewDraws) -> Tensor:
-        boxes = crop_boxes(self.images.shapes(positions), draws.crop, self.recipe.crop)
-        mirrored = draws.crop[:, -1] < self.recipe.flip
-        return torch.stack(
-            [
-                cut(self.images.pixels(position), box, self.size, mirrored=bool(mirror))
-                for position, box, mirror in zip(positions.tolist(), boxes, mirrored, strict=True)
-            ]
-        )
+    def _tokens(self, anchors: np.ndarray, partners: Sequence[np.ndarray], epoch: int) -> Tensor | None:
+        tokens = self.words.tokens
+        if tokens is None:
+            return None
+        whose = anchors
+        if self.words.of_partners:
+            whose = np.where(tokens.captioned[partners[0]], partners[0], anchors)
+        return tokens.of(whose, seed=self.seed, epoch=epoch)
+
+    def _cut(self, positions: np.ndarray, draws: ViewDraws, recipe: ViewRecipe, size: int) -> Tensor:
+        boxes = crop_boxes(self.images.shapes(positions), draws.crop, recipe.crop)
+        mirrored = draws.crop[:, -1] < recipe.flip
+        views = [
+            cut(self.images.pixels(position), box, size, mirrored=bool(mirror))
+            for position, box, mirror in zip(positions.tolist(), boxes, mirrored, strict=True)
+        ]
+        return torch.stack(views)

@@ -1,104 +1,46 @@
-"""The training loop: one for all methods and all sources of pairs."""
+"""The training loop: one for all methods, all sources of pairs and any number of processes."""
 
-import math
 import signal
 import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
-from pathlib import Path
 from types import FrameType
 
 import torch
-from torch import Tensor
-from torch.optim import Optimizer
 
 from likewise.errors import InterruptedRunError, TrainingError
-from likewise.models.checkpoints import load_strictly, load_tensors, save_tensors
-from likewise.pretraining.batches import Batch, PairBatches
-from likewise.pretraining.methods.base import Method, Step
-from likewise.pretraining.monitor import MetricsLog, effective_rank, has_collapsed, spread
+from likewise.models.checkpoints import save_encoder
+from likewise.pretraining.batches import Batch
+from likewise.pretraining.methods.base import Step
+from likewise.pretraining.monitor import (
+    SCORES,
+    MetricsLog,
+    effective_rank,
+    has_collapsed,
+    spread,
+)
 from likewise.pretraining.optim import scheduled_rate
-from likewise.pretraining.settings import Plan
+from likewise.pretraining.scoring import SCORE, best_step, is_exhausted
+from likewise.pretraining.state import (
+    BEST,
+    Sums,
+    Trainer,
+    checkpoints,
+    last_good,
+    load_checkpoint,
+    save_checkpoint,
+)
 from likewise.progress import Progress, Task
 
-
-@dataclass(frozen=True, kw_only=True)
-class Trainer:
-    """What a run is made of, once settings have been turned into things."""
-
-    run: Path
-    method: Method
-    optimizer: Optimizer
-    batches: PairBatches
-    plan: Plan
-    device: torch.device
-    dtype: torch.dtype
-    seed: int
-    workers: int
-    checkpoint_minutes: float
+__all__ = ["checkpoints", "run_training", "save_checkpoint"]
 
 
-def checkpoints(run: Path) -> list[Path]:
-    """Return the checkpoints of a run, oldest first."""
-    return sorted(run.glob("checkpoint-*.safetensors"))
+def run_training(trainer: Trainer, progress: Progress) -> tuple[int, int]:
+    """Train from the newest checkpoint, or the start, to the last step of the plan or of patience.
 
-
-@dataclass
-class Sums:
-    """What has been added up since the last row of metrics."""
-
-    loss: Tensor
-    steps: int = 0
-
-
-def save_checkpoint(trainer: Trainer, scaler: torch.amp.GradScaler, step: int, sums: Sums) -> None:
-    """Write everything that going on needs, then drop the older checkpoint."""
-    older = checkpoints(trainer.run)
-    tensors = {f"model.{name}": value for name, value in trainer.method.state_dict().items()}
-    for index, state in trainer.optimizer.state_dict()["state"].items():
-        tensors |= {f"optimizer.{index}.{name}": torch.as_tensor(value) for name, value in state.items()}
-    path = trainer.run / f"checkpoint-{step:08d}.safetensors"
-    tensors["sums.loss"] = sums.loss
-    meta = {"kind": "checkpoint", "step": step, "summed": sums.steps, "scaler": scaler.state_dict()}
-    save_tensors(path, tensors, meta)
-    for stale in older:
-        if stale != path:
-            stale.unlink(missing_ok=True)
-
-
-def load_checkpoint(trainer: Trainer, scaler: torch.amp.GradScaler) -> tuple[int, Sums]:
-    """Take up the newest checkpoint of a run and return its step and sums; step 0 where there is none.
-
-    Raises:
-        ModelError: where its tensors do not fit the method.
-    """
-    found = checkpoints(trainer.run)
-    if not found:
-        return 0, Sums(torch.zeros((), device=trainer.device))
-    tensors, meta = load_tensors(found[-1])
-    model = {name.removeprefix("model."): t for name, t in tensors.items() if name.startswith("model.")}
-    load_strictly(trainer.method, model, str(found[-1]))
-    parameters = [p for group in trainer.optimizer.param_groups for p in group["params"]]
-    state: dict[int, dict[str, Tensor]] = {}
-    for name, tensor in tensors.items():
-        if name.startswith("optimizer."):
-            _, index, part = name.split(".", 2)
-            state.setdefault(int(index), {})[part] = _laid_out_like(parameters[int(index)], tensor)
-    trainer.optimizer.load_state_dict(trainer.optimizer.state_dict() | {"state": state})
-    if meta["scaler"]:
-        scaler.load_state_dict(meta["scaler"])
-    return int(meta["step"]), Sums(tensors["sums.loss"].to(trainer.device), int(meta["summed"]))
-
-
-def _laid_out_like(parameter: Tensor, tensor: Tensor) -> Tensor:
-    """Give a moment the memory format of its parameter: the fused optimizer walks both by address."""
-    return torch.empty_like(parameter).copy_(tensor) if tensor.shape == parameter.shape else tensor
-
-
-def run_training(trainer: Trainer, progress: Progress) -> None:
-    """Train from the newest checkpoint, or the start, to the last step of the plan.
+    Returns:
+        How many steps the run has taken in all, and how many of its batches taught nothing.
 
     Raises:
         InterruptedRunError: after SIGINT or SIGTERM, with a checkpoint written.
@@ -108,12 +50,29 @@ def run_training(trainer: Trainer, progress: Progress) -> None:
     start, sums = load_checkpoint(trainer, scaler)
     if start:
         progress.say(f"going on from step {start:,} of {trainer.plan.steps:,}")
+    with (
+        _stop_signals() as stop,
+        _logs(trainer, start) as (log, scores),
+        progress.task("training", trainer.plan.steps, "steps", start) as task,
+    ):
+        loop = _Loop(trainer, scaler, log, scores, task, progress, sums)
+        return loop.run(start, stop), int(loop.sums.skipped)
+
+
+@contextmanager
+def _logs(trainer: Trainer, start: int) -> Iterator[tuple[MetricsLog | None, MetricsLog | None]]:
+    """Open the metrics and, with held-out pairs, the scores, in the process that leads."""
+    if not trainer.among.leads:
+        yield None, None
+        return
     log = MetricsLog(trainer.run, start)
+    scores = None if trainer.scorer is None else MetricsLog(trainer.run, start, SCORES)
     try:
-        with _stop_signals() as stop, progress.task("training", trainer.plan.steps, "steps", start) as task:
-            _Loop(trainer, scaler, log, task, progress, sums).run(start, stop)
+        yield log, scores
     finally:
         log.close()
+        if scores is not None:
+            scores.close()
 
 
 class _Loop:
@@ -123,100 +82,128 @@ class _Loop:
         self,
         trainer: Trainer,
         scaler: torch.amp.GradScaler,
-        log: MetricsLog,
+        log: MetricsLog | None,
+        scores: MetricsLog | None,
         task: Task,
         progress: Progress,
         sums: Sums,
     ) -> None:
-        self.trainer, self.scaler, self.log = trainer, scaler, log
+        self.trainer, self.scaler, self.log, self.scores = trainer, scaler, log, scores
         self.task, self.progress, self.sums = task, progress, sums
         self.warned = False
         self._restart_clock()
 
-    def run(self, start: int, stop: threading.Event) -> None:
+    def run(self, start: int, stop: threading.Event) -> int:
+        """Go on until a step is the last one, and return how many have been taken."""
         trainer, saved_at = self.trainer, time.monotonic()
         trainer.method.train()
+        done, (enough,) = start, trainer.among.agree(self._has_enough())
         batches = trainer.batches.stream(start, trainer.plan.steps, trainer.workers)
-        for number in range(start, trainer.plan.steps):
+        while done < trainer.plan.steps and not enough:
             asked = time.monotonic()
             batch = next(batches)
             self.waited += time.monotonic() - asked
-            self._note(number, self._step(number, batch), batch)
-            last = number + 1 == trainer.plan.steps
+            step = self._step(done, batch)
+            done += 1
+            self._note(done, step)
+            self._score(done)
             due = time.monotonic() - saved_at >= 60 * trainer.checkpoint_minutes
-            if last or due or stop.is_set():
-                self._require_finite(number, batch)
-                save_checkpoint(trainer, self.scaler, number + 1, self.sums)
+            stopped, due, enough = trainer.among.agree(stop.is_set(), due, self._has_enough())
+            last = enough or done == trainer.plan.steps
+            if last or due or stopped:
+                self._require_finite()
+                if trainer.among.leads:
+                    save_checkpoint(trainer, self.scaler, done, self.sums)
                 saved_at = time.monotonic()
-            if stop.is_set() and not last:
+            if stopped and not last:
                 raise InterruptedRunError(
-                    f"stopped after step {number + 1:,} of {trainer.plan.steps:,}; "
+                    f"stopped after step {done:,} of {trainer.plan.steps:,}; "
                     f"run the same command again to go on from there ({trainer.run})"
                 )
+        return done
 
     def _step(self, number: int, batch: Batch) -> Step:
-        """Take one optimizer step; the generator is set by the step, for backbones that drop paths."""
+        """Take one optimizer step; the generator is set by the step, for whatever draws in it."""
         trainer = self.trainer
         torch.manual_seed(trainer.seed * 1_000_003 + number)
-        rate = scheduled_rate(
+        self.rate = scheduled_rate(
             number, steps=trainer.plan.steps, warmup=trainer.plan.warmup, peak=trainer.plan.peak_rate
         )
         for group in trainer.optimizer.param_groups:
-            group["lr"] = rate
-        self.rate = rate
-        views = batch.views(trainer.batches.recipe, trainer.device)
-        captions = None if batch.captions is None else batch.captions.to(trainer.device, non_blocking=True)
+            group["lr"] = self.rate
+        shown = batch.shown(trainer.batches.recipes, trainer.device, number / trainer.plan.steps)
         mixed = trainer.dtype != torch.float32
         with torch.autocast(trainer.device.type, trainer.dtype, enabled=mixed):
-            step = trainer.method.step(views, captions)
+            step = trainer.stepper(shown)
         trainer.optimizer.zero_grad(set_to_none=True)
         self.scaler.scale(step.loss).backward()
+        if not self.scaler.is_enabled():
+            _hold_still(trainer.optimizer, step)
         self.scaler.step(trainer.optimizer)
         self.scaler.update()
+        self.sums = self.sums.add(step.loss.detach(), step.skip, number + 1)
         return step
 
-    def _note(self, number: int, step: Step, batch: Batch) -> None:
-        self.sums = Sums(self.sums.loss + step.loss.detach(), self.sums.steps + 1)
+    def _note(self, done: int, step: Step) -> None:
         self.here += 1
-        done, every = number + 1, self.trainer.plan.log_every
+        every = self.trainer.plan.log_every
         if done % every and done != self.trainer.plan.steps:
             self.task.advance()
             return
-        self._require_finite(number, batch)
+        self._require_finite()
         row = self._row(done, step)
-        self.log.write(row)
+        if self.log is not None:
+            self.log.write(row)
         self._warn_of_collapse(row)
         self.task.advance(
             note=f"loss {row['loss']:.3f} · rank {row['effective_rank']:.0f} · "
             f"{row['images_per_second']:,.0f} images/s"
         )
-        self.sums = Sums(torch.zeros_like(self.sums.loss))
+        self.sums = self.sums.next_row()
         self._restart_clock()
 
     def _row(self, done: int, step: Step) -> dict[str, int | float]:
         elapsed = time.monotonic() - self.since
-        return {
+        images = len(self.trainer.batches.showings) * self.trainer.batches.batch_size * self.here
+        row: dict[str, int | float] = {
             "step": done,
             "epoch": done / self.trainer.plan.steps_per_epoch,
-            "loss": float(self.sums.loss) / self.sums.steps,
+            "loss": float(self.sums.loss) / max(1.0, float(self.sums.taught)),
             "rate": self.rate,
             "effective_rank": float(effective_rank(step.features)),
             "spread": float(spread(step.features)),
             **{name: float(value) for name, value in step.logs.items()},
-            "images_per_second": 2 * self.trainer.batches.batch_size * self.here / elapsed,
+            "images_per_second": images / elapsed,
             "data_wait": self.waited / elapsed,
         }
+        return row if step.skip is None else row | {"skipped": float(self.sums.skipped)}
 
-    def _require_finite(self, number: int, batch: Batch) -> None:
-        if not math.isfinite(float(self.sums.loss)):
-            ids = ", ".join(str(i) for i in batch.anchors[:5])
-            kept = checkpoints(self.trainer.run)
-            told = f"the last good checkpoint is {kept[-1]}" if kept else "no checkpoint had been written yet"
-            raise TrainingError(
-                f"the loss is no longer a number, at step {number + 1:,} at the latest "
-                f"(images {ids}, …); {told}. "
-                "A lower --rate or --precision float32 often helps"
-            )
+    def _score(self, done: int) -> None:
+        """Score the encoder on held-out pairs when it is time, and keep it if it is the best so far."""
+        trainer = self.trainer
+        every, last = trainer.plan.score_every, trainer.plan.steps
+        if self.scores is None or trainer.scorer is None or (done % every and done != last):
+            return
+        row = trainer.scorer.score(trainer.method.backbone, trainer.device, trainer.dtype)
+        self.scores.write({"step": done, **row})
+        if best_step(self.scores.rows) == done:
+            save_encoder(trainer.run / BEST, trainer.method.backbone, trainer.spec)
+        self.task.advance(0, note=f"held-out pairs: {SCORE} {row[SCORE]:.3f}")
+
+    def _has_enough(self) -> bool:
+        return self.scores is not None and is_exhausted(self.scores.rows, self.trainer.patience)
+
+    def _require_finite(self) -> None:
+        number = int(self.sums.bad)
+        if not number:
+            return
+        trainer = self.trainer
+        anchors = trainer.batches.batch(number - 1).anchors
+        ids = ", ".join(trainer.name(position) for position in anchors[:5].tolist())
+        raise TrainingError(
+            f"the loss is no longer a number, at step {number:,} (images {ids} and {len(anchors) - 5:,} "
+            f"more); {last_good(trainer.run)}. A lower --rate or --precision float32 often helps"
+        )
 
     def _warn_of_collapse(self, row: dict[str, int | float]) -> None:
         if not self.warned and has_collapsed(rank=row["effective_rank"], spread=row["spread"]):
@@ -228,6 +215,17 @@ class _Loop:
 
     def _restart_clock(self) -> None:
         self.here, self.waited, self.since = 0, 0.0, time.monotonic()
+
+
+def _hold_still(optimizer: torch.optim.Optimizer, step: Step) -> None:
+    """Let no weight move for a batch that teaches nothing or whose loss is no number.
+
+    Fused optimizers look for this attribute, by which GradScaler tells them the same, and skip the step on
+    the device: no step waits to be told.
+    """
+    fault = (~torch.isfinite(step.loss.detach())).float()
+    held = fault if step.skip is None else torch.maximum(fault, step.skip)
+    optimizer.__dict__["found_inf"] = held
 
 
 @contextmanager

@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from torch.utils.tensorboard import SummaryWriter
 
 METRICS = "metrics.jsonl"
+SCORES = "scores.jsonl"
 COLLAPSED_RANK = 2.0
 COLLAPSED_SPREAD = 0.01
 
@@ -47,17 +48,19 @@ def has_collapsed(*, rank: float, spread: float) -> bool:
 
 
 class MetricsLog:
-    """Appends metrics to `metrics.jsonl` and to TensorBoard."""
+    """Appends rows to a file of JSON lines and to TensorBoard."""
 
-    def __init__(self, run: Path, from_step: int) -> None:
-        """Open the log of a run, forgetting what was logged after the step it goes on from."""
-        kept = [row for row in read_lines(run / METRICS) if row["step"] <= from_step]
-        write_text(run / METRICS, "".join(json.dumps(row) + "\n" for row in kept))
-        self._lines = (run / METRICS).open("a", encoding="utf-8")
-        self._board = _tensorboard(run / "tensorboard", from_step)
+    def __init__(self, run: Path, from_step: int, file: str = METRICS) -> None:
+        """Open a log of a run, forgetting what was logged after the step it goes on from."""
+        self.rows = [row for row in read_lines(run / file) if row["step"] <= from_step]
+        write_text(run / file, "".join(json.dumps(row) + "\n" for row in self.rows))
+        self._lines = (run / file).open("a", encoding="utf-8")
+        # Each log has a folder of its own, as two writers must not share one.
+        self._board = _tensorboard(run / "tensorboard" / file.partition(".")[0], from_step)
 
     def write(self, row: dict[str, int | float]) -> None:
         """Write one row; `step` is its place."""
+        self.rows.append(row)
         self._lines.write(json.dumps(row) + "\n")
         self._lines.flush()
         for name, value in row.items():

@@ -1,9 +1,9 @@
-"""The optimizer of the paper: AdamW, linear warm-up, cosine decay, and truly no decay on norms and biases."""
+"""The paper's optimizer: AdamW, linear warm-up, cosine decay, and truly no decay on norms and biases."""
 
 import math
 
 from torch import nn
-from torch.optim import AdamW
+from torch.optim import Adam, AdamW, Optimizer
 
 FLOOR = 1e-6
 
@@ -21,9 +21,10 @@ def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, ob
     ]
 
 
-def adamw(model: nn.Module, *, rate: float, weight_decay: float) -> AdamW:
-    """Build AdamW (Loshchilov and Hutter 2019) over a model's parameter groups."""
-    return AdamW(parameter_groups(model, weight_decay), lr=rate, fused=True)
+def build_optimizer(name: str, model: nn.Module, *, rate: float, weight_decay: float) -> Optimizer:
+    """Build `adamw` (Loshchilov and Hutter 2019) or `adam` (Kingma and Ba 2015) over parameter groups."""
+    made = {"adamw": AdamW, "adam": Adam}[name]
+    return made(parameter_groups(model, weight_decay), lr=rate, fused=True)
 
 
 def scheduled_rate(step: int, *, steps: int, warmup: int, peak: float) -> float:

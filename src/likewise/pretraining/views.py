@@ -5,7 +5,7 @@ depend on workers or on where a run was resumed. Crops are cut on the host; colo
 device, whole batches at a time with parameters of their own for each image.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -53,8 +53,8 @@ RECIPES = {
 }
 
 
-def view_recipe(name: str) -> ViewRecipe:
-    """Return a recipe by name.
+def view_recipe(name: str, crop: tuple[float, float] | None = None) -> ViewRecipe:
+    """Return a recipe by name, with other crops than its own where they are given.
 
     Raises:
         InputError: for an unknown name, listing the known ones.
@@ -63,7 +63,7 @@ def view_recipe(name: str) -> ViewRecipe:
         raise InputError(
             f"unknown views {name!r}; known: {', '.join(RECIPES)}.{close_matches(name, list(RECIPES))}"
         )
-    return RECIPES[name]
+    return RECIPES[name] if crop is None else replace(RECIPES[name], crop=crop)
 
 
 @dataclass(frozen=True)

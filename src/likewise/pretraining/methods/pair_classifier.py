@@ -1,13 +1,16 @@
 """The threshold-and-classify method: are two images described alike or not?"""
 
+from collections.abc import Sequence
 from typing import final
 
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Bool, Float
 from torch import Tensor, nn
-from torch.nn.functional import cosine_embedding_loss, cross_entropy
+from torch.nn.functional import cross_entropy, normalize, relu
 
-from likewise.pretraining.methods.base import Method, Step
+from likewise.pretraining.methods.base import Judged, Method, Shown, encode
+
+_ROUNDING = 1e-6  # equal unit vectors in float32 are this far from a cosine of 1
 
 
 @final
@@ -16,70 +19,103 @@ class PairClassifier(Method):
 
     Positives are the pairs of the batch: a rule such as `--min-similarity 0.8 --fallback drop` makes them the
     pairs whose captions are that alike. Negatives are an image and the partner of another one of the batch
-    whose captions are at most `unlike` similar, `ratio` of them a positive, drawn anew each step. The loss is
-    the cross-entropy of `different` (0) against `same` (1); with `margin`, it is instead the cosine embedding
+    whose captions are at most `unlike` similar. With `alike`, positives too come from within the batch: all
+    images i < j whose captions are at least that similar, and negatives are images i < j as well. Of what
+    there is more than `ratio` negatives a positive ask for, a part is drawn anew each step. The loss is the
+    cross-entropy of `different` (0) against `same` (1); with `margin`, it is instead the cosine embedding
     loss (Hadsell et al. 2006, with cosine in place of distance): 1 - cos for positives, max(0, cos - margin)
     for negatives.
+
+    A batch without a positive or without a negative teaches nothing: no weight moves, and it is counted in
+    the log `skipped`.
 
     Deviation from the summary that this method follows: its listing makes a fresh linear layer for every
     batch; here the layer is trained.
     """
 
     def __init__(
-        self, backbone: nn.Module, width: int, *, unlike: float, ratio: float, margin: float | None
+        self,
+        backbone: nn.Module,
+        width: int,
+        *,
+        unlike: float,
+        ratio: float,
+        margin: float | None,
+        alike: float | None = None,
     ) -> None:
-        """Put a classifier on a backbone of `width` features."""
+        """Put a classifier on a backbone of `width` features; with `alike`, pairs come from the batch."""
         super().__init__()
         self.backbone = backbone
-        self.classifier = nn.Linear(2 * width, 2)
-        self.unlike, self.ratio, self.margin = unlike, ratio, margin
+        self.classifier = nn.Linear(2 * width, 2) if margin is None else None
+        self.unlike, self.ratio, self.margin, self.alike = unlike, ratio, margin, alike
 
-    def step(self, views: Float[Tensor, "v b c h w"], captions: Float[Tensor, "v b d"] | None = None) -> Step:
-        """Return the loss over the pairs of a batch and as many negatives as its captions allow.
+    def embed(self, shown: Shown) -> tuple[Tensor, Sequence[Tensor]]:
+        """Return the features of all views."""
+        features = encode(self.backbone, shown.views)
+        return torch.cat(features), features
 
-        A batch without a negative teaches nothing: its loss is 0 and it is counted in the log `skipped`.
-        """
-        if captions is None:
+    def judge(self, outputs: Sequence[Tensor], shown: Shown) -> Judged:
+        """Return the mean loss over positives and negatives."""
+        if shown.captions is None:
             raise TypeError("a pair classifier needs the vectors of captions")
-        features = self.backbone(views.flatten(0, 1).contiguous(memory_format=torch.channels_last))
-        first, second = features.float().chunk(2)
-        with torch.autocast(views.device.type, enabled=False):
-            unlike = unlike_pairs(captions[0], captions[1], self.unlike)
-        left, right = draw_pairs(unlike, max(1, round(self.ratio * len(first))))
-        everybody = torch.arange(len(first), device=left.device)
-        a, b = first[torch.cat([everybody, left])], second[torch.cat([everybody, right])]
-        same = (torch.arange(len(a), device=a.device) < len(first)).long()
-        loss, said = self._judged(a, b, same)
+        positive, negative = self._admissible(shown.captions)
+        # How many there are stays on the device.
+        positives, negatives = positive.sum(), negative.sum()
+        positive = drawn(positive, torch.minimum(positives, negatives / self.ratio))
+        negative = drawn(negative, torch.minimum(negatives, positives * self.ratio))
+        counted = positive | negative
+        each, said = self._judged(outputs[0], outputs[-1], positive)
+        n = counted.sum().clamp(min=1)
+        skip = 1 - counted.any().float()
         logs = {
-            "negatives": torch.full_like(loss.detach(), len(left)),
-            "pair_accuracy": (said == same).float().mean(),
-            "skipped": torch.full_like(loss.detach(), float(len(left) == 0)),
+            "positives": positive.sum().float(),
+            "negatives": negative.sum().float(),
+            "pair_accuracy": ((said == positive) & counted).sum() / n,
         }
-        return Step(loss * float(len(left) > 0), features.detach(), logs)
+        return Judged((each * counted).sum() / n, logs, skip)
+
+    def _admissible(
+        self, captions: Float[Tensor, "two b d"]
+    ) -> tuple[Bool[Tensor, "b b"], Bool[Tensor, "b b"]]:
+        """Return which pairs may be positives and which negatives."""
+        anchors, partners = captions
+        if self.alike is None:
+            itself = torch.eye(len(anchors), dtype=torch.bool, device=anchors.device)
+            return itself, unlike_pairs(anchors, partners, self.unlike)
+        once = torch.ones(len(anchors), len(anchors), dtype=torch.bool, device=anchors.device).triu(1)
+        alike = (anchors @ anchors.T >= self.alike - _ROUNDING) & _known(anchors, anchors)
+        return alike & once, unlike_pairs(anchors, anchors, self.unlike) & once
 
     def _judged(
-        self, a: Float[Tensor, "n w"], b: Float[Tensor, "n w"], same: Int[Tensor, " n"]
-    ) -> tuple[Float[Tensor, ""], Int[Tensor, " n"]]:
-        """Return the loss and what is said of each pair."""
-        if self.margin is None:
-            logits = self.classifier(torch.cat([a, b], dim=1)).float()
-            return cross_entropy(logits, same), logits.argmax(dim=1)
-        loss = cosine_embedding_loss(a, b, 2 * same - 1, margin=self.margin)
-        alike = torch.cosine_similarity(a, b) > (1 + self.margin) / 2
-        return loss, alike.long()
+        self, first: Float[Tensor, "b w"], second: Float[Tensor, "b w"], same: Bool[Tensor, "b b"]
+    ) -> tuple[Float[Tensor, "b b"], Bool[Tensor, "b b"]]:
+        """Return for every two images the loss, and whether they are said to be the same."""
+        if self.classifier is None:
+            margin = 0.0 if self.margin is None else self.margin
+            cosine = normalize(first, dim=1) @ normalize(second, dim=1).T
+            return torch.where(same, 1 - cosine, relu(cosine - margin)), cosine > (1 + margin) / 2
+        # A linear layer on concatenated features is the sum of one on each: no pair is ever laid out.
+        left, right = self.classifier.weight.chunk(2, dim=1)
+        logits = (first @ left.T)[:, None] + second @ right.T + self.classifier.bias
+        loss = cross_entropy(logits.flatten(0, 1), same.flatten().long(), reduction="none")
+        return loss.view_as(same), logits[..., 1] > logits[..., 0]
 
 
 def unlike_pairs(
     anchors: Float[Tensor, "b d"], partners: Float[Tensor, "b d"], threshold: float
 ) -> Bool[Tensor, "b b"]:
     """Tell whose partner is another's negative: captions at most so similar, and both there."""
-    known = (anchors.abs().sum(dim=1) > 0)[:, None] & (partners.abs().sum(dim=1) > 0)
     others = ~torch.eye(len(anchors), dtype=torch.bool, device=anchors.device)
-    return (anchors @ partners.T <= threshold) & known & others
+    return (anchors @ partners.T <= threshold) & _known(anchors, partners) & others
 
 
-def draw_pairs(allowed: Bool[Tensor, "b b"], count: int) -> tuple[Int[Tensor, " n"], Int[Tensor, " n"]]:
-    """Draw up to `count` of the allowed pairs evenly and without repetition, by torch's generator."""
-    rows, columns = allowed.nonzero(as_tuple=True)
-    drawn = torch.randperm(len(rows), device=rows.device)[:count]
-    return rows[drawn], columns[drawn]
+def drawn(allowed: Bool[Tensor, "b b"], count: Tensor) -> Bool[Tensor, "b b"]:
+    """Draw `count` of the allowed pairs evenly, by torch's generator; one at least where it is above 0."""
+    chance = torch.rand(allowed.shape, device=allowed.device).masked_fill(~allowed, -1)
+    last = torch.where(count > 0, count.round().clamp(min=1), 0).long()
+    least = chance.flatten().sort(descending=True).values[(last - 1).clamp(min=0)]
+    return allowed & (chance >= least) & (last > 0)
+
+
+def _known(rows: Float[Tensor, "b d"], columns: Float[Tensor, "b d"]) -> Bool[Tensor, "b b"]:
+    return rows.any(dim=1)[:, None] & columns.any(dim=1)

@@ -1,0 +1,107 @@
+"""Run one step of every method as one of several processes: `python ranks.py OUT`, rank and count from the
+environment as torchrun sets them. What each method's loss, gradients and state are goes to OUT.
+"""
+
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+from torch.nn.functional import normalize
+from torch.nn.parallel import DistributedDataParallel
+
+from likewise.models.backbones import BackboneSpec, build_backbone
+from likewise.pretraining.catalog import METHODS
+from likewise.pretraining.methods import build_method
+from likewise.pretraining.methods.base import Shown
+from likewise.pretraining.processes import processes, share_batch_norms
+from likewise.pretraining.settings import TrainSettings
+
+PAIRS, WIDTH = 7, 6  # not divisible by two: the batch is shared unevenly
+
+
+def small(method: str) -> TrainSettings:
+    """Return settings that make a method as small as it can be."""
+    needs = METHODS[method]
+    settings = TrainSettings(method=method, backbone="resnet10t", size=32, batch_size=8)
+    if needs.head:
+        settings = replace(settings, head=(24, 12) if len(needs.head) > 1 else (12,))
+    if needs.text:
+        settings = replace(settings, text_width=64, text_layers=1)
+    if method == "swav":
+        settings = replace(settings, prototypes=10, small_views=1)
+    return settings
+
+
+VARIANTS = {method: small(method) for method in METHODS} | {
+    "clip, frozen": replace(small("clip"), text="frozen"),
+    "simclr, weighted": replace(small("simclr"), negatives="weight", alike=0.3),
+    "pair-classifier, in batch": replace(small("pair-classifier"), in_batch=True, alike=0.5, unlike=0.4),
+    "pair-classifier, margin": replace(small("pair-classifier"), margin=0.2),
+}
+
+
+def whole_batch(settings: TrainSettings) -> Shown:
+    """Return a batch of random views that is the same wherever it is made."""
+    generator = torch.Generator().manual_seed(3)
+
+    def noise(*shape: int) -> torch.Tensor:
+        return torch.randn(*shape, generator=generator)
+
+    one = settings.needs.shown == "anchor" or settings.in_batch
+    views = [noise(PAIRS, 3, 32, 32) for _ in range(1 if one else 2)]
+    views += [noise(PAIRS, 3, 24, 24) for _ in range(settings.small_views)]
+    tokens = torch.randint(1, 400, (PAIRS, 9), generator=generator)
+    tokens[:, -1] = 49_407
+    return Shown(
+        views=views,
+        sizes=(PAIRS,),
+        captions=normalize(noise(2, PAIRS, WIDTH), dim=-1),
+        tokens=tokens,
+        groups=None,
+        progress=0.5,
+    )
+
+
+def one_step(name: str, among_rank: int, count: int) -> dict[str, torch.Tensor]:
+    """Build a method, show it this process's part of the batch, and return what came of it."""
+    from likewise.pretraining.processes import Processes
+
+    settings, among = VARIANTS[name], Processes(among_rank, count)
+    torch.manual_seed(1)
+    backbone, width = build_backbone(BackboneSpec(name="resnet10t", size=32))
+    method = build_method(settings, backbone, width, queue=16, vector_width=WIDTH).train()
+    if count > 1:
+        share_batch_norms(method, torch.device("cpu"))
+    stepper = DistributedDataParallel(method, broadcast_buffers=False) if count > 1 else method
+    batch, mine = whole_batch(settings), among.mine(PAIRS)
+    assert batch.tokens is not None
+    shown = replace(
+        batch,
+        views=[view[mine] for view in batch.views],
+        tokens=batch.tokens[mine],
+        sizes=among.sizes(PAIRS),
+    )
+    torch.manual_seed(2)
+    loss = stepper(shown).loss
+    loss.backward()
+    found = {f"{name}/gradient/{key}": p.grad for key, p in method.named_parameters() if p.grad is not None}
+    found |= {f"{name}/state/{key}": b.detach().clone() for key, b in method.named_buffers()}
+    return found | {f"{name}/loss": loss.detach()}
+
+
+def main() -> None:
+    """Take one step of each method and write the results of the first process."""
+    torch.set_num_threads(1)
+    with processes(torch.device("cpu")) as among:
+        found = {}
+        for name in VARIANTS:
+            found |= one_step(name, among.rank, among.count)
+        if among.leads:
+            save_file({k: v.contiguous() for k, v in found.items()}, Path(sys.argv[1]))
+        among.wait()
+
+
+if __name__ == "__main__":
+    main()
