@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from cyclopts import CycloptsError
 
 # Importing a module registers its verbs.
-from likewise.cli import collecting, diagnosing, measuring, pairing, training  # noqa: F401
+from likewise.cli import collecting, diagnosing, measuring, pairing, running, training  # noqa: F401
 from likewise.cli.app import app
 from likewise.errors import InterruptedRunError, LikewiseError
 from likewise.terminal import fail
