@@ -8,20 +8,22 @@ import pytest
 import torch
 from torch import nn
 from torch.nn.functional import normalize
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import ranks
 from likewise.collection.importing import import_collection
 from likewise.collection.records import Collection
 from likewise.collection.sources.candidates import ImportOptions
 from likewise.errors import InputError, ModelError, TrainingError
+from likewise.models.backbones import BackboneSpec, build_backbone
 from likewise.models.checkpoints import load_tensors
 from likewise.models.text import TextTower, tokenise
 from likewise.neighbors.pairs import Pairs
 from likewise.neighbors.rules import PairRule
 from likewise.neighbors.sources import make_pairs
-from likewise.pretraining import loop
+from likewise.pretraining import loop, state
 from likewise.pretraining.catalog import METHODS
-from likewise.pretraining.methods import _BUILDERS
+from likewise.pretraining.methods import _BUILDERS, build_method
 from likewise.pretraining.methods.memory import Queue, Slow, rising
 from likewise.pretraining.settings import TrainSettings, check_together, plan, showings
 from likewise.pretraining.tokens import make_tokens
@@ -71,6 +73,28 @@ def test_stopped_and_run_again_equals_uninterrupted_to_the_bit(
         assert any("slow" in key for key in kept[0])
     for key, tensor in kept[0].items():
         assert torch.equal(tensor, kept[1][key]), key
+
+
+class NothingLeaves(TorchDispatchMode):
+    """Refuses every operation whose result the host must wait for."""
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # noqa: ANN001, ANN204
+        assert str(func.overloadpacket) not in {"aten._local_scalar_dense", "aten.nonzero", "aten.item"}
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("name", ranks.VARIANTS)
+def test_no_scalar_leaves_the_device_in_a_step(name: str) -> None:
+    settings = ranks.VARIANTS[name]
+    backbone, width = build_backbone(BackboneSpec(name="resnet10t", size=32))
+    method = build_method(settings, backbone, width, queue=16, vector_width=ranks.WIDTH).train()
+    shown = ranks.whole_batch(settings)
+    with NothingLeaves():
+        step = method(shown)
+        step.loss.backward()
+        state.Sums.zero(torch.device("cpu")).add(step.loss.detach(), step.skip, 1)
+    with pytest.raises(AssertionError), NothingLeaves():
+        float(step.loss.detach())
 
 
 def test_the_catalog_and_the_builders_know_the_same_methods() -> None:

@@ -4,12 +4,16 @@ import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from datetime import timedelta
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.nn.functional import all_gather, all_reduce
 from torch.nn.modules.batchnorm import _BatchNorm
+
+# The others wait while the one that leads packs images and searches for neighbors, which may take days.
+_PATIENCE = timedelta(days=14)
 
 
 @dataclass(frozen=True)
@@ -25,17 +29,16 @@ class Processes:
         return self.rank == 0
 
     def wait(self) -> None:
-        """Wait until all processes are here."""
-        if self.count > 1:
-            dist.barrier()
+        """Wait until all processes are here, on the host."""
+        self.agree()
 
     def agree(self, *flags: bool) -> list[bool]:
         """Return for each flag whether any process has raised it; on the host, so that no device waits."""
         if self.count == 1:
             return list(flags)
-        raised = torch.tensor(flags, dtype=torch.int32)
+        raised = torch.tensor([*flags, False], dtype=torch.int32)
         dist.all_reduce(raised, dist.ReduceOp.MAX)
-        return [bool(flag) for flag in raised.tolist()]
+        return [bool(flag) for flag in raised.tolist()[:-1]]
 
     def sizes(self, rows: int) -> tuple[int, ...]:
         """Return how many of a batch's rows each process takes: contiguous, the first ones one more."""
@@ -59,7 +62,8 @@ def processes(device: torch.device) -> Iterator[Processes]:
     if count == 1:
         yield Processes()
         return
-    dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
+    backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
+    dist.init_process_group(backend, timeout=_PATIENCE)
     try:
         yield Processes(dist.get_rank(), count)
     finally:

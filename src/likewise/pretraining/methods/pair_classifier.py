@@ -113,7 +113,8 @@ def drawn(allowed: Bool[Tensor, "b b"], count: Tensor) -> Bool[Tensor, "b b"]:
     """Draw `count` of the allowed pairs evenly, by torch's generator; one at least where it is above 0."""
     chance = torch.rand(allowed.shape, device=allowed.device).masked_fill(~allowed, -1)
     last = torch.where(count > 0, count.round().clamp(min=1), 0).long()
-    least = chance.flatten().sort(descending=True).values[(last - 1).clamp(min=0)]
+    # Gathered, because an index that is a tensor without dimensions would be sent to the host first.
+    least = chance.flatten().sort(descending=True).values.gather(0, (last - 1).clamp(min=0).view(1))
     return allowed & (chance >= least) & (last > 0)
 
 
