@@ -73,6 +73,21 @@ def test_info_nce_equals_the_formula(b: int, d: int, seed: int, n: int) -> None:
 
 
 @settings(deadline=None, max_examples=20)
+@given(**Sizes, q=st.integers(1, 9))
+def test_contrast_with_a_queue_equals_the_formula(b: int, d: int, seed: int, q: int) -> None:
+    queries, keys = draw(b, d, seed)
+    queue = normalize(draw(q, d, seed + 1, 1)[0].detach(), dim=1)
+    a, k, n = (normalize(each.double(), dim=1) for each in (queries, keys, queue))
+    total = torch.zeros((), dtype=torch.float64)
+    for i in range(b):
+        own = torch.exp(a[i] @ k[i] / 0.2)
+        total = total - torch.log(
+            own / (own + torch.stack([torch.exp(a[i] @ other / 0.2) for other in n]).sum())
+        )
+    assert_same(losses.queue_contrast(queries, keys, queue, 0.2), total / b, [queries, keys])
+
+
+@settings(deadline=None, max_examples=20)
 @given(**Sizes)
 def test_supervised_contrast_equals_the_formula(b: int, d: int, seed: int) -> None:
     (views,) = draw(b, d, seed, 1)

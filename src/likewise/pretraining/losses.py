@@ -91,6 +91,19 @@ def info_nce(
     return cross_entropy(_unit(queries) @ _unit(keys).T / temperature, partner)
 
 
+def queue_contrast(
+    queries: Float[Tensor, "b d"],
+    keys: Float[Tensor, "b d"],
+    queue: Float[Tensor, "q d"],
+    temperature: float,
+) -> Float[Tensor, ""]:
+    """Cross-entropy of picking one's own key among it and a queue of unit rows (He et al. 2020, eq. 1)."""
+    queries = _unit(queries)
+    positive = (queries * _unit(keys)).sum(dim=1, keepdim=True)
+    logits = torch.cat([positive, queries @ queue.T], dim=1) / temperature
+    return (logits.logsumexp(dim=1) - logits[:, 0]).mean()
+
+
 def decoupled(
     first: Float[Tensor, "b d"],
     second: Float[Tensor, "b d"],

@@ -24,6 +24,11 @@ class Processes:
     count: int = 1
 
     @property
+    def here(self) -> int:
+        """How many of the processes share this machine, as torchrun tells."""
+        return int(os.environ.get("LOCAL_WORLD_SIZE", "1")) if self.count > 1 else 1
+
+    @property
     def leads(self) -> bool:
         """Whether this is the one that writes and speaks."""
         return self.rank == 0

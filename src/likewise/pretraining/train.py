@@ -11,6 +11,7 @@ from likewise.collection.records import Collection
 from likewise.launch import default_workers, resolve_device
 from likewise.models.checkpoints import save_encoder
 from likewise.models.encoders import RUN_ENCODER
+from likewise.neighbors.pairs import Pairs
 from likewise.neighbors.rules import PairRule
 from likewise.pretraining.description import (
     CONFIG,
@@ -131,7 +132,7 @@ def _train(
     progress: Progress,
 ) -> Run:
     run, steps = work.artifact.path, work.plan
-    progress.say(work.pairs.summary())
+    progress.say(_who(work.pairs, chosen))
     dtype = _dtype(chosen.precision, on)
     if (run / CONFIG).is_file():
         say_if_precision_changed(run, dtype, progress)
@@ -164,7 +165,7 @@ def _train(
         device=on,
         dtype=dtype,
         seed=chosen.seed,
-        workers=max(1, default_workers() // 2) if workers is None else workers,
+        workers=max(1, default_workers() // (2 * among.here)) if workers is None else workers,
         checkpoint_minutes=checkpoint_minutes,
         among=among,
         scorer=work.scorer if among.leads else None,
@@ -183,6 +184,20 @@ def initial_encoder(settings: TrainSettings, file: Path) -> Path:
     spec = spec_of(settings)
     save_encoder(file, initial_backbone(settings, spec)[0], spec)
     return file
+
+
+def _who(pairs: Pairs, settings: TrainSettings) -> str:
+    """Say who is compared with whom."""
+    if settings.in_batch:
+        return (
+            f"images of a batch are compared with each other: the same where captions are at least "
+            f"{settings.alike} alike, different where at most {settings.unlike}"
+        )
+    told = pairs.summary()
+    if settings.needs.shown != "anchor":
+        return told
+    whose = "its own" if pairs.rule.pairs == "self" else "its partner's"
+    return f"each image is compared with {whose} caption; {told}"
 
 
 def _dtype(precision: str, device: torch.device) -> torch.dtype:

@@ -14,6 +14,7 @@ from likewise.pretraining.losses import (
     false_negative_weights,
     info_nce,
     nt_xent,
+    queue_contrast,
     sup_con,
 )
 from likewise.pretraining.methods.base import Judged, Method, Shown, encode
@@ -183,12 +184,11 @@ class MoCo(Method):
 
     def judge(self, outputs: Sequence[Tensor], shown: Shown) -> Judged:
         """Return the loss against the queue, and put the keys into it."""
-        queries, keys = (normalize(each, dim=1) for each in outputs)
-        positive = (queries * keys).sum(dim=1, keepdim=True)
-        logits = torch.cat([positive, queries @ self.queue.rows.clone().T], dim=1) / self.temperature
-        loss = (logits.logsumexp(dim=1) - logits[:, 0]).mean()
+        queries, keys = outputs
+        # A copy, because the queue changes before gradients are taken.
+        loss = queue_contrast(queries, keys, self.queue.rows.clone(), self.temperature)
         if self.training:
-            self.queue.push(keys)
+            self.queue.push(normalize(keys, dim=1))
         return Judged(loss)
 
 
