@@ -1,5 +1,6 @@
 """Every method end to end, what each remembers from step to step, and what is refused beforehand."""
 
+import re
 from dataclasses import replace
 from pathlib import Path
 
@@ -99,6 +100,22 @@ def test_no_scalar_leaves_the_device_in_a_step(name: str) -> None:
 
 def test_the_catalog_and_the_builders_know_the_same_methods() -> None:
     assert list(_BUILDERS) == list(METHODS)
+
+
+def test_the_documentation_tells_what_the_catalog_tells() -> None:
+    text = (Path(__file__).parents[2] / "docs" / "methods.md").read_text()
+    rows = re.findall(r"^\| `([a-z]+[a-z0-9-]*)` \| (.*) \|$", text, re.MULTILINE)
+    assert [name for name, _ in rows] == list(METHODS)
+    words = {
+        "batch": "the batch",
+        "queue": "a queue",
+        "batch and queue": "the batch and a queue",
+        "none": "nothing",
+    }
+    for name, cells in rows:
+        _, _, told_from, besides = (cell.strip() for cell in cells.split("|"))
+        assert told_from == words[METHODS[name].negatives], name
+        assert besides == ", ".join(METHODS[name].besides), name
 
 
 def test_a_queue_forgets_the_oldest_and_finds_the_nearest() -> None:

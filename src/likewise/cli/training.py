@@ -66,3 +66,20 @@ def train(
         f"{last.get('effective_rank', float('nan')):.0f}; encoder of step {run.kept_step:,})\n"
         f"  next: likewise evaluate {run.path} --on FOLDER; likewise report {run.path}",
     )
+
+
+@app.command(help_epilogue="Example: `likewise methods`")
+def methods(*, common: Common = COMMON) -> None:
+    """List the methods of `train`: what each asks, what it tells an image from, and what it needs besides."""
+    from likewise.pretraining.catalog import METHODS
+
+    rows = {
+        name: {"asks": needs.what, "negatives": needs.negatives, "needs": list(needs.besides)}
+        for name, needs in METHODS.items()
+    }
+    lines = []
+    for name, needs in METHODS.items():
+        told_from = "nothing" if needs.negatives == "none" else needs.negatives
+        besides = f"; needs: {', '.join(needs.besides)}" if needs.besides else ""
+        lines += [f"{name:<16}{needs.what}", f"{'':<16}tells images from: {told_from}{besides}"]
+    common.tell({"methods": rows}, "\n".join(lines))

@@ -39,6 +39,19 @@ class Needs:
     takes: frozenset[str] = frozenset()
 
     @property
+    def besides(self) -> tuple[str, ...]:
+        """What a method needs beside images and a projection head, in words."""
+        parts = {
+            "captions": self.text,
+            "queue": self.queue is not None,
+            "slow copy": self.momentum is not None,
+            "prediction head": self.predictor is not None,
+            "prototypes": "prototypes" in self.takes,
+            "embeddings of captions": "unlike" in self.takes,
+        }
+        return tuple(name for name, needed in parts.items() if needed)
+
+    @property
     def meant(self) -> frozenset[str]:
         """Every setting of a method that means something to this one."""
         own = {name for name in ("momentum", "queue", "temperature") if getattr(self, name) is not None}
