@@ -9,13 +9,12 @@ from pathlib import Path
 import torch
 from safetensors.torch import save_file
 from torch.nn.functional import normalize
-from torch.nn.parallel import DistributedDataParallel
 
 from likewise.models.backbones import BackboneSpec, build_backbone
 from likewise.pretraining.catalog import METHODS
 from likewise.pretraining.methods import build_method
 from likewise.pretraining.methods.base import Shown
-from likewise.pretraining.processes import processes, share_batch_norms
+from likewise.pretraining.processes import Processes, distributed, processes, share_batch_norms
 from likewise.pretraining.settings import TrainSettings
 
 PAIRS, WIDTH = 7, 6  # not divisible by two: the batch is shared unevenly
@@ -66,15 +65,13 @@ def whole_batch(settings: TrainSettings) -> Shown:
 
 def one_step(name: str, among_rank: int, count: int) -> dict[str, torch.Tensor]:
     """Build a method, show it this process's part of the batch, and return what came of it."""
-    from likewise.pretraining.processes import Processes
-
     settings, among = VARIANTS[name], Processes(among_rank, count)
     torch.manual_seed(1)
     backbone, width = build_backbone(BackboneSpec(name="resnet10t", size=32))
     method = build_method(settings, backbone, width, queue=16, vector_width=WIDTH).train()
     if count > 1:
         share_batch_norms(method, torch.device("cpu"))
-    stepper = DistributedDataParallel(method, broadcast_buffers=False) if count > 1 else method
+    stepper = distributed(method) if count > 1 else method
     batch, mine = whole_batch(settings), among.mine(PAIRS)
     assert batch.tokens is not None
     shown = replace(

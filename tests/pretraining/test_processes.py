@@ -111,6 +111,7 @@ def test_a_run_of_one_process_goes_on_with_two(
     command = ["-m", "likewise.cli", "train", str(collection.path), "--out", str(tmp_path / "run")]
     told = launch(*command, *FLAGS.split())
     assert "Traceback" not in "".join(told)
+    assert "Warning" not in "".join(told)
     rows, expected = Run(tmp_path / "run").metrics(), whole.metrics()
     assert [row["step"] for row in rows] == [row["step"] for row in expected] == [1, 2, 3, 4]
     for row, other in zip(rows, expected, strict=True):

@@ -9,7 +9,6 @@ from typing import Any
 from cyclopts import CycloptsError
 
 from likewise.cli.app import COMMON, app
-from likewise.config import read_yaml
 from likewise.errors import InputError, close_matches
 from likewise.terminal import Common
 
@@ -60,6 +59,8 @@ def run(
 
 def _sections(recipe: Path, overrides: list[str]) -> dict[str, dict[str, Any]]:
     """Read a recipe and put the overrides in."""
+    from likewise.config import read_yaml
+
     told = read_yaml(recipe)
     for name, section in told.items():
         if name not in _SECTIONS:

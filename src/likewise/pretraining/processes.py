@@ -1,16 +1,18 @@
 """The processes of one run: torchrun starts them, each takes a slice of every batch, losses see the whole."""
 
 import os
+import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.nn.functional import all_gather, all_reduce
 from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.parallel import DistributedDataParallel
 
 # The others wait while the one that leads packs images and searches for neighbors, which may take days.
 _PATIENCE = timedelta(days=14)
@@ -101,8 +103,45 @@ def gather(rows: Tensor, sizes: Sequence[int]) -> Tensor:
         return rows
     missing = max(sizes) - len(rows)
     padded = torch.cat([rows, rows.new_zeros(missing, *rows.shape[1:])]) if missing else rows
-    parts = all_gather(padded.contiguous())
+    parts = _Gather.apply(padded).split(max(sizes))
     return torch.cat([part[:size] for part, size in zip(parts, sizes, strict=True)])
+
+
+# torch.distributed.nn.functional has both, but deprecated; what is to follow it has no stable name yet.
+class _Gather(torch.autograd.Function):
+    """The equally many rows of all processes, one below the other."""
+
+    @staticmethod
+    def forward(ctx: Any, rows: Tensor) -> Tensor:  # noqa: ARG004  # torch's own signature
+        parts = [torch.empty_like(rows, memory_format=torch.contiguous_format) for _ in range(_count())]
+        dist.all_gather(parts, rows.contiguous())
+        return torch.cat(parts)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> Tensor:  # noqa: ARG004  # torch's own signature
+        return _total(gradients[0]).chunk(_count())[dist.get_rank()]
+
+
+class _Sum(torch.autograd.Function):
+    """The sum over all processes."""
+
+    @staticmethod
+    def forward(ctx: Any, values: Tensor) -> Tensor:  # noqa: ARG004  # torch's own signature
+        return _total(values)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> Tensor:  # noqa: ARG004  # torch's own signature
+        return _total(gradients[0])
+
+
+def _count() -> int:
+    return dist.get_world_size()
+
+
+def _total(values: Tensor) -> Tensor:
+    total = values.contiguous().clone()
+    dist.all_reduce(total)
+    return total
 
 
 class SharedBatchNorm(nn.Module):
@@ -136,11 +175,11 @@ class SharedBatchNorm(nn.Module):
     def _moments(self, x: Tensor) -> tuple[Tensor, Tensor]:
         over = [dim for dim in range(x.ndim) if dim != 1]
         rows = torch.full((1,), float(x.numel() // x.shape[1]), device=x.device)
-        total = all_reduce(torch.cat([x.sum(dim=over), rows]))
+        total = _Sum.apply(torch.cat([x.sum(dim=over), rows]))
         mean = total[:-1] / total[-1]
         # A second round, because the mean of squares less the square of the mean loses digits.
         away = x - mean.view(1, -1, *[1] * (x.ndim - 2))
-        var = all_reduce(away.square().sum(dim=over)) / total[-1]
+        var = _Sum.apply(away.square().sum(dim=over)) / total[-1]
         with torch.no_grad():
             self.num_batches_tracked += 1
             self.running_mean.lerp_(mean, self.momentum)
@@ -161,3 +200,15 @@ def share_batch_norms(module: nn.Module, device: torch.device) -> None:
             module.add_module(name, SharedBatchNorm(child))
         else:
             share_batch_norms(child, device)
+
+
+def distributed(method: nn.Module) -> nn.Module:
+    """Bring the gradients of all processes together in each backward pass.
+
+    Buffers are never sent around: they are equal by construction, as every process computes them from the
+    whole batch.
+    """
+    with warnings.catch_warnings():
+        # torch 2.14 gives the argument another name, which 2.8 does not know.
+        warnings.simplefilter("ignore", FutureWarning)
+        return DistributedDataParallel(method, broadcast_buffers=False)

@@ -4,7 +4,6 @@ from pathlib import Path
 
 import torch
 from torch import nn
-from torch.nn.parallel import DistributedDataParallel
 
 from likewise.artifacts import open_artifact, read_lines
 from likewise.collection.records import Collection
@@ -25,7 +24,13 @@ from likewise.pretraining.methods import build_method
 from likewise.pretraining.monitor import METRICS, SCORES
 from likewise.pretraining.optim import build_optimizer
 from likewise.pretraining.preparation import Work, initial_backbone, prepare, spec_of
-from likewise.pretraining.processes import Processes, local_device, processes, share_batch_norms
+from likewise.pretraining.processes import (
+    Processes,
+    distributed,
+    local_device,
+    processes,
+    share_batch_norms,
+)
 from likewise.pretraining.scoring import best_step
 from likewise.pretraining.settings import (
     TrainSettings,
@@ -150,8 +155,7 @@ def _train(
     if among.count > 1:
         share_batch_norms(method, on)
     method.to(on).to(memory_format=torch.channels_last)
-    # Buffers are equal by construction: every process computes them from the whole batch.
-    stepper = DistributedDataParallel(method, broadcast_buffers=False) if among.count > 1 else method
+    stepper = distributed(method) if among.count > 1 else method
     trainer = Trainer(
         run=run,
         method=method,
