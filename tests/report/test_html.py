@@ -320,3 +320,18 @@ def test_pictures_keep_their_shape_and_are_small() -> None:
 
     with Image.open(io.BytesIO(base64.b64decode(told.source.split(",")[1]))) as image:
         assert image.size == (64, 32)
+
+
+def test_a_preview_may_have_one_view_or_two_but_no_three(tmp_path: Path) -> None:
+    from likewise.report.sources import _read_preview
+
+    pairs = [{"anchor": "a", "position": 0}]
+    (tmp_path / "preview.json").write_text(json.dumps(pairs))
+    for count in (1, 2, 3):
+        np.save(tmp_path / "preview.npy", np.zeros((1, count, 8, 8, 3), np.uint8))
+        preview = _read_preview(tmp_path)
+        assert (preview is None) == (count == 3)
+        if preview is not None:
+            views = preview.of("a")
+            assert views is not None
+            assert views.shape == (count, 8, 8, 3)

@@ -28,11 +28,10 @@ class Shown:
 
 @dataclass(frozen=True, kw_only=True)
 class Views:
-    """The two views of a pair, as one run's network was shown them."""
+    """The views of a pair, two or one, as one run's network was shown them."""
 
     run: str
-    first: Picture
-    second: Picture
+    pictures: list[Picture]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -174,9 +173,9 @@ def _shown(collection: Collection, position: int, similarity: float | None = Non
     return Shown(picture=picture_of(collection, record), caption=caption_of(record), similarity=similarity)
 
 
-def _views(run: str, pair: tuple[np.ndarray, np.ndarray]) -> Views:
+def _views(run: str, pair: np.ndarray) -> Views:
+    names = ("one", "the other") if len(pair) == 2 else ("the",)
     told = [
-        picture(pixels, f"{which} view shown to {run}")
-        for which, pixels in zip(("one", "the other"), pair, strict=True)
+        picture(pixels, f"{which} view shown to {run}") for which, pixels in zip(names, pair, strict=True)
     ]
-    return Views(run=run, first=told[0], second=told[1])
+    return Views(run=run, pictures=told)

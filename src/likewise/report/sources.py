@@ -24,16 +24,19 @@ _ALIKE = {"self": "pairs of views of one image", "language": "pairs by language"
 
 @dataclass(frozen=True, kw_only=True)
 class Preview:
-    """The first pairs as the network was shown them: views (m, 2, s, s, 3) uint8, and whose they are."""
+    """The first pairs as the network was shown them: views (m, v, s, s, 3) uint8, and whose they are.
+
+    v is 2, or 1 where a method shows an image with a caption.
+    """
 
     views: np.ndarray
     pairs: list[dict[str, Any]]
 
-    def of(self, anchor: str) -> tuple[np.ndarray, np.ndarray] | None:
-        """Return the two views of an anchor's pair, or None where it is not among them."""
+    def of(self, anchor: str) -> np.ndarray | None:
+        """Return the views of an anchor's pair, (v, s, s, 3), or None where it is not among them."""
         for row, pair in enumerate(self.pairs):
             if pair["anchor"] == anchor:
-                return self.views[row, 0], self.views[row, 1]
+                return self.views[row]
         return None
 
 
@@ -157,7 +160,7 @@ def _read_preview(path: Path) -> Preview | None:
         views, pairs = read_array(path / "preview.npy"), read_json(path / "preview.json")
     except FAULTS:
         return None
-    sound = views.ndim == 5 and views.shape[1] == 2 and views.shape[4] == 3 and views.dtype == np.uint8
+    sound = views.ndim == 5 and views.shape[1] in (1, 2) and views.shape[4] == 3 and views.dtype == np.uint8
     told = all(isinstance(pair, dict) and {"anchor", "position"} <= pair.keys() for pair in pairs)
     return Preview(views=views, pairs=pairs) if sound and told and len(views) == len(pairs) else None
 
