@@ -6,12 +6,12 @@ import numpy as np
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
-from torch.nn.functional import normalize
+from torch.nn.functional import embedding, normalize
 
 from likewise.evaluation.statistics import Estimate, normal_interval
 
-# Query features held at a time: 64 MiB in float32, whatever the number of episodes.
-_CELLS = 2**24
+# Query features held at a time: 4 MiB in float32, which stays near the processor.
+_CELLS = 2**20
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -82,16 +82,19 @@ def few_shot(
     """
     drawn = draw_episodes(settings, train_y.cpu().numpy(), test_y.cpu().numpy())
     block = max(1, _CELLS // (settings.ways * settings.queries * train_x.shape[1]))
-    accuracy = np.concatenate(
+    # Every episode is centred anyway; done once before, differences of large numbers lose no digits.
+    middle = train_x.mean(dim=0)
+    train, test = train_x - middle, test_x - middle
+    squares = test.square().sum(dim=1)
+    rows = (torch.from_numpy(part).to(test.device) for part in (drawn.support, drawn.query, drawn.valid))
+    accuracy = torch.cat(
         [
-            _accuracy(
-                train_x[torch.from_numpy(drawn.support[start : start + block])],
-                test_x[torch.from_numpy(drawn.query[start : start + block])],
-                torch.from_numpy(drawn.valid[start : start + block]).to(test_x.device),
-            )
-            for start in range(0, settings.episodes, block)
+            # A gather of whole rows; plain indexing goes number by number, four times slower.
+            _accuracy(embedding(support, train), embedding(query, test), squares[query], valid)
+            for support, query, valid in zip(*(part.split(block) for part in rows), strict=True)
         ]
     )
+    accuracy = accuracy.double().cpu().numpy()
     return FewShotResult(
         accuracy=normal_interval(accuracy),
         episodes=accuracy,
@@ -169,13 +172,21 @@ def _rows(
 
 
 def _accuracy(
-    support: Float[Tensor, "e w s d"], query: Float[Tensor, "e w q d"], valid: Bool[Tensor, "e w q"]
-) -> Float[np.ndarray, " e"]:
+    support: Float[Tensor, "e w s d"],
+    query: Float[Tensor, "e w q d"],
+    squares: Float[Tensor, "e w q"],
+    valid: Bool[Tensor, "e w q"],
+) -> Float[Tensor, " e"]:
+    """Return the accuracy of episodes from their images and the squared lengths of the queries."""
     centre = support.mean(dim=(1, 2), keepdim=True)
     prototypes = normalize(support - centre, dim=-1).mean(dim=2)
-    images = normalize(query - centre, dim=-1).flatten(1, 2)
-    # |x - p|^2 = |x|^2 - 2 (x.p - |p|^2 / 2), and |x| is the same for every prototype.
-    closeness = images @ prototypes.mT - prototypes.square().sum(dim=-1)[:, None] / 2
+    centre = centre.flatten(1, 2)
+    # |u - p|^2 with u = (x - c) / |x - c| is least where (x - c).p - |x - c| |p|^2 / 2 is greatest, and both
+    # parts come from one product with x as it lies: no centred and scaled copy of the queries is made.
+    dots = query.flatten(1, 2) @ torch.cat([prototypes, centre], dim=1).mT
+    lengths = squares.flatten(1)[..., None] + centre.square().sum(dim=-1, keepdim=True) - 2 * dots[..., -1:]
+    halves = prototypes.square().sum(dim=-1)[:, None] / 2
+    closeness = dots[..., :-1] - centre @ prototypes.mT - lengths.clamp_min(0).sqrt() * halves
     truth = torch.arange(valid.shape[1], device=valid.device)[:, None]
     correct = (closeness.argmax(dim=-1).unflatten(1, valid.shape[1:]) == truth) & valid
-    return (correct.sum(dim=(1, 2)) / valid.sum(dim=(1, 2))).double().cpu().numpy()
+    return correct.sum(dim=(1, 2)) / valid.sum(dim=(1, 2))
