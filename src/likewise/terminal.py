@@ -64,20 +64,22 @@ def import_lines(collection: Path, summary: dict[str, Any]) -> list[str]:
     return lines
 
 
-def result_lines(results: Sequence[dict[str, Any]], protocols: Sequence[str]) -> list[str]:
+def result_lines(results: Sequence[dict[str, Any]]) -> list[str]:
     """Lay out what was measured on each set, in percent with 95 % intervals."""
     lines = []
     for result in results:
         about = result["set"]
-        lines.append(f"{about['name']}: {about['classes']} classes, images {about['images']}")
+        kind = f"{about['classes']} classes" if "classes" in about else f"{about['captions']:,} captions"
+        lines.append(f"{about['name']}: {kind}, images {about['images']}")
         lines += [f"  skipped {count:,}: {reason}" for reason, count in about["skipped"].items()]
-        if about["classes_only_in_test"]:
-            lines.append(f"  classes only in test, never right: {', '.join(about['classes_only_in_test'])}")
-        for name in protocols:
-            for score in result["protocols"][name]["scores"]:
+        unseen = about.get("classes_only_in_test", [])
+        if unseen:
+            lines.append(f"  classes only in test, never right: {', '.join(unseen)}")
+        for name, told in result["protocols"].items():
+            for score in told["scores"]:
                 value, low, high = (100 * score[part] for part in ("value", "low", "high"))
-                told = f"{value:5.1f}  [{low:.1f}, {high:.1f}]  n={score['n']:,}"
-                lines.append(f"  {name:<10} {score['metric']:<24} {told}")
+                figure = f"{value:5.1f}  [{low:.1f}, {high:.1f}]  n={score['n']:,}"
+                lines.append(f"  {name:<12} {score['metric']:<24} {figure}")
     return lines
 
 

@@ -81,17 +81,17 @@ def test_features_are_the_models_on_resized_centres(folder: Path, tmp_path: Path
     )
     mean, std = (torch.tensor(v).view(3, 1, 1) for v in ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)))
     expected = encoder.model(((pixels - mean) / std)[None])[0]
-    torch.testing.assert_close(torch.from_numpy(features.vectors[11]), expected, atol=1e-4, rtol=1e-3)
+    torch.testing.assert_close(torch.from_numpy(features.vectors[row]), expected, atol=1e-4, rtol=1e-3)
 
 
 def test_linear_probe_is_scikit_learns_at_the_chosen_cost(folder: Path, out: Path) -> None:
     told = results(out)["protocols"]["linear"]["scores"][0]
     images = open_set(folder)
     features = extract_features(open_encoder("random:resnet10t", size=48), images, out / "features")
-    splits, labels = images.splits[features.rows], images.labels[features.rows]
+    vectors, splits, labels = (a[features.rows] for a in (features.vectors, images.splits, images.labels))
     peer = LogisticRegression(C=told["details"]["cost"], max_iter=20_000, tol=1e-6)
-    peer.fit(features.vectors[splits == "train"].astype(np.float64), labels[splits == "train"])
-    score = peer.score(features.vectors[splits == "test"].astype(np.float64), labels[splits == "test"])
+    peer.fit(vectors[splits == "train"].astype(np.float64), labels[splits == "train"])
+    score = peer.score(vectors[splits == "test"].astype(np.float64), labels[splits == "test"])
     assert told["value"] == pytest.approx(score, abs=0.02)
     assert told["low"] < told["value"] < told["high"]
     assert told["n"] == (splits == "test").sum()

@@ -122,13 +122,13 @@ def test_the_best_encoder_is_kept_and_the_last_beside_it(
     assert run.kept_step == best
     assert (run.path / "encoder-last.safetensors").is_file()
     kept = load_tensors(run.encoder)[0]
-    original, seen = loop.save_encoder, {}
+    original, seen = loop.keep_encoder, {}
 
-    def remember(path, backbone, spec) -> None:  # noqa: ANN001
-        seen[len(seen)] = {name: tensor.clone() for name, tensor in backbone.state_dict().items()}
-        original(path, backbone, spec)
+    def remember(path, method, spec) -> None:  # noqa: ANN001
+        seen[len(seen)] = {name: tensor.clone() for name, tensor in method.backbone.state_dict().items()}
+        original(path, method, spec)
 
-    monkeypatch.setattr(loop, "save_encoder", remember)
+    monkeypatch.setattr(loop, "keep_encoder", remember)
     again = train(collection, tmp_path / "again", TINY)
     assert again.scores() == rows
     assert all(torch.equal(seen[len(seen) - 1][name], tensor) for name, tensor in kept.items())

@@ -2,7 +2,7 @@
 
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 from cyclopts import Parameter
 
@@ -22,31 +22,45 @@ def evaluate(
     protocol: str = "linear,fewshot,knn",
     label_column: str = "label",
     split_column: str = "split",
+    caption_column: str | None = None,
     ways: int | None = None,
     shots: int | None = None,
     episodes: int | None = None,
     mean_per_class: bool = False,
+    epochs: int | None = None,
+    rate: float | None = None,
+    template: Annotated[list[str] | None, Parameter(consume_multiple=True, negative="")] = None,
     backbone: str | None = None,
+    prefix: str = "",
+    drop: Annotated[list[str] | None, Parameter(consume_multiple=True, negative="")] = None,
     size: int | None = None,
     out: Path | None = None,
     workers: int | None = None,
     device: str | None = None,
     common: Common = COMMON,
 ) -> None:
-    """Measure a frozen encoder on labelled images.
+    """Measure an image encoder on labelled or captioned images.
 
     Args:
-        target: A run, `timm:NAME` (pretrained), `random:NAME` (untrained), or a file of weights.
-        on: Labelled sets, with commas between: folders laid out as split/class/image or with a labels.csv,
-            or CSV files.
-        protocol: Of linear, fewshot, knn and retrieval, with commas between.
+        target: A run; `timm:NAME`, `torchvision:NAME`, `hf:NAME`, `clip:ARCH/WEIGHTS` or
+            `hub:OWNER/REPO/ENTRY` (pretrained); `random:NAME` (untrained); or a file of weights.
+        on: Sets, with commas between: folders laid out as split/class/image or with a labels.csv, or CSV
+            files; for image-text a CSV file or a folder with a captions.csv.
+        protocol: With commas between: linear, fewshot, knn, knn-grid, retrieval, clustering, finetune,
+            localisation; with a text tower zeroshot and image-text.
         label_column: Column of labels in CSV files.
         split_column: Column of splits (train, val, test) in CSV files.
+        caption_column: Column of captions in CSV files.
         ways: Classes a few-shot episode; 5 by default.
         shots: Labelled images a class; 5 by default.
         episodes: Few-shot episodes; 5,000 by default.
-        mean_per_class: Score linear and knn by the mean of the classes' accuracies.
-        backbone: The timm model that a plain file of weights is for.
+        mean_per_class: Score classifiers by the mean of the classes' accuracies.
+        epochs: Epochs of fine-tuning; 10 by default.
+        rate: Peak learning rate of the encoder in fine-tuning; 0.0001 by default.
+        template: Sentences for zeroshot with {} for the class; "a photo of a {}." by default.
+        backbone: The timm model, or `torchvision:NAME`, that a plain file of weights is for.
+        prefix: What stands before the names of its weights, as in `module.encoder_q.`; others are left out.
+        drop: Beginnings of names of weights that are left out; everything else must fit.
         size: Side of the input in pixels; by default what the model was trained with.
         out: Where results go; by default `evaluation` in the run.
         workers: Threads that read images.
@@ -58,31 +72,37 @@ def evaluate(
         target,
         [Path(each) for each in listed(on)],
         listed(protocol),
-        settings=_protocol_settings(ways, shots, episodes, mean_per_class),
+        settings=_protocol_settings(
+            mean_per_class,
+            fewshot={"ways": ways, "shots": shots, "episodes": episodes},
+            finetune={"epochs": epochs, "rate": rate},
+            zeroshot={"templates": tuple(template) if template else None},
+        ),
         label_column=label_column,
         split_column=split_column,
+        caption_column=caption_column,
         backbone=backbone,
+        prefix=prefix,
+        drop=drop or (),
         size=size,
         out=out,
         workers=workers,
         device=device,
         progress=common.progress(),
     )
-    common.tell({"results": results}, "\n".join(result_lines(results, listed(protocol))))
+    common.tell({"results": results}, "\n".join(result_lines(results)))
 
 
-def _protocol_settings(
-    ways: int | None, shots: int | None, episodes: int | None, mean_per_class: bool
-) -> "ProtocolSettings":
+def _protocol_settings(mean_per_class: bool, **given: dict[str, Any]) -> "ProtocolSettings":
+    """Return the usual settings but for those that are given, by the protocol they belong to."""
     from likewise.evaluation.protocols import ProtocolSettings
 
     usual = ProtocolSettings()
-    given = {"ways": ways, "shots": shots, "episodes": episodes}
-    return replace(
-        usual,
-        linear=replace(usual.linear, mean_per_class=mean_per_class),
-        fewshot=replace(usual.fewshot, **{name: value for name, value in given.items() if value is not None}),
-    )
+    told = {
+        name: replace(getattr(usual, name), **{k: v for k, v in values.items() if v is not None})
+        for name, values in given.items()
+    }
+    return replace(usual, linear=replace(usual.linear, mean_per_class=mean_per_class), **told)
 
 
 @app.command(help_epilogue="Example: `likewise report run-language run-self --out report.html`")

@@ -11,7 +11,6 @@ import numpy as np
 from likewise.artifacts import read_array, read_json
 from likewise.errors import ArtifactError
 from likewise.evaluation.evaluate import RESULTS
-from likewise.evaluation.protocols import PER_CLASS
 from likewise.evaluation.statistics import Difference, Estimate, paired_difference
 
 
@@ -28,6 +27,7 @@ class Row:
     n: int
     items: np.ndarray
     groups: np.ndarray | None
+    paired: bool
     settings: dict[str, Any]
     details: dict[str, Any]
 
@@ -69,6 +69,7 @@ def _rows(file: Path) -> list[Row]:
             n=score["n"],
             items=read_array(file.parent / score["items"]),
             groups=None if score["groups"] is None else read_array(file.parent / score["groups"]),
+            paired=score["paired"],
             settings=told["settings"],
             details=score["details"],
         )
@@ -119,6 +120,6 @@ def compare(results: Sequence[Sequence[Row]]) -> list[Comparison]:
 
 
 def _difference(first: Row, other: Row) -> Difference | None:
-    if len(first.items) != len(other.items) or first.metric == PER_CLASS:
+    if len(first.items) != len(other.items) or not first.paired:
         return None
     return paired_difference(np.asarray(first.items), np.asarray(other.items), groups=first.groups)

@@ -1,17 +1,20 @@
 """Evaluate an encoder on labelled sets: `likewise evaluate`."""
 
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 
 from likewise.artifacts import Artifact, begin, key_of, read_json, slug, write_array, write_json
 from likewise.errors import InputError, LikewiseError
-from likewise.evaluation.features import extract_features
-from likewise.evaluation.protocols import PROTOCOLS, ProtocolSettings, Score, Task, check_protocols
+from likewise.evaluation.captioned import CaptionedSet, open_captioned
+from likewise.evaluation.features import Features, extract_features
+from likewise.evaluation.protocols import PROTOCOLS, Kind, ProtocolSettings, check_protocols
 from likewise.evaluation.suite import LabelledSet, open_set
+from likewise.evaluation.tasks import PER_CLASS, AnySet, Score, Task
 from likewise.launch import resolve_device
 from likewise.models.encoders import ImageEncoder, open_encoder
 from likewise.progress import SILENT, Progress
@@ -29,7 +32,10 @@ def evaluate(
     settings: ProtocolSettings | None = None,
     label_column: str = "label",
     split_column: str = "split",
+    caption_column: str | None = None,
     backbone: str | None = None,
+    prefix: str = "",
+    drop: Sequence[str] = (),
     size: int | None = None,
     out: str | Path | None = None,
     workers: int | None = None,
@@ -39,13 +45,16 @@ def evaluate(
     """Measure a frozen encoder on labelled sets; what was measured before is taken from disk.
 
     Args:
-        target: A finished run, `timm:NAME`, `random:NAME`, or a file of weights.
-        on: One or several sets: folders, tables, or opened sets (see `open_set`).
-        protocols: Of `linear`, `fewshot`, `knn`, `retrieval`.
+        target: A finished run, `timm:NAME`, `random:NAME`, a file of weights, … (see `open_encoder`).
+        on: One or several sets: folders, tables, or opened sets (see `open_set` and `open_captioned`).
+        protocols: Of `PROTOCOLS`; each reads of a set what it needs, labels or captions.
         settings: Of the protocols; the paper's by default.
         label_column: The tables' column of labels.
         split_column: The tables' column of splits.
-        backbone: For a plain file of weights: the timm model they are for.
+        caption_column: The tables' column of captions.
+        backbone: For a plain file of weights: the model they are for.
+        prefix: For the same: what stands before the names of the backbone's weights.
+        drop: For the same: beginnings of names that are left out.
         size: Side of the input; by default what the model was trained with.
         out: Where results go; by default `evaluation` in the run, or `evaluation-TARGET` here.
         workers: Threads that read images.
@@ -60,31 +69,69 @@ def evaluate(
         ModelError: where the encoder cannot be opened.
     """
     check_protocols(tuple(protocols))
-    device = resolve_device(device)
-    single = isinstance(on, str | Path | LabelledSet)
-    sets = [
-        each
-        if isinstance(each, LabelledSet)
-        else open_set(each, label_column=label_column, split_column=split_column)
-        for each in ([on] if single else on)
-    ]
-    if not sets or not protocols:
+    asked_for = [on] if isinstance(on, str | Path | LabelledSet) else list(on)
+    if not asked_for or not protocols:
         raise InputError("nothing to evaluate: give at least one set and one protocol")
-    encoder = open_encoder(str(target), backbone=backbone, size=size)
-    asked = {"target": str(target), "backbone": backbone, "size": size}
+    columns = Columns(label=label_column, split=split_column, caption=caption_column)
+    # All are opened before anything is computed: a mistake in the last one shows at once.
+    sets = [
+        (kind, open_as(kind, each, columns))
+        for each in asked_for
+        for kind in dict.fromkeys(PROTOCOLS[name].kind for name in protocols)
+    ]
+    place = torch.device(resolve_device(device))
+    encoder = open_encoder(str(target), backbone=backbone, size=size, prefix=prefix, drop=drop)
+    asked = {"target": str(target), "backbone": backbone, "prefix": prefix, "drop": list(drop), "size": size}
     folder = Path(out) if out is not None else _default_out(target)
     chosen = settings or ProtocolSettings()
     results = []
-    for images in sets:
+    for kind, images in sets:
         features = extract_features(
             encoder, images, folder / "features", workers=workers, device=device, progress=progress
         )
+        _require_readable(images, features)
+        task = Task(
+            encoder=encoder,
+            images=images,
+            features=features,
+            device=place,
+            workers=workers,
+            progress=progress,
+        )
         artifact = _begin(encoder, images, chosen, folder)
         head = {"asked": asked, "encoder": encoder.told(), "protocols": {}}
-        results.append(
-            _measure(Task(images=images, features=features), protocols, chosen, artifact, head, progress)
-        )
+        names = [name for name in protocols if PROTOCOLS[name].kind == kind]
+        results.append(_measure(task, names, chosen, artifact, head, progress))
     return results
+
+
+@dataclass(frozen=True, kw_only=True)
+class Columns:
+    """Which columns of a table to read."""
+
+    label: str = "label"
+    split: str = "split"
+    caption: str | None = None
+
+
+def open_as(kind: Kind, where: str | Path | LabelledSet, columns: Columns) -> AnySet:
+    """Open a set for the protocols of a kind."""
+    if isinstance(where, LabelledSet):
+        if kind != "labels":
+            raise InputError(f"{where.name} has labels and no {kind}")
+        return where
+    if kind == "captions":
+        return open_captioned(where, caption_column=columns.caption)
+    return open_set(where, label_column=columns.label, split_column=columns.split)
+
+
+def _require_readable(images: AnySet, features: Features) -> None:
+    """Refuse a set of which a part that is needed cannot be read at all."""
+    splits = images.splits[features.rows] if isinstance(images, LabelledSet) else np.array(["test"])
+    for split in ("train", "test") if isinstance(images, LabelledSet) else ("test",):
+        if split not in splits or not len(features.rows):
+            reasons = ", ".join(f"{n} {reason}" for reason, n in features.skipped.items())
+            raise InputError(f"no {split} image of {images.root} can be read: {reasons}")
 
 
 def _default_out(target: str | Path) -> Path:
@@ -92,7 +139,7 @@ def _default_out(target: str | Path) -> Path:
     return path / "evaluation" if path.is_dir() else Path(f"evaluation-{slug(str(target).replace(':', '-'))}")
 
 
-def _begin(encoder: ImageEncoder, images: LabelledSet, chosen: ProtocolSettings, folder: Path) -> Artifact:
+def _begin(encoder: ImageEncoder, images: AnySet, chosen: ProtocolSettings, folder: Path) -> Artifact:
     settings = {"set": images.name, "encoder": encoder.name, "transform": encoder.told()["transform"]}
     # Other settings get another folder: what was measured before is never overwritten.
     settings["protocols"] = asdict(chosen)
@@ -140,17 +187,27 @@ def _run(name: str, task: Task, settings: ProtocolSettings) -> list[Score]:
 
 def _about(task: Task) -> dict[str, Any]:
     images = task.images
-    return {
+    told: dict[str, Any] = {
         "name": images.name,
         "path": str(images.source.resolve()),
-        "label_column": images.label_column,
-        "split_column": images.split_column,
         "key": images.key,
-        "classes": len(images.classes),
-        "images": images.counts(),
-        "skipped": task.features.skipped,
-        "classes_only_in_test": images.unseen(),
+        "skipped": dict(task.features.skipped),
     }
+    if isinstance(images, CaptionedSet):
+        left = {"without a file or a caption": images.without}
+        told |= {"caption_column": images.caption_column, "images": {"test": len(images)}}
+        told |= {"captions": sum(map(len, images.captions))}
+    else:
+        left = {"without a file or a label": images.unlabelled}
+        told |= {
+            "label_column": images.label_column,
+            "split_column": images.split_column,
+            "classes": len(images.classes),
+            "images": images.counts(),
+            "classes_only_in_test": images.unseen(),
+        }
+    told["skipped"] |= {reason: count for reason, count in left.items() if count}
+    return told
 
 
 def _keep(protocol: str, score: Score, folder: Path) -> dict[str, Any]:
@@ -163,6 +220,7 @@ def _keep(protocol: str, score: Score, folder: Path) -> dict[str, Any]:
         "n": len(score.items),
         "items": f"items-{stem}.npy",
         "groups": None,
+        "paired": score.paired and score.metric != PER_CLASS,
         "details": score.details,
     }
     if score.groups is not None:

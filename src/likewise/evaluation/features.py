@@ -1,6 +1,7 @@
 """Features of a labelled set under a frozen encoder, computed once and kept."""
 
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -9,9 +10,11 @@ import torch
 
 from likewise.artifacts import (
     Artifact,
+    atomic,
     begin,
     key_of,
     load_array,
+    read_array,
     read_json,
     shard_name,
     write_array,
@@ -19,13 +22,13 @@ from likewise.artifacts import (
 )
 from likewise.collection.images import BadImageError, decode, read_bytes
 from likewise.collection.records import ImageRef
-from likewise.errors import InputError
-from likewise.evaluation.suite import LabelledSet
+from likewise.evaluation.suite import ImageSet
 from likewise.launch import default_workers, ordered_map, resolve_device
 from likewise.models.encoders import ImageEncoder
 from likewise.progress import SILENT, Progress
 
 KIND = "features"
+VECTORS = "features.npy"
 _ROWS = 2048
 
 
@@ -34,8 +37,8 @@ class Features:
     """Features of the readable images of a set.
 
     Attributes:
-        vectors: (m, d) float32.
-        rows: (m,) int64, the place of each in the set, ascending.
+        vectors: (n, d) float32, mapped from disk, one row an image of the set; NaN where it cannot be read.
+        rows: (m,) int64, the readable ones, ascending.
         skipped: Images left out, by reason.
     """
 
@@ -46,7 +49,7 @@ class Features:
 
 def extract_features(
     encoder: ImageEncoder,
-    images: LabelledSet,
+    images: ImageSet,
     folder: Path,
     *,
     batch_size: int = 64,
@@ -56,25 +59,28 @@ def extract_features(
 ) -> Features:
     """Compute the features of all images of a set, or take those kept under `folder`.
 
-    The key covers weights, structure, transform and set; finished shards are kept on a rerun.
-
-    Raises:
-        InputError: where no image of a split can be read.
+    The key covers weights, structure, transform, precision and set; finished shards are kept on a rerun.
     """
-    settings = encoder.told() | {"set": images.name}
+    on = torch.device(resolve_device(device))
+    # What graphics processors compute in half precision is not to the last digit what others do in float32.
+    settings = encoder.told() | {"set": images.name, "precision": "half" if on.type == "cuda" else "float32"}
     inputs = {"weights": encoder.identity, "set": images.key}
     # What an encoder is called does not change what it sees.
     key = key_of(KIND, {k: v for k, v in settings.items() if k != "name"}, inputs)
     artifact = begin(folder / f"{images.name}-{key[:8]}", KIND, settings, inputs, volatile=("name",))
     if not artifact.complete:
-        on = torch.device(resolve_device(device))
         artifact = _extract_missing(encoder, images, artifact, batch_size, workers, on, progress)
-    return _gather(artifact, images)
+    vectors = read_array(artifact.path / VECTORS)
+    rows = np.concatenate([
+        start + np.flatnonzero(np.isfinite(vectors[start : start + _ROWS]).all(axis=1))
+        for start in range(0, len(vectors), _ROWS)
+    ])  # fmt: skip
+    return Features(vectors=vectors, rows=rows, skipped=artifact.manifest.skipped)
 
 
 def _extract_missing(
     encoder: ImageEncoder,
-    images: LabelledSet,
+    images: ImageSet,
     artifact: Artifact,
     batch_size: int,
     workers: int | None,
@@ -101,7 +107,12 @@ def _extract_missing(
             write_array(path, _mark(np.concatenate(vectors), faults))
     told = [read_json(artifact.path / shard_name("skipped", i, "json")) for i in range(len(starts))]
     skipped = Counter(reason for faults in told for reason in faults if reason)
-    return artifact.finish({"images": len(images), "shards": len(starts)}, skipped)
+    _join(artifact.path / VECTORS, paths, (len(images), encoder.width))
+    finished = artifact.finish({"images": len(images)}, skipped)
+    # Only now: killed before, a rerun joins them again.
+    for path in paths:
+        path.unlink()
+    return finished
 
 
 def _load(files: tuple[str, ...], root: Path, encoder: ImageEncoder) -> tuple[np.ndarray, list[str]]:
@@ -121,7 +132,9 @@ def _load(files: tuple[str, ...], root: Path, encoder: ImageEncoder) -> tuple[np
 @torch.inference_mode()
 def _forward(encoder: ImageEncoder, crops: np.ndarray, device: torch.device) -> np.ndarray:
     images = encoder.transform.standardise(torch.from_numpy(crops).to(device))
-    return encoder.model(images).float().cpu().numpy()
+    with torch.autocast(device.type, enabled=device.type == "cuda"):
+        features = encoder.model(images)
+    return features.float().cpu().numpy()
 
 
 def _mark(vectors: np.ndarray, faults: list[str]) -> np.ndarray:
@@ -130,12 +143,10 @@ def _mark(vectors: np.ndarray, faults: list[str]) -> np.ndarray:
     return vectors
 
 
-def _gather(artifact: Artifact, images: LabelledSet) -> Features:
-    shards = range(artifact.manifest.counts["shards"])
-    vectors = np.concatenate([load_array(artifact.path / shard_name("vectors", i, "npy")) for i in shards])
-    rows = np.flatnonzero(np.isfinite(vectors).all(axis=1))
-    for split in ("train", "test"):
-        if not (images.splits[rows] == split).any():
-            reasons = ", ".join(f"{n} {reason}" for reason, n in artifact.manifest.skipped.items())
-            raise InputError(f"no {split} image of {images.root} can be read: {reasons}")
-    return Features(vectors=vectors[rows], rows=rows, skipped=artifact.manifest.skipped)
+def _join(target: Path, shards: Sequence[Path], shape: tuple[int, int]) -> None:
+    """Bring shards together in one file that can be mapped, one shard in memory at a time."""
+    with atomic(target) as temporary:
+        whole = np.lib.format.open_memmap(temporary, mode="w+", dtype=np.float32, shape=shape)
+        for index, shard in enumerate(shards):
+            whole[index * _ROWS : (index + 1) * _ROWS] = load_array(shard)
+        whole.flush()

@@ -41,14 +41,51 @@ def knn(
     Raises:
         ValueError: k below one, a temperature not above zero, or no training images.
     """
-    if settings.k < 1 or settings.temperature <= 0 or len(train_x) == 0:
-        raise ValueError(
-            f"expected k >= 1, temperature > 0 and training images, got {settings}, {len(train_x)}"
-        )
+    _check(settings, len(train_x))
     gallery = normalize(train_x, dim=1)
     blocks = normalize(test_x, dim=1).split(max(1, _CELLS // len(gallery)))
     votes = [_votes(settings, block @ gallery.T, train_y, classes) for block in blocks]
     return torch.cat(votes).argmax(dim=1)
+
+
+@dataclass(frozen=True, kw_only=True)
+class KNNGrid:
+    """Settings that are tried on held-out images, and the seed and share of these."""
+
+    ks: tuple[int, ...] = (1, 5, 10, 20, 50, 100, 200)
+    temperatures: tuple[float, ...] = (0.02, 0.07, 0.2, 1.0)
+    validation_share: float = 0.2
+    seed: int = 0
+
+
+def knn_grid(
+    settings: KNNGrid,
+    train: tuple[Float[Tensor, "n d"], Int[Tensor, " n"]],
+    val: tuple[Float[Tensor, "v d"], Int[Tensor, " v"]],
+    classes: int,
+) -> dict[KNN, float]:
+    """Return the accuracy on validation images of every k and temperature, from one product of features.
+
+    Raises:
+        ValueError: as `knn`.
+    """
+    (train_x, train_y), (val_x, val_y) = train, val
+    tried = [KNN(k=k, temperature=t) for k in settings.ks for t in settings.temperatures]
+    for each in tried:
+        _check(each, len(train_x))
+    gallery = normalize(train_x, dim=1)
+    right = dict.fromkeys(tried, 0)
+    size = max(1, _CELLS // len(gallery))
+    for images, labels in zip(normalize(val_x, dim=1).split(size), val_y.split(size), strict=True):
+        similarity = images @ gallery.T
+        for each in tried:
+            right[each] += int((_votes(each, similarity, train_y, classes).argmax(dim=1) == labels).sum())
+    return {each: count / len(val_y) for each, count in right.items()}
+
+
+def _check(settings: KNN, images: int) -> None:
+    if settings.k < 1 or settings.temperature <= 0 or not images:
+        raise ValueError(f"expected k >= 1, temperature > 0 and training images, got {settings}, {images}")
 
 
 def _votes(

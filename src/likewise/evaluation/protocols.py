@@ -2,22 +2,29 @@
 
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
 
 from likewise.errors import InputError, close_matches
-from likewise.evaluation.features import Features
+from likewise.evaluation.captioned import CaptionedSet
+from likewise.evaluation.clustering import Clustering, cluster
+from likewise.evaluation.described import ZeroShot, match_captions, zero_shot
 from likewise.evaluation.fewshot import FewShot, few_shot
-from likewise.evaluation.knn import KNN, knn
-from likewise.evaluation.linear import LinearProbe, linear_probe
+from likewise.evaluation.finetuning import FineTuning, fine_tune
+from likewise.evaluation.knn import KNN, KNNGrid, knn, knn_grid
+from likewise.evaluation.linear import LinearProbe, hold_out, linear_probe
+from likewise.evaluation.localisation import as_shares, localise
 from likewise.evaluation.retrieval import retrieve
-from likewise.evaluation.statistics import Estimate, bootstrap, mean_per_class
-from likewise.evaluation.suite import LabelledSet
+from likewise.evaluation.statistics import bootstrap, mean_per_class
+from likewise.evaluation.tasks import PER_CLASS, Score, Task
+from likewise.launch import default_workers
 
 RECALL_AT = (1, 5)
-PER_CLASS = "mean per-class accuracy"
+CAPTION_RECALL_AT = (1, 5, 10)
+# What a set must come with.
+Kind = Literal["labels", "captions"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -28,44 +35,19 @@ class ProtocolSettings:
         linear: Of the linear probe.
         fewshot: Of few-shot classification.
         knn: Of the nearest-neighbor classifier.
+        knn_grid: Of its settings' choice on validation images.
+        clustering: Of k-means.
+        zeroshot: Of classification by names.
+        finetune: Of training the encoder too.
     """
 
     linear: LinearProbe = field(default_factory=LinearProbe)
     fewshot: FewShot = field(default_factory=FewShot)
     knn: KNN = field(default_factory=KNN)
-
-
-@dataclass(frozen=True, kw_only=True)
-class Score:
-    """One figure with what it is made of.
-
-    Attributes:
-        metric: Such as `accuracy` or `recall@1`.
-        estimate: The value and its 95 % interval, as fractions.
-        items: (m,) the score of every test image, episode or query, kept for paired tests.
-        groups: (m,) what each item belongs to where items are not independent, or None.
-        details: What else is worth knowing.
-    """
-
-    metric: str
-    estimate: Estimate
-    items: np.ndarray
-    groups: np.ndarray | None = None
-    details: dict[str, Any] = field(default_factory=dict)
-
-
-@dataclass(frozen=True, kw_only=True)
-class Task:
-    """A labelled set with features, split up for the protocols."""
-
-    images: LabelledSet
-    features: Features
-
-    def part(self, *splits: str) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return features (m, d) float32 and labels (m,) int64 of some splits."""
-        here = np.isin(self.images.splits[self.features.rows], splits)
-        labels = self.images.labels[self.features.rows[here]]
-        return torch.from_numpy(self.features.vectors[here]), torch.from_numpy(labels)
+    knn_grid: KNNGrid = field(default_factory=KNNGrid)
+    clustering: Clustering = field(default_factory=Clustering)
+    zeroshot: ZeroShot = field(default_factory=ZeroShot)
+    finetune: FineTuning = field(default_factory=FineTuning)
 
 
 def _linear(task: Task, settings: ProtocolSettings) -> list[Score]:
@@ -81,7 +63,7 @@ def _linear(task: Task, settings: ProtocolSettings) -> list[Score]:
         test_y,
         val_x=val_x if given else None,
         val_y=val_y if given else None,
-        classes=len(task.images.classes),
+        classes=len(task.labelled.classes),
     )
     details = {
         "cost": result.cost,
@@ -109,18 +91,91 @@ def _fewshot(task: Task, settings: ProtocolSettings) -> list[Score]:
 
 def _knn(task: Task, settings: ProtocolSettings) -> list[Score]:
     test_x, test_y = task.part("test")
-    predictions = knn(settings.knn, *task.part("train", "val"), test_x, len(task.images.classes))
+    predictions = knn(settings.knn, *task.part("train", "val"), test_x, len(task.labelled.classes))
     return [_accuracy(predictions, test_y, settings.linear.mean_per_class, {})]
+
+
+def _knn_grid(task: Task, settings: ProtocolSettings) -> list[Score]:
+    """Choose k and temperature on validation images, then vote with train and validation together."""
+    grid, classes = settings.knn_grid, len(task.labelled.classes)
+    train, val, (test_x, test_y) = task.part("train"), task.part("val"), task.part("test")
+    if not len(val[1]):
+        kept, held = hold_out(train[1], grid.validation_share, grid.seed)
+        train, val = (train[0][kept], train[1][kept]), (train[0][held], train[1][held])
+    found = knn_grid(grid, train, val, classes)
+    best = max(found, key=lambda each: found[each])
+    predictions = knn(best, *task.part("train", "val"), test_x, classes)
+    details = asdict(best) | {"validation_accuracy": found[best]}
+    return [_accuracy(predictions, test_y, settings.linear.mean_per_class, details)]
+
+
+def _clustering(task: Task, settings: ProtocolSettings) -> list[Score]:
+    features, labels = task.part("test")
+    found = cluster(settings.clustering, features.numpy(), labels.numpy())
+    return [
+        Score(metric="NMI", estimate=found.nmi, items=found.nmi_starts, paired=False),
+        Score(metric="ARI", estimate=found.ari, items=found.ari_starts, paired=False),
+    ]
+
+
+def _zero_shot(task: Task, settings: ProtocolSettings) -> list[Score]:
+    features, labels = task.part("test")
+    predictions = zero_shot(settings.zeroshot, features, task.labelled.classes, task.language)
+    return [_accuracy(predictions, labels, settings.linear.mean_per_class, {})]
+
+
+def _finetune(task: Task, settings: ProtocolSettings) -> list[Score]:
+    train, test = task.rows("train", "val"), task.rows("test")
+    with task.progress.task(
+        f"fine-tuning on {task.images.name}", len(train) * settings.finetune.epochs, "images"
+    ) as bar:
+        predictions = fine_tune(
+            settings.finetune,
+            task.encoder,
+            task.labelled,
+            train,
+            test,
+            device=task.device,
+            workers=default_workers() if task.workers is None else task.workers,
+            advance=bar.advance,
+        )
+    labels = torch.from_numpy(task.labelled.labels[test])
+    return [_accuracy(predictions, labels, settings.linear.mean_per_class, {})]
+
+
+def _localisation(task: Task, settings: ProtocolSettings) -> list[Score]:
+    images = task.labelled
+    if images.boxes is None:
+        raise InputError(f"{images.source} has no boxes: localisation needs columns x0, y0, x1 and y1")
+    boxed = np.flatnonzero(np.isfinite(images.boxes).all(axis=1))
+    train, test = (np.intersect1d(rows, boxed) for rows in (task.rows("train", "val"), task.rows("test")))
+    files = np.array(images.files)
+    train_boxes, test_boxes = (
+        as_shares(images.boxes[rows], files[rows].tolist(), images.root) for rows in (train, test)
+    )
+    probe = settings.linear
+    _, held = hold_out(torch.from_numpy(images.labels[train]), probe.validation_share, probe.seed)
+    vectors = task.features.vectors
+    found = localise(vectors[train], train_boxes, vectors[test], test_boxes, held.numpy())
+    details = {"penalty": found.penalty, "images_without_a_box": len(images) - len(boxed)}
+    shown = {
+        "mean IoU of boxes": found.overlap,
+        "boxes with IoU >= 0.5": (found.overlap >= 0.5).astype(float),
+    }
+    return [
+        Score(metric=name, estimate=bootstrap(items), items=items, details=details)
+        for name, items in shown.items()
+    ]
 
 
 def _retrieval(task: Task, _: ProtocolSettings) -> list[Score]:
     features, labels = task.part("test")
-    rows = task.features.rows[task.images.splits[task.features.rows] == "test"]
-    instances = labels.numpy() if task.images.instances is None else task.images.instances[rows]
-    domains = None if task.images.domains is None else task.images.domains[rows]
+    rows, images = task.rows("test"), task.labelled
+    instances = labels.numpy() if images.instances is None else images.instances[rows]
+    domains = None if images.domains is None else images.domains[rows]
     result = retrieve(features, instances, domains, RECALL_AT)
     if not len(result.queries):
-        raise InputError(f"{task.images.root}: no test image has another of the same instance to find")
+        raise InputError(f"{images.root}: no test image has another of the same instance to find")
     groups = instances[result.queries]
     details = {"queries": len(result.queries), "skipped_queries": result.skipped}
     found = {f"recall@{k}": hits.astype(np.float64) for k, hits in result.recall.items()}
@@ -131,19 +186,68 @@ def _retrieval(task: Task, _: ProtocolSettings) -> list[Score]:
     ]
 
 
+def _image_text(task: Task, _: ProtocolSettings) -> list[Score]:
+    if not isinstance(task.images, CaptionedSet):
+        raise InputError(f"{task.images.source} has no captions")
+    rows, language = task.features.rows, task.language
+    captions = [task.images.captions[row] for row in rows]
+    owners = np.repeat(np.arange(len(rows)), [len(each) for each in captions])
+    projected = language.project(torch.from_numpy(task.features.vectors[rows]))
+    texts = language.embed([caption for each in captions for caption in each])
+    by_image, by_text = match_captions(projected, texts, torch.from_numpy(owners), CAPTION_RECALL_AT)
+    scores = []
+    for direction, hits, groups in (("image to text", by_image, None), ("text to image", by_text, owners)):
+        for column, k in enumerate(CAPTION_RECALL_AT):
+            items = hits[:, column].astype(np.float64)
+            estimate = bootstrap(items, groups)
+            scores.append(
+                Score(metric=f"{direction} recall@{k}", estimate=estimate, items=items, groups=groups)
+            )
+    return scores
+
+
 @dataclass(frozen=True)
 class Protocol:
-    """A protocol: how to run it and which of the settings it reads."""
+    """A protocol: how to run it, which of the settings it reads, and what a set must come with."""
 
     run: Callable[[Task, ProtocolSettings], list[Score]]
     settings: Callable[[ProtocolSettings], dict[str, Any]]
+    what: str
+    kind: Kind = "labels"
+
+
+def _per_class(settings: ProtocolSettings) -> dict[str, Any]:
+    return {"mean_per_class": settings.linear.mean_per_class}
 
 
 PROTOCOLS = {
-    "linear": Protocol(_linear, lambda s: asdict(s.linear)),
-    "fewshot": Protocol(_fewshot, lambda s: asdict(s.fewshot)),
-    "knn": Protocol(_knn, lambda s: asdict(s.knn) | {"mean_per_class": s.linear.mean_per_class}),
-    "retrieval": Protocol(_retrieval, lambda _: {"recall_at": list(RECALL_AT)}),
+    "linear": Protocol(_linear, lambda s: asdict(s.linear), "a logistic regression on frozen features"),
+    "fewshot": Protocol(_fewshot, lambda s: asdict(s.fewshot), "many small tasks of a few images a class"),
+    "knn": Protocol(_knn, lambda s: asdict(s.knn) | _per_class(s), "the vote of the nearest images"),
+    "knn-grid": Protocol(
+        _knn_grid,
+        lambda s: asdict(s.knn_grid) | _per_class(s),
+        "knn, its settings chosen on validation images",
+    ),
+    "retrieval": Protocol(
+        _retrieval, lambda _: {"recall_at": list(RECALL_AT)}, "find images of the same thing"
+    ),
+    "clustering": Protocol(_clustering, lambda s: asdict(s.clustering), "k-means against the labels"),
+    "finetune": Protocol(
+        _finetune, lambda s: asdict(s.finetune) | _per_class(s), "train the encoder and a classifier together"
+    ),
+    "localisation": Protocol(
+        _localisation, lambda s: {"seed": s.linear.seed}, "a box around the subject, from frozen features"
+    ),
+    "zeroshot": Protocol(
+        _zero_shot, lambda s: asdict(s.zeroshot) | _per_class(s), "classes by their names, with a text tower"
+    ),
+    "image-text": Protocol(
+        _image_text,
+        lambda _: {"recall_at": list(CAPTION_RECALL_AT)},
+        "find captions by images and back, with a text tower",
+        kind="captions",
+    ),
 }
 
 

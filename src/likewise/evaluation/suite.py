@@ -2,9 +2,11 @@
 
 import csv
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
+from typing import TypeVar
 
 import numpy as np
 
@@ -16,43 +18,59 @@ SPLITS = {
     "val": ("val", "valid", "validation", "dev"),
     "test": ("test", "testing", "eval"),
 }
+_BOX = ("x0", "y0", "x1", "y1")
 _FILE = ("file", "image", "path", "filename", "file_name", "image_path")
+T = TypeVar("T")
 
 
 @dataclass(frozen=True, kw_only=True)
-class LabelledSet:
-    """Images with a label and a split each.
+class ImageSet:
+    """Images to compute features of.
 
     Attributes:
         name: What to call it in tables.
         source: The folder or table it was read from.
-        label_column: Where its labels came from, in a table.
-        split_column: Where its splits came from, in a table.
         root: The folder that files are relative to.
         files: n paths.
-        splits: (n,) of `train`, `val`, `test`.
-        labels: (n,) int64, the class of each image.
-        classes: The classes' names, sorted.
-        instances: (n,) what each image shows, for retrieval, or None.
-        domains: (n,) where each image comes from, for retrieval, or None.
         key: A fingerprint of the table and of the files' names and sizes.
     """
 
     name: str
     source: Path
-    label_column: str
-    split_column: str
     root: Path
     files: tuple[str, ...]
+    key: str
+
+    def __len__(self) -> int:
+        return len(self.files)
+
+
+@dataclass(frozen=True, kw_only=True)
+class LabelledSet(ImageSet):
+    """Images with a label and a split each.
+
+    Attributes:
+        label_column: Where its labels came from, in a table.
+        split_column: Where its splits came from, in a table.
+        splits: (n,) of `train`, `val`, `test`.
+        labels: (n,) int64, the class of each image.
+        classes: The classes' names, sorted.
+        instances: (n,) what each image shows, for retrieval, or None.
+        domains: (n,) where each image comes from, for retrieval, or None.
+        boxes: (n, 4) float64, where in the image its subject is: x0 y0 x1 y1 as the table has them, NaN
+            where it does not say; or None.
+        unlabelled: Rows of the table without a file or a label, which are left out.
+    """
+
+    label_column: str
+    split_column: str
     splits: np.ndarray
     labels: np.ndarray
     classes: tuple[str, ...]
     instances: np.ndarray | None
     domains: np.ndarray | None
-    key: str
-
-    def __len__(self) -> int:
-        return len(self.files)
+    boxes: np.ndarray | None
+    unlabelled: int = 0
 
     def counts(self) -> dict[str, int]:
         """Return how many images each split has."""
@@ -71,6 +89,7 @@ class _Row:
     label: str
     instance: str | None = None
     domain: str | None = None
+    box: tuple[float, ...] | None = None
 
 
 def open_set(where: str | Path, *, label_column: str = "label", split_column: str = "split") -> LabelledSet:
@@ -79,7 +98,7 @@ def open_set(where: str | Path, *, label_column: str = "label", split_column: st
     Args:
         where: A folder laid out as `split/class/image` or with a `labels.csv` inside, or a CSV or TSV file
             with a column of files, one of labels, and one of splits. Columns `instance` and `domain`, where
-            a table has them, serve retrieval.
+            a table has them, serve retrieval, `x0`, `y0`, `x1` and `y1` localisation.
         label_column: The table's column of labels.
         split_column: The table's column of splits.
 
@@ -90,19 +109,22 @@ def open_set(where: str | Path, *, label_column: str = "label", split_column: st
     if not path.exists():
         raise InputError(f"{path} does not exist; give a folder laid out as split/class/image, or a CSV file")
     table = path / "labels.csv" if path.is_dir() else path
+    unlabelled = 0
     if table.is_file():
-        rows = _read_table(table, label_column, split_column)
-        root, name = table.parent, path.resolve().name if path.is_dir() else _table_name(table)
+        rows, unlabelled = read_table(table, partial(_read_rows, columns=(label_column, split_column)))
+        root, name = table.parent, path.resolve().name if path.is_dir() else table_name(table)
     else:
         rows = _read_folder(path)
         root, name = path, path.resolve().name
     if label_column != "label":
         name = f"{name}-{label_column}"
-    return _assemble(name, path, (label_column, split_column), root, rows)
+    return _assemble(name, path, (label_column, split_column), root, rows, unlabelled)
 
 
-def _table_name(table: Path) -> str:
-    return table.resolve().parent.name if table.stem in ("items", "labels", "index") else table.stem
+def table_name(table: Path) -> str:
+    """Return what to call a set by its table: the folder's name where the table's own says nothing."""
+    plain = table.stem in ("items", "labels", "captions", "index")
+    return table.resolve().parent.name if plain else table.stem
 
 
 def _read_folder(path: Path) -> list[_Row]:
@@ -120,44 +142,73 @@ def _read_folder(path: Path) -> list[_Row]:
     return rows
 
 
-def _read_table(table: Path, label_column: str, split_column: str) -> list[_Row]:
+def read_table(table: Path, read: Callable[[Path, csv.DictReader], T]) -> T:
+    """Open a CSV or TSV file and read it, with one sentence for what is no such file.
+
+    Raises:
+        InputError: where it is no UTF-8 table.
+    """
     if table.suffix not in (".csv", ".tsv"):
-        raise InputError(f"{table} is no labelled set: give a folder, or a .csv or .tsv file")
+        raise InputError(f"{table} is no table: give a folder, or a .csv or .tsv file")
     try:
-        return _read_rows(table, label_column, split_column)
+        with table.open(encoding="utf-8-sig", newline="") as stream:
+            return read(table, csv.DictReader(stream, delimiter="\t" if table.suffix == ".tsv" else ","))
     except (UnicodeDecodeError, csv.Error) as fault:
         raise InputError(f"{table} is no UTF-8 table with commas (tabs in .tsv): {fault}") from fault
 
 
-def _read_rows(table: Path, label_column: str, split_column: str) -> list[_Row]:
-    with table.open(encoding="utf-8-sig", newline="") as stream:
-        reader = csv.DictReader(stream, delimiter="\t" if table.suffix == ".tsv" else ",")
-        columns = list(reader.fieldnames or [])
-        file_column = next((c for c in columns if c.lower() in _FILE), None)
-        if file_column is None:
+def file_column(table: Path, columns: Sequence[str]) -> str:
+    """Return the column that names image files.
+
+    Raises:
+        InputError: where there is none.
+    """
+    found = next((c for c in columns if c.lower() in _FILE), None)
+    if found is None:
+        raise InputError(
+            f"{table} has no column of image files ({', '.join(_FILE)}); it has {', '.join(columns)}"
+        )
+    return found
+
+
+def _read_rows(table: Path, reader: csv.DictReader, columns: tuple[str, str]) -> tuple[list[_Row], int]:
+    present = list(reader.fieldnames or [])
+    file, (label, split) = file_column(table, present), columns
+    for name, flag in ((label, "--label-column"), (split, "--split-column")):
+        if name not in present:
+            near = close_matches(name, present)
             raise InputError(
-                f"{table} has no column of image files ({', '.join(_FILE)}); it has {', '.join(columns)}"
+                f"{table} has no column {name!r}; it has {', '.join(present)}; use {flag}.{near}"
             )
-        for name, flag in ((label_column, "--label-column"), (split_column, "--split-column")):
-            if name not in columns:
-                near = close_matches(name, columns)
-                raise InputError(
-                    f"{table} has no column {name!r}; it has {', '.join(columns)}; use {flag}.{near}"
-                )
-        rows = []
-        for number, row in enumerate(reader, start=2):
-            if row[file_column] and row[label_column]:
-                split = _split(row[split_column] or "", f"{table}, row {number}")
-                rows.append(
-                    _Row(
-                        file=row[file_column],
-                        split=split,
-                        label=row[label_column],
-                        instance=row.get("instance"),
-                        domain=row.get("domain"),
-                    )
-                )
-    return rows
+    rows, unlabelled = [], 0
+    for number, row in enumerate(reader, start=2):
+        if not row[file] or not row[label]:
+            unlabelled += 1
+            continue
+        where = f"{table}, row {number}"
+        rows.append(
+            _Row(
+                file=row[file],
+                split=_split(row[split] or "", where),
+                label=row[label],
+                instance=row.get("instance"),
+                domain=row.get("domain"),
+                box=_box(row, where) if set(_BOX) <= set(present) else None,
+            )
+        )
+    return rows, unlabelled
+
+
+def _box(row: dict[str, str], where: str) -> tuple[float, ...] | None:
+    if not any(row[side] for side in _BOX):
+        return None
+    try:
+        x0, y0, x1, y1 = (float(row[side]) for side in _BOX)
+    except (TypeError, ValueError) as fault:
+        raise InputError(f"{where}: {', '.join(_BOX)} must be four numbers or all empty") from fault
+    if not (x0 < x1 and y0 < y1):
+        raise InputError(f"{where}: the box {x0:g}, {y0:g}, {x1:g}, {y1:g} has no area; correct or empty it")
+    return x0, y0, x1, y1
 
 
 def _split(name: str, where: str) -> str:
@@ -168,7 +219,7 @@ def _split(name: str, where: str) -> str:
 
 
 def _assemble(
-    name: str, source: Path, columns: tuple[str, str], root: Path, rows: Sequence[_Row]
+    name: str, source: Path, columns: tuple[str, str], root: Path, rows: Sequence[_Row], unlabelled: int
 ) -> LabelledSet:
     splits = np.array([row.split for row in rows], "<U5")
     if "test" not in splits and "val" in splits:
@@ -182,11 +233,7 @@ def _assemble(
     if len(classes) < 2:
         raise InputError(f"{source} has {len(classes)} class; at least 2 are needed to tell apart")
     number = {label: i for i, label in enumerate(classes)}
-    digest = hashlib.blake2b(digest_size=8)
-    for row in rows:
-        file = root / row.file
-        size = file.stat().st_size if file.is_file() else -1
-        digest.update(f"{row}\0{size}\n".encode())
+    boxes = np.array([row.box or (np.nan,) * 4 for row in rows])
     return LabelledSet(
         name=name,
         source=source,
@@ -199,8 +246,20 @@ def _assemble(
         classes=classes,
         instances=_column("instance", [row.instance for row in rows], splits, source),
         domains=_column("domain", [row.domain for row in rows], splits, source),
-        key=digest.hexdigest(),
+        boxes=boxes if np.isfinite(boxes).any() else None,
+        unlabelled=unlabelled,
+        key=fingerprint(root, rows, [row.file for row in rows]),
     )
+
+
+def fingerprint(root: Path, rows: Sequence[object], files: Sequence[str]) -> str:
+    """Return a key of what a table says of files and of their sizes."""
+    digest = hashlib.blake2b(digest_size=8)
+    for row, name in zip(rows, files, strict=True):
+        file = root / name
+        size = file.stat().st_size if file.is_file() else -1
+        digest.update(f"{row}\0{size}\n".encode())
+    return digest.hexdigest()
 
 
 def _column(name: str, values: list[str | None], splits: np.ndarray, source: Path) -> np.ndarray | None:

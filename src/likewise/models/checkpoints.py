@@ -14,6 +14,7 @@ from likewise.artifacts import atomic
 from likewise.errors import ArtifactError, ModelError
 from likewise.models.backbones import BackboneSpec, build_backbone
 
+LANGUAGE = "language."
 _META = "likewise"
 
 
@@ -62,9 +63,19 @@ def load_strictly(model: nn.Module, tensors: dict[str, Tensor], where: str) -> N
     model.load_state_dict(tensors)
 
 
-def save_encoder(path: Path, backbone: nn.Module, spec: BackboneSpec) -> None:
-    """Write a trained backbone with all it takes to build and feed it again."""
-    save_tensors(path, backbone.state_dict(), {"kind": "encoder", "backbone": asdict(spec)})
+def save_encoder(
+    path: Path,
+    backbone: nn.Module,
+    spec: BackboneSpec,
+    language: tuple[dict[str, Tensor], dict[str, int]] | None = None,
+) -> None:
+    """Write a trained backbone with all it takes to build and feed it again.
+
+    `language` is what `likewise.models.language` needs besides: its weights, and what its tower is made of.
+    """
+    tensors, tower = language or ({}, None)
+    meta = {"kind": "encoder", "backbone": asdict(spec), "language": tower}
+    save_tensors(path, backbone.state_dict() | tensors, meta)
 
 
 def load_encoder(path: Path, size: int | None = None) -> tuple[nn.Module, BackboneSpec, int]:
@@ -81,7 +92,7 @@ def load_encoder(path: Path, size: int | None = None) -> tuple[nn.Module, Backbo
     spec = BackboneSpec(**meta["backbone"])
     spec = spec if size is None else replace(spec, size=size)
     model, width = build_backbone(spec)
-    load_strictly(model, tensors, str(path))
+    load_strictly(model, {k: v for k, v in tensors.items() if not k.startswith(LANGUAGE)}, str(path))
     return model, spec, width
 
 

@@ -1,49 +1,24 @@
 """Anything that turns an image into one vector, opened by what it is called: a run, a timm name, a file."""
 
 import hashlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import timm
 import torch
-from PIL import Image
 from torch import Tensor, nn
 
 from likewise.artifacts import open_artifact
 from likewise.errors import DependencyError, ModelError, close_matches
-from likewise.models.backbones import IMAGENET_MEAN, IMAGENET_STD, BackboneSpec, build_backbone, default_stem
+from likewise.models.backbones import BackboneSpec, build_backbone, default_stem
 from likewise.models.checkpoints import load_encoder, load_state_dict, load_strictly
+from likewise.models.language import Language, embed_captions, load_language
+from likewise.models.others import hub_model, huggingface_model, torchvision_model
+from likewise.models.transform import Transform
 
 RUN_ENCODER = "encoder.safetensors"
-
-
-@dataclass(frozen=True, kw_only=True)
-class Transform:
-    """How an image is fed: short side resized, centre cut out, channels standardised."""
-
-    size: int
-    resize: int
-    interpolation: str = "bicubic"
-    mean: tuple[float, ...] = IMAGENET_MEAN
-    std: tuple[float, ...] = IMAGENET_STD
-
-    def crop(self, pixels: np.ndarray) -> np.ndarray:
-        """Return the centre: (h, w, 3) uint8 -> (size, size, 3) uint8."""
-        image = Image.fromarray(pixels)
-        scale = self.resize / min(image.size)
-        sides = [max(self.resize, round(side * scale)) for side in image.size]
-        resized = image.resize((sides[0], sides[1]), Image.Resampling[self.interpolation.upper()])
-        left, top = ((side - self.size) // 2 for side in resized.size)
-        return np.asarray(resized.crop((left, top, left + self.size, top + self.size)))
-
-    def standardise(self, crops: Tensor) -> Tensor:
-        """Turn crops (b, size, size, 3) uint8 into what a model takes: (b, 3, size, size) float32."""
-        images = crops.permute(0, 3, 1, 2).float() / 255
-        mean, std = (torch.tensor(v, device=images.device).view(3, 1, 1) for v in (self.mean, self.std))
-        return ((images - mean) / std).contiguous(memory_format=torch.channels_last)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,6 +31,7 @@ class ImageEncoder:
         transform: How images are fed.
         width: Features an image.
         identity: A fingerprint of its weights.
+        language: How captions come into one space with its features; None where it has no text tower.
     """
 
     name: str
@@ -63,6 +39,7 @@ class ImageEncoder:
     transform: Transform
     width: int
     identity: str
+    language: Language | None = None
 
     def told(self) -> dict[str, Any]:
         """Return what results say of it."""
@@ -74,15 +51,31 @@ class ImageEncoder:
         }
 
 
-def open_encoder(target: str, *, backbone: str | None = None, size: int | None = None) -> ImageEncoder:
+KINDS = "timm:NAME, random:NAME, torchvision:NAME, clip:ARCH/WEIGHTS, hub:OWNER/REPO/ENTRY or hf:NAME"
+
+
+def open_encoder(
+    target: str,
+    *,
+    backbone: str | None = None,
+    size: int | None = None,
+    prefix: str = "",
+    drop: Sequence[str] = (),
+) -> ImageEncoder:
     """Open an image encoder.
 
     Args:
-        target: A finished run; `timm:NAME` (pretrained weights, from the hub or timm's cache); `random:NAME`
-            (the same model with random weights, as a floor); `clip:ARCH/WEIGHTS` (the image tower of an
-            open_clip model, WEIGHTS being one of its tags or a file); or a file of weights.
-        backbone: For a file that does not say so itself: the timm model its weights are for.
+        target: A finished run; `timm:NAME` or `torchvision:NAME` (pretrained weights, from their hubs or
+            caches); `random:NAME` (a timm model with random weights, as a floor); `clip:ARCH/WEIGHTS` (an
+            open_clip model, WEIGHTS being one of its tags or a file); `hub:OWNER/REPO/ENTRY` or
+            `hub:FOLDER/ENTRY` (torch.hub, which runs the repository's code); `hf:NAME` (a vision model of
+            Hugging Face, or a folder of one); or a file of weights.
+        backbone: For a file that does not say so itself: the timm model its weights are for, or
+            `torchvision:NAME`.
         size: Side of the input in pixels; by default what the model was trained with.
+        prefix: For such a file: what stands before the names of the backbone's weights, as in
+            `module.encoder_q.`; weights without it are left out.
+        drop: For such a file: beginnings of names that are left out. Everything else must fit.
 
     Raises:
         ModelError: where the target is nothing of these, or weights are missing or do not fit.
@@ -95,30 +88,57 @@ def open_encoder(target: str, *, backbone: str | None = None, size: int | None =
         open_artifact(path, "run")
         return _own(path / RUN_ENCODER, path.resolve().name, size)
     if not path.is_file():
-        raise ModelError(
-            f"{target} is no run, no file of weights, and not timm:NAME, random:NAME or clip:ARCH/WEIGHTS"
-        )
+        raise ModelError(f"{target} is no run, no file of weights, and not {KINDS}")
     if backbone is None:
         return _own(path, path.stem, size)
-    return _foreign(path, backbone, size)
+    return _foreign(path, backbone, size, prefix, tuple(drop))
 
 
 def _own(file: Path, name: str, size: int | None) -> ImageEncoder:
     model, spec, width = load_encoder(file, size)
-    return _encoder(name, model, Transform(size=spec.size, resize=spec.size), width)
+    transform = Transform(size=spec.size, resize=spec.size)
+    return _encoder(name, model, transform, width, load_language(file))
 
 
-def _foreign(file: Path, backbone: str, size: int | None) -> ImageEncoder:
-    side = 224 if size is None else size
-    model, width = build_backbone(BackboneSpec(name=backbone, size=side))
+def _foreign(file: Path, backbone: str, size: int | None, prefix: str, drop: tuple[str, ...]) -> ImageEncoder:
     tensors = load_state_dict(file)
-    classifier = timm.get_pretrained_cfg(backbone)
-    head = classifier.classifier if classifier is not None else "fc"
-    heads = (head,) if isinstance(head, str) else tuple(head or ())
+    kept = {
+        name.removeprefix(prefix): tensor
+        for name, tensor in tensors.items()
+        if name.startswith(prefix) and not name.startswith(drop)
+    }
+    scheme, _, name = backbone.partition(":")
+    if scheme == "torchvision":
+        model, transform, head = torchvision_model(name, size, pretrained=False)
+        heads = (head,)
+    else:
+        model, _ = build_backbone(BackboneSpec(name=backbone, size=224 if size is None else size))
+        transform = _timm_transform(model, size)
+        classifier = timm.get_pretrained_cfg(backbone)
+        named = classifier.classifier if classifier is not None else "fc"
+        heads = (named,) if isinstance(named, str) else tuple(named or ())
     # A classifier is no part of an encoder; anything else that does not fit is an error.
-    tensors = {k: v for k, v in tensors.items() if not k.startswith(tuple(f"{h}." for h in heads))}
-    load_strictly(model, tensors, str(file))
-    return _encoder(file.stem, model, _timm_transform(model, size), width)
+    kept = {k: v for k, v in kept.items() if not k.startswith(tuple(f"{h}." for h in heads))}
+    try:
+        load_strictly(model, kept, str(file))
+    except ModelError as fault:
+        raise ModelError(f"{fault}{_likely_prefix(model, tensors, prefix)}") from fault
+    return _encoder(file.stem, model, transform, _width(model, transform.size))
+
+
+def _likely_prefix(model: nn.Module, tensors: dict[str, Tensor], tried: str) -> str:
+    """Say which prefix the names in a file have before those of the model."""
+    first = next(iter(model.state_dict()))
+    found = [k.removesuffix(first) for k in tensors if k.endswith(first) and k.removesuffix(first) != tried]
+    return f"; perhaps they are those of --prefix {found[0]}" if found and found[0] else ""
+
+
+def _width(model: nn.Module, side: int) -> int:
+    with torch.no_grad():
+        features = model.eval()(torch.zeros(1, 3, side, side))
+    if not isinstance(features, Tensor) or features.ndim != 2:
+        raise ModelError("this model does not give one vector an image")
+    return features.shape[1]
 
 
 def _pretrained(name: str, size: int | None) -> ImageEncoder:
@@ -135,7 +155,10 @@ def _random(name: str, size: int | None) -> ImageEncoder:
 
 def _clip(target: str, size: int | None) -> ImageEncoder:
     """Open an image tower; where its model squeezes images into a square, the centre is cut out instead."""
-    tower: Any = load_clip(target, size).visual
+    model: Any = load_clip(target, size)
+    import open_clip
+
+    tower, tokenizer = model.visual, open_clip.get_tokenizer(target.partition("/")[0])
     asked = tower.preprocess_cfg
     sides = asked["size"] if isinstance(asked["size"], (tuple, list)) else (asked["size"],)
     transform = Transform(
@@ -145,11 +168,26 @@ def _clip(target: str, size: int | None) -> ImageEncoder:
         mean=tuple(asked["mean"]),
         std=tuple(asked["std"]),
     )
-    with torch.no_grad():
-        features = tower(torch.zeros(1, 3, sides[0], sides[0]))
-    if not isinstance(features, Tensor) or features.ndim != 2:
-        raise ModelError(f"the image tower of clip:{target} does not give one vector an image")
-    return _encoder(f"clip:{target}", tower, transform, features.shape[1])
+    language = Language(
+        embed=lambda captions: embed_captions(model.encode_text, tokenizer, captions),
+        project=lambda features: features,
+    )
+    return _encoder(f"clip:{target}", tower, transform, _width(tower, sides[0]), language)
+
+
+def _torchvision(name: str, size: int | None) -> ImageEncoder:
+    model, transform, _ = torchvision_model(name, size, pretrained=True)
+    return _encoder(f"torchvision:{name}", model, transform, _width(model, transform.size))
+
+
+def _hub(name: str, size: int | None) -> ImageEncoder:
+    model, transform = hub_model(name, size)
+    return _encoder(f"hub:{name}", model, transform, _width(model, transform.size))
+
+
+def _huggingface(name: str, size: int | None) -> ImageEncoder:
+    model, transform, language = huggingface_model(name, size)
+    return _encoder(f"hf:{name}", model, transform, _width(model, transform.size), language)
 
 
 def load_clip(target: str, size: int | None = None) -> nn.Module:
@@ -184,6 +222,9 @@ _SCHEMES: dict[str, Callable[[str, int | None], ImageEncoder]] = {
     "timm": _pretrained,
     "random": _random,
     "clip": _clip,
+    "torchvision": _torchvision,
+    "hub": _hub,
+    "hf": _huggingface,
 }
 
 
@@ -209,11 +250,20 @@ def _timm_transform(model: nn.Module, size: int | None) -> Transform:
     )
 
 
-def _encoder(name: str, model: nn.Module, transform: Transform, width: int) -> ImageEncoder:
+def _encoder(
+    name: str, model: nn.Module, transform: Transform, width: int, language: Language | None = None
+) -> ImageEncoder:
     model.eval().requires_grad_(False)
     # The printed structure tells strides and pools apart, which hold no weights.
     digest = hashlib.blake2b(str(model).encode(), digest_size=8)
     for key, tensor in model.state_dict().items():
         digest.update(key.encode() + str(tuple(tensor.shape)).encode())
         digest.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes())
-    return ImageEncoder(name=name, model=model, transform=transform, width=width, identity=digest.hexdigest())
+    return ImageEncoder(
+        name=name,
+        model=model,
+        transform=transform,
+        width=width,
+        identity=digest.hexdigest(),
+        language=language,
+    )

@@ -24,6 +24,7 @@ class TextTower(nn.Module):
             DependencyError: where open_clip is not installed.
         """
         super().__init__()
+        self.made_of = {"width": width, "layers": layers, "joint": joint}
         self.transformer: Any = _open_clip("transformer").TextTransformer(
             context_length=CONTEXT,
             vocab_size=VOCABULARY,

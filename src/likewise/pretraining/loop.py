@@ -10,7 +10,6 @@ from types import FrameType
 import torch
 
 from likewise.errors import InterruptedRunError, TrainingError
-from likewise.models.checkpoints import save_encoder
 from likewise.pretraining.batches import Batch
 from likewise.pretraining.methods.base import Step
 from likewise.pretraining.monitor import (
@@ -27,6 +26,7 @@ from likewise.pretraining.state import (
     Sums,
     Trainer,
     checkpoints,
+    keep_encoder,
     last_good,
     load_checkpoint,
     save_checkpoint,
@@ -187,7 +187,7 @@ class _Loop:
         row = trainer.scorer.score(trainer.method.backbone, trainer.device, trainer.dtype)
         self.scores.write({"step": done, **row})
         if best_step(self.scores.rows) == done:
-            save_encoder(trainer.run / BEST, trainer.method.backbone, trainer.spec)
+            keep_encoder(trainer.run / BEST, trainer.method, trainer.spec)
         self.task.advance(0, note=f"held-out pairs: {SCORE} {row[SCORE]:.3f}")
 
     def _has_enough(self) -> bool:

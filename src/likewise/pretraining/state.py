@@ -10,14 +10,20 @@ from torch.optim import Optimizer
 
 from likewise.errors import TrainingError
 from likewise.models.backbones import BackboneSpec
-from likewise.models.checkpoints import load_strictly, load_tensors, save_tensors
+from likewise.models.checkpoints import load_strictly, load_tensors, save_encoder, save_tensors
 from likewise.pretraining.batches import PairBatches
 from likewise.pretraining.methods.base import Method
+from likewise.pretraining.methods.image_text import language_of
 from likewise.pretraining.processes import Processes
 from likewise.pretraining.scoring import PairScorer
 from likewise.pretraining.settings import Plan
 
 BEST = "encoder-best.safetensors"
+
+
+def keep_encoder(path: Path, method: Method, spec: BackboneSpec) -> None:
+    """Write what a method trains for: its backbone, and its text tower where it has one."""
+    save_encoder(path, method.backbone, spec, language_of(method))
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -3,7 +3,6 @@
 from pathlib import Path
 
 import torch
-from torch import nn
 
 from likewise.artifacts import open_artifact, read_lines
 from likewise.collection.records import Collection
@@ -21,6 +20,7 @@ from likewise.pretraining.description import (
 )
 from likewise.pretraining.loop import run_training
 from likewise.pretraining.methods import build_method
+from likewise.pretraining.methods.base import Method
 from likewise.pretraining.monitor import METRICS, SCORES
 from likewise.pretraining.optim import build_optimizer
 from likewise.pretraining.preparation import Work, initial_backbone, prepare, spec_of
@@ -36,7 +36,7 @@ from likewise.pretraining.settings import (
     TrainSettings,
     check_together,
 )
-from likewise.pretraining.state import BEST, Trainer
+from likewise.pretraining.state import BEST, Trainer, keep_encoder
 from likewise.progress import SILENT, Progress
 
 KIND = "run"
@@ -178,7 +178,7 @@ def _train(
     )
     taken, skipped = run_training(trainer, progress)
     if among.leads:
-        _finish(work, method.backbone, taken, skipped)
+        _finish(work, method, taken, skipped)
     among.wait()
     return Run(run)
 
@@ -216,14 +216,14 @@ def _dtype(precision: str, device: torch.device) -> torch.dtype:
     return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
 
 
-def _finish(work: Work, backbone: nn.Module, taken: int, skipped: int) -> None:
+def _finish(work: Work, method: Method, taken: int, skipped: int) -> None:
     """Keep the last encoder, or the best one beside it, and close the run."""
     run = work.artifact.path
     best = run / BEST
     if work.scorer is None:
-        save_encoder(run / RUN_ENCODER, backbone, work.spec)
+        keep_encoder(run / RUN_ENCODER, method, work.spec)
     else:
-        save_encoder(run / LAST, backbone, work.spec)
+        keep_encoder(run / LAST, method, work.spec)
         if best.is_file():
             best.replace(run / RUN_ENCODER)
     lost = len(work.images) - len(work.images.usable)

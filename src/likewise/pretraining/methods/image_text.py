@@ -14,6 +14,8 @@ from torch import Tensor, nn
 from torch.nn.functional import normalize
 
 from likewise.models.heads import projector
+from likewise.models.language import language_tensors
+from likewise.models.text import TextTower
 from likewise.pretraining.losses import clip, info_nce, nt_xent, siglip
 from likewise.pretraining.methods.base import Judged, Method, Shown, encode
 from likewise.pretraining.methods.memory import Queue
@@ -163,6 +165,14 @@ class SLIP(Method):
             "simclr": alike.detach(),
         }
         return Judged(told + alike, logs)
+
+
+def language_of(method: Method) -> tuple[dict[str, Tensor], dict[str, int]] | None:
+    """Return what `save_encoder` keeps of a method's language side; None where it trains no text tower."""
+    if not isinstance(method, CLIP | DeCLIP | SLIP) or not isinstance(method.texts.tower, TextTower):
+        return None
+    tower = method.texts.tower
+    return language_tensors(tower, method.projection), tower.made_of
 
 
 def held(logarithm: Tensor) -> Float[Tensor, ""]:

@@ -1,0 +1,173 @@
+"""Encoders of other libraries, built locally: features equal to the library's own, fed as its files ask."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torchvision
+from PIL import Image
+from safetensors.torch import load_file, save_file
+
+from likewise.errors import ModelError
+from likewise.models.encoders import open_encoder
+
+IMAGES = torch.randn(2, 3, 64, 64, generator=torch.Generator().manual_seed(0))
+
+
+def vit(folder: Path) -> Path:
+    """Write a tiny ViT as Hugging Face does, with its own way of being fed."""
+    from transformers import ViTConfig, ViTModel
+
+    torch.manual_seed(0)
+    config = ViTConfig(
+        hidden_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        intermediate_size=48,
+        image_size=64,
+        patch_size=16,
+    )
+    ViTModel(config, add_pooling_layer=False).save_pretrained(folder)
+    (folder / "preprocessor_config.json").write_text(
+        json.dumps({
+            "image_processor_type": "ViTImageProcessor",
+            "size": {"height": 64, "width": 64},
+            "resample": 2,
+            "image_mean": [0.5, 0.4, 0.3],
+            "image_std": [0.2, 0.3, 0.4],
+        })
+    )  # fmt: skip
+    return folder
+
+
+def test_a_hugging_face_folder_is_fed_as_its_own_files_say(tmp_path: Path) -> None:
+    from transformers import ViTModel
+
+    encoder = open_encoder(f"hf:{vit(tmp_path)}")
+    assert (encoder.transform.size, encoder.transform.resize) == (64, 64)
+    assert encoder.transform.interpolation == "bilinear"
+    assert (encoder.transform.mean, encoder.transform.std) == ((0.5, 0.4, 0.3), (0.2, 0.3, 0.4))
+    assert encoder.width == 32
+    own = ViTModel.from_pretrained(tmp_path, add_pooling_layer=False).eval()
+    with torch.no_grad():
+        # A pooling layer that the folder has no weights for must not be made up.
+        torch.testing.assert_close(encoder.model(IMAGES), own(pixel_values=IMAGES).last_hidden_state[:, 0])
+    weights = load_file(tmp_path / "model.safetensors")
+    save_file(dict(sorted(weights.items())[1:]), tmp_path / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(ModelError, match="lacks 1 weights"):
+        open_encoder(f"hf:{tmp_path}")
+
+
+def test_a_hugging_face_model_with_two_towers_brings_its_language(tmp_path: Path) -> None:
+    from transformers import CLIPConfig, CLIPModel, CLIPTextConfig, CLIPVisionConfig
+
+    torch.manual_seed(0)
+    text = CLIPTextConfig(
+        hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2, vocab_size=99,
+        max_position_embeddings=16, eos_token_id=2, bos_token_id=1, pad_token_id=0,
+    )  # fmt: skip
+    vision = CLIPVisionConfig(
+        hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2, image_size=32,
+        patch_size=8,
+    )  # fmt: skip
+    config = CLIPConfig(text_config=text.to_dict(), vision_config=vision.to_dict(), projection_dim=12)
+    model = CLIPModel(config).eval()
+    model.save_pretrained(tmp_path)
+    size = {"shortest_edge": 36}
+    asked = {"size": size, "crop_size": {"height": 32, "width": 32}, "do_center_crop": True, "resample": 3}
+    (tmp_path / "preprocessor_config.json").write_text(json.dumps(asked))
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    words = {"<pad>": 0, "<bos>": 1, "<eos>": 2, "a": 3, "cat": 4, "dog": 5, "<unk>": 6}
+    plain = Tokenizer(models.WordLevel(words, unk_token="<unk>"))  # noqa: S106
+    plain.pre_tokenizer = pre_tokenizers.Whitespace()
+    PreTrainedTokenizerFast(tokenizer_object=plain, pad_token="<pad>", unk_token="<unk>").save_pretrained(  # noqa: S106
+        tmp_path
+    )
+    encoder = open_encoder(f"hf:{tmp_path}")
+    assert (encoder.transform.resize, encoder.transform.size, encoder.width) == (36, 32, 12)
+    assert encoder.language is not None
+    texts = encoder.language.embed(["a cat", "a dog"])
+    assert texts.shape == (2, 12)
+    assert not torch.allclose(texts[0], texts[1])
+
+
+def test_torchvision_models_lose_their_last_layer_and_keep_their_feeding(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    whole = torchvision.models.resnet18(weights=None).eval()
+    torch.save(whole.state_dict(), tmp_path / "weights.pth")
+    encoder = open_encoder(str(tmp_path / "weights.pth"), backbone="torchvision:resnet18")
+    assert (encoder.width, encoder.transform.size, encoder.transform.resize) == (512, 224, 256)
+    with torch.no_grad():
+        torch.testing.assert_close(whole.fc(encoder.model(IMAGES)), whole(IMAGES))
+    asked = torchvision.models.ResNet18_Weights.DEFAULT.transforms()
+    picture = Image.fromarray(np.random.default_rng(0).integers(0, 256, (256, 300, 3), np.uint8))
+    ours = encoder.transform.standardise(torch.from_numpy(encoder.transform.crop(np.asarray(picture)))[None])
+    torch.testing.assert_close(ours[0], asked(picture), atol=0.05, rtol=0)
+
+
+@pytest.mark.parametrize("name", ["mobilenet_v3_small", "convnext_tiny", "vit_b_32", "densenet121", "swin_t"])
+def test_other_torchvision_families_give_features(name: str, tmp_path: Path) -> None:
+    whole = torchvision.models.get_model(name, weights=None)
+    torch.save(whole.state_dict(), tmp_path / "weights.pth")
+    encoder = open_encoder(str(tmp_path / "weights.pth"), backbone=f"torchvision:{name}")
+    with torch.no_grad():
+        images = torch.randn(1, 3, 224, 224)
+        assert encoder.model(images).shape == (1, encoder.width)
+
+
+def test_weights_behind_a_prefix_are_named_in_the_error_and_load_with_it(tmp_path: Path) -> None:
+    import timm
+
+    model = timm.create_model("resnet10t", num_classes=0)
+    moco = {f"module.encoder_q.{k}": v for k, v in model.state_dict().items()}
+    save_file(moco | {"module.queue": torch.zeros(3)}, tmp_path / "moco.safetensors")
+    with pytest.raises(ModelError, match=r"--prefix module\.encoder_q\."):
+        open_encoder(str(tmp_path / "moco.safetensors"), backbone="resnet10t")
+    encoder = open_encoder(
+        str(tmp_path / "moco.safetensors"), backbone="resnet10t", prefix="module.encoder_q."
+    )
+    torch.testing.assert_close(
+        encoder.model.state_dict()["conv1.0.weight"], model.state_dict()["conv1.0.weight"]
+    )
+    extra = {"extra.weight": torch.zeros(3), **model.state_dict()}
+    save_file(extra, tmp_path / "extra.safetensors")
+    with pytest.raises(ModelError, match=r"1 unexpected \(extra.weight\)"):
+        open_encoder(str(tmp_path / "extra.safetensors"), backbone="resnet10t")
+    assert (
+        open_encoder(str(tmp_path / "extra.safetensors"), backbone="resnet10t", drop=("extra.",)).width == 512
+    )
+    missing = dict(list(model.state_dict().items())[1:])
+    save_file(missing, tmp_path / "missing.safetensors")
+    with pytest.raises(ModelError, match="1 missing"):
+        open_encoder(str(tmp_path / "missing.safetensors"), backbone="resnet10t")
+
+
+def test_torch_hub_entries_load_from_a_folder(tmp_path: Path) -> None:
+    (tmp_path / "hubconf.py").write_text(
+        "import torch\n"
+        "def tiny(pretrained=False):\n"
+        "    torch.manual_seed(3)\n"
+        "    layers = torch.nn.Conv2d(3, 4, 3), torch.nn.AdaptiveAvgPool2d(1), torch.nn.Flatten()\n"
+        "    return torch.nn.Sequential(*layers)\n"
+        "def words():\n    return 'no model'\n"
+    )
+    encoder = open_encoder(f"hub:{tmp_path}/tiny", size=64)
+    assert encoder.width == 4
+    assert (encoder.transform.size, encoder.transform.resize) == (64, 73)
+    with pytest.raises(ModelError, match="no torch module"):
+        open_encoder(f"hub:{tmp_path}/words")
+    with pytest.raises(ModelError, match="cannot load 'absent'"):
+        open_encoder(f"hub:{tmp_path}/absent")
+
+
+def test_what_does_not_exist_is_refused_with_close_matches(tmp_path: Path) -> None:
+    with pytest.raises(ModelError, match="resnet18"):
+        open_encoder("torchvision:resnet81")
+    with pytest.raises(ModelError, match="cannot load hf:"):
+        open_encoder(f"hf:{tmp_path}")
+    with pytest.raises(ModelError, match="hf:NAME"):
+        open_encoder(str(tmp_path / "absent"))
