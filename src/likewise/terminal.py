@@ -94,6 +94,18 @@ def comparison_lines(rows: "Sequence[Comparison]", names: Sequence[str]) -> list
     return lines
 
 
+def table_lines(grid: Sequence[Sequence[str]]) -> list[str]:
+    """Set cells of text in columns, the first three to the left and figures to the right."""
+    widths = [max(map(len, column)) for column in zip(*grid, strict=True)]
+    return [
+        "  ".join(
+            cell.ljust(width) if place < 3 else cell.rjust(width)
+            for place, (cell, width) in enumerate(zip(row, widths, strict=True))
+        ).rstrip()
+        for row in grid
+    ]
+
+
 def _percent(estimate: "Estimate | Difference", sign: str = "") -> str:
     value, low, high = (
         format(100 * part, f"{sign}.1f") for part in (estimate.value, estimate.low, estimate.high)

@@ -1,5 +1,6 @@
 """Run the command line: hand the arguments to a verb, turn what went wrong into a sentence and a code."""
 
+import os
 import sys
 from collections.abc import Sequence
 
@@ -15,7 +16,14 @@ from likewise.terminal import fail
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run the command line and leave with 0 (done), 1 (failed), 2 (bad usage) or 130 (interrupted)."""
     tokens = list(sys.argv[1:] if arguments is None else arguments)
-    sys.exit(_run(tokens, debug="--debug" in tokens))
+    try:
+        code = _run(tokens, debug="--debug" in tokens)
+        sys.stdout.flush()
+    except BrokenPipeError:
+        # The reader, such as `head`, has seen enough; what is left must not be tried again at exit.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        code = 1
+    sys.exit(code)
 
 
 def _run(tokens: list[str], *, debug: bool) -> int:
@@ -32,7 +40,7 @@ def _run(tokens: list[str], *, debug: bool) -> int:
             raise
         return fail(f"error: {fault}", 1)
     except OSError as fault:
-        if debug:
+        if debug or isinstance(fault, BrokenPipeError):
             raise
         return fail(f"error: {fault.strerror or fault}: {fault.filename or 'no file named'}", 1)
     return 0

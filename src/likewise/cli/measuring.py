@@ -1,13 +1,13 @@
-"""What an encoder is worth: `evaluate`, `report` and `demo`."""
+"""What an encoder is worth: `evaluate`, `sets`, `compare`, `report` and `demo`."""
 
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 from cyclopts import Parameter
 
 from likewise.cli.app import COMMON, app, listed
-from likewise.terminal import Common, comparison_lines, result_lines
+from likewise.terminal import Common, comparison_lines, result_lines, table_lines
 
 if TYPE_CHECKING:
     from likewise.evaluation.protocols import ProtocolSettings
@@ -44,8 +44,8 @@ def evaluate(
     Args:
         target: A run; `timm:NAME`, `torchvision:NAME`, `hf:NAME`, `clip:ARCH/WEIGHTS` or
             `hub:OWNER/REPO/ENTRY` (pretrained); `random:NAME` (untrained); or a file of weights.
-        on: Sets, with commas between: folders laid out as split/class/image or with a labels.csv, or CSV
-            files; for image-text a CSV file or a folder with a captions.csv.
+        on: Sets, with commas between: folders laid out as split/class/image or with a labels.csv, CSV files,
+            or names that `likewise sets` lists; for image-text a CSV file or a folder with a captions.csv.
         protocol: With commas between: linear, fewshot, knn, knn-grid, retrieval, clustering, finetune,
             localisation; with a text tower zeroshot and image-text.
         label_column: Column of labels in CSV files.
@@ -70,7 +70,7 @@ def evaluate(
 
     results = evaluate_encoder(
         target,
-        [Path(each) for each in listed(on)],
+        listed(on),
         listed(protocol),
         settings=_protocol_settings(
             mean_per_class,
@@ -103,6 +103,53 @@ def _protocol_settings(mean_per_class: bool, **given: dict[str, Any]) -> "Protoc
         for name, values in given.items()
     }
     return replace(usual, linear=replace(usual.linear, mean_per_class=mean_per_class), **told)
+
+
+@app.command(help_epilogue="Example: `likewise sets`, then `likewise evaluate run --on eurosat,dtd`")
+def sets(*, common: Common = COMMON) -> None:
+    """List the well-known sets that `evaluate --on NAME` fetches, and which of them are here."""
+    from likewise.evaluation.catalog import CATALOG
+    from likewise.evaluation.fetch import is_here, place
+
+    rows = {name: asdict(told) | {"here": is_here(name)} for name, told in CATALOG.items()}
+    lines = []
+    for name, told in CATALOG.items():
+        images = ", ".join(f"{count:,} {split}" for split, count in told.images.items())
+        where = f"in {place(name)}" if is_here(name) else f"about {told.megabytes:,} MB to fetch"
+        lines += [
+            f"{name:<16}{told.title}: {told.classes} classes, {images}",
+            f"{'':<16}{told.metric}; {where}; licence: {told.licence}",
+            f"{'':<16}{told.homepage}",
+        ]
+    common.tell({"sets": rows}, "\n".join(lines))
+
+
+@app.command(
+    help_epilogue="Example: `likewise compare self=self-0,self-1 language=language-0,language-1 --out cmp`"
+)
+def compare(
+    encoders: Annotated[list[str], Parameter(name="ENCODERS")],
+    /,
+    *,
+    out: Path | None = None,
+    common: Common = COMMON,
+) -> None:
+    """Lay encoders side by side: intervals, paired tests against the first, ranks over sets.
+
+    Args:
+        encoders: Runs or evaluation folders that were measured on the same sets; commas between those that
+            differ only in their seed, `NAME=` before them to call them so. All are compared with the first.
+        out: A folder to write the table to as CSV, Markdown and LaTeX, with plots.
+    """
+    from likewise.evaluation.table import read_entries, tabulate
+    from likewise.report.comparison import LEGEND, grid, write_comparison
+
+    entries = read_entries(encoders)
+    table = tabulate(entries)
+    costs = [next(iter(entry.seeds[0].values())).operations for entry in entries]
+    files = [] if out is None else write_comparison(table, out, [c and c / 1e9 for c in costs])
+    text = [*table_lines(grid(table)), LEGEND, *(f"written: {file}" for file in files)]
+    common.tell({"table": asdict(table), "files": [str(file) for file in files]}, "\n".join(text))
 
 
 @app.command(help_epilogue="Example: `likewise report run-language run-self --out report.html`")

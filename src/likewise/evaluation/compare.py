@@ -21,6 +21,7 @@ class Row:
     set: str
     set_key: str
     encoder_key: str
+    operations: int | None
     protocol: str
     metric: str
     estimate: Estimate
@@ -63,6 +64,7 @@ def _rows(file: Path) -> list[Row]:
             set=result["set"]["name"],
             set_key=result["set"]["key"],
             encoder_key=f"{result['encoder']['weights']} {result['encoder']['transform']}",
+            operations=result["encoder"]["operations"],
             protocol=protocol,
             metric=score["metric"],
             estimate=Estimate(value=score["value"], low=score["low"], high=score["high"]),
@@ -113,13 +115,14 @@ def compare(results: Sequence[Sequence[Row]]) -> list[Comparison]:
             Comparison(
                 row=first,
                 estimates=[row.estimate for row in rows],
-                differences=[_difference(first, other) for other in rows[1:]],
+                differences=[item_difference(first, other) for other in rows[1:]],
             )
         )
     return comparisons
 
 
-def _difference(first: Row, other: Row) -> Difference | None:
+def item_difference(first: Row, other: Row) -> Difference | None:
+    """Test two encoders on the same items; None where the items are others, or do not add up to the value."""
     if len(first.items) != len(other.items) or not first.paired:
         return None
     return paired_difference(np.asarray(first.items), np.asarray(other.items), groups=first.groups)

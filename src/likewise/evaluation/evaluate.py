@@ -1,7 +1,7 @@
 """Evaluate an encoder on labelled sets: `likewise evaluate`."""
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -11,12 +11,14 @@ import torch
 from likewise.artifacts import Artifact, begin, key_of, read_json, slug, write_array, write_json
 from likewise.errors import InputError, LikewiseError
 from likewise.evaluation.captioned import CaptionedSet, open_captioned
+from likewise.evaluation.catalog import CATALOG, PER_CLASS, check_known
 from likewise.evaluation.features import Features, extract_features
+from likewise.evaluation.fetch import fetch
 from likewise.evaluation.protocols import PROTOCOLS, Kind, ProtocolSettings, check_protocols
 from likewise.evaluation.suite import LabelledSet, open_set
-from likewise.evaluation.tasks import PER_CLASS, AnySet, Score, Task
+from likewise.evaluation.tasks import AnySet, Score, Task
 from likewise.launch import resolve_device
-from likewise.models.encoders import ImageEncoder, open_encoder
+from likewise.models.encoders import ImageEncoder, open_encoder, operations
 from likewise.progress import SILENT, Progress
 
 KIND = "evaluation"
@@ -46,7 +48,8 @@ def evaluate(
 
     Args:
         target: A finished run, `timm:NAME`, `random:NAME`, a file of weights, … (see `open_encoder`).
-        on: One or several sets: folders, tables, or opened sets (see `open_set` and `open_captioned`).
+        on: One or several sets: folders, tables, names of the catalogue, or opened sets (see `open_set`,
+            `open_captioned` and `fetch`).
         protocols: Of `PROTOCOLS`; each reads of a set what it needs, labels or captions.
         settings: Of the protocols; the paper's by default.
         label_column: The tables' column of labels.
@@ -75,7 +78,7 @@ def evaluate(
     columns = Columns(label=label_column, split=split_column, caption=caption_column)
     # All are opened before anything is computed: a mistake in the last one shows at once.
     sets = [
-        (kind, open_as(kind, each, columns))
+        (kind, open_as(kind, each, columns, progress))
         for each in asked_for
         for kind in dict.fromkeys(PROTOCOLS[name].kind for name in protocols)
     ]
@@ -84,6 +87,7 @@ def evaluate(
     asked = {"target": str(target), "backbone": backbone, "prefix": prefix, "drop": list(drop), "size": size}
     folder = Path(out) if out is not None else _default_out(target)
     chosen = settings or ProtocolSettings()
+    parameters = sum(p.numel() for p in encoder.model.parameters())
     results = []
     for kind, images in sets:
         features = extract_features(
@@ -98,10 +102,12 @@ def evaluate(
             workers=workers,
             progress=progress,
         )
-        artifact = _begin(encoder, images, chosen, folder)
-        head = {"asked": asked, "encoder": encoder.told(), "protocols": {}}
+        fitting = _settings_for(images, chosen)
+        artifact = _begin(encoder, images, fitting, folder)
+        cost = {"parameters": parameters, "operations": operations(encoder)}
+        head = {"asked": asked, "encoder": encoder.told() | cost, "protocols": {}}
         names = [name for name in protocols if PROTOCOLS[name].kind == kind]
-        results.append(_measure(task, names, chosen, artifact, head, progress))
+        results.append(_measure(task, names, fitting, artifact, head, progress))
     return results
 
 
@@ -114,15 +120,29 @@ class Columns:
     caption: str | None = None
 
 
-def open_as(kind: Kind, where: str | Path | LabelledSet, columns: Columns) -> AnySet:
-    """Open a set for the protocols of a kind."""
+def open_as(
+    kind: Kind, where: str | Path | LabelledSet, columns: Columns, progress: Progress = SILENT
+) -> AnySet:
+    """Open a set for the protocols of a kind; a name of the catalogue is fetched first, and must be whole."""
     if isinstance(where, LabelledSet):
         if kind != "labels":
             raise InputError(f"{where.name} has labels and no {kind}")
         return where
     if kind == "captions":
         return open_captioned(where, caption_column=columns.caption)
+    if str(where) in CATALOG and not Path(where).exists():
+        images = open_set(fetch(str(where), progress=progress))
+        check_known(str(where), images)
+        return replace(images, name=str(where))
     return open_set(where, label_column=columns.label, split_column=columns.split)
+
+
+def _settings_for(images: AnySet, chosen: ProtocolSettings) -> ProtocolSettings:
+    """Return the settings with the measure that a well-known set is reported by."""
+    told = CATALOG.get(images.name)
+    if told is None or told.metric != PER_CLASS:
+        return chosen
+    return replace(chosen, linear=replace(chosen.linear, mean_per_class=True))
 
 
 def _require_readable(images: AnySet, features: Features) -> None:

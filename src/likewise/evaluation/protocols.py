@@ -9,6 +9,7 @@ import torch
 
 from likewise.errors import InputError, close_matches
 from likewise.evaluation.captioned import CaptionedSet
+from likewise.evaluation.catalog import PER_CLASS
 from likewise.evaluation.clustering import Clustering, cluster
 from likewise.evaluation.described import ZeroShot, match_captions, zero_shot
 from likewise.evaluation.fewshot import FewShot, few_shot
@@ -18,7 +19,7 @@ from likewise.evaluation.linear import LinearProbe, hold_out, linear_probe
 from likewise.evaluation.localisation import as_shares, localise
 from likewise.evaluation.retrieval import retrieve
 from likewise.evaluation.statistics import bootstrap, mean_per_class
-from likewise.evaluation.tasks import PER_CLASS, Score, Task
+from likewise.evaluation.tasks import Score, Task
 from likewise.launch import default_workers
 
 RECALL_AT = (1, 5)

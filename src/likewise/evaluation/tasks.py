@@ -15,7 +15,6 @@ from likewise.models.encoders import ImageEncoder
 from likewise.models.language import Language
 from likewise.progress import Progress
 
-PER_CLASS = "mean per-class accuracy"
 AnySet = LabelledSet | CaptionedSet
 
 

@@ -54,6 +54,18 @@ class ImageEncoder:
 KINDS = "timm:NAME, random:NAME, torchvision:NAME, clip:ARCH/WEIGHTS, hub:OWNER/REPO/ENTRY or hf:NAME"
 
 
+@torch.no_grad()
+def operations(encoder: ImageEncoder) -> int | None:
+    """Count the multiplications and additions that one image takes; None where torch cannot count them."""
+    from torch.utils.flop_counter import FlopCounterMode
+
+    side = encoder.transform.size
+    place = next(iter(encoder.model.parameters()), torch.empty(0)).device
+    with FlopCounterMode(display=False) as counter:
+        encoder.model(torch.zeros(1, 3, side, side, device=place))
+    return counter.get_total_flops() or None
+
+
 def open_encoder(
     target: str,
     *,
