@@ -17,7 +17,7 @@ from likewise.report.comparison import comma_separated, grid, latex, markdown, w
 RNG = np.random.default_rng(0)
 
 
-def row(where: str, items: np.ndarray, *, paired: bool = True) -> Row:
+def row(where: str, items: np.ndarray, *, paired: str = "items") -> Row:
     return Row(
         set=where,
         set_key=where,

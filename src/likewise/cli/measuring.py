@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 from cyclopts import Parameter
 
 from likewise.cli.app import COMMON, app, listed
+from likewise.errors import InputError
 from likewise.terminal import Common, comparison_lines, result_lines, table_lines
 
 if TYPE_CHECKING:
@@ -27,6 +28,8 @@ def evaluate(
     shots: int | None = None,
     episodes: int | None = None,
     mean_per_class: bool = False,
+    tune: Annotated[bool, Parameter(negative="")] = False,
+    ignore: str = "255",
     epochs: int | None = None,
     rate: float | None = None,
     template: Annotated[list[str] | None, Parameter(consume_multiple=True, negative="")] = None,
@@ -45,9 +48,10 @@ def evaluate(
         target: A run; `timm:NAME`, `torchvision:NAME`, `hf:NAME`, `clip:ARCH/WEIGHTS` or
             `hub:OWNER/REPO/ENTRY` (pretrained); `random:NAME` (untrained); or a file of weights.
         on: Sets, with commas between: folders laid out as split/class/image or with a labels.csv, CSV files,
-            or names that `likewise sets` lists; for image-text a CSV file or a folder with a captions.csv.
+            or names that `likewise sets` lists; for image-text a CSV file or a folder with a captions.csv;
+            for detection a boxes.csv, COCO, Pascal VOC or YOLO; for segmentation an index.csv or folders.
         protocol: With commas between: linear, fewshot, knn, knn-grid, retrieval, clustering, finetune,
-            localisation; with a text tower zeroshot and image-text.
+            localisation; with a text tower zeroshot and image-text; detection and segmentation.
         label_column: Column of labels in CSV files.
         split_column: Column of splits (train, val, test) in CSV files.
         caption_column: Column of captions in CSV files.
@@ -55,8 +59,10 @@ def evaluate(
         shots: Labelled images a class; 5 by default.
         episodes: Few-shot episodes; 5,000 by default.
         mean_per_class: Score classifiers by the mean of the classes' accuracies.
-        epochs: Epochs of fine-tuning; 10 by default.
-        rate: Peak learning rate of the encoder in fine-tuning; 0.0001 by default.
+        tune: Let detection and segmentation train the encoder, too; by default it stays as it is.
+        ignore: Numbers in masks that count neither way, with commas between.
+        epochs: Epochs of finetune (10 by default), detection (12) and segmentation (20).
+        rate: Peak learning rate of the encoder in finetune; 0.0001 by default.
         template: Sentences for zeroshot with {} for the class; "a photo of a {}." by default.
         backbone: The timm model, or `torchvision:NAME`, that a plain file of weights is for.
         prefix: What stands before the names of its weights, as in `module.encoder_q.`; others are left out.
@@ -77,10 +83,13 @@ def evaluate(
             fewshot={"ways": ways, "shots": shots, "episodes": episodes},
             finetune={"epochs": epochs, "rate": rate},
             zeroshot={"templates": tuple(template) if template else None},
+            detection={"backbone": "tuned" if tune else None, "epochs": epochs},
+            segmentation={"backbone": "tuned" if tune else None, "epochs": epochs},
         ),
         label_column=label_column,
         split_column=split_column,
         caption_column=caption_column,
+        ignored=_numbers(ignore),
         backbone=backbone,
         prefix=prefix,
         drop=drop or (),
@@ -91,6 +100,12 @@ def evaluate(
         progress=common.progress(),
     )
     common.tell({"results": results}, "\n".join(result_lines(results)))
+
+
+def _numbers(told: str) -> tuple[int, ...]:
+    if not all(each.isdecimal() for each in listed(told)):
+        raise InputError(f"--ignore {told}: give numbers with commas between, such as 11,255")
+    return tuple(map(int, listed(told)))
 
 
 def _protocol_settings(mean_per_class: bool, **given: dict[str, Any]) -> "ProtocolSettings":

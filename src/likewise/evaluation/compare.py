@@ -11,7 +11,7 @@ import numpy as np
 from likewise.artifacts import read_array, read_json
 from likewise.errors import ArtifactError
 from likewise.evaluation.evaluate import RESULTS
-from likewise.evaluation.statistics import Difference, Estimate, paired_difference
+from likewise.evaluation.statistics import Difference, Estimate, drawn_difference, paired_difference
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -28,7 +28,7 @@ class Row:
     n: int
     items: np.ndarray
     groups: np.ndarray | None
-    paired: bool
+    paired: str
     settings: dict[str, Any]
     details: dict[str, Any]
 
@@ -122,7 +122,10 @@ def compare(results: Sequence[Sequence[Row]]) -> list[Comparison]:
 
 
 def item_difference(first: Row, other: Row) -> Difference | None:
-    """Test two encoders on the same items; None where the items are others, or do not add up to the value."""
-    if len(first.items) != len(other.items) or not first.paired:
+    """Test two encoders on the same items or draws; None where these are others, or do not give the value."""
+    if first.paired == "no" or first.n != other.n or len(first.items) != len(other.items):
         return None
+    if first.paired == "draws":
+        change = other.estimate.value - first.estimate.value
+        return drawn_difference(change, np.asarray(other.items) - np.asarray(first.items))
     return paired_difference(np.asarray(first.items), np.asarray(other.items), groups=first.groups)

@@ -10,10 +10,12 @@ import torch
 
 from likewise.artifacts import Artifact, begin, key_of, read_json, slug, write_array, write_json
 from likewise.errors import InputError, LikewiseError
+from likewise.evaluation.boxes import open_boxes
 from likewise.evaluation.captioned import CaptionedSet, open_captioned
 from likewise.evaluation.catalog import CATALOG, PER_CLASS, check_known
 from likewise.evaluation.features import Features, extract_features
 from likewise.evaluation.fetch import fetch
+from likewise.evaluation.masks import UNLABELLED, open_masks
 from likewise.evaluation.protocols import PROTOCOLS, Kind, ProtocolSettings, check_protocols
 from likewise.evaluation.suite import LabelledSet, open_set
 from likewise.evaluation.tasks import AnySet, Score, Task
@@ -35,6 +37,7 @@ def evaluate(
     label_column: str = "label",
     split_column: str = "split",
     caption_column: str | None = None,
+    ignored: Sequence[int] = (UNLABELLED,),
     backbone: str | None = None,
     prefix: str = "",
     drop: Sequence[str] = (),
@@ -55,6 +58,7 @@ def evaluate(
         label_column: The tables' column of labels.
         split_column: The tables' column of splits.
         caption_column: The tables' column of captions.
+        ignored: Numbers in masks that count neither way.
         backbone: For a plain file of weights: the model they are for.
         prefix: For the same: what stands before the names of the backbone's weights.
         drop: For the same: beginnings of names that are left out.
@@ -75,7 +79,7 @@ def evaluate(
     asked_for = [on] if isinstance(on, str | Path | LabelledSet) else list(on)
     if not asked_for or not protocols:
         raise InputError("nothing to evaluate: give at least one set and one protocol")
-    columns = Columns(label=label_column, split=split_column, caption=caption_column)
+    columns = Columns(label=label_column, split=split_column, caption=caption_column, ignored=tuple(ignored))
     # All are opened before anything is computed: a mistake in the last one shows at once.
     sets = [
         (kind, open_as(kind, each, columns, progress))
@@ -90,10 +94,12 @@ def evaluate(
     parameters = sum(p.numel() for p in encoder.model.parameters())
     results = []
     for kind, images in sets:
-        features = extract_features(
-            encoder, images, folder / "features", workers=workers, device=device, progress=progress
-        )
-        _require_readable(images, features)
+        features = None
+        if isinstance(images, LabelledSet | CaptionedSet):
+            features = extract_features(
+                encoder, images, folder / "features", workers=workers, device=device, progress=progress
+            )
+            _require_readable(images, features)
         task = Task(
             encoder=encoder,
             images=images,
@@ -113,11 +119,12 @@ def evaluate(
 
 @dataclass(frozen=True, kw_only=True)
 class Columns:
-    """Which columns of a table to read."""
+    """Which columns of a table to read, and which numbers in masks count neither way."""
 
     label: str = "label"
     split: str = "split"
     caption: str | None = None
+    ignored: tuple[int, ...] = (UNLABELLED,)
 
 
 def open_as(
@@ -130,6 +137,10 @@ def open_as(
         return where
     if kind == "captions":
         return open_captioned(where, caption_column=columns.caption)
+    if kind == "boxes":
+        return open_boxes(where)
+    if kind == "masks":
+        return open_masks(where, columns.ignored)
     if str(where) in CATALOG and not Path(where).exists():
         images = open_set(fetch(str(where), progress=progress))
         check_known(str(where), images)
@@ -145,7 +156,7 @@ def _settings_for(images: AnySet, chosen: ProtocolSettings) -> ProtocolSettings:
     return replace(chosen, linear=replace(chosen.linear, mean_per_class=True))
 
 
-def _require_readable(images: AnySet, features: Features) -> None:
+def _require_readable(images: LabelledSet | CaptionedSet, features: Features) -> None:
     """Refuse a set of which a part that is needed cannot be read at all."""
     splits = images.splits[features.rows] if isinstance(images, LabelledSet) else np.array(["test"])
     for split in ("train", "test") if isinstance(images, LabelledSet) else ("test",):
@@ -192,7 +203,7 @@ def _measure(
                 }
                 write_json(path, result)
             bar.advance(note=name)
-    artifact.finish({"protocols": len(result["protocols"])}, task.features.skipped)
+    artifact.finish({"protocols": len(result["protocols"])}, result["set"]["skipped"])
     return read_json(path)
 
 
@@ -207,27 +218,29 @@ def _run(name: str, task: Task, settings: ProtocolSettings) -> list[Score]:
 
 def _about(task: Task) -> dict[str, Any]:
     images = task.images
-    told: dict[str, Any] = {
-        "name": images.name,
-        "path": str(images.source.resolve()),
-        "key": images.key,
-        "skipped": dict(task.features.skipped),
-    }
+    head = {"name": images.name, "path": str(images.source.resolve()), "key": images.key}
     if isinstance(images, CaptionedSet):
         left = {"without a file or a caption": images.without}
-        told |= {"caption_column": images.caption_column, "images": {"test": len(images)}}
-        told |= {"captions": sum(map(len, images.captions))}
-    else:
+        told = {
+            "caption_column": images.caption_column,
+            "captions": sum(map(len, images.captions)),
+            "images": {"test": len(images)},
+        }
+    elif isinstance(images, LabelledSet):
         left = {"without a file or a label": images.unlabelled}
-        told |= {
+        told = {
             "label_column": images.label_column,
             "split_column": images.split_column,
             "classes": len(images.classes),
             "images": images.counts(),
             "classes_only_in_test": images.unseen(),
         }
-    told["skipped"] |= {reason: count for reason, count in left.items() if count}
-    return told
+    else:
+        left = images.faults
+        counts = {split: int((images.splits == split).sum()) for split in ("train", "test")}
+        told = {"classes": len(images.classes), "images": counts}
+    skipped = {} if task.features is None else dict(task.features.skipped)
+    return head | told | {"skipped": skipped | {reason: count for reason, count in left.items() if count}}
 
 
 def _keep(protocol: str, score: Score, folder: Path) -> dict[str, Any]:
@@ -237,10 +250,10 @@ def _keep(protocol: str, score: Score, folder: Path) -> dict[str, Any]:
     told: dict[str, Any] = {
         "metric": score.metric,
         **asdict(score.estimate),
-        "n": len(score.items),
+        "n": len(score.items) if score.n is None else score.n,
         "items": f"items-{stem}.npy",
         "groups": None,
-        "paired": score.paired and score.metric != PER_CLASS,
+        "paired": "no" if score.metric == PER_CLASS else score.paired,
         "details": score.details,
     }
     if score.groups is not None:

@@ -11,13 +11,16 @@ from likewise.errors import InputError, close_matches
 from likewise.evaluation.captioned import CaptionedSet
 from likewise.evaluation.catalog import PER_CLASS
 from likewise.evaluation.clustering import Clustering, cluster
+from likewise.evaluation.dense import detection_scores, segmentation_scores
 from likewise.evaluation.described import ZeroShot, match_captions, zero_shot
+from likewise.evaluation.detection import Detection
 from likewise.evaluation.fewshot import FewShot, few_shot
 from likewise.evaluation.finetuning import FineTuning, fine_tune
 from likewise.evaluation.knn import KNN, KNNGrid, knn, knn_grid
 from likewise.evaluation.linear import LinearProbe, hold_out, linear_probe
 from likewise.evaluation.localisation import as_shares, localise
 from likewise.evaluation.retrieval import retrieve
+from likewise.evaluation.segmentation import Segmentation
 from likewise.evaluation.statistics import bootstrap, mean_per_class
 from likewise.evaluation.tasks import Score, Task
 from likewise.launch import default_workers
@@ -25,7 +28,7 @@ from likewise.launch import default_workers
 RECALL_AT = (1, 5)
 CAPTION_RECALL_AT = (1, 5, 10)
 # What a set must come with.
-Kind = Literal["labels", "captions"]
+Kind = Literal["labels", "captions", "boxes", "masks"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,6 +43,8 @@ class ProtocolSettings:
         clustering: Of k-means.
         zeroshot: Of classification by names.
         finetune: Of training the encoder too.
+        detection: Of object detection.
+        segmentation: Of semantic segmentation.
     """
 
     linear: LinearProbe = field(default_factory=LinearProbe)
@@ -49,6 +54,8 @@ class ProtocolSettings:
     clustering: Clustering = field(default_factory=Clustering)
     zeroshot: ZeroShot = field(default_factory=ZeroShot)
     finetune: FineTuning = field(default_factory=FineTuning)
+    detection: Detection = field(default_factory=Detection)
+    segmentation: Segmentation = field(default_factory=Segmentation)
 
 
 def _linear(task: Task, settings: ProtocolSettings) -> list[Score]:
@@ -114,8 +121,8 @@ def _clustering(task: Task, settings: ProtocolSettings) -> list[Score]:
     features, labels = task.part("test")
     found = cluster(settings.clustering, features.numpy(), labels.numpy())
     return [
-        Score(metric="NMI", estimate=found.nmi, items=found.nmi_starts, paired=False),
-        Score(metric="ARI", estimate=found.ari, items=found.ari_starts, paired=False),
+        Score(metric="NMI", estimate=found.nmi, items=found.nmi_starts, paired="no"),
+        Score(metric="ARI", estimate=found.ari, items=found.ari_starts, paired="no"),
     ]
 
 
@@ -156,7 +163,7 @@ def _localisation(task: Task, settings: ProtocolSettings) -> list[Score]:
     )
     probe = settings.linear
     _, held = hold_out(torch.from_numpy(images.labels[train]), probe.validation_share, probe.seed)
-    vectors = task.features.vectors
+    vectors = task.pooled.vectors
     found = localise(vectors[train], train_boxes, vectors[test], test_boxes, held.numpy())
     details = {"penalty": found.penalty, "images_without_a_box": len(images) - len(boxed)}
     shown = {
@@ -190,10 +197,10 @@ def _retrieval(task: Task, _: ProtocolSettings) -> list[Score]:
 def _image_text(task: Task, _: ProtocolSettings) -> list[Score]:
     if not isinstance(task.images, CaptionedSet):
         raise InputError(f"{task.images.source} has no captions")
-    rows, language = task.features.rows, task.language
+    rows, language = task.pooled.rows, task.language
     captions = [task.images.captions[row] for row in rows]
     owners = np.repeat(np.arange(len(rows)), [len(each) for each in captions])
-    projected = language.project(torch.from_numpy(task.features.vectors[rows]))
+    projected = language.project(torch.from_numpy(task.pooled.vectors[rows]))
     texts = language.embed([caption for each in captions for caption in each])
     by_image, by_text = match_captions(projected, texts, torch.from_numpy(owners), CAPTION_RECALL_AT)
     scores = []
@@ -248,6 +255,18 @@ PROTOCOLS = {
         lambda _: {"recall_at": list(CAPTION_RECALL_AT)},
         "find captions by images and back, with a text tower",
         kind="captions",
+    ),
+    "detection": Protocol(
+        lambda task, s: detection_scores(task, s.detection),
+        lambda s: asdict(s.detection),
+        "boxes, by Faster R-CNN on the encoder's maps",
+        kind="boxes",
+    ),
+    "segmentation": Protocol(
+        lambda task, s: segmentation_scores(task, s.segmentation),
+        lambda s: asdict(s.segmentation),
+        "a class for each pixel, from the encoder's maps",
+        kind="masks",
     ),
 }
 

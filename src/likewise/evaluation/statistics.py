@@ -94,6 +94,18 @@ def paired_difference(
     )
 
 
+def drawn_difference(value: float, changes: Float[np.ndarray, " r"]) -> Difference:
+    """Tell a difference with the percentile interval of its changes on drawn test sets (Efron 1979).
+
+    The p-value is twice the share of draws on the other side of zero, or on it, with one added above and
+    below so that it is never zero.
+    """
+    low, high = np.quantile(changes, [0.025, 0.975])
+    sides = min(np.count_nonzero(changes <= 0), np.count_nonzero(changes >= 0))
+    p_value = min(1.0, 2 * (1 + sides) / (1 + len(changes)))
+    return Difference(value=value, low=float(low), high=float(high), p_value=p_value)
+
+
 def mean_per_class(
     correct: Shaped[np.ndarray, " n"],
     labels: Shaped[np.ndarray, " n"],

