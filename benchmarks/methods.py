@@ -14,7 +14,7 @@ from typing import Any
 from likewise import PairRule, TrainSettings, embed, find_neighbors, import_collection, train
 from likewise.collection.sources.candidates import ImportOptions
 from likewise.evaluation.evaluate import evaluate
-from likewise.evaluation.suite import open_set
+from likewise.evaluation.sets.suite import open_set
 from likewise.pretraining.catalog import METHODS
 from likewise.pretraining.train import initial_encoder
 from likewise.progress import SILENT

@@ -8,7 +8,7 @@ import pytest
 from PIL import Image
 
 from likewise.errors import InputError
-from likewise.evaluation.boxes import BoxedSet, open_boxes
+from likewise.evaluation.sets.boxes import BoxedSet, open_boxes
 
 # Two images of 100 x 50 with their boxes in pixels.
 TRUE = {"a": [("cat", 10, 5, 60, 45), ("dog", 0, 0, 20, 50)], "b": [("cat", 30, 10, 50, 40)]}

@@ -4,9 +4,9 @@ from pathlib import Path
 import pytest
 
 from likewise.errors import InputError
-from likewise.evaluation.catalog import CATALOG, PER_CLASS, check_known, known
-from likewise.evaluation.readers import READERS
-from likewise.evaluation.suite import open_set
+from likewise.evaluation.sets.catalog import CATALOG, PER_CLASS, check_known, known
+from likewise.evaluation.sets.readers import READERS
+from likewise.evaluation.sets.suite import open_set
 from support import save_png
 
 

@@ -9,11 +9,11 @@ import torch
 from PIL import Image
 
 from likewise.errors import ModelError
-from likewise.evaluation.boxes import open_boxes
 from likewise.evaluation.compare import compare, read_results
-from likewise.evaluation.detection import Detection, build_detector, detect
 from likewise.evaluation.evaluate import evaluate
+from likewise.evaluation.maps.detection import Detection, build_detector, detect
 from likewise.evaluation.protocols import ProtocolSettings
+from likewise.evaluation.sets.boxes import open_boxes
 from likewise.models.encoders import open_encoder
 from likewise.models.maps import FeatureMaps
 

@@ -17,7 +17,7 @@ from likewise.evaluation.features import extract_features
 from likewise.evaluation.fewshot import FewShot
 from likewise.evaluation.linear import LinearProbe
 from likewise.evaluation.protocols import ProtocolSettings
-from likewise.evaluation.suite import open_set
+from likewise.evaluation.sets.suite import open_set
 from likewise.models.encoders import open_encoder
 
 SETTINGS = ProtocolSettings(fewshot=FewShot(ways=2, shots=2, episodes=50))
@@ -223,3 +223,46 @@ def test_half_filled_columns_for_retrieval_are_refused(tmp_path: Path) -> None:
     (tmp_path / "set.parquet").write_bytes(b"PAR1")
     with pytest.raises(InputError, match="give a folder, or a .csv or .tsv file"):
         open_set(tmp_path / "set.parquet")
+
+
+def test_grey_transparent_16_bit_and_cmyk_images_are_read_and_one_image_a_class_is_refused(
+    tmp_path: Path,
+) -> None:
+    rng = np.random.default_rng(0)
+    for split in ("train", "test"):
+        for kind in ("stone", "wool"):
+            folder = tmp_path / "modes" / split / kind
+            folder.mkdir(parents=True)
+            grey = rng.integers(0, 256, (40, 44), np.uint8)
+            Image.fromarray(grey).save(folder / "grey.png")
+            Image.fromarray(grey.astype(np.uint16) * 257).save(folder / "deep.png")
+            Image.fromarray(np.stack([grey] * 4, axis=2), "RGBA").save(folder / "clear.png")
+            Image.fromarray(np.stack([grey] * 4, axis=2), "CMYK").save(folder / "ink.jpg")
+    (result,) = evaluate("random:resnet10t", tmp_path / "modes", ("knn",), size=32, out=tmp_path / "out")
+    assert result["set"]["skipped"] == {}
+    assert result["set"]["images"] == {"train": 8, "test": 8}
+    features = np.load(next((tmp_path / "out/features").glob("*/features.npy")))
+    assert np.isfinite(features).all()
+    names = [Path(file).name for file in open_set(tmp_path / "modes").files]
+    deep, plain = (features[[i for i, n in enumerate(names) if n == f"{k}.png"]] for k in ("deep", "grey"))
+    np.testing.assert_allclose(deep, plain, rtol=0.02, atol=0.02)
+    for extra in ("clear.png", "deep.png", "ink.jpg"):
+        for kind in ("stone", "wool"):
+            (tmp_path / "modes/train" / kind / extra).unlink()
+    with pytest.raises(InputError, match="no class has two images"):
+        evaluate("random:resnet10t", tmp_path / "modes", ("linear",), size=32, out=tmp_path / "out")
+    with pytest.raises(InputError, match="5-way 5-shot"):
+        evaluate("random:resnet10t", tmp_path / "modes", ("fewshot",), size=32, out=tmp_path / "out")
+
+
+def test_rows_without_a_label_are_counted(folder: Path, tmp_path: Path) -> None:
+    images = open_set(folder)
+    lines = [
+        f"{folder / file},{split},{images.classes[label]}"
+        for file, split, label in zip(images.files, images.splits, images.labels, strict=True)
+    ]
+    (tmp_path / "t.csv").write_text(
+        "file,split,label\n" + "\n".join(lines) + f"\n{folder / 'x.png'},train,\n,test,a\n"
+    )
+    (result,) = evaluate("random:resnet10t", tmp_path / "t.csv", ("knn",), size=32, out=tmp_path / "out")
+    assert result["set"]["skipped"]["without a file or a label"] == 2

@@ -21,9 +21,9 @@ from scipy.io import savemat
 
 from likewise.collection.images import decode
 from likewise.errors import DependencyError, InputError
-from likewise.evaluation.catalog import CATALOG
-from likewise.evaluation.fetch import fetch
-from likewise.evaluation.suite import open_set
+from likewise.evaluation.sets.catalog import CATALOG
+from likewise.evaluation.sets.fetch import fetch
+from likewise.evaluation.sets.suite import open_set
 
 RNG = np.random.default_rng(0)
 Rows = dict[str, tuple[str, str]]
@@ -333,7 +333,7 @@ def test_patch_camelyon(tmp_path: Path) -> None:
 
 
 def test_patch_camelyon_says_what_to_install(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("likewise.evaluation.readers.find_spec", lambda _: None)
+    monkeypatch.setattr("likewise.evaluation.sets.readers.find_spec", lambda _: None)
     with pytest.raises(DependencyError, match="pip install h5py"):
         fetch("patch_camelyon", tmp_path)
 

@@ -13,7 +13,6 @@ from torch import Tensor
 
 from likewise.collection.records import Collection
 from likewise.errors import InputError
-from likewise.evaluation.captioned import open_captioned
 from likewise.evaluation.clustering import Clustering, cluster
 from likewise.evaluation.compare import compare, read_results
 from likewise.evaluation.described import ZeroShot, match_captions, zero_shot
@@ -22,7 +21,8 @@ from likewise.evaluation.finetuning import FineTuning, fine_tune
 from likewise.evaluation.knn import KNN, KNNGrid, knn, knn_grid
 from likewise.evaluation.localisation import as_shares, localise, overlap
 from likewise.evaluation.protocols import ProtocolSettings
-from likewise.evaluation.suite import open_set
+from likewise.evaluation.sets.captioned import open_captioned
+from likewise.evaluation.sets.suite import open_set
 from likewise.models.checkpoints import load_tensors
 from likewise.models.encoders import open_encoder
 from likewise.models.language import Language

@@ -11,9 +11,7 @@ from sklearn.metrics import confusion_matrix, jaccard_score
 
 from likewise.errors import InputError
 from likewise.evaluation.evaluate import evaluate
-from likewise.evaluation.masks import open_masks
-from likewise.evaluation.protocols import ProtocolSettings
-from likewise.evaluation.segmentation import (
+from likewise.evaluation.maps.segmentation import (
     Segmentation,
     class_overlap,
     confuse,
@@ -21,6 +19,8 @@ from likewise.evaluation.segmentation import (
     measures,
     segment,
 )
+from likewise.evaluation.protocols import ProtocolSettings
+from likewise.evaluation.sets.masks import open_masks
 from likewise.models.encoders import open_encoder
 
 RNG = np.random.default_rng(0)

@@ -123,8 +123,8 @@ def _protocol_settings(mean_per_class: bool, **given: dict[str, Any]) -> "Protoc
 @app.command(help_epilogue="Example: `likewise sets`, then `likewise evaluate run --on eurosat,dtd`")
 def sets(*, common: Common = COMMON) -> None:
     """List the well-known sets that `evaluate --on NAME` fetches, and which of them are here."""
-    from likewise.evaluation.catalog import CATALOG
-    from likewise.evaluation.fetch import is_here, place
+    from likewise.evaluation.sets.catalog import CATALOG
+    from likewise.evaluation.sets.fetch import is_here, place
 
     rows = {name: asdict(told) | {"here": is_here(name)} for name, told in CATALOG.items()}
     lines = []

@@ -10,14 +10,14 @@ import torch
 
 from likewise.artifacts import Artifact, begin, key_of, read_json, slug, write_array, write_json
 from likewise.errors import InputError, LikewiseError
-from likewise.evaluation.boxes import open_boxes
-from likewise.evaluation.captioned import CaptionedSet, open_captioned
-from likewise.evaluation.catalog import CATALOG, PER_CLASS, check_known
 from likewise.evaluation.features import Features, extract_features
-from likewise.evaluation.fetch import fetch
-from likewise.evaluation.masks import UNLABELLED, open_masks
 from likewise.evaluation.protocols import PROTOCOLS, Kind, ProtocolSettings, check_protocols
-from likewise.evaluation.suite import LabelledSet, open_set
+from likewise.evaluation.sets.boxes import open_boxes
+from likewise.evaluation.sets.captioned import CaptionedSet, open_captioned
+from likewise.evaluation.sets.catalog import CATALOG, PER_CLASS, check_known
+from likewise.evaluation.sets.fetch import fetch
+from likewise.evaluation.sets.masks import UNLABELLED, open_masks
+from likewise.evaluation.sets.suite import LabelledSet, open_set
 from likewise.evaluation.tasks import AnySet, Score, Task
 from likewise.launch import resolve_device
 from likewise.models.encoders import ImageEncoder, open_encoder, operations

@@ -22,7 +22,7 @@ from likewise.artifacts import (
 )
 from likewise.collection.images import BadImageError, decode, read_bytes
 from likewise.collection.records import ImageRef
-from likewise.evaluation.suite import ImageSet
+from likewise.evaluation.sets.suite import ImageSet
 from likewise.launch import default_workers, ordered_map, resolve_device
 from likewise.models.encoders import ImageEncoder
 from likewise.progress import SILENT, Progress

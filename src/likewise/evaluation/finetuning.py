@@ -15,7 +15,7 @@ from torch.nn.functional import cross_entropy
 from likewise.collection.images import decode, read_bytes
 from likewise.collection.records import ImageRef
 from likewise.draws import uniforms
-from likewise.evaluation.suite import LabelledSet
+from likewise.evaluation.sets.suite import LabelledSet
 from likewise.launch import ordered_map
 from likewise.models.encoders import ImageEncoder
 from likewise.models.transform import Transform

@@ -8,19 +8,19 @@ import numpy as np
 import torch
 
 from likewise.errors import InputError, close_matches
-from likewise.evaluation.captioned import CaptionedSet
-from likewise.evaluation.catalog import PER_CLASS
 from likewise.evaluation.clustering import Clustering, cluster
-from likewise.evaluation.dense import detection_scores, segmentation_scores
 from likewise.evaluation.described import ZeroShot, match_captions, zero_shot
-from likewise.evaluation.detection import Detection
 from likewise.evaluation.fewshot import FewShot, few_shot
 from likewise.evaluation.finetuning import FineTuning, fine_tune
 from likewise.evaluation.knn import KNN, KNNGrid, knn, knn_grid
 from likewise.evaluation.linear import LinearProbe, hold_out, linear_probe
 from likewise.evaluation.localisation import as_shares, localise
+from likewise.evaluation.maps.detection import Detection
+from likewise.evaluation.maps.scores import detection_scores, segmentation_scores
+from likewise.evaluation.maps.segmentation import Segmentation
 from likewise.evaluation.retrieval import retrieve
-from likewise.evaluation.segmentation import Segmentation
+from likewise.evaluation.sets.captioned import CaptionedSet
+from likewise.evaluation.sets.catalog import PER_CLASS
 from likewise.evaluation.statistics import bootstrap, mean_per_class
 from likewise.evaluation.tasks import Score, Task
 from likewise.launch import default_workers

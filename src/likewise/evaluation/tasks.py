@@ -7,12 +7,12 @@ import numpy as np
 import torch
 
 from likewise.errors import InputError
-from likewise.evaluation.boxes import BoxedSet
-from likewise.evaluation.captioned import CaptionedSet
 from likewise.evaluation.features import Features
-from likewise.evaluation.masks import MaskedSet
+from likewise.evaluation.sets.boxes import BoxedSet
+from likewise.evaluation.sets.captioned import CaptionedSet
+from likewise.evaluation.sets.masks import MaskedSet
+from likewise.evaluation.sets.suite import LabelledSet
 from likewise.evaluation.statistics import Estimate
-from likewise.evaluation.suite import LabelledSet
 from likewise.models.encoders import ImageEncoder
 from likewise.models.language import Language
 from likewise.progress import Progress

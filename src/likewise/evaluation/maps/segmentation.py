@@ -17,7 +17,7 @@ from likewise.collection.images import BadImageError, decode, read_bytes
 from likewise.collection.records import ImageRef
 from likewise.draws import uniforms
 from likewise.errors import InputError
-from likewise.evaluation.masks import MaskedSet
+from likewise.evaluation.sets.masks import MaskedSet
 from likewise.launch import ordered_map
 from likewise.models.encoders import ImageEncoder
 from likewise.models.maps import FeatureMaps

@@ -10,8 +10,8 @@ from pathlib import Path
 
 from likewise.artifacts import atomic, told_if_full, write_json
 from likewise.errors import InputError, LikewiseError
-from likewise.evaluation.catalog import KnownSet, known
-from likewise.evaluation.readers import READERS, Item, Job
+from likewise.evaluation.sets.catalog import KnownSet, known
+from likewise.evaluation.sets.readers import READERS, Item, Job
 from likewise.progress import SILENT, Progress
 
 _TABLE = "labels.csv"

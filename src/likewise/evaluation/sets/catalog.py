@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from likewise.errors import InputError, close_matches
-from likewise.evaluation.suite import LabelledSet
+from likewise.evaluation.sets.suite import LabelledSet
 
 ACCURACY = "accuracy"
 PER_CLASS = "mean per-class accuracy"
@@ -21,7 +21,7 @@ class Source:
     """How the files of a set are read.
 
     Attributes:
-        adapter: The reader in `likewise.evaluation.fetch`.
+        adapter: The reader in `likewise.evaluation.sets.fetch`.
         copy: The class of torchvision.datasets, or the repository on the Hugging Face hub.
         splits: For each of our splits, the arguments that choose the set's own.
         sizes: Where the set has no splits of its own, how many of each class a split takes; None is the rest.

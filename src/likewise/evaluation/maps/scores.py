@@ -5,16 +5,16 @@ from typing import Any
 import numpy as np
 
 from likewise.errors import InputError
-from likewise.evaluation.boxes import BoxedSet
-from likewise.evaluation.detection import Detection, detect
-from likewise.evaluation.masks import MaskedSet
-from likewise.evaluation.segmentation import (
+from likewise.evaluation.maps.detection import Detection, detect
+from likewise.evaluation.maps.segmentation import (
     Segmentation,
     class_overlap,
     drawn_measures,
     measures,
     segment,
 )
+from likewise.evaluation.sets.boxes import BoxedSet
+from likewise.evaluation.sets.masks import MaskedSet
 from likewise.evaluation.statistics import Estimate
 from likewise.evaluation.tasks import Score, Task
 from likewise.launch import default_workers

@@ -10,7 +10,14 @@ from PIL import Image
 
 from likewise.collection.images import SUFFIXES
 from likewise.errors import InputError
-from likewise.evaluation.suite import ImageSet, file_column, fingerprint, read_table, split_named, table_name
+from likewise.evaluation.sets.suite import (
+    ImageSet,
+    file_column,
+    fingerprint,
+    read_table,
+    split_named,
+    table_name,
+)
 
 UNLABELLED = 255
 

@@ -15,7 +15,14 @@ from PIL import Image
 
 from likewise.collection.images import SUFFIXES
 from likewise.errors import InputError
-from likewise.evaluation.suite import ImageSet, file_column, fingerprint, read_table, split_named, table_name
+from likewise.evaluation.sets.suite import (
+    ImageSet,
+    file_column,
+    fingerprint,
+    read_table,
+    split_named,
+    table_name,
+)
 
 _SIDES = ("x0", "y0", "x1", "y1")
 
@@ -70,7 +77,8 @@ def open_boxes(where: str | Path) -> BoxedSet:
     path = Path(where)
     table = path / "boxes.csv" if path.is_dir() else path
     if table.is_file() and table.suffix in (".csv", ".tsv"):
-        return _assemble(table_name(table), path, table.parent, read_table(table, _read_csv))
+        name = path.resolve().name if path.is_dir() else table_name(table)
+        return _assemble(name, path, table.parent, read_table(table, _read_csv))
     if path.is_dir():
         for reader in (_read_coco, _read_voc, _read_yolo):
             found = list(reader(path))

@@ -12,7 +12,7 @@ from typing import Any
 
 from likewise.artifacts import atomic
 from likewise.errors import DependencyError
-from likewise.evaluation.catalog import Source
+from likewise.evaluation.sets.catalog import Source
 from likewise.launch import default_workers, ordered_map
 from likewise.progress import Progress
 

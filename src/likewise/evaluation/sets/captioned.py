@@ -6,7 +6,7 @@ from functools import partial
 from pathlib import Path
 
 from likewise.errors import InputError, close_matches
-from likewise.evaluation.suite import ImageSet, file_column, fingerprint, read_table, table_name
+from likewise.evaluation.sets.suite import ImageSet, file_column, fingerprint, read_table, table_name
 
 _CAPTION = ("caption", "captions", "text", "title", "description")
 

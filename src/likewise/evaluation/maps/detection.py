@@ -19,8 +19,8 @@ from likewise.collection.images import BadImageError, decode, read_bytes
 from likewise.collection.records import ImageRef
 from likewise.draws import uniforms
 from likewise.errors import InputError
-from likewise.evaluation.average_precision import Boxes, bootstrap_precision, match, precision
-from likewise.evaluation.boxes import BoxedSet
+from likewise.evaluation.maps.average_precision import Boxes, bootstrap_precision, match, precision
+from likewise.evaluation.sets.boxes import BoxedSet
 from likewise.launch import ordered_map
 from likewise.models.encoders import ImageEncoder
 from likewise.models.maps import FeatureMaps

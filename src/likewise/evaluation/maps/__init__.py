@@ -1,0 +1,1 @@
+"""What is asked of an encoder's feature maps: objects and pixels."""
