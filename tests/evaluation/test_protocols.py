@@ -255,7 +255,32 @@ def test_what_has_no_words_is_refused(tmp_path: Path, captions: Path) -> None:
     bad.write_text(bad.read_text().replace(",left,", ",left,x", 1))
     with pytest.raises(InputError, match="row 2: x0, y0, x1, y1 must be four numbers"):
         open_set(folder)
-    flat = tmp_path / "flat.csv"
-    flat.write_text("file,split,label,x0,y0,x1,y1\na.png,train,x,1,1,1,4\n")
-    with pytest.raises(InputError, match="no area"):
-        open_set(flat)
+
+
+def test_a_box_without_area_is_counted_and_its_image_is_kept(tmp_path: Path) -> None:
+    folder = squares(tmp_path / "squares", 12)
+    table = folder / "labels.csv"
+    lines = table.read_text().splitlines()
+    lines[3] = ",".join([*lines[3].split(",")[:3], "5", "5", "5", "9"])
+    table.write_text("\n".join(lines) + "\n")
+    images = open_set(folder)
+    assert list(images.faults.values()) == [1]
+    assert "row 4" in next(iter(images.faults))
+    assert len(images) == 12
+    assert images.boxes is not None
+    assert np.isnan(images.boxes).any(axis=1).sum() == 1
+
+
+def test_the_report_speaks_of_every_protocol(clip_run: Path, captions: Path, tmp_path: Path) -> None:
+    from likewise.evaluation.protocols import PROTOCOLS
+    from likewise.report.html import write_report
+    from likewise.report.protocols import PROTOCOLS as WORDS
+
+    assert set(WORDS) == set(PROTOCOLS)
+    settings = ProtocolSettings(finetune=FineTuning(epochs=1), clustering=Clustering(starts=3))
+    names = ("knn-grid", "clustering", "finetune", "localisation", "zeroshot")
+    evaluate(clip_run, squares(tmp_path / "squares", 60), names, settings=settings)
+    evaluate(clip_run, captions, ("image-text",))
+    page = write_report([clip_run], tmp_path / "report.html").read_text()
+    for text in ("kNN, tuned", "Clustering", "Fine-tuned", "a photo of a {}.", "80 captions", "box around"):
+        assert text in page

@@ -227,7 +227,7 @@ def _about(task: Task) -> dict[str, Any]:
             "images": {"test": len(images)},
         }
     elif isinstance(images, LabelledSet):
-        left = {"without a file or a label": images.unlabelled}
+        left = images.faults
         told = {
             "label_column": images.label_column,
             "split_column": images.split_column,

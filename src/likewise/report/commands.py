@@ -76,8 +76,13 @@ class Commands:
         given["mean_per_class"] = any(p["settings"].get("mean_per_class") for p in protocols.values()) or None
         about, asked = result["set"], result["asked"]
         for name, usual in (("label_column", "label"), ("split_column", "split")):
-            given[name] = None if about[name] == usual else about[name]
-        given |= {name: asked[name] for name in ("backbone", "size")}
+            given[name] = None if about.get(name, usual) == usual else about[name]
+        given["caption_column"] = about.get("caption_column")
+        epochs = [p["settings"]["epochs"] for p in protocols.values() if "epochs" in p["settings"]]
+        given["epochs"] = epochs[0] if len(set(epochs)) == 1 else None
+        tuned = [p for p in protocols.values() if p["settings"].get("backbone") == "tuned"]
+        given["tune"] = bool(tuned) or None
+        given |= {name: asked[name] or None for name in ("backbone", "prefix", "drop", "size")}
         how = {"on": self._short(Path(about["path"])), "protocol": ",".join(protocols), **given}
         if entry.trained is not None:
             return _line("evaluate", self._short(entry.path), **how)

@@ -165,7 +165,12 @@ def _about(key: str, columns: Sequence[Entry]) -> list[str]:
     results = [(entry, r) for entry in columns for r in entry.results if r["set"]["key"] == key]
     told = results[0][1]["set"]
     images = [f"{counted(count, 'image')} to {split}" for split, count in told["images"].items()]
-    lines = [f"{counted(told['classes'], 'class', 'classes')}; {listed(images)}."]
+    kind = (
+        counted(told["classes"], "class", "classes")
+        if "classes" in told
+        else counted(told["captions"], "caption", "captions")
+    )
+    lines = [f"{kind}; {listed(images)}."]
     unseen = told.get("classes_only_in_test") or []
     if unseen:
         named = ", ".join(unseen[:8]) + (", …" if unseen[8:] else "")

@@ -2,8 +2,9 @@
 
 import csv
 import hashlib
+from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import TypeVar
@@ -59,7 +60,7 @@ class LabelledSet(ImageSet):
         domains: (n,) where each image comes from, for retrieval, or None.
         boxes: (n, 4) float64, where in the image its subject is: x0 y0 x1 y1 as the table has them, NaN
             where it does not say; or None.
-        unlabelled: Rows of the table without a file or a label, which are left out.
+        faults: What of the table was left out, by reason.
     """
 
     label_column: str
@@ -70,7 +71,7 @@ class LabelledSet(ImageSet):
     instances: np.ndarray | None
     domains: np.ndarray | None
     boxes: np.ndarray | None
-    unlabelled: int = 0
+    faults: dict[str, int] = field(default_factory=dict)
 
     def counts(self) -> dict[str, int]:
         """Return how many images each split has."""
@@ -109,16 +110,16 @@ def open_set(where: str | Path, *, label_column: str = "label", split_column: st
     if not path.exists():
         raise InputError(f"{path} does not exist; give a folder laid out as split/class/image, or a CSV file")
     table = path / "labels.csv" if path.is_dir() else path
-    unlabelled = 0
+    faults: Counter[str] = Counter()
     if table.is_file():
-        rows, unlabelled = read_table(table, partial(_read_rows, columns=(label_column, split_column)))
+        rows, faults = read_table(table, partial(_read_rows, columns=(label_column, split_column)))
         root, name = table.parent, path.resolve().name if path.is_dir() else table_name(table)
     else:
         rows = _read_folder(path)
         root, name = path, path.resolve().name
     if label_column != "label":
         name = f"{name}-{label_column}"
-    return _assemble(name, path, (label_column, split_column), root, rows, unlabelled)
+    return _assemble(name, path, (label_column, split_column), root, rows, dict(faults))
 
 
 def table_name(table: Path) -> str:
@@ -171,7 +172,9 @@ def file_column(table: Path, columns: Sequence[str]) -> str:
     return found
 
 
-def _read_rows(table: Path, reader: csv.DictReader, columns: tuple[str, str]) -> tuple[list[_Row], int]:
+def _read_rows(
+    table: Path, reader: csv.DictReader, columns: tuple[str, str]
+) -> tuple[list[_Row], Counter[str]]:
     present = list(reader.fieldnames or [])
     file, (label, split) = file_column(table, present), columns
     for name, flag in ((label, "--label-column"), (split, "--split-column")):
@@ -180,10 +183,10 @@ def _read_rows(table: Path, reader: csv.DictReader, columns: tuple[str, str]) ->
             raise InputError(
                 f"{table} has no column {name!r}; it has {', '.join(present)}; use {flag}.{near}"
             )
-    rows, unlabelled = [], 0
+    rows, faults = [], Counter[str]()
     for number, row in enumerate(reader, start=2):
         if not row[file] or not row[label]:
-            unlabelled += 1
+            faults["without a file or a label"] += 1
             continue
         where = f"{table}, row {number}"
         rows.append(
@@ -193,22 +196,25 @@ def _read_rows(table: Path, reader: csv.DictReader, columns: tuple[str, str]) ->
                 label=row[label],
                 instance=row.get("instance"),
                 domain=row.get("domain"),
-                box=_box(row, where) if set(_BOX) <= set(present) else None,
+                box=_box(row, where, faults) if set(_BOX) <= set(present) else None,
             )
         )
-    return rows, unlabelled
+    return rows, faults
 
 
-def _box(row: dict[str, str], where: str) -> tuple[float, ...] | None:
+def _box(row: dict[str, str], where: str, faults: Counter[str]) -> tuple[float, ...] | None:
+    """Return where the subject is; None where the row does not say, or, counted, its box has no area."""
     if not any(row[side] for side in _BOX):
         return None
     try:
         x0, y0, x1, y1 = (float(row[side]) for side in _BOX)
     except (TypeError, ValueError) as fault:
         raise InputError(f"{where}: {', '.join(_BOX)} must be four numbers or all empty") from fault
-    if not (x0 < x1 and y0 < y1):
-        raise InputError(f"{where}: the box {x0:g}, {y0:g}, {x1:g}, {y1:g} has no area; correct or empty it")
-    return x0, y0, x1, y1
+    if x0 < x1 and y0 < y1:
+        return x0, y0, x1, y1
+    reason = "boxes without area, left out"
+    faults[next((each for each in faults if each.startswith(reason)), f"{reason} (first: {where})")] += 1
+    return None
 
 
 def split_named(name: str, where: str) -> str:
@@ -220,7 +226,12 @@ def split_named(name: str, where: str) -> str:
 
 
 def _assemble(
-    name: str, source: Path, columns: tuple[str, str], root: Path, rows: Sequence[_Row], unlabelled: int
+    name: str,
+    source: Path,
+    columns: tuple[str, str],
+    root: Path,
+    rows: Sequence[_Row],
+    faults: dict[str, int],
 ) -> LabelledSet:
     splits = np.array([row.split for row in rows], "<U5")
     if "test" not in splits and "val" in splits:
@@ -248,7 +259,7 @@ def _assemble(
         instances=_column("instance", [row.instance for row in rows], splits, source),
         domains=_column("domain", [row.domain for row in rows], splits, source),
         boxes=boxes if np.isfinite(boxes).any() else None,
-        unlabelled=unlabelled,
+        faults=faults,
         key=fingerprint(root, rows, [row.file for row in rows]),
     )
 
