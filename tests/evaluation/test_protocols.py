@@ -284,3 +284,16 @@ def test_the_report_speaks_of_every_protocol(clip_run: Path, captions: Path, tmp
     page = write_report([clip_run], tmp_path / "report.html").read_text()
     for text in ("kNN, tuned", "Clustering", "Fine-tuned", "a photo of a {}.", "80 captions", "box around"):
         assert text in page
+
+
+def test_the_documentation_and_the_help_name_every_protocol_and_set() -> None:
+    from likewise.cli.measuring import evaluate as verb
+    from likewise.evaluation.protocols import PROTOCOLS
+    from likewise.evaluation.sets.catalog import CATALOG
+
+    page = (Path(__file__).parents[2] / "docs/evaluation.md").read_text()
+    for name in PROTOCOLS:
+        assert f"| `{name}` |" in page
+        assert name in str(verb.__doc__)
+    for name in CATALOG:
+        assert name in page.split("## Protocols")[0]
