@@ -74,7 +74,7 @@ def result_lines(results: Sequence[dict[str, Any]]) -> list[str]:
         lines += [f"  skipped {count:,}: {reason}" for reason, count in about["skipped"].items()]
         unseen = about.get("classes_only_in_test", [])
         if unseen:
-            lines.append(f"  classes only in test, never right: {', '.join(unseen)}")
+            lines.append(f"  classes only in test, which no classifier learns: {', '.join(unseen)}")
         for name, told in result["protocols"].items():
             for score in told["scores"]:
                 value, low, high = (100 * score[part] for part in ("value", "low", "high"))
