@@ -92,6 +92,7 @@ def evaluate(
     folder = Path(out) if out is not None else _default_out(target)
     chosen = settings or ProtocolSettings()
     parameters = sum(p.numel() for p in encoder.model.parameters())
+    told = encoder.told() | {"parameters": parameters, "operations": operations(encoder)}
     results = []
     for kind, images in sets:
         features = None
@@ -110,8 +111,7 @@ def evaluate(
         )
         fitting = _settings_for(images, chosen)
         artifact = _begin(encoder, images, fitting, folder)
-        cost = {"parameters": parameters, "operations": operations(encoder)}
-        head = {"asked": asked, "encoder": encoder.told() | cost, "protocols": {}}
+        head = {"asked": asked, "encoder": told, "protocols": {}}
         names = [name for name in protocols if PROTOCOLS[name].kind == kind]
         results.append(_measure(task, names, fitting, artifact, head, progress))
     return results

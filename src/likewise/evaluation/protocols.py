@@ -23,7 +23,6 @@ from likewise.evaluation.sets.captioned import CaptionedSet
 from likewise.evaluation.sets.catalog import PER_CLASS
 from likewise.evaluation.statistics import bootstrap, mean_per_class
 from likewise.evaluation.tasks import Score, Task
-from likewise.launch import default_workers
 
 RECALL_AT = (1, 5)
 CAPTION_RECALL_AT = (1, 5, 10)
@@ -144,7 +143,7 @@ def _finetune(task: Task, settings: ProtocolSettings) -> list[Score]:
             train,
             test,
             device=task.device,
-            workers=default_workers() if task.workers is None else task.workers,
+            workers=task.threads,
             advance=bar.advance,
         )
     labels = torch.from_numpy(task.labelled.labels[test])

@@ -13,6 +13,7 @@ from likewise.evaluation.sets.captioned import CaptionedSet
 from likewise.evaluation.sets.masks import MaskedSet
 from likewise.evaluation.sets.suite import LabelledSet
 from likewise.evaluation.statistics import Estimate
+from likewise.launch import default_workers
 from likewise.models.encoders import ImageEncoder
 from likewise.models.language import Language
 from likewise.progress import Progress
@@ -76,6 +77,11 @@ class Task:
                 "siglip, declip or slip that trained its tower, clip:ARCH/WEIGHTS, or hf:NAME of such a model"
             )
         return self.encoder.language
+
+    @property
+    def threads(self) -> int:
+        """How many threads read images."""
+        return default_workers() if self.workers is None else self.workers
 
     @property
     def pooled(self) -> Features:

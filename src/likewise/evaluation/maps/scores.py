@@ -17,7 +17,6 @@ from likewise.evaluation.sets.boxes import BoxedSet
 from likewise.evaluation.sets.masks import MaskedSet
 from likewise.evaluation.statistics import Estimate
 from likewise.evaluation.tasks import Score, Task
-from likewise.launch import default_workers
 
 
 def detection_scores(task: Task, settings: Detection) -> list[Score]:
@@ -33,7 +32,7 @@ def detection_scores(task: Task, settings: Detection) -> list[Score]:
     shown = settings.epochs * int((images.splits == "train").sum()) + int((images.splits == "test").sum())
     with task.progress.task(f"detecting in {images.name}", shown, "images") as bar:
         found = detect(
-            settings, task.encoder, images, device=task.device, workers=_workers(task), advance=bar.advance
+            settings, task.encoder, images, device=task.device, workers=task.threads, advance=bar.advance
         )
     names = ("AP", "AP50", "AP75")
     details = {"per_class": found.per_class, "images": found.images, "skipped": found.skipped}
@@ -56,7 +55,7 @@ def segmentation_scores(task: Task, settings: Segmentation) -> list[Score]:
     shown = settings.epochs * int((images.splits == "train").sum()) + int((images.splits == "test").sum())
     with task.progress.task(f"segmenting {images.name}", shown, "images") as bar:
         found = segment(
-            settings, task.encoder, images, device=task.device, workers=_workers(task), advance=bar.advance
+            settings, task.encoder, images, device=task.device, workers=task.threads, advance=bar.advance
         )
     whole = found.confusion.sum(axis=0).astype(np.float64)
     drawn = drawn_measures(found.confusion, settings.resamples, settings.seed)
@@ -69,10 +68,6 @@ def segmentation_scores(task: Task, settings: Segmentation) -> list[Score]:
         _drawn(name, float(value), drawn[name], len(found.images), details)
         for name, value in measures(whole).items()
     ]
-
-
-def _workers(task: Task) -> int:
-    return default_workers() if task.workers is None else task.workers
 
 
 def _drawn(name: str, value: float, drawn: np.ndarray, images: int, details: dict[str, Any]) -> Score:

@@ -17,6 +17,7 @@ from likewise.collection.images import SUFFIXES
 from likewise.errors import InputError
 from likewise.evaluation.sets.suite import (
     ImageSet,
+    count_fault,
     file_column,
     fingerprint,
     read_table,
@@ -258,14 +259,8 @@ def _inside(
     shares = np.array(corners) / np.tile(shown.size, 2)
     cut = shares.clip(0, 1)
     if not (cut[:2] < cut[2:]).all():
-        _count(faults, "boxes without area inside the image, left out", where)
+        count_fault(faults, "boxes without area inside the image, left out", where)
         return None
     if np.abs(cut - shares).max() > 0.01:
-        _count(faults, "boxes reaching over the edge, cut there", where)
+        count_fault(faults, "boxes reaching over the edge, cut there", where)
     return label, tuple(cut.tolist()), crowd
-
-
-def _count(faults: Counter[str], reason: str, where: str) -> None:
-    """Count a fault under the name that its first occurrence gave it."""
-    known = next((each for each in faults if each.startswith(reason)), f"{reason} (first: {where})")
-    faults[known] += 1

@@ -12,6 +12,7 @@ from likewise.collection.images import SUFFIXES
 from likewise.errors import InputError
 from likewise.evaluation.sets.suite import (
     ImageSet,
+    count_fault,
     file_column,
     fingerprint,
     read_table,
@@ -130,18 +131,13 @@ def _check(root: Path, file: str, mask: str, ignored: tuple[int, ...], faults: C
                 needed = "8-bit grey or palette images with class numbers are needed"
                 raise InputError(f"{root / mask} is a mask in {told.mode}: {needed}")
             if image.size != told.size:
-                _count(faults, "masks of another size than their image", mask)
+                count_fault(faults, "masks of another size than their image", mask)
                 return None
             values = np.flatnonzero(np.bincount(np.asarray(told).ravel()))
     except OSError:
-        _count(faults, "images or masks missing or damaged", mask)
+        count_fault(faults, "images or masks missing or damaged", mask)
         return None
     return int(max((value for value in values.tolist() if value not in ignored), default=0))
-
-
-def _count(faults: Counter[str], reason: str, where: str) -> None:
-    known = next((each for each in faults if each.startswith(reason)), f"{reason} (first: {where})")
-    faults[known] += 1
 
 
 def _names(file: Path, highest: int, ignored: tuple[int, ...]) -> tuple[str, ...]:

@@ -212,9 +212,13 @@ def _box(row: dict[str, str], where: str, faults: Counter[str]) -> tuple[float, 
         raise InputError(f"{where}: {', '.join(_BOX)} must be four numbers or all empty") from fault
     if x0 < x1 and y0 < y1:
         return x0, y0, x1, y1
-    reason = "boxes without area, left out"
-    faults[next((each for each in faults if each.startswith(reason)), f"{reason} (first: {where})")] += 1
+    count_fault(faults, "boxes without area, left out", where)
     return None
+
+
+def count_fault(faults: Counter[str], reason: str, where: str) -> None:
+    """Count what is wrong in a set, under a name that tells where it occurred first."""
+    faults[next((each for each in faults if each.startswith(reason)), f"{reason} (first: {where})")] += 1
 
 
 def split_named(name: str, where: str) -> str:
