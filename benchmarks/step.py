@@ -9,6 +9,7 @@ from unittest.mock import patch
 import torch
 
 from benchmarks.timing import alternate, told
+from likewise.artifacts import read_lines
 from likewise.collection.emoji import make_emoji
 from likewise.collection.importing import import_collection
 from likewise.collection.packed import pack_images
@@ -20,6 +21,7 @@ from likewise.neighbors.sources import make_pairs
 from likewise.pretraining import loop
 from likewise.pretraining.batches import PairBatches
 from likewise.pretraining.methods import build_method
+from likewise.pretraining.monitor import METRICS
 from likewise.pretraining.optim import build_optimizer
 from likewise.pretraining.processes import Processes
 from likewise.pretraining.settings import TrainSettings, plan, showings
@@ -46,44 +48,13 @@ def run() -> list[str]:
 def _compare(
     collection: Collection, folder: Path, views: str, name: str, size: int, batch: int, steps: int
 ) -> str:
-    settings = TrainSettings(
-        backbone=name, size=size, batch_size=batch, steps=steps, views=views, precision="float32"
-    )
-    rule = PairRule(pairs="self")
-    images = pack_images(collection, size * 3 // 2)
-    pairs = make_pairs(collection, rule, images.usable)
-    batches = PairBatches(images, pairs, showings(settings, rule), batch_size=batch, seed=0)
-    spec = BackboneSpec(name=name, size=size, stem="small" if size <= 64 else "standard")
-    backbone, width = build_backbone(spec)
-    method = build_method(settings, backbone, width).to(memory_format=torch.channels_last).train()
-    optimizer = build_optimizer("adamw", method, rate=1e-4, weight_decay=0.01)
-    ready = batches.batch(0).shown(batches.recipes, CPU)
+    trainer = make_trainer(collection, folder, views, name, size, batch, steps)
+    method, optimizer = trainer.method, trainer.optimizer
+    ready = trainer.batches.batch(0).shown(trainer.batches.recipes, CPU)
     fresh = count()
 
     def ours() -> None:
-        out = folder / f"{views}-{name}-{next(fresh)}"
-        out.mkdir()
-        trainer = Trainer(
-            run=out,
-            method=method,
-            spec=spec,
-            stepper=method,
-            optimizer=optimizer,
-            batches=batches,
-            plan=replace(plan(settings, len(collection), collection.path), log_every=steps),
-            device=CPU,
-            dtype=torch.float32,
-            seed=0,
-            workers=1,
-            checkpoint_minutes=60.0,
-            among=Processes(),
-            scorer=None,
-            patience=None,
-            name=str,
-        )
-        # The one checkpoint at the end is that of any run, however long, and would be most of so short a one.
-        with patch.object(loop, "save_checkpoint"):
-            loop.run_training(trainer, SILENT)
+        train(trainer, folder / f"{views}-{name}-{next(fresh)}")
 
     def bare() -> None:
         for _ in range(steps):
@@ -94,3 +65,56 @@ def _compare(
 
     seconds = alternate(ours, bare)
     return told(f"{name} {size} px, batch {batch}, views {views}: the loop", "bare steps", seconds)
+
+
+def make_trainer(
+    collection: Collection,
+    folder: Path,
+    views: str,
+    name: str,
+    size: int,
+    batch: int,
+    steps: int,
+    *,
+    device: torch.device = CPU,
+    dtype: torch.dtype = torch.float32,
+    workers: int = 1,
+) -> Trainer:
+    """Put together what `likewise train` would, for SimCLR on each image with itself."""
+    settings = TrainSettings(backbone=name, size=size, batch_size=batch, steps=steps, views=views)
+    rule = PairRule(pairs="self")
+    images = pack_images(collection, size * 3 // 2)
+    pairs = make_pairs(collection, rule, images.usable)
+    spec = BackboneSpec(name=name, size=size, stem="small" if size <= 64 else "standard")
+    backbone, width = build_backbone(spec)
+    method = build_method(settings, backbone, width).to(device).to(memory_format=torch.channels_last).train()
+    return Trainer(
+        run=folder,
+        method=method,
+        spec=spec,
+        stepper=method,
+        optimizer=build_optimizer("adamw", method, rate=1e-4, weight_decay=0.01),
+        batches=PairBatches(images, pairs, showings(settings, rule), batch_size=batch, seed=0),
+        plan=replace(plan(settings, len(collection), collection.path), log_every=steps),
+        device=device,
+        dtype=dtype,
+        seed=0,
+        workers=workers,
+        checkpoint_minutes=60.0,
+        among=Processes(),
+        scorer=None,
+        patience=None,
+        name=str,
+    )
+
+
+def train(trainer: Trainer, out: Path) -> list[dict[str, int | float]]:
+    """Run the loop into a new folder and return its metrics; the model goes on from where it stands.
+
+    Without the one checkpoint at the end, which is that of any run, however long, and would be most of so
+    short a one.
+    """
+    out.mkdir()
+    with patch.object(loop, "save_checkpoint"):
+        loop.run_training(replace(trainer, run=out), SILENT)
+    return read_lines(out / METRICS)

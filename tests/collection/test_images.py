@@ -114,25 +114,28 @@ def test_bytes_come_from_files_stretches_and_records(tmp_path: Path) -> None:
             read_bytes(ref, tmp_path)
 
 
-@pytest.mark.parametrize("short_side", [40, 200])
-def test_packed_pixels_are_the_shrunk_images(collection: Collection, tmp_path: Path, short_side: int) -> None:
+@pytest.mark.parametrize(("short_side", "budget"), [(40, 0), (200, 0), (200, 2**30)])
+def test_packed_pixels_are_the_shrunk_images(
+    collection: Collection, tmp_path: Path, short_side: int, budget: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("likewise.collection.packed.RAW_BYTES", budget)
     copy = Collection(shutil.copytree(collection.path, tmp_path / "c"))
     packed = pack_images(copy, short_side)
     assert len(packed) == len(copy)
-    assert packed.raw == (short_side == 40)
+    assert packed.raw == (short_side == 40 or budget > 0)
     for position in (0, 17, len(copy) - 1):
         record = copy[position]
         expected = shrink(decode(read_bytes(record.image, copy.root), short_side), short_side)
         pixels = packed.pixels(position)
         assert packed.shapes(np.array([position])).tolist() == [list(expected.shape[:2])]
-        # Above the limit pictures are kept as JPEG, never enlarged.
+        # Above both limits pictures are kept as JPEG, never enlarged.
         assert abs(pixels.astype(int) - expected).mean() < (0.5 if packed.raw else 5)
 
 
 def test_packing_resumed_equals_uninterrupted(
     collection: Collection, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("likewise.collection.packed._ROWS", 50)
+    monkeypatch.setattr("likewise.collection.packed._SHARD_BYTES", 50 * 4 * 32**2)
     copy = Collection(shutil.copytree(collection.path, tmp_path / "c"))
     path = pack_images(copy, 32).path
     whole = {p.name: p.read_bytes() for p in path.iterdir()}

@@ -7,9 +7,15 @@ from scipy.stats import ks_2samp
 from torchvision.transforms import RandomResizedCrop
 from torchvision.transforms.v2 import functional as tv
 
+from likewise.collection.packed import pack_images
+from likewise.collection.records import Collection
 from likewise.draws import permutation, uniforms
 from likewise.errors import InputError
+from likewise.neighbors.rules import PairRule
+from likewise.neighbors.sources import make_pairs
 from likewise.pretraining import views
+from likewise.pretraining.batches import PairBatches
+from likewise.pretraining.settings import Showing
 from likewise.pretraining.views import (
     COLOUR_DRAWS,
     RECIPES,
@@ -115,6 +121,29 @@ def test_shares_and_strengths_are_as_the_recipe_says() -> None:
     assert (factor == 1).float().mean().item() == pytest.approx(0.2, abs=0.03)
     assert factor.min().item() == pytest.approx(0.6, abs=0.01)
     assert factor.max().item() <= 1.25 + 1e-6  # clipped at white
+
+
+def test_a_pair_of_one_image_is_decoded_once_and_cut_as_if_twice(
+    collection: Collection, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    images = pack_images(collection, 36)
+    twice = tuple(Showing(who=n, views="simclr", size=24) for n in (0, 1))
+    rule = PairRule(pairs="self")
+    batches = PairBatches(images, make_pairs(collection, rule, images.usable), twice, batch_size=8, seed=3)
+    read: list[int] = []
+    pixels = images.pixels
+    monkeypatch.setattr(images, "pixels", lambda position: (read.append(position), pixels(position))[1])
+    anchors = np.array([5, 9, 2, 30])
+    for partners, decoded in ((anchors, 4), (np.array([5, 40, 9, 30]), 6)):
+        read.clear()
+        made = batches.shown_pairs(anchors, partners)
+        assert len(read) == decoded
+        for view, positions in enumerate((anchors, partners)):
+            draws = draw_view(anchors, view, seed=3, epoch=0).crop
+            boxes = crop_boxes(images.shapes(positions), draws, RECIPES["simclr"].crop)
+            for row, position in enumerate(positions.tolist()):
+                plain = cut(pixels(position), boxes[row], 24, mirrored=bool(draws[row, -1] < 0.5))
+                assert torch.equal(made.crops[view][row], plain)
 
 
 def test_standardise_and_back() -> None:

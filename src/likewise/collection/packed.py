@@ -1,8 +1,10 @@
 """The packed cache: every image decoded once, made as small as training needs, and laid end to end.
 
 Pairs need two images from anywhere in the collection at once. Raw RGB is kept up to a short side of
-`RAW_LIMIT` pixels, JPEG above it. Each shard is one flat `.npy` of bytes, mapped into memory, with an index
-of (offset, length, height, width) per image; length 0 marks an image that could not be read any more.
+`RAW_LIMIT` pixels, and above it as long as all images together take about `RAW_BYTES` or less, because a
+crop of it costs a fraction of decoding a JPEG; else JPEG. Each shard is one flat `.npy` of bytes, mapped
+into memory, with an index of (offset, length, height, width) per image; length 0 marks an image that could
+not be read any more.
 """
 
 import io
@@ -22,8 +24,9 @@ from likewise.progress import SILENT, Progress
 
 KIND = "packed images"
 RAW_LIMIT = 192
-_ROWS = 1024  # images a shard: bounds what packing holds in memory to about 100 MB
-_QUALITY = 95
+RAW_BYTES = 4 * 2**30
+_SHARD_BYTES = 2**27  # about what packing holds in memory
+_QUALITY = 90
 _OPEN_SHARDS = 256  # each mapped file holds a descriptor, of which a process usually has 1,024
 
 
@@ -47,21 +50,24 @@ def pack_images(
     """
     if not collection.root.is_dir():
         raise ArtifactError(f"{collection.root}, which holds the images of {collection.path}, is not there")
-    raw = short_side <= RAW_LIMIT
-    path = collection.path / "packed" / f"{short_side}px"
-    settings = {"short_side": short_side, "codec": "rgb" if raw else f"jpeg-{_QUALITY}", "rows": _ROWS}
+    size = 4 * short_side**2  # of a raw image whose sides are as 4 to 3
+    raw = short_side <= RAW_LIMIT or len(collection) * size <= RAW_BYTES
+    rows = max(1, min(1024, _SHARD_BYTES // size))
+    codec = "rgb" if raw else f"jpeg-{_QUALITY}"
+    path = collection.path / "packed" / f"{short_side}px-{codec}"
+    settings = {"short_side": short_side, "codec": codec, "rows": rows}
     artifact = begin(path, KIND, settings, {"collection": collection.key})
     if artifact.complete:
         return PackedImages(artifact)
 
-    shards = range(-(-len(collection) // _ROWS))
+    shards = range(-(-len(collection) // rows))
     ready = {i for i in shards if (path / shard_name("index", i, "npy")).is_file()}
-    done = sum(min(_ROWS, len(collection) - i * _ROWS) for i in ready)
+    done = sum(min(rows, len(collection) - i * rows) for i in ready)
     with progress.task("packing", len(collection), "images", done) as task:
         for shard in shards:
             if shard in ready:
                 continue
-            first, last = shard * _ROWS, min((shard + 1) * _ROWS, len(collection))
+            first, last = shard * rows, min((shard + 1) * rows, len(collection))
             records = (collection[i] for i in range(first, last))
             blobs = []
             for blob in ordered_map(
@@ -118,6 +124,7 @@ class PackedImages:
         artifact = source if isinstance(source, Artifact) else open_artifact(source, KIND)
         self.path = artifact.path
         self.raw = artifact.manifest.settings["codec"] == "rgb"
+        self.rows: int = artifact.manifest.settings["rows"]
         self.key = artifact.manifest.key
         shards = artifact.manifest.counts["shards"]
         self.index = np.concatenate(
@@ -140,7 +147,7 @@ class PackedImages:
     def pixels(self, position: int) -> np.ndarray:
         """Return one image as (h, w, 3) uint8, read-only where it is mapped."""
         offset, length, height, width = self.index[position]
-        flat = self._bytes(int(position) // _ROWS)[offset : offset + length]
+        flat = self._bytes(int(position) // self.rows)[offset : offset + length]
         return flat.reshape(height, width, 3) if self.raw else decode(flat.tobytes())
 
     def _open_bytes(self, shard: int) -> np.ndarray:

@@ -157,10 +157,7 @@ class PairBatches:
             anchors,
             partners,
             self.among.sizes(len(anchors)),
-            [
-                self._cut(of[each.who], draw, recipe, each.size)
-                for each, draw, recipe in zip(self.showings, draws, self.recipes, strict=True)
-            ],
+            self._cut(of, draws),
             [draw.colour for draw in draws],
             self._described(anchors, partners),
             self._tokens(anchors[part], [each[part] for each in partners], epoch),
@@ -193,11 +190,20 @@ class PairBatches:
             whose = np.where(tokens.captioned[partners[0]], partners[0], anchors)
         return tokens.of(whose, seed=self.seed, epoch=epoch)
 
-    def _cut(self, positions: np.ndarray, draws: ViewDraws, recipe: ViewRecipe, size: int) -> Tensor:
-        boxes = crop_boxes(self.images.shapes(positions), draws.crop, recipe.crop)
-        mirrored = draws.crop[:, -1] < recipe.flip
-        views = [
-            cut(self.images.pixels(position), box, size, mirrored=bool(mirror))
-            for position, box, mirror in zip(positions.tolist(), boxes, mirrored, strict=True)
+    def _cut(self, of: Sequence[np.ndarray], draws: Sequence[ViewDraws]) -> list[Tensor]:
+        """Cut all views, a pair at a time: an image that is shown more than once in it is decoded once."""
+        whose = [of[each.who] for each in self.showings]
+        boxes = [
+            crop_boxes(self.images.shapes(positions), draw.crop, recipe.crop)
+            for positions, draw, recipe in zip(whose, draws, self.recipes, strict=True)
         ]
-        return torch.stack(views)
+        views: list[list[Tensor]] = [[] for _ in self.showings]
+        for row in range(len(of[0])):
+            decoded: dict[int, np.ndarray] = {}
+            for view, (each, recipe) in enumerate(zip(self.showings, self.recipes, strict=True)):
+                position = int(whose[view][row])
+                if position not in decoded:
+                    decoded[position] = self.images.pixels(position)
+                mirrored = bool(draws[view].crop[row, -1] < recipe.flip)
+                views[view].append(cut(decoded[position], boxes[view][row], each.size, mirrored=mirrored))
+        return [torch.stack(each) for each in views]

@@ -1,0 +1,107 @@
+"""Images to batches on one core: our packed cache against reading the files anew, as others do.
+
+    python -m benchmarks.loading [TABLE]
+
+Both give batches of crops of the same distribution (half to all of the area), uint8, side 224 and 64. The
+photographs are windows of 500 x 375 pixels, the usual size on Flickr, of those that scikit-learn ships; a
+TABLE of one's own has columns that `likewise import` knows.
+"""
+
+import sys
+import tempfile
+from itertools import cycle
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from lightly.data import LightlyDataset
+from PIL import Image
+from sklearn.datasets import load_sample_images
+from torchvision.io import ImageReadMode, read_image
+from torchvision.transforms import v2
+
+from benchmarks.timing import alternate, told
+from likewise.collection.importing import import_collection
+from likewise.collection.packed import pack_images
+from likewise.collection.records import Collection
+from likewise.collection.sources.candidates import ImportOptions
+from likewise.neighbors.rules import PairRule
+from likewise.neighbors.sources import make_pairs
+from likewise.pretraining.batches import PairBatches
+from likewise.pretraining.settings import Showing
+
+PHOTOS, PAIRS = 256, 64
+
+
+def make_photos(folder: Path, count: int = PHOTOS) -> Path:
+    """Write a table of JPEG photographs, each a window of one of scikit-learn's two."""
+    folder.mkdir()
+    rng = np.random.default_rng(0)
+    sources = load_sample_images().images
+    lines = ["file,caption"]
+    for number in range(count):
+        pixels = sources[number % 2]
+        top, left = (int(rng.integers(0, side - part)) for side, part in
+                     zip(pixels.shape[:2], (375, 500), strict=True))  # fmt: skip
+        Image.fromarray(pixels[top : top + 375, left : left + 500]).save(folder / f"{number}.jpg", quality=90)
+        lines.append(f"{number}.jpg,window {number} of photograph {number % 2}")
+    table = folder / "photos.csv"
+    table.write_text("\n".join(lines) + "\n")
+    return table
+
+
+def run(table: Path | None = None, rounds: int = 5) -> list[str]:
+    """Compare with lightly's data set and with torchvision's `read_image`, each followed by a crop."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        with tempfile.TemporaryDirectory() as name:
+            folder = Path(name)
+            table = make_photos(folder / "photos") if table is None else table
+            collection = import_collection(table, folder / "c", ImportOptions())
+            return [line for size in (224, 64) for line in _compare(collection, size, rounds)]
+    finally:
+        torch.set_num_threads(threads)
+
+
+def _compare(collection: Collection, size: int, rounds: int) -> list[str]:
+    files = [record.image.path or "" for record in collection]
+    crop = v2.RandomResizedCrop(size, scale=(0.5, 1.0), antialias=True)
+    transform: Any = v2.Compose([crop, v2.PILToTensor()])  # lightly's types know those of version 1 alone
+    photos = LightlyDataset(str(collection.root), transform=transform)
+    places = cycle(range(len(files)))
+    images = pack_images(collection, size * 3 // 2)
+    # Each image beside another one, so that ours decodes as many as the peers do.
+    others = Showing(who=0, views="crop", size=size), Showing(who=1, views="crop", size=size)
+    batches = PairBatches(
+        images,
+        make_pairs(collection, PairRule(pairs="self"), images.usable),
+        others,
+        batch_size=PAIRS,
+        seed=0,
+    )
+    anchors = np.arange(PAIRS)
+
+    def ours() -> object:
+        return batches.shown_pairs(anchors, anchors + PAIRS)
+
+    def lightly() -> object:
+        return torch.stack([photos[next(places)][0] for _ in range(2 * PAIRS)])
+
+    def torchvision() -> object:
+        return torch.stack([
+            crop(read_image(str(collection.root / files[next(places)]), ImageReadMode.RGB))
+            for _ in range(2 * PAIRS)
+        ])  # fmt: skip
+
+    name = f"{2 * PAIRS} crops of {size} px, packed, one core"
+    return [
+        told(name, "lightly: LightlyDataset + RandomResizedCrop", alternate(ours, lightly, rounds)),
+        told(name, "read_image + RandomResizedCrop (LGSSL)", alternate(ours, torchvision, rounds)),
+    ]
+
+
+if __name__ == "__main__":
+    for line in run(Path(sys.argv[1]) if len(sys.argv) > 1 else None):
+        print(line)
