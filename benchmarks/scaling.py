@@ -1,0 +1,100 @@
+"""How time and memory of each stage grow with the collection, and what that predicts.
+
+    python -m benchmarks.scaling [--most 100000]
+
+Every stage is a command of its own, as users run it, on 1,000, 10,000, … images: the emoji pictures, shown
+again and again, with captions that a number makes different. Printed are seconds and peak memory of the
+process, the slope of the time between the two largest sizes (1: linear, 2: quadratic), and the time that this
+slope predicts for more, on this machine. Memory that is mapped from disk counts as long as it is resident.
+"""
+
+import argparse
+import csv
+import math
+import os
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from itertools import cycle, islice
+from pathlib import Path
+from time import perf_counter
+
+from likewise.collection.emoji import make_emoji
+
+_PACK = (
+    "import sys; from likewise.collection.packed import pack_images; "
+    "from likewise.collection.records import Collection; pack_images(Collection(sys.argv[1]), 48)"
+)
+
+
+def stages(table: Path, out: Path) -> dict[str, list[str]]:
+    """Return the arguments of Python by which each stage is run, in order."""
+    likewise, collection = ["-m", "likewise.cli"], str(out / "c")
+    return {
+        "import": [*likewise, "import", str(table), collection, "--quiet"],
+        "embed": [*likewise, "embed", collection, "--encoder", "bow", "--quiet"],
+        "neighbors": [*likewise, "neighbors", collection, "--encoder", "bow", "--quiet"],
+        "pack": ["-c", _PACK, collection],
+        "train, 10 steps": [
+            *likewise, "train", collection, "--out", str(out / "run"), "--encoder", "bow", "--steps", "10",
+            "--size", "32", "--batch-size", "64", "--backbone", "resnet10t", "--quiet",
+        ],
+    }  # fmt: skip
+
+
+def spent(arguments: list[str]) -> tuple[float, int]:
+    """Run Python as a child and return its seconds and its peak memory in bytes."""
+    start = perf_counter()
+    child = subprocess.Popen([sys.executable, *arguments], stdout=subprocess.DEVNULL)
+    _, status, usage = os.wait4(child.pid, 0)
+    if status:
+        raise RuntimeError(f"failed: {' '.join(arguments)}")
+    return perf_counter() - start, usage.ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+
+
+def make_table(emoji: Path, n: int) -> Path:
+    """Write a table of n rows beside the pictures."""
+    with emoji.open(encoding="utf-8", newline="") as file:
+        rows = [(row["file"], row["caption"]) for row in csv.DictReader(file)]
+    table = emoji.with_name(f"{n}.csv")
+    with table.open("w", encoding="utf-8", newline="") as file:
+        writer = csv.writer(file)
+        writer.writerow(("file", "caption"))
+        writer.writerows(
+            (name, f"{text} {number}") for number, (name, text) in enumerate(islice(cycle(rows), n))
+        )
+    return table
+
+
+def run(most: int) -> Iterator[str]:
+    """Yield a line for each stage and size, then one a stage with its slope and predictions."""
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        emoji = make_emoji(folder / "emoji")
+        sizes = [10**power for power in range(3, 1 + round(math.log10(most)))]
+        seconds: dict[str, list[float]] = {}
+        for n in sizes:
+            out = folder / str(n)
+            out.mkdir()
+            for stage, arguments in stages(make_table(emoji, n), out).items():
+                took, memory = spent(arguments)
+                seconds.setdefault(stage, []).append(took)
+                yield f"{stage:<16} {n:>9,} images {took:9.1f} s {memory / 2**20:8.0f} MiB"
+        for stage, each in seconds.items():
+            slope = math.log(each[-1] / each[-2]) / math.log(sizes[-1] / sizes[-2])
+            hours = [each[-1] * (n / sizes[-1]) ** slope / 3600 for n in (10**7, 10**8, 10**9)]
+            foretold = ", ".join(f"10^{7 + i}: {h:,.1f} h" for i, h in enumerate(hours))
+            yield f"{stage:<16} slope {slope:.2f}; predicts {foretold}"
+
+
+def main() -> None:
+    """Print the figures."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--most", type=int, default=100_000)
+    for line in run(parser.parse_args().most):
+        print(line, flush=True)
+
+
+if __name__ == "__main__":
+    main()
