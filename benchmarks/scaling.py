@@ -34,12 +34,13 @@ def stages(table: Path, out: Path) -> dict[str, list[str]]:
     return {
         "import": [*likewise, "import", str(table), collection, "--quiet"],
         "embed": [*likewise, "embed", collection, "--encoder", "bow", "--quiet"],
-        "neighbors": [*likewise, "neighbors", collection, "--encoder", "bow", "--quiet"],
         "pack": ["-c", _PACK, collection],
         "train, 10 steps": [
-            *likewise, "train", collection, "--out", str(out / "run"), "--encoder", "bow", "--steps", "10",
+            *likewise, "train", collection, "--out", str(out / "run"), "--pairs", "self", "--steps", "10",
             "--size", "32", "--batch-size", "64", "--backbone", "resnet10t", "--quiet",
         ],
+        # Last, as it takes longest.
+        "neighbors": [*likewise, "neighbors", collection, "--encoder", "bow", "--quiet"],
     }  # fmt: skip
 
 
@@ -54,16 +55,18 @@ def spent(arguments: list[str]) -> tuple[float, int]:
 
 
 def make_table(emoji: Path, n: int) -> Path:
-    """Write a table of n rows beside the pictures."""
+    """Write a table of n rows, each of a file of its own: links, as rows of one file would be one image."""
     with emoji.open(encoding="utf-8", newline="") as file:
-        rows = [(row["file"], row["caption"]) for row in csv.DictReader(file)]
-    table = emoji.with_name(f"{n}.csv")
+        rows = [(emoji.parent / row["file"], row["caption"]) for row in csv.DictReader(file)]
+    folder = emoji.parent.with_name(f"pictures-{n}")
+    folder.mkdir()
+    table = folder / "pictures.csv"
     with table.open("w", encoding="utf-8", newline="") as file:
         writer = csv.writer(file)
         writer.writerow(("file", "caption"))
-        writer.writerows(
-            (name, f"{text} {number}") for number, (name, text) in enumerate(islice(cycle(rows), n))
-        )
+        for number, (picture, text) in enumerate(islice(cycle(rows), n)):
+            (folder / f"{number}.png").hardlink_to(picture)
+            writer.writerow((f"{number}.png", f"{text} {number}"))
     return table
 
 
