@@ -18,7 +18,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks.loading import make_photos
-from benchmarks.step import make_trainer, train
+from benchmarks.step import bare_steps, make_trainer, train
 from benchmarks.timing import alternate
 from likewise.collection.importing import import_collection
 from likewise.collection.sources.candidates import ImportOptions
@@ -55,25 +55,17 @@ def run(device: torch.device, name: str, size: int, batch: int, steps: int, roun
             collection, folder, "simclr", name, size, batch, steps,
             device=device, dtype=torch.bfloat16, workers=max(1, default_workers() - 1),
         )  # fmt: skip
-        method, optimizer, fresh = trainer.method, trainer.optimizer, count()
+        fresh = count()
         ready = Shown(
             views=[torch.randn(batch, 3, size, size, device=device) for _ in range(2)], sizes=(batch,)
         )
 
-        def step() -> None:
-            with torch.autocast(device.type, torch.bfloat16):
-                loss = method(ready).loss
-            optimizer.zero_grad(set_to_none=True)
-            loss.backward()
-            optimizer.step()
-
         def bare() -> None:
-            for _ in range(steps):
-                step()
+            bare_steps(trainer, ready, steps)
             wait(device)
 
         with FlopCounterMode(display=False) as counter:
-            step()
+            bare_steps(trainer, ready, 1)
         seconds, plain, ratio = alternate(lambda: train(trainer, folder / str(next(fresh))), bare, rounds)
         waited = train(trainer, folder / "last")[-1]["data_wait"]
         side = 16384 if device.type == "cuda" else 2048

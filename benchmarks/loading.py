@@ -12,6 +12,7 @@ import tempfile
 from itertools import cycle
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import numpy as np
 import torch
@@ -22,8 +23,8 @@ from torchvision.io import ImageReadMode, read_image
 from torchvision.transforms import v2
 
 from benchmarks.timing import alternate, told
+from likewise.collection import packed
 from likewise.collection.importing import import_collection
-from likewise.collection.packed import pack_images
 from likewise.collection.records import Collection
 from likewise.collection.sources.candidates import ImportOptions
 from likewise.neighbors.rules import PairRule
@@ -60,18 +61,24 @@ def run(table: Path | None = None, rounds: int = 5) -> list[str]:
             folder = Path(name)
             table = make_photos(folder / "photos") if table is None else table
             collection = import_collection(table, folder / "c", ImportOptions())
-            return [line for size in (224, 64) for line in _compare(collection, size, rounds)]
+            return [
+                line
+                for size, raw_bytes in ((224, packed.RAW_BYTES), (224, 0), (64, 0))
+                for line in _compare(collection, size, raw_bytes, rounds)
+            ]
     finally:
         torch.set_num_threads(threads)
 
 
-def _compare(collection: Collection, size: int, rounds: int) -> list[str]:
+def _compare(collection: Collection, size: int, raw_bytes: int, rounds: int) -> list[str]:
+    """Compare with a cache as a collection has it for which `raw_bytes` are enough, or too few."""
     files = [record.image.path or "" for record in collection]
     crop = v2.RandomResizedCrop(size, scale=(0.5, 1.0), antialias=True)
     transform: Any = v2.Compose([crop, v2.PILToTensor()])  # lightly's types know those of version 1 alone
     photos = LightlyDataset(str(collection.root), transform=transform)
     places = cycle(range(len(files)))
-    images = pack_images(collection, size * 3 // 2)
+    with patch.object(packed, "RAW_BYTES", raw_bytes):
+        images = packed.pack_images(collection, size * 3 // 2)
     # Each image beside another one, so that ours decodes as many as the peers do.
     others = Showing(who=0, views="crop", size=size), Showing(who=1, views="crop", size=size)
     batches = PairBatches(
@@ -95,7 +102,7 @@ def _compare(collection: Collection, size: int, rounds: int) -> list[str]:
             for _ in range(2 * PAIRS)
         ])  # fmt: skip
 
-    name = f"{2 * PAIRS} crops of {size} px, packed, one core"
+    name = f"{2 * PAIRS} crops of {size} px, packed as {'pixels' if images.raw else 'JPEG'}"
     return [
         told(name, "lightly: LightlyDataset + RandomResizedCrop", alternate(ours, lightly, rounds)),
         told(name, "read_image + RandomResizedCrop (LGSSL)", alternate(ours, torchvision, rounds)),

@@ -21,6 +21,7 @@ from likewise.neighbors.sources import make_pairs
 from likewise.pretraining import loop
 from likewise.pretraining.batches import PairBatches
 from likewise.pretraining.methods import build_method
+from likewise.pretraining.methods.base import Shown
 from likewise.pretraining.monitor import METRICS
 from likewise.pretraining.optim import build_optimizer
 from likewise.pretraining.processes import Processes
@@ -49,21 +50,13 @@ def _compare(
     collection: Collection, folder: Path, views: str, name: str, size: int, batch: int, steps: int
 ) -> str:
     trainer = make_trainer(collection, folder, views, name, size, batch, steps)
-    method, optimizer = trainer.method, trainer.optimizer
     ready = trainer.batches.batch(0).shown(trainer.batches.recipes, CPU)
     fresh = count()
 
     def ours() -> None:
         train(trainer, folder / f"{views}-{name}-{next(fresh)}")
 
-    def bare() -> None:
-        for _ in range(steps):
-            loss = method(ready).loss
-            optimizer.zero_grad(set_to_none=True)
-            loss.backward()
-            optimizer.step()
-
-    seconds = alternate(ours, bare)
+    seconds = alternate(ours, lambda: bare_steps(trainer, ready, steps))
     return told(f"{name} {size} px, batch {batch}, views {views}: the loop", "bare steps", seconds)
 
 
@@ -118,3 +111,13 @@ def train(trainer: Trainer, out: Path) -> list[dict[str, int | float]]:
     with patch.object(loop, "save_checkpoint"):
         loop.run_training(replace(trainer, run=out), SILENT)
     return read_lines(out / METRICS)
+
+
+def bare_steps(trainer: Trainer, ready: Shown, steps: int) -> None:
+    """Take optimizer steps on one batch that lies ready: what the loop is measured against."""
+    for _ in range(steps):
+        with torch.autocast(trainer.device.type, trainer.dtype, enabled=trainer.dtype != torch.float32):
+            loss = trainer.method(ready).loss
+        trainer.optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        trainer.optimizer.step()

@@ -25,6 +25,7 @@ from likewise.progress import SILENT, Progress
 KIND = "packed images"
 RAW_LIMIT = 192
 RAW_BYTES = 4 * 2**30
+_ROWS = 1024  # images a shard, at most
 _SHARD_BYTES = 2**27  # about what packing holds in memory
 _QUALITY = 90
 _OPEN_SHARDS = 256  # each mapped file holds a descriptor, of which a process usually has 1,024
@@ -52,7 +53,8 @@ def pack_images(
         raise ArtifactError(f"{collection.root}, which holds the images of {collection.path}, is not there")
     size = 4 * short_side**2  # of a raw image whose sides are as 4 to 3
     raw = short_side <= RAW_LIMIT or len(collection) * size <= RAW_BYTES
-    rows = max(1, min(1024, _SHARD_BYTES // size))
+    # JPEGs are small: fewer of them a shard would only be more files, of which few are open at a time.
+    rows = max(1, min(_ROWS, _SHARD_BYTES // size)) if raw else _ROWS
     codec = "rgb" if raw else f"jpeg-{_QUALITY}"
     path = collection.path / "packed" / f"{short_side}px-{codec}"
     settings = {"short_side": short_side, "codec": codec, "rows": rows}

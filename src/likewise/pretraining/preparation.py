@@ -38,7 +38,6 @@ from likewise.pretraining.tokens import make_tokens
 from likewise.progress import Progress
 
 KIND = "run"
-LAST = "encoder-last.safetensors"
 PACKED_MARGIN = 1.5  # images are packed half as large again as views, so that small crops keep detail
 _NAMES = ("encoder", "image_encoder", "filter", "pairs_file", "index")
 

@@ -23,7 +23,7 @@ from likewise.pretraining.methods import build_method
 from likewise.pretraining.methods.base import Method
 from likewise.pretraining.monitor import METRICS, SCORES
 from likewise.pretraining.optim import build_optimizer
-from likewise.pretraining.preparation import Work, initial_backbone, prepare, spec_of
+from likewise.pretraining.preparation import KIND, Work, initial_backbone, prepare, spec_of
 from likewise.pretraining.processes import (
     Processes,
     distributed,
@@ -39,10 +39,7 @@ from likewise.pretraining.settings import (
 from likewise.pretraining.state import BEST, Trainer, keep_encoder
 from likewise.progress import SILENT, Progress
 
-KIND = "run"
 LAST = "encoder-last.safetensors"
-PACKED_MARGIN = 1.5  # images are packed half as large again as views, so that small crops keep detail
-_NAMES = ("encoder", "image_encoder", "filter", "pairs_file", "index")
 
 
 class Run:
