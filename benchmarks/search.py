@@ -1,4 +1,4 @@
-"""The search for neighbors against faiss's IndexFlatIP, against doing as LGSSL does, and in lists."""
+"""The search for neighbors against faiss's IndexFlatIP, scikit-learn's and LGSSL's, and in lists."""
 
 import argparse
 import tempfile
@@ -12,8 +12,11 @@ from pathlib import Path
 
 import faiss
 import numpy as np
+from scipy.sparse import csr_array
+from sklearn.neighbors import NearestNeighbors
 
 from benchmarks.timing import alternate, told
+from likewise.embeddings.hashed import HashedWords
 from likewise.neighbors.approximate import IvfIndex
 from likewise.neighbors.grouping import group_equal
 from likewise.neighbors.search import MEMORY, ExactIndex, top_k
@@ -24,8 +27,8 @@ _PER_CENTER = 50
 
 
 def run() -> list[str]:
-    """Compare searches of 20,000 vectors."""
-    return list(compared(20_000, None, rounds=3))
+    """Compare searches of 20,000 vectors and of 10,000 captions' words."""
+    return [*compared(20_000, None, rounds=3), *counted(10_000, rounds=3)]
 
 
 def compared(rows: int, queries: int | None, rounds: int, dimension: int = 384) -> Iterator[str]:
@@ -61,6 +64,25 @@ def compared(rows: int, queries: int | None, rounds: int, dimension: int = 384) 
         f"{'':<4}recall@{K} {lists.recall:.3f} with {lists.nprobe} of {lists.nlist} lists, "
         f"built and measured in {building:.1f} s"
     )
+
+
+def counted(rows: int, rounds: int) -> Iterator[str]:
+    """Compare searches of hashed words (`--encoder tfidf`), in captions of eight that follow Zipf's law."""
+    rng = np.random.default_rng(2)
+    captions = [" ".join(map("w{}".format, words)) for words in rng.zipf(1.3, (rows, 8)) % 5000]
+    vectors = HashedWords(lambda: iter([captions]), weighted=True).encode(captions, rows)
+    sparse = csr_array(vectors)
+    flat = faiss.IndexFlatIP(vectors.shape[1])
+    flat.add(vectors)  # pyrefly: ignore[missing-argument]
+    peers = {
+        "faiss IndexFlatIP, k + 1": lambda: flat.search(vectors, K + 1),  # pyrefly: ignore[missing-argument]
+        "scikit-learn, brute, sparse, k + 1": lambda: (
+            NearestNeighbors(metric="cosine", algorithm="brute").fit(sparse).kneighbors(sparse, K + 1)
+        ),
+    }
+    for name, peer in peers.items():
+        times = alternate(lambda: ExactIndex(vectors).search(np.arange(rows), K), peer, rounds)
+        yield told(f"neighbors, words of {rows:,} captions", name, times)
 
 
 def unit(vectors: np.ndarray) -> np.ndarray:
@@ -146,6 +168,8 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3, help="times of which the median is told")
     given = parser.parse_args()
     for line in compared(given.rows, given.queries, given.rounds):
+        print(line, flush=True)
+    for line in counted(min(given.rows, 10_000), given.rounds):
         print(line, flush=True)
 
 

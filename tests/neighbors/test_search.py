@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from likewise.errors import InputError
-from likewise.neighbors.arithmetic import Arithmetic, ends, multiply, radius, rounded
+from likewise.neighbors.arithmetic import Arithmetic, compact, ends, multiply, radius, rounded
 from likewise.neighbors.search import ExactIndex, group_equal, top_k
 
 ARITHMETICS = {
@@ -159,6 +159,47 @@ def test_block_size_arithmetic_and_part_change_no_byte(coded: bool, monkeypatch:
     some = np.array([1499, 5, 1024, 5])
     part = top_k(vectors, grouped, some, k, differ=differ, same=same)
     assert all(a.tobytes() == b[some].tobytes() for a, b in zip(part, whole, strict=True))
+
+
+def word_counts(n: int, words: int, weights: list[float], seed: int) -> np.ndarray:
+    """Unit rows of one or four words of very different frequency, and some without any."""
+    rng = np.random.default_rng(seed)
+    counts = np.zeros((n, words), np.float32)
+    for row in range(n):
+        own = rng.choice(
+            words, rng.choice([1, 4]), replace=False, p=(p := 1 / np.arange(1, words + 1)) / p.sum()
+        )
+        counts[row, own] = rng.choice(weights, len(own))
+    counts[rng.random(n) < 0.05] = 0
+    return counts / np.maximum(np.linalg.norm(counts, axis=1, keepdims=True), 1e-9)
+
+
+@pytest.mark.parametrize("coded", [False, True])
+@pytest.mark.parametrize("memory", [1, 2**29])
+def test_sparse_vectors_with_many_ties_equal_brute_force(coded: bool, memory: int) -> None:
+    n, k, rng = 500, 9, np.random.default_rng(4)
+    # Numbers are 1, -1, 0.5 and -0.5, so that sums are the same in every order.
+    vectors = word_counts(n, 300, [1, -1], 5)
+    assert not isinstance(compact(vectors), np.ndarray)
+    differ = codes(n, 30, 0.5, rng)[:, None] if coded else None
+    same = codes(n, 3, 0.1, rng) if coded else None
+    found = ExactIndex(vectors, differ=differ, same=same, memory=memory).search(np.arange(n), k)
+    expected, scores = brute_force(vectors, k, differ, same)
+    np.testing.assert_array_equal(found[0], expected)
+    np.testing.assert_array_equal(found[1], scores.astype(np.float32))
+
+
+def test_blocks_and_parts_of_sparse_vectors_change_no_byte_and_agree_with_dense_ones() -> None:
+    n, k = 3000, 7
+    vectors = word_counts(n, 500, [0.3, 1, 1.7, -2.9], 6)
+    whole = ExactIndex(vectors).search(np.arange(n), k)
+    again = ExactIndex(vectors, memory=1_500_000).search(np.arange(n), k)
+    assert all(a.tobytes() == b.tobytes() for a, b in zip(whole, again, strict=True))
+    some = np.array([2999, 5, 1024, 5])
+    part = ExactIndex(vectors).search(some, k)
+    assert all(a.tobytes() == b[some].tobytes() for a, b in zip(part, whole, strict=True))
+    _, similarity = top_k(vectors, group_equal(vectors), np.arange(n), k)
+    np.testing.assert_allclose(whole[1], similarity, rtol=2e-7)
 
 
 def test_crowds_of_equals_that_codes_keep_apart_are_searched_in_bounded_memory() -> None:

@@ -1,11 +1,19 @@
 """Fast products of blocks of vectors, and how far off they can be."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
+from typing import Any
 
 import numpy as np
 import torch
+from scipy.sparse import csr_array, vstack
 from torch import Tensor
+
+# (n, d): an array of float32, or scipy's csr_array of float64, whose annotations lack indexing.
+Vectors = Any
+_SPARSE = 1 / 64  # nonzero share below which a sparse product is faster than a dense one
+_ROWS = 4096
 
 
 @dataclass(frozen=True)
@@ -23,6 +31,22 @@ class Arithmetic:
     dtype: torch.dtype
     inner: float
     outer: float
+
+
+EXACT = Arithmetic("cpu", torch.float64, 0.0, 0.0)
+
+
+def compact(vectors: np.ndarray) -> Vectors:
+    """Return vectors (n, d) float32 as sparse float64 where nearly all of it is zero, as in word counts.
+
+    Such vectors have few different similarities, many of them 0. Their fast product is the exact one, summed
+    column by column in float64, so that ties need not be told apart by scoring each pair again.
+    """
+    sample = vectors[:: max(1, len(vectors) // 1000)]
+    if not len(vectors) or np.count_nonzero(sample) > _SPARSE * sample.size:
+        return vectors
+    starts = range(0, len(vectors), _ROWS)
+    return csr_array(vstack([csr_array(vectors[at : at + _ROWS], dtype=np.float64) for at in starts], "csr"))
 
 
 def fast_arithmetic(device: str) -> Arithmetic:
@@ -103,3 +127,26 @@ def reaches(similar: Tensor, least: np.ndarray) -> Tensor:
         bits, least_bits = similar.view(torch.int16).numpy(), bound.view(torch.int16).numpy()
         return torch.from_numpy(bits >= least_bits)
     return similar >= bound
+
+
+def compare_with(
+    vectors: Vectors, rows: np.ndarray, arithmetic: Arithmetic
+) -> Callable[[np.ndarray], tuple[Tensor, np.ndarray]]:
+    """Return what multiplies some rows with others: (c,) -> products (m, c) and their radius (m,) float64."""
+    if not isinstance(vectors, np.ndarray):
+        own, exact = vectors[rows], np.zeros(len(rows))
+        return lambda others: (torch.from_numpy((own @ vectors[others].T).toarray()), exact)
+    dense = rounded(vectors[rows], arithmetic)
+
+    def compare(others: np.ndarray) -> tuple[Tensor, np.ndarray]:
+        block = rounded(_gather(vectors, others), arithmetic)
+        return multiply(dense, block), radius(dense, block, arithmetic)
+
+    return compare
+
+
+def _gather(vectors: np.ndarray, rows: np.ndarray) -> np.ndarray:
+    """Copy some rows, at once where they lie side by side."""
+    if rows[-1] - rows[0] == len(rows) - 1 and (np.diff(rows) == 1).all():
+        return np.array(vectors[rows[0] : rows[-1] + 1])
+    return vectors[rows]

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from likewise.neighbors.arithmetic import Arithmetic, ends, multiply, radius, reaches, rounded
+from likewise.neighbors.arithmetic import Arithmetic, Vectors, compare_with, ends, reaches
 
 _RESCORED_BYTES = 2**19
 _LEAST = -1e30  # below all similarities, and above what is struck out
@@ -74,14 +74,23 @@ class Best:
         """Begin with nothing; `exact` scores pairs (rows, columns) in float64."""
         self.k = k
         self.floor = np.full(rows, -np.inf)
+        self._settled = np.full(rows, -np.inf)
         self._exact = exact
         # The k greatest lower ends that were seen of each row, rounded down: floors come from here.
         self._reached = torch.full((rows, k), -torch.inf)
         self._held = [(np.empty(0, np.int64), np.empty(0, np.int64), np.empty(0), np.empty(0))]
         self._count = 0
 
+    @property
+    def least(self) -> np.ndarray:
+        """What a later column must reach, (m,) float64: beyond k settled ones, as ties go to the earlier."""
+        return np.maximum(self.floor, np.nextafter(self._settled, np.inf))
+
     def add(self, rows: np.ndarray, columns: np.ndarray, low: np.ndarray, high: np.ndarray) -> None:
-        """Take new pairs on: (p,) int64 each, rows ascending; and their intervals' ends (p,) float64."""
+        """Take new pairs on: (p,) int64 each, rows ascending; and their intervals' ends (p,) float64.
+
+        Columns must come in ascending order of each row.
+        """
         self._raise(rows, low)
         self._held.append((rows, columns, low, high))
         self._count += len(rows)
@@ -120,6 +129,7 @@ class Best:
         rows, columns, score = rows[order], columns[order], score[order]
         place = np.arange(len(rows)) - np.searchsorted(rows, np.arange(len(self.floor)))[rows]
         last = place == self.k - 1
+        self._settled[rows[last]] = score[last]
         self.floor[rows[last]] = np.maximum(self.floor[rows[last]], score[last])
         kept = place < self.k
         self._held = [(rows[kept], columns[kept], score[kept], score[kept])]
@@ -137,7 +147,7 @@ class Best:
         return best, scores
 
 
-def exact_scores(vectors: np.ndarray, rows: np.ndarray, others: np.ndarray) -> np.ndarray:
+def exact_scores(vectors: Vectors, rows: np.ndarray, others: np.ndarray) -> np.ndarray:
     """Score pairs in float64; each pair's value depends on nothing but its two vectors."""
     scores = np.empty(len(rows))
     step = max(1, _RESCORED_BYTES // (4 * max(1, vectors.shape[1])))
@@ -161,7 +171,7 @@ def block_sizes(dimension: int, k: int, memory: int) -> tuple[int, int]:
 
 @torch.inference_mode()
 def best_columns(
-    vectors: np.ndarray,
+    vectors: Vectors,
     rows: np.ndarray,
     columns: np.ndarray,
     k: int,
@@ -172,7 +182,7 @@ def best_columns(
     """Return the k best admissible columns of each row.
 
     Args:
-        vectors: (n, d) float32.
+        vectors: (n, d) float32, or what `compact` made of them.
         rows: (m,) int64 rows of `vectors` to search for.
         columns: (c,) int64 rows of `vectors` to search among.
         k: How many.
@@ -185,12 +195,7 @@ def best_columns(
         similarities (m, k) float64, -inf there.
     """
     best = Best(len(rows), k, lambda mine, theirs: exact_scores(vectors, rows[mine], columns[theirs]))
-    queries = rounded(vectors[rows], arithmetic)
-
-    def compare(others: np.ndarray) -> tuple[Tensor, np.ndarray]:
-        block = rounded(_gather(vectors, others), arithmetic)
-        return multiply(queries, block), radius(queries, block, arithmetic)
-
+    compare = compare_with(vectors, rows, arithmetic)
     if len(columns) > 4 * width:
         # A sample first: where like lies beside like, the first block alone would say little of the others.
         sample = columns[:: len(columns) // width]
@@ -206,13 +211,6 @@ def best_columns(
             mine, theirs = np.divmod(part.cpu().numpy(), len(others))
             best.add(mine, theirs + start, *ends(value, off[mine], arithmetic))
     return best.result()
-
-
-def _gather(vectors: np.ndarray, rows: np.ndarray) -> np.ndarray:
-    """Copy some rows, at once where they lie side by side."""
-    if rows[-1] - rows[0] == len(rows) - 1 and (np.diff(rows) == 1).all():
-        return np.array(vectors[rows[0] : rows[-1] + 1])
-    return vectors[rows]
 
 
 def _crowd(best: Best) -> int:
@@ -247,7 +245,7 @@ def _places(
     """
 
     def chosen() -> Tensor:
-        return reaches(similar, np.maximum(best.floor - off, _LEAST))
+        return reaches(similar, np.maximum(best.least - off, _LEAST))
 
     places, struck = chosen(), admission.open
     if not struck and _count(places) > _crowd(best):

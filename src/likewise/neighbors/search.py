@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator
 import numpy as np
 
 from likewise.errors import InputError
-from likewise.neighbors.arithmetic import fast_arithmetic
+from likewise.neighbors.arithmetic import EXACT, Vectors, compact, fast_arithmetic
 from likewise.neighbors.grouping import Grouped, group_equal
 from likewise.neighbors.scan import Admission, best_columns, block_sizes
 
@@ -61,13 +61,15 @@ class ExactIndex(Index):
             same: (n,) int64 codes or None: only rows with an equal code >= 0 come together.
             record: (n,) int64 codes >= 0 or None: rows of one record are kept apart, and of another record
                 only the nearest row is found.
-            memory: Bytes that blocks may take; about 50 bytes a row and 4 a code come on top.
+            memory: Bytes that blocks may take; about 50 bytes a row and 4 a code come on top, and 12 for
+                each number that is not 0 where nearly all are.
             device: Where blocks are compared.
 
         Raises:
             InputError: for codes that are not one a row.
         """
         self.vectors, self.record = vectors, record
+        self._searched = compact(vectors)
         self.admission = Admission(_all_that_differ(vectors, differ, same, record), same)
         self.grouped = group_equal(vectors, self.admission.differ, same)
         self._memory, self._device = memory, device
@@ -82,7 +84,7 @@ class ExactIndex(Index):
         """Search as `search` does, and leave several rows of one record among what is found."""
         differ, same = self.admission.differ, self.admission.same
         return top_k(
-            self.vectors,
+            self._searched,
             self.grouped,
             rows,
             k,
@@ -109,7 +111,7 @@ def _all_that_differ(
 
 
 def top_k(
-    vectors: np.ndarray,
+    vectors: Vectors,
     grouped: Grouped,
     queries: np.ndarray,
     k: int,
@@ -122,7 +124,7 @@ def top_k(
     """Return the k nearest admissible other rows of some query rows.
 
     Args:
-        vectors: (n, d) float32 of unit length or zero, may be memory-mapped.
+        vectors: (n, d) float32 of unit length or zero, may be memory-mapped; or what `compact` made of them.
         grouped: What `group_equal` made of them and of the same codes.
         queries: (m,) int64 rows.
         k: How many neighbors; rows with fewer than k admissible others are padded.
@@ -139,8 +141,8 @@ def top_k(
     groups, back = np.unique(grouped.group[queries], return_inverse=True)
     best = np.full((len(groups), k + 1), -1, np.int64)
     scores = np.full((len(groups), k + 1), -np.inf)
-    admission = Admission(np.empty((len(vectors), 0), np.int64) if differ is None else differ, same)
-    arithmetic = fast_arithmetic(device)
+    admission = Admission(np.empty((vectors.shape[0], 0), np.int64) if differ is None else differ, same)
+    arithmetic = fast_arithmetic(device) if isinstance(vectors, np.ndarray) else EXACT
     height, width = block_sizes(vectors.shape[1], k + 1, memory)
     for some, columns in _tasks(grouped, groups, same, height):
         # One more than k, because a row's own group is among its best and may hold nobody else.
