@@ -5,16 +5,24 @@ environment as torchrun sets them. What each method's loss, gradients and state 
 import sys
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors.torch import save_file
 from torch.nn.functional import normalize
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from likewise.models.backbones import BackboneSpec, build_backbone
 from likewise.pretraining.catalog import METHODS
 from likewise.pretraining.methods import build_method
-from likewise.pretraining.methods.base import Shown
-from likewise.pretraining.processes import Processes, distributed, processes, share_batch_norms
+from likewise.pretraining.methods.base import Method, Shown
+from likewise.pretraining.processes import (
+    Processes,
+    SharedBatchNorm,
+    distributed,
+    processes,
+    share_batch_norms,
+)
 from likewise.pretraining.settings import TrainSettings
 
 PAIRS, WIDTH = 7, 6  # not divisible by two: the batch is shared unevenly
@@ -38,6 +46,7 @@ VARIANTS = {method: small(method) for method in METHODS} | {
     "simclr, weighted": replace(small("simclr"), negatives="weight", alike=0.3),
     "pair-classifier, in batch": replace(small("pair-classifier"), in_batch=True, alike=0.5, unlike=0.4),
     "pair-classifier, margin": replace(small("pair-classifier"), margin=0.2),
+    "moco, in chunks": replace(small("moco"), chunk_size=4),
 }
 
 
@@ -63,6 +72,17 @@ def whole_batch(settings: TrainSettings) -> Shown:
     )
 
 
+def hold_norms(method: Method, shown: Shown) -> None:
+    """Take batch norms' statistics from a batch and keep them, so that every chunk is normed alike."""
+    norms: list[Any] = [m for m in method.modules() if isinstance(m, _BatchNorm | SharedBatchNorm)]
+    for norm in norms:
+        norm.momentum = 1.0
+    with torch.no_grad():
+        method.embed(shown)
+    for norm in norms:
+        norm.eval()
+
+
 def one_step(name: str, among_rank: int, count: int) -> dict[str, torch.Tensor]:
     """Build a method, show it this process's part of the batch, and return what came of it."""
     settings, among = VARIANTS[name], Processes(among_rank, count)
@@ -80,6 +100,8 @@ def one_step(name: str, among_rank: int, count: int) -> dict[str, torch.Tensor]:
         tokens=batch.tokens[mine],
         sizes=among.sizes(PAIRS),
     )
+    if settings.chunk_size is not None:
+        hold_norms(method, shown)  # Other processes have other chunks, and norms in training compare those.
     torch.manual_seed(2)
     loss = stepper(shown).loss
     loss.backward()

@@ -34,6 +34,9 @@ class TrainSettings:
         epochs: Passes over the images; 100 if neither this nor `steps` is given, but at most 250,000 steps.
         steps: Steps in all, instead of epochs.
         batch_size: Pairs a step.
+        chunk_size: Pairs that pass through the network at a time, for batches beyond memory (gradient
+            caching). The loss is still that of the whole batch; a step costs one more forward pass, and batch
+            norm sees chunks. All at once where not given.
         method: What the loss asks: `simclr`, `dcl`, `supcon`, `nnclr`, `moco`, `moco-v3`, `simsiam`,
             `byol`, `swav`, `vicreg`, `barlow-twins`, `clip`, `siglip`, `declip`, `slip` or `pair-classifier`;
             docs/methods.md tells them apart.
@@ -78,6 +81,7 @@ class TrainSettings:
     epochs: int | None = None
     steps: int | None = None
     batch_size: int = 512
+    chunk_size: int | None = None
     views: str | None = None
     stem: Stem | None = None
     optimizer: Optimizer = "adamw"
@@ -125,6 +129,8 @@ class TrainSettings:
                 f"--batch-size is {self.batch_size}; images are told from others, and batch norm compares "
                 "them: a step needs at least 2"
             )
+        if self.chunk_size is not None and self.chunk_size < 2:
+            raise InputError(f"--chunk-size is {self.chunk_size}; batch norm compares images: give 2 or more")
         for name in ("epochs", "steps", "prototypes", "partners", "text_layers", "score_every", "patience"):
             check_between(name, getattr(self, name), 1, None)
         for name in ("queue", "small_views", "held_out"):

@@ -146,4 +146,6 @@ def build_method(
         queue: How long a queue is, where the method has one.
         vector_width: The width of the embeddings of captions, where the method uses them.
     """
-    return _BUILDERS[settings.method](Parts(settings, backbone, width, queue, vector_width))
+    method = _BUILDERS[settings.method](Parts(settings, backbone, width, queue, vector_width))
+    method.chunk_size = settings.chunk_size
+    return method

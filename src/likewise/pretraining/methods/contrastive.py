@@ -171,11 +171,14 @@ class MoCo(Method):
         self.queue = Queue(queue, head[-1])
         self.temperature, self.momentum = temperature, momentum
 
+    def begin(self, shown: Shown) -> None:
+        """Let the slow copy follow."""
+        if self.training:
+            self.slow.follow(self.backbone, self.projector, keep=self.momentum)
+
     def embed(self, shown: Shown) -> tuple[Tensor, Sequence[Tensor]]:
         """Return the features of the anchors, queries and keys."""
         anchors, partners = shown.views
-        if self.training:
-            self.slow.follow(self.backbone, self.projector, keep=self.momentum)
         (features,) = encode(self.backbone, [anchors])
         backbone, head = self.slow.copies
         with torch.no_grad():
@@ -217,10 +220,13 @@ class MoCoV3(Method):
         self.slow = Slow(self.backbone, self.projector)
         self.temperature, self.momentum = temperature, momentum
 
-    def embed(self, shown: Shown) -> tuple[Tensor, Sequence[Tensor]]:
-        """Return features, queries and keys of both views."""
+    def begin(self, shown: Shown) -> None:
+        """Let the slow copy follow."""
         if self.training:
             self.slow.follow(self.backbone, self.projector, keep=rising(self.momentum, shown.progress))
+
+    def embed(self, shown: Shown) -> tuple[Tensor, Sequence[Tensor]]:
+        """Return features, queries and keys of both views."""
         features = torch.cat(encode(self.backbone, shown.views))
         backbone, head = self.slow.copies
         with torch.no_grad():

@@ -56,10 +56,13 @@ class BYOL(Method):
         self.slow = Slow(self.backbone, self.projector)
         self.momentum = momentum
 
-    def embed(self, shown: Shown) -> tuple[Tensor, Sequence[Tensor]]:
-        """Return features, predictions and targets of both views."""
+    def begin(self, shown: Shown) -> None:
+        """Let the slow copy follow."""
         if self.training:
             self.slow.follow(self.backbone, self.projector, keep=rising(self.momentum, shown.progress))
+
+    def embed(self, shown: Shown) -> tuple[Tensor, Sequence[Tensor]]:
+        """Return features, predictions and targets of both views."""
         features = torch.cat(encode(self.backbone, shown.views))
         backbone, head = self.slow.copies
         with torch.no_grad():
