@@ -4,7 +4,8 @@ import numpy as np
 import pytest
 import torch
 from scipy.stats import ks_2samp
-from torchvision.transforms import RandomResizedCrop
+from sklearn.datasets import load_sample_images
+from torchvision.transforms import RandomResizedCrop, v2
 from torchvision.transforms.v2 import functional as tv
 
 from likewise.collection.packed import pack_images
@@ -77,7 +78,7 @@ def test_a_cut_is_torchvisions_resized_crop() -> None:
         (views._brightness, tv.adjust_brightness, [0.6, 1.0, 1.4]),
         (views._contrast, tv.adjust_contrast, [0.6, 1.0, 1.4]),
         (views._saturation, tv.adjust_saturation, [0.6, 1.0, 1.4]),
-        (views._hue, tv.adjust_hue, [-0.1, 0.0, 0.07]),
+        (views._hue, tv.adjust_hue, [-0.5, -0.1, 0.0, 0.07, 0.4]),
     ],
 )
 def test_each_change_of_colour_is_torchvisions(ours, theirs, amounts) -> None:  # noqa: ANN001
@@ -121,6 +122,46 @@ def test_shares_and_strengths_are_as_the_recipe_says() -> None:
     assert (factor == 1).float().mean().item() == pytest.approx(0.2, abs=0.03)
     assert factor.min().item() == pytest.approx(0.6, abs=0.01)
     assert factor.max().item() <= 1.25 + 1e-6  # clipped at white
+
+
+def moments(shown: torch.Tensor) -> dict[str, np.ndarray]:
+    """Describe each view by what its changes move: (n, 3, h, w) -> name to (n,)."""
+    grey = shown.mean(dim=1)
+    each = {
+        "red": shown[:, 0].mean(dim=(1, 2)),
+        "blue": shown[:, 2].mean(dim=(1, 2)),
+        "contrast": grey.std(dim=(1, 2)),
+        "colour": (shown.amax(dim=1) - shown.amin(dim=1)).mean(dim=(1, 2)),
+        "red over blue": (shown[:, 0] - shown[:, 2]).std(dim=(1, 2)),
+        "sharpness": (grey[:, :, 1:] - grey[:, :, :-1]).abs().mean(dim=(1, 2)) / grey.std(dim=(1, 2)),
+        "left over right": (grey[:, :, :36] - grey[:, :, 36:]).mean(dim=(1, 2)),
+        "top over bottom": (grey[:, :36] - grey[:, 36:]).mean(dim=(1, 2)),
+    }
+    return {name: value.numpy() for name, value in each.items()}
+
+
+def test_whole_views_are_distributed_as_torchvision_makes_them() -> None:
+    photo = torch.tensor(load_sample_images().images[1]).permute(2, 0, 1)
+    photo = tv.resize(photo, [96], antialias=True)
+    pixels, n, recipe = photo.permute(1, 2, 0).contiguous().numpy(), 2500, RECIPES["simclr"]
+    draws = draw_view(np.arange(n), 0, seed=0, epoch=0)
+    boxes = crop_boxes(np.tile(pixels.shape[:2], (n, 1)), draws.crop, recipe.crop)
+    crops = [cut(pixels, boxes[i], 72, mirrored=bool(draws.crop[i, -1] < recipe.flip)) for i in range(n)]
+    ours = moments(change_colours(torch.stack(crops) / 255, draws.colour, recipe))
+    # The blur's kernel and width are in proportion to the side.
+    blur = v2.GaussianBlur(5, (0.1 * 72 / 224, 2.0 * 72 / 224))
+    transform = v2.Compose([
+        v2.RandomResizedCrop(72, scale=(0.2, 1.0), antialias=True),
+        v2.RandomHorizontalFlip(),
+        v2.ToDtype(torch.float32, scale=True),
+        v2.RandomApply([v2.ColorJitter(0.4, 0.4, 0.4, 0.1)], 0.8),
+        v2.RandomGrayscale(0.2),
+        v2.RandomApply([blur], 0.5),
+    ])  # fmt: skip
+    torch.manual_seed(0)
+    theirs = moments(torch.stack([transform(photo) for _ in range(n)]))
+    for name, values in ours.items():
+        assert ks_2samp(values, theirs[name]).pvalue > 1e-3, name
 
 
 def test_a_pair_of_one_image_is_decoded_once_and_cut_as_if_twice(

@@ -22,6 +22,7 @@ _ATTEMPTS = 10
 _CROP_DRAWS = 4 * _ATTEMPTS + 1
 COLOUR_DRAWS = 9
 _REFERENCE_SIDE = 224
+_SMALLEST = torch.finfo(torch.float32).tiny
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -162,7 +163,7 @@ def _jitter(
             rows = torch.from_numpy(np.flatnonzero(chosen & (orders[:, place] == which))).to(images.device)
             if len(rows):
                 amount = torch.from_numpy(bounds[:, which]).to(images)[rows].view(-1, 1, 1, 1)
-                images[rows] = change(images[rows], amount)
+                images.index_copy_(0, rows, change(images.index_select(0, rows), amount))
     return images
 
 
@@ -190,17 +191,20 @@ def _saturation(images: Tensor, factor: Tensor) -> Tensor:
 
 def _hue(images: Tensor, turn: Tensor) -> Tensor:
     """Turn the hue in HSV: h' = h + turn, with value and saturation as they are."""
-    value, which = images.max(dim=1)
-    spread = value - images.min(dim=1).values
-    safe = torch.where(spread > 0, spread, 1)
     red, green, blue = images.unbind(1)
-    sector = torch.stack([(green - blue) / safe, 2 + (blue - red) / safe, 4 + (red - green) / safe], dim=1)
-    hue = (sector.gather(1, which.unsqueeze(1)).squeeze(1) / 6 + turn.squeeze(1)) % 1
+    value = torch.maximum(torch.maximum(red, green), blue)
+    spread = value - torch.minimum(torch.minimum(red, green), blue)
+    reddest, greenest = value == red, value == green
+    sector = torch.where(reddest, green - blue, torch.where(greenest, blue - red, red - green))
+    sector /= spread.clamp(min=_SMALLEST)
+    sector += torch.where(reddest, 0.0, torch.where(greenest, 2.0, 4.0))
+    sector += 6 * turn.squeeze(1)
     # Each channel is the value less a share of the spread that depends on its distance in hue
     # (the closed form of HSV to RGB: v - c * max(0, min(k, 4 - k, 1)), k = (n + 6h) mod 6).
-    at = (torch.tensor([5.0, 3.0, 1.0], device=images.device).view(1, 3, 1, 1) + 6 * hue.unsqueeze(1)) % 6
-    share = torch.minimum(torch.minimum(at, 4 - at), torch.ones_like(at)).clamp(min=0)
-    return (value.unsqueeze(1) - spread.unsqueeze(1) * share).clamp(0, 1)
+    at = torch.tensor([5.0, 3.0, 1.0], device=images.device).view(1, 3, 1, 1) + sector.unsqueeze(1)
+    at -= (at / 6).floor_().mul_(6)
+    share = at.sub_(2).abs_().neg_().add_(2).clamp_(0, 1)
+    return share.mul_(spread.unsqueeze(1)).neg_().add_(value.unsqueeze(1)).clamp_(0, 1)
 
 
 def _blur(images: Tensor, chosen: np.ndarray, sigma: np.ndarray) -> Tensor:
@@ -213,13 +217,11 @@ def _blur(images: Tensor, chosen: np.ndarray, sigma: np.ndarray) -> Tensor:
     offsets = torch.arange(-reach, reach + 1, device=images.device)
     weights = torch.exp(-0.5 * (offsets / widths[:, None]) ** 2)
     weights = weights / weights.sum(dim=1, keepdim=True)
-    blurred = images[rows]
+    blurred = images.index_select(0, rows)
     for dim, border in ((-2, (0, 0, reach, reach)), (-1, (reach, reach, 0, 0))):
         padded = pad(blurred, border, "reflect")
         # A sum of shifted images: kernels are short, and each image has its own weights.
         blurred = torch.zeros_like(blurred)
         for i, weight in enumerate(weights.unbind(1)):
-            blurred += weight.view(-1, 1, 1, 1) * padded.narrow(dim, i, side)
-    images = images.clone()
-    images[rows] = blurred
-    return images
+            blurred.addcmul_(padded.narrow(dim, i, side), weight.view(-1, 1, 1, 1))
+    return images.index_copy(0, rows, blurred)
