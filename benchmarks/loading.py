@@ -9,6 +9,7 @@ TABLE of one's own has columns that `likewise import` knows.
 
 import sys
 import tempfile
+from collections.abc import Iterator
 from itertools import cycle
 from pathlib import Path
 from typing import Any
@@ -35,17 +36,16 @@ from likewise.pretraining.settings import Showing
 PHOTOS, PAIRS = 256, 64
 
 
-def make_photos(folder: Path, count: int = PHOTOS) -> Path:
-    """Write a table of JPEG photographs, each a window of one of scikit-learn's two."""
+def make_photos(folder: Path, count: int = PHOTOS, sides: tuple[int, int] = (375, 500)) -> Path:
+    """Write a table of JPEG photographs, each a window of one of scikit-learn's two, which go on round."""
     folder.mkdir()
     rng = np.random.default_rng(0)
     sources = load_sample_images().images
     lines = ["file,caption"]
     for number in range(count):
         pixels = sources[number % 2]
-        top, left = (int(rng.integers(0, side - part)) for side, part in
-                     zip(pixels.shape[:2], (375, 500), strict=True))  # fmt: skip
-        Image.fromarray(pixels[top : top + 375, left : left + 500]).save(folder / f"{number}.jpg", quality=90)
+        turned = np.roll(pixels, [int(rng.integers(side)) for side in pixels.shape[:2]], axis=(0, 1))
+        Image.fromarray(turned[: sides[0], : sides[1]]).save(folder / f"{number}.jpg", quality=90)
         lines.append(f"{number}.jpg,window {number} of photograph {number % 2}")
     table = folder / "photos.csv"
     table.write_text("\n".join(lines) + "\n")
@@ -53,21 +53,30 @@ def make_photos(folder: Path, count: int = PHOTOS) -> Path:
 
 
 def run(table: Path | None = None, rounds: int = 5) -> list[str]:
-    """Compare with lightly's data set and with torchvision's `read_image`, each followed by a crop."""
+    """Compare with lightly's data set and with torchvision's `read_image`, each followed by a crop.
+
+    The photographs are 500 x 375 pixels, as Flickr shows them, and 640 x 427, or those of a table.
+    """
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
-        with tempfile.TemporaryDirectory() as name:
-            folder = Path(name)
-            table = make_photos(folder / "photos") if table is None else table
-            collection = import_collection(table, folder / "c", ImportOptions())
-            return [
-                line
-                for size, raw_bytes in ((224, packed.RAW_BYTES), (224, 0), (64, 0))
-                for line in _compare(collection, size, raw_bytes, rounds)
-            ]
+        if table is not None:
+            return list(_compare_all(table, rounds))
+        lines = []
+        for sides in ((375, 500), (427, 640)):
+            with tempfile.TemporaryDirectory() as folder:
+                photos = make_photos(Path(folder) / "photos", sides=sides)
+                lines += [f"photographs of {sides[1]} x {sides[0]}:", *_compare_all(photos, rounds)]
+        return lines
     finally:
         torch.set_num_threads(threads)
+
+
+def _compare_all(table: Path, rounds: int) -> Iterator[str]:
+    with tempfile.TemporaryDirectory() as folder:
+        collection = import_collection(table, Path(folder) / "c", ImportOptions())
+        for size, raw_bytes in ((224, packed.RAW_BYTES), (224, 0), (64, 0)):
+            yield from _compare(collection, size, raw_bytes, rounds)
 
 
 def _compare(collection: Collection, size: int, raw_bytes: int, rounds: int) -> list[str]:
@@ -78,7 +87,7 @@ def _compare(collection: Collection, size: int, raw_bytes: int, rounds: int) -> 
     photos = LightlyDataset(str(collection.root), transform=transform)
     places = cycle(range(len(files)))
     with patch.object(packed, "RAW_BYTES", raw_bytes):
-        images = packed.pack_images(collection, size * 3 // 2)
+        images = packed.pack_images(collection, packed.side_to_pack(size, len(collection)))
     # Each image beside another one, so that ours decodes as many as the peers do.
     others = Showing(who=0, views="crop", size=size), Showing(who=1, views="crop", size=size)
     batches = PairBatches(

@@ -11,7 +11,7 @@ from PIL import Image
 from likewise.artifacts import MANIFEST
 from likewise.collection.images import BadImageError, check_shape, decode, read_bytes
 from likewise.collection.importing import import_collection
-from likewise.collection.packed import PackedImages, pack_images, shrink
+from likewise.collection.packed import PackedImages, pack_images, shrink, side_to_pack
 from likewise.collection.records import Collection, ImageRef
 from likewise.collection.sources.candidates import ImportOptions
 from likewise.errors import ArtifactError
@@ -168,3 +168,10 @@ def test_a_missing_image_folder_is_told_and_leaves_no_cache(emoji: Path, tmp_pat
         pack_images(made, 32)
     (tmp_path / "elsewhere").rename(pictures)
     assert len(pack_images(made, 32).usable) == 20
+
+
+def test_views_are_packed_half_as_large_again_where_pixels_fit_and_as_small_jpegs_else() -> None:
+    assert side_to_pack(48, 10**9) == 72
+    assert side_to_pack(128, 10**9) == 192
+    assert side_to_pack(224, 5_000) == 336
+    assert side_to_pack(224, 1_000_000) == 256

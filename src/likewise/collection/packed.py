@@ -2,12 +2,13 @@
 
 Pairs need two images from anywhere in the collection at once. Raw RGB is kept up to a short side of
 `RAW_LIMIT` pixels, and above it as long as all images together take about `RAW_BYTES` or less, because a
-crop of it costs a fraction of decoding a JPEG; else JPEG. Each shard is one flat `.npy` of bytes, mapped
-into memory, with an index of (offset, length, height, width) per image; length 0 marks an image that could
-not be read any more.
+crop of it costs a fraction of decoding a JPEG; else JPEG, of fewer pixels (`side_to_pack`). Each shard is one
+flat `.npy` of bytes, mapped into memory, with an index of (offset, length, height, width) per image; length 0
+marks an image that could not be read any more.
 """
 
 import io
+import math
 from collections import Counter
 from functools import lru_cache
 from pathlib import Path
@@ -41,6 +42,25 @@ def shrink(pixels: np.ndarray, short_side: int) -> np.ndarray:
     return np.asarray(Image.fromarray(pixels).resize(size, Image.Resampling.BICUBIC))
 
 
+def side_to_pack(view: int, images: int) -> int:
+    """Return the short side in pixels at which to pack so many images for square views of a side.
+
+    Raw, half as large again as views, so that small crops keep detail. A JPEG takes as long as it has pixels:
+    there 8/7 of the view, the 256 for 224 pixels at which others keep ImageNet, too.
+    """
+    roomy = math.ceil(1.5 * view)
+    return roomy if _fits_raw(roomy, images) else math.ceil(view * 8 / 7)
+
+
+def _fits_raw(short_side: int, images: int) -> bool:
+    return short_side <= RAW_LIMIT or images * _raw_size(short_side) <= RAW_BYTES
+
+
+def _raw_size(short_side: int) -> int:
+    """Return the bytes of a raw image whose sides are as 4 to 3."""
+    return 4 * short_side**2
+
+
 def pack_images(
     collection: Collection, short_side: int, *, workers: int | None = None, progress: Progress = SILENT
 ) -> "PackedImages":
@@ -51,10 +71,9 @@ def pack_images(
     """
     if not collection.root.is_dir():
         raise ArtifactError(f"{collection.root}, which holds the images of {collection.path}, is not there")
-    size = 4 * short_side**2  # of a raw image whose sides are as 4 to 3
-    raw = short_side <= RAW_LIMIT or len(collection) * size <= RAW_BYTES
+    raw = _fits_raw(short_side, len(collection))
     # JPEGs are small: fewer of them a shard would only be more files, of which few are open at a time.
-    rows = max(1, min(_ROWS, _SHARD_BYTES // size)) if raw else _ROWS
+    rows = max(1, min(_ROWS, _SHARD_BYTES // _raw_size(short_side))) if raw else _ROWS
     codec = "rgb" if raw else f"jpeg-{_QUALITY}"
     path = collection.path / "packed" / f"{short_side}px-{codec}"
     settings = {"short_side": short_side, "codec": codec, "rows": rows}

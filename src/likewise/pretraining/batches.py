@@ -38,7 +38,7 @@ class Batch:
         partners: One array (b,) for each partner that is shown, equal to the anchor's where it is paired with
             itself.
         sizes: How many pairs each process shows.
-        crops: A tensor (part, 3, side, side) uint8 for each view.
+        crops: A tensor (part, 3, side, side) uint8 for each view, channels last in memory.
         colours: An array (part, 9) of draws in [0, 1) for each view.
         captions: (2, b, d) float32 unit vectors of what describes anchors and first partners, zero where
             nothing does; None where no method asks for them.
@@ -58,7 +58,7 @@ class Batch:
     def shown(self, recipes: Sequence[ViewRecipe], device: torch.device, progress: float = 0.0) -> Shown:
         """Finish the views on a device, each by its recipe, and send what else a method needs there."""
         views = [
-            standardise(change_colours(crops.to(device, non_blocking=True).float() / 255, draws, recipe))
+            standardise(change_colours(_floats(crops.to(device, non_blocking=True)), draws, recipe))
             for crops, draws, recipe in zip(self.crops, self.colours, recipes, strict=True)
         ]
         captions, tokens, groups = (
@@ -73,6 +73,12 @@ class Batch:
             groups=groups,
             progress=progress,
         )
+
+
+def _floats(crops: Tensor) -> Tensor:
+    """Return pixels (b, 3, h, w) uint8 as float32 in [0, 1], each channel by itself."""
+    # In place, as fresh memory for a large batch takes longer than the division.
+    return crops.to(torch.float32, memory_format=torch.contiguous_format).div_(255)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -206,4 +212,5 @@ class PairBatches:
                     decoded[position] = self.images.pixels(position)
                 mirrored = bool(draws[view].crop[row, -1] < recipe.flip)
                 views[view].append(cut(decoded[position], boxes[view][row], each.size, mirrored=mirrored))
-        return [torch.stack(each) for each in views]
+        # Pixels lie as they were cut, channels last: to lay each channel by itself is left to the device.
+        return [torch.stack([view.permute(1, 2, 0) for view in each]).permute(0, 3, 1, 2) for each in views]

@@ -1,6 +1,5 @@
 """What is made ready before the first step of a run."""
 
-import math
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -10,7 +9,7 @@ from torch import nn
 
 from likewise.artifacts import Artifact, begin, fingerprint
 from likewise.collection.filters import read_filter
-from likewise.collection.packed import PackedImages, pack_images
+from likewise.collection.packed import PackedImages, pack_images, side_to_pack
 from likewise.collection.records import Collection
 from likewise.embeddings.embed import look_up_embeddings
 from likewise.errors import InputError, ModelError
@@ -38,7 +37,6 @@ from likewise.pretraining.tokens import make_tokens
 from likewise.progress import Progress
 
 KIND = "run"
-PACKED_MARGIN = 1.5  # images are packed half as large again as views, so that small crops keep detail
 _NAMES = ("encoder", "image_encoder", "filter", "pairs_file", "index")
 
 
@@ -78,7 +76,7 @@ def prepare(
     plan(chosen, len(source), source.path)
     words = _words(source, chosen, shown, progress)
     pairs = make_pairs(source, shown, device=on.type, progress=progress)
-    images = pack_images(source, math.ceil(PACKED_MARGIN * chosen.size), workers=workers, progress=progress)
+    images = pack_images(source, side_to_pack(chosen.size, len(source)), workers=workers, progress=progress)
     if len(images.usable) < len(source):
         pairs = make_pairs(source, shown, images.usable, device=on.type, progress=progress)
     scorer = None

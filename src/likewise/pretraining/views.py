@@ -142,7 +142,7 @@ def change_colours(
 def standardise(images: Float[Tensor, "b 3 h w"]) -> Float[Tensor, "b 3 h w"]:
     """Subtract ImageNet's mean and divide by its deviation, channel by channel."""
     mean, std = (torch.tensor(v, device=images.device).view(3, 1, 1) for v in (IMAGENET_MEAN, IMAGENET_STD))
-    return (images - mean) / std
+    return (images - mean).div_(std)
 
 
 def restore(views: Float[Tensor, "... 3 h w"]) -> Float[Tensor, "... 3 h w"]:
