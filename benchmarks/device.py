@@ -1,15 +1,15 @@
-"""The whole training loop on one device: images a second, share of its bf16 rate, data wait, memory.
+"""The whole training loop on one device: images a second, share of its product rate, data wait, memory.
 
     python -m benchmarks.device [--device cuda] [--backbone resnet50] [--size 224] [--batch-size 512]
 
 Pairs of photographs come from a packed cache; the peer is the same backbone, head, loss and optimizer on one
-batch of random images that lies on the device. The rate is that of the largest product of square bfloat16
-matrices tried here, measured, not a data sheet's. On a processor give a small shape: it is the same code.
+batch of random images that lies on the device. The rate is that of a product of square matrices, measured,
+not a data sheet's. Both are in bfloat16 where the device multiplies it, as `--precision auto` chooses. On a
+processor give a small shape: it is the same code.
 """
 
 import argparse
 import tempfile
-import time
 from collections.abc import Iterator
 from itertools import count
 from pathlib import Path
@@ -19,41 +19,24 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks.loading import make_photos
 from benchmarks.step import bare_steps, make_trainer, train
-from benchmarks.timing import alternate
+from benchmarks.timing import alternate, product_rate, wait
 from likewise.collection.importing import import_collection
 from likewise.collection.sources.candidates import ImportOptions
 from likewise.launch import default_workers, resolve_device
 from likewise.pretraining.methods.base import Shown
-
-
-def wait(device: torch.device) -> None:
-    """Wait until a device has done what it was asked."""
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-
-
-def product_rate(device: torch.device, side: int) -> float:
-    """Return the FLOP/s of a product of square bfloat16 matrices, the best of ten."""
-    matrix = torch.randn(side, side, device=device, dtype=torch.bfloat16)
-    best = float("inf")
-    for _ in range(10):
-        wait(device)
-        start = time.perf_counter()
-        matrix @ matrix
-        wait(device)
-        best = min(best, time.perf_counter() - start)
-    return 2 * side**3 / best
+from likewise.pretraining.train import _dtype
 
 
 def run(device: torch.device, name: str, size: int, batch: int, steps: int, rounds: int) -> Iterator[str]:
     """Yield what was measured, a line each."""
+    dtype = _dtype("auto", device)
     with tempfile.TemporaryDirectory() as where:
         folder = Path(where)
         table = make_photos(folder / "photos", 2 * batch)
         collection = import_collection(table, folder / "c", ImportOptions())
         trainer = make_trainer(
             collection, folder, "simclr", name, size, batch, steps,
-            device=device, dtype=torch.bfloat16, workers=max(1, default_workers() - 1),
+            device=device, dtype=dtype, workers=max(1, default_workers() - 1),
         )  # fmt: skip
         fresh = count()
         ready = Shown(
@@ -69,9 +52,9 @@ def run(device: torch.device, name: str, size: int, batch: int, steps: int, roun
         seconds, plain, ratio = alternate(lambda: train(trainer, folder / str(next(fresh))), bare, rounds)
         waited = train(trainer, folder / "last")[-1]["data_wait"]
         side = 16384 if device.type == "cuda" else 2048
-        rate, peak = counter.get_total_flops() * steps / seconds, product_rate(device, side)
+        rate, peak = counter.get_total_flops() * steps / seconds, product_rate(device, dtype, side)
         shown = 2 * batch * steps
-        yield f"{name}, {size} px, batch {batch} pairs, bf16, {steps} steps, simclr views, on {told(device)}"
+        yield f"{name}, {size} px, batch {batch} pairs, {dtype}, {steps} steps, on {told(device)}"
         yield f"images a second: {shown / seconds:,.0f}; bare steps {shown / plain:,.0f}"
         yield f"the loop's share of the bare steps' rate: {ratio:.3f}"
         yield f"arithmetic: {rate / 1e12:.3g} TFLOP/s, {rate / peak:.1%} of a product's {peak / 1e12:.3g}"

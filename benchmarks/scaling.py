@@ -1,11 +1,12 @@
 """How time and memory of each stage grow with the collection, and what that predicts.
 
-    python -m benchmarks.scaling [--most 100000]
+    python -m benchmarks.scaling [--most 100000] [--captions 10]
 
 Every stage is a command of its own, as users run it, on 1,000, 10,000, … images: the emoji pictures, shown
-again and again, with captions that a number makes different. Printed are seconds and peak memory of the
-process, the slope of the time between the two largest sizes (1: linear, 2: quadratic), and the time that this
-slope predicts for more, on this machine. Memory that is mapped from disk counts as long as it is resident.
+again and again, each with some captions that numbers make different. Printed are seconds and peak memory of
+the process, the slope of the time between the two largest sizes (1: linear, 2: quadratic), and the hours that
+this slope predicts for more images, on this machine, with how many machines like it would do them in a day.
+Memory that is mapped from disk counts as long as it is resident.
 """
 
 import argparse
@@ -54,8 +55,8 @@ def spent(arguments: list[str]) -> tuple[float, int]:
     return perf_counter() - start, usage.ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
-def make_table(emoji: Path, n: int) -> Path:
-    """Write a table of n rows, each of a file of its own: links, as rows of one file would be one image."""
+def make_table(emoji: Path, n: int, captions: int) -> Path:
+    """Write a table of n images with so many rows each, every image a file of its own: a link."""
     with emoji.open(encoding="utf-8", newline="") as file:
         rows = [(emoji.parent / row["file"], row["caption"]) for row in csv.DictReader(file)]
     folder = emoji.parent.with_name(f"pictures-{n}")
@@ -66,11 +67,12 @@ def make_table(emoji: Path, n: int) -> Path:
         writer.writerow(("file", "caption"))
         for number, (picture, text) in enumerate(islice(cycle(rows), n)):
             (folder / f"{number}.png").hardlink_to(picture)
-            writer.writerow((f"{number}.png", f"{text} {number}"))
+            for nth in range(captions):
+                writer.writerow((f"{number}.png", f"{text} {number} {nth}"))
     return table
 
 
-def run(most: int) -> Iterator[str]:
+def run(most: int, captions: int) -> Iterator[str]:
     """Yield a line for each stage and size, then one a stage with its slope and predictions."""
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
@@ -80,22 +82,26 @@ def run(most: int) -> Iterator[str]:
         for n in sizes:
             out = folder / str(n)
             out.mkdir()
-            for stage, arguments in stages(make_table(emoji, n), out).items():
+            for stage, arguments in stages(make_table(emoji, n, captions), out).items():
                 took, memory = spent(arguments)
                 seconds.setdefault(stage, []).append(took)
                 yield f"{stage:<16} {n:>9,} images {took:9.1f} s {memory / 2**20:8.0f} MiB"
         for stage, each in seconds.items():
             slope = math.log(each[-1] / each[-2]) / math.log(sizes[-1] / sizes[-2])
             hours = [each[-1] * (n / sizes[-1]) ** slope / 3600 for n in (10**7, 10**8, 10**9)]
-            foretold = ", ".join(f"10^{7 + i}: {h:,.1f} h" for i, h in enumerate(hours))
+            foretold = ", ".join(
+                f"10^{7 + i}: {h:,.1f} h ({math.ceil(h / 24):,} machines)" for i, h in enumerate(hours)
+            )
             yield f"{stage:<16} slope {slope:.2f}; predicts {foretold}"
 
 
 def main() -> None:
     """Print the figures."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--most", type=int, default=100_000)
-    for line in run(parser.parse_args().most):
+    parser.add_argument("--most", type=int, default=100_000, help="images in the largest collection")
+    parser.add_argument("--captions", type=int, default=10, help="captions an image")
+    asked = parser.parse_args()
+    for line in run(asked.most, asked.captions):
         print(line, flush=True)
 
 

@@ -4,6 +4,8 @@ import statistics
 import time
 from collections.abc import Callable
 
+import torch
+
 
 def alternate(
     ours: Callable[[], object], peer: Callable[[], object], rounds: int = 5
@@ -29,3 +31,22 @@ def alternate(
 def told(name: str, peer: str, seconds: tuple[float, float, float]) -> str:
     """Lay one comparison out as a line."""
     return f"{name:<44} {seconds[0]:8.3f} s   {peer:<34} {seconds[1]:8.3f} s   ratio {seconds[2]:.2f}"
+
+
+def wait(device: torch.device) -> None:
+    """Wait until a device has done what it was asked."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def product_rate(device: torch.device, dtype: torch.dtype, side: int = 2048) -> float:
+    """Return the FLOP/s of a product of square matrices, the best of ten."""
+    matrix = torch.randn(side, side, device=device, dtype=dtype)
+    best = float("inf")
+    for _ in range(10):
+        wait(device)
+        start = time.perf_counter()
+        matrix @ matrix
+        wait(device)
+        best = min(best, time.perf_counter() - start)
+    return 2 * side**3 / best

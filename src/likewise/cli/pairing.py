@@ -44,7 +44,7 @@ def embed(
     Args:
         collection: A collection.
         encoder: What turns captions into vectors (see below); by default the paper's, all-mpnet-base-v2.
-        batch_size: Captions or images a forward pass.
+        batch_size: Captions or images a forward pass, at most.
         device: `cpu`, `cuda`, …; chosen by itself.
     """
     from likewise.embeddings.embed import embed as embed_all

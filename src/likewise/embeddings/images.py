@@ -110,6 +110,8 @@ class ImageRows(Rows):
     def _forward(self, crops: np.ndarray) -> np.ndarray:
         import torch
 
+        parts = torch.from_numpy(crops).split(self._encoder.at_once(self._device))
         with torch.inference_mode():
-            images = self._encoder.transform.standardise(torch.from_numpy(crops).to(self._device))
-            return unit_rows(self._encoder.model(images).float().cpu().numpy())
+            standard = (self._encoder.transform.standardise(part.to(self._device)) for part in parts)
+            features = torch.cat([self._encoder.model(part).float() for part in standard])
+        return unit_rows(features.cpu().numpy())

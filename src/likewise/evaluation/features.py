@@ -30,9 +30,6 @@ from likewise.progress import SILENT, Progress
 KIND = "features"
 VECTORS = "features.npy"
 _ROWS = 2048
-# Pixels of a batch. On a processor the maps of a larger one outgrow the caches, and memory is taken from the
-# system and given back at every layer: 4 images of 224 px at a time go four times faster than 64.
-_PIXELS = {"cpu": 4 * 224**2, "cuda": 256 * 224**2}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -72,8 +69,7 @@ def extract_features(
     key = key_of(KIND, {k: v for k, v in settings.items() if k != "name"}, inputs)
     artifact = begin(folder / f"{images.name}-{key[:8]}", KIND, settings, inputs, volatile=("name",))
     if not artifact.complete:
-        most = _PIXELS.get(on.type, _PIXELS["cpu"]) // encoder.transform.size**2
-        taken = max(1, most) if batch_size is None else batch_size
+        taken = encoder.at_once(on) if batch_size is None else batch_size
         artifact = _extract_missing(encoder, images, artifact, taken, workers, on, progress)
     vectors = read_array(artifact.path / VECTORS)
     rows = np.concatenate([

@@ -19,6 +19,9 @@ from likewise.models.others import hub_model, huggingface_model, torchvision_mod
 from likewise.models.transform import Transform
 
 RUN_ENCODER = "encoder.safetensors"
+# Pixels of a batch. On a processor the maps of a larger one outgrow the caches, and memory is taken from the
+# system and given back at every layer: 4 images of 224 px at a time go four times faster than 64.
+_PIXELS = {"cpu": 4 * 224**2, "cuda": 256 * 224**2}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,6 +43,10 @@ class ImageEncoder:
     width: int
     identity: str
     language: Language | None = None
+
+    def at_once(self, device: torch.device) -> int:
+        """Return how many images of its size a forward pass on a device should hold, to be fast."""
+        return max(1, _PIXELS.get(device.type, _PIXELS["cpu"]) // self.transform.size**2)
 
     def told(self) -> dict[str, Any]:
         """Return what results say of it."""
