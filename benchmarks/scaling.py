@@ -5,7 +5,7 @@
 Every stage is a command of its own, as users run it, on 1,000, 10,000, … images: the emoji pictures, shown
 again and again, each with some captions that numbers make different. Printed are seconds and peak memory of
 the process, the slope of the time between the two largest sizes (1: linear, 2: quadratic), and the hours that
-this slope predicts for more images, on this machine, with how many machines like it would do them in a day.
+this slope predicts for more images, on this machine, with how many like it would need a day.
 Memory that is mapped from disk counts as long as it is resident.
 """
 
@@ -90,7 +90,7 @@ def run(most: int, captions: int) -> Iterator[str]:
             slope = math.log(each[-1] / each[-2]) / math.log(sizes[-1] / sizes[-2])
             hours = [each[-1] * (n / sizes[-1]) ** slope / 3600 for n in (10**7, 10**8, 10**9)]
             foretold = ", ".join(
-                f"10^{7 + i}: {h:,.1f} h ({math.ceil(h / 24):,} machines)" for i, h in enumerate(hours)
+                f"10^{7 + i}: {h:,.1f} h ({math.ceil(h / 24):,} for a day)" for i, h in enumerate(hours)
             )
             yield f"{stage:<16} slope {slope:.2f}; predicts {foretold}"
 

@@ -186,6 +186,7 @@ def _embed_missing(
             write_array(artifact.path / shard_name("vectors", shard, "npy"), made.vectors)
             write_array(artifact.path / shard_name("ids", shard, "npy"), made.ids)
             told.add(made.vectors, made.skipped)
+            del made  # before the next shard is begun, or two would be in memory
     if not told.rows:
         shutil.rmtree(artifact.path)  # it would only keep a later run from looking again
         reasons = ", ".join(f"{count} {reason}" for reason, count in told.skipped.items())
@@ -241,7 +242,8 @@ def _check_width(vectors: np.ndarray, dimension: int, artifact: Artifact, choice
 
 
 def _check_finite(vectors: np.ndarray, choice: EncoderChoice) -> None:
-    bad = int((~np.isfinite(vectors).all(axis=1)).sum())
+    # Sums, as whether each number is finite would take half as much memory again.
+    bad = int((~np.isfinite(vectors.sum(axis=1, dtype=np.float32))).sum())
     if bad:
         raise ArtifactError(
             f"{choice.name} gave vectors that are not numbers for {bad:,} of {len(vectors):,} "

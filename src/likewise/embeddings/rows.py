@@ -67,4 +67,5 @@ class CaptionRows(Rows):
             part = order[start : start + _BATCHES * self._batch_size]
             vectors[part] = self._encoder.encode([texts[i] for i in part], self._batch_size)
             task.advance(int(times[part].sum()))
-        return ShardRows(vectors=vectors[np.array(row, np.int64)], ids=ids)
+        # Where all captions differ they are in order already, and a copy would double the memory.
+        return ShardRows(vectors=vectors if len(texts) == len(row) else vectors[np.array(row)], ids=ids)
