@@ -3,8 +3,8 @@
     python -m benchmarks.rates
 
 The rate is that of a float32 product of 2048 x 2048 matrices, measured before and after; where the processor
-multiplies bfloat16, neighbors and training use that and may exceed it. Only products are counted, by torch's
-counter of FLOPs or, for neighbors, as 2 n^2 d; what a stage does besides counts as lost time.
+multiplies bfloat16, neighbors use that and may exceed it. Only products are counted, by torch's counter of
+FLOPs (which leaves attention on a processor out) or, for neighbors, as 2 n^2 d; all else is lost time.
 """
 
 import time

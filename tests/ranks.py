@@ -6,6 +6,7 @@ import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import torch
 from safetensors.torch import save_file
@@ -25,7 +26,7 @@ from likewise.pretraining.processes import (
 )
 from likewise.pretraining.settings import TrainSettings
 
-PAIRS, WIDTH = 7, 6  # not divisible by two: the batch is shared unevenly
+PAIRS, WIDTH = 9, 6  # not divisible by two: the batch is shared unevenly
 
 
 def small(method: str) -> TrainSettings:
@@ -103,8 +104,10 @@ def one_step(name: str, among_rank: int, count: int) -> dict[str, torch.Tensor]:
     if settings.chunk_size is not None:
         hold_norms(method, shown)  # Other processes have other chunks, and norms in training compare those.
     torch.manual_seed(2)
-    loss = stepper(shown).loss
-    loss.backward()
+    with patch.object(method, "embed", wraps=method.embed) as embeds:
+        loss = stepper(shown).loss
+        loss.backward()
+    assert (embeds.call_count > 1) == (settings.chunk_size is not None)
     found = {f"{name}/gradient/{key}": p.grad for key, p in method.named_parameters() if p.grad is not None}
     found |= {f"{name}/state/{key}": b.detach().clone() for key, b in method.named_buffers()}
     return found | {f"{name}/loss": loss.detach()}

@@ -173,5 +173,6 @@ def test_a_missing_image_folder_is_told_and_leaves_no_cache(emoji: Path, tmp_pat
 def test_views_are_packed_half_as_large_again_where_pixels_fit_and_as_small_jpegs_else() -> None:
     assert side_to_pack(48, 10**9) == 72
     assert side_to_pack(128, 10**9) == 192
+    assert side_to_pack(160, 10**9) == 192  # always raw
     assert side_to_pack(224, 5_000) == 336
     assert side_to_pack(224, 1_000_000) == 256

@@ -97,7 +97,10 @@ def peak_of(step: Callable[[], object]) -> int:
 def test_only_one_chunk_is_in_memory_at_a_time() -> None:
     shown = ranks.whole_batch(ranks.VARIANTS["simclr"])
     shown = replace(
-        shown, views=[view.repeat(32, 1, 1, 1) for view in shown.views], sizes=(224,), tokens=None
+        shown,
+        views=[view.repeat(32, 1, 1, 1) for view in shown.views],
+        sizes=(32 * ranks.PAIRS,),
+        tokens=None,
     )
     most = []
     for chunk_size in (14, None):

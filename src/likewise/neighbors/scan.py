@@ -124,7 +124,8 @@ class Best:
         rows, columns, low, high = self._held[0]
         unsure = low < high
         score = low.copy()
-        score[unsure] = self._exact(rows[unsure], columns[unsure])
+        if unsure.any():
+            score[unsure] = self._exact(rows[unsure], columns[unsure])
         order = np.lexsort((columns, -score, rows))
         rows, columns, score = rows[order], columns[order], score[order]
         place = np.arange(len(rows)) - np.searchsorted(rows, np.arange(len(self.floor)))[rows]
@@ -147,7 +148,7 @@ class Best:
         return best, scores
 
 
-def exact_scores(vectors: Vectors, rows: np.ndarray, others: np.ndarray) -> np.ndarray:
+def exact_scores(vectors: np.ndarray, rows: np.ndarray, others: np.ndarray) -> np.ndarray:
     """Score pairs in float64; each pair's value depends on nothing but its two vectors."""
     scores = np.empty(len(rows))
     step = max(1, _RESCORED_BYTES // (4 * max(1, vectors.shape[1])))

@@ -8,6 +8,7 @@ dropping the first hit: with repeated captions, the first hit is often somebody 
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
+from functools import cached_property
 
 import numpy as np
 
@@ -61,18 +62,22 @@ class ExactIndex(Index):
             same: (n,) int64 codes or None: only rows with an equal code >= 0 come together.
             record: (n,) int64 codes >= 0 or None: rows of one record are kept apart, and of another record
                 only the nearest row is found.
-            memory: Bytes that blocks may take; about 50 bytes a row and 4 a code come on top, and 12 for
+            memory: Bytes that blocks may take; about 50 bytes a row and 4 a code come on top, and 24 for
                 each number that is not 0 where nearly all are.
-            device: Where blocks are compared.
+            device: Where blocks are compared; those of nearly nothing but zeros are on the processor.
 
         Raises:
             InputError: for codes that are not one a row.
         """
         self.vectors, self.record = vectors, record
-        self._searched = compact(vectors)
         self.admission = Admission(_all_that_differ(vectors, differ, same, record), same)
         self.grouped = group_equal(vectors, self.admission.differ, same)
         self._memory, self._device = memory, device
+
+    @cached_property
+    def _searched(self) -> Vectors:
+        # Made when it is first needed: an approximate index hardly does.
+        return compact(self.vectors)
 
     def search(self, rows: np.ndarray, k: int) -> Found:
         """See `Index.search`."""

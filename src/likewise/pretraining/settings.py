@@ -34,9 +34,9 @@ class TrainSettings:
         epochs: Passes over the images; 100 if neither this nor `steps` is given, but at most 250,000 steps.
         steps: Steps in all, instead of epochs.
         batch_size: Pairs a step.
-        chunk_size: Pairs that pass through the network at a time, for batches beyond memory (gradient
-            caching). The loss is still that of the whole batch; a step costs one more forward pass, and batch
-            norm sees chunks. All at once where not given.
+        chunk_size: Pairs that pass through the network at a time, of all processes together and at least two
+            of each, for batches beyond memory (gradient caching). The loss is still that of the whole batch;
+            a step costs one more forward pass, and batch norm sees chunks. All at once where not given.
         method: What the loss asks: `simclr`, `dcl`, `supcon`, `nnclr`, `moco`, `moco-v3`, `simsiam`,
             `byol`, `swav`, `vicreg`, `barlow-twins`, `clip`, `siglip`, `declip`, `slip` or `pair-classifier`;
             docs/methods.md tells them apart.
