@@ -46,7 +46,8 @@ def side_to_pack(view: int, images: int) -> int:
     """Return the short side in pixels at which to pack so many images for square views of a side.
 
     Half as large again as views where raw pixels fit, so that small crops keep detail. Else 8/7 of the view
-    (256 for 224, as ImageNet is often kept), because a JPEG takes as long as it has pixels, or what always fits.
+    (256 for 224, as ImageNet is often kept), because a JPEG takes as long as it has pixels, or what always
+    fits.
     """
     roomy = math.ceil(1.5 * view)
     return roomy if _fits_raw(roomy, images) else max(min(roomy, RAW_LIMIT), math.ceil(view * 8 / 7))
