@@ -5,10 +5,10 @@ def main() -> None:
     """Run the comparisons one after the other and print a line each."""
     import torch
 
-    from benchmarks import loading, peers, probing, search, step
+    from benchmarks import embed, loading, peers, probing, search, step
 
     print(f"torch {torch.__version__}, {torch.get_num_threads()} threads; a ratio above 1: ours is faster")
-    for line in [*loading.run(), *step.run(), *peers.run(), *search.run(), *probing.run()]:
+    for line in [*loading.run(), *step.run(), *peers.run(), *embed.run(), *search.run(), *probing.run()]:
         print(line)
 
 

@@ -8,6 +8,7 @@ import subprocess
 import sys
 import tarfile
 import time
+import tracemalloc
 from collections.abc import Callable
 from importlib.util import find_spec
 from pathlib import Path
@@ -27,6 +28,7 @@ from likewise.collection.records import Collection, Record
 from likewise.collection.sources import ImportOptions, open_source
 from likewise.collection.sources.admission import chunks, tidy
 from likewise.collection.sources.candidates import Candidate
+from likewise.collection.sources.marks import Marks
 from likewise.collection.sources.parquet import open_parquet
 from likewise.errors import ArtifactError, DependencyError, InputError
 from likewise.progress import SILENT, Progress
@@ -248,6 +250,39 @@ def test_several_rows_an_image_need_not_be_adjacent(tmp_path: Path, pictures: li
     assert [(r.id, r.captions) for r in got] == [(f"{b}.jpg", ("b1", "b2", "b1")), (f"{a}.jpg", ("a1",))]
     assert got.artifact.manifest.counts["empty_captions"] == 1
     assert not got.artifact.manifest.skipped
+
+
+def test_rows_of_an_image_that_follow_each_other_are_joined_one_image_at_a_time(tmp_path: Path) -> None:
+    n, each, text = 500, 5, "a long caption " * 70
+    names = [f"{number:04d}.jpg" for number in range(n)]
+    lines = ["image,caption", *(f"{name},{nth} {name} {text}" for name in names for nth in range(each))]
+    lines.insert(3, "a row too short")  # between two rows of the first image
+    source = open_source(str(_write(tmp_path / "t.csv", "\n".join(lines))), ImportOptions())
+    assert source.count() == n
+    tracemalloc.start()
+    count = 0
+    for entry in source.candidates():
+        if isinstance(entry, Candidate):
+            assert entry.id == names[count]
+            assert [caption.split()[:2] for caption in entry.captions] == [
+                [str(nth), entry.id] for nth in range(each)
+            ]
+            count += 1
+    held = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert count == n
+    assert held < n * each * len(text) / 4
+
+
+def test_marks_are_a_set(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("likewise.collection.sources.marks._FRESH", 7)
+    rng = np.random.default_rng(0)
+    edges = [0, 2**63 - 1, 2**63, 2**64 - 1]
+    numbers = [*edges, *rng.integers(0, 2**64, 500, np.uint64).tolist(), *range(100)]
+    told, seen = Marks(), set()
+    for number in rng.choice(np.array(numbers, np.uint64), 3000).tolist():
+        assert told.add(number) == (number not in seen)
+        seen.add(number)
 
 
 def test_json_lines(tmp_path: Path, pictures: list[Picture]) -> None:

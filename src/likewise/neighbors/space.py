@@ -14,10 +14,8 @@ from likewise.collection.records import Collection
 from likewise.embeddings.embed import Embeddings
 from likewise.neighbors.admission import caption_codes, image_codes
 from likewise.neighbors.rules import SearchRule
-from likewise.neighbors.vectors import RecordVectors
+from likewise.neighbors.vectors import RecordVectors, block_rows
 from likewise.progress import SILENT, Progress
-
-_STEP = 16_384
 
 
 @dataclass(frozen=True)
@@ -77,8 +75,9 @@ def open_space(
     try:
         with told_if_full(scratch), scratch.open("wb") as stream:
             directed = taking[images_of]
-            for start in range(0, len(images_of), _STEP):
-                part = np.arange(start, min(start + _STEP, len(images_of)))
+            step = block_rows(embeddings.dimension)
+            for start in range(0, len(images_of), step):
+                part = np.arange(start, min(start + step, len(images_of)))
                 vectors = stored.caption(part) if by_caption else stored.of(part)
                 directed[part] &= np.abs(vectors).sum(axis=1) > 0
                 stream.write(_unit(vectors[directed[part]]).tobytes())

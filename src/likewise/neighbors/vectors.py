@@ -8,7 +8,12 @@ from likewise.embeddings.embed import Embeddings
 
 _STEP = 16_384
 _OPEN_SHARDS = 64  # each mapped file holds a descriptor, of which a process usually has 1,024
-_BLOCK_BYTES = 2**26
+_BLOCK_BYTES = 2**25
+
+
+def block_rows(dimension: int) -> int:
+    """Return how many vectors of float32 to hold at a time: 32 MiB of them, however long each is."""
+    return max(256, _BLOCK_BYTES // (4 * dimension))
 
 
 class RecordVectors:
@@ -61,7 +66,7 @@ class RecordVectors:
         """
         n, d = len(self.count), self.dimension
         total, second, m = np.zeros(d), np.zeros((d, d)), 0
-        rows = max(256, _BLOCK_BYTES // (8 * d))
+        rows = block_rows(d)
         steps = [np.arange(start, min(start + rows, n)) for start in range(0, n, rows)]
         for step in steps:
             vectors = self.of(step).astype(np.float64)

@@ -5,6 +5,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field, replace
 
 from likewise.collection.sources.candidates import Candidate, Entry, Fault
+from likewise.collection.sources.marks import Marks
 
 _SHARD_BYTES = 256 * 2**20  # images that lie in the source's rows make a shard end early
 
@@ -13,18 +14,19 @@ _SHARD_BYTES = 256 * 2**20  # images that lie in the source's rows make a shard 
 class Gate:
     """Lets each id pass once, with text that Parquet can hold; counts captions that were empty."""
 
-    seen: set[int] = field(default_factory=set)
+    seen: Marks = field(default_factory=Marks)
     empty_captions: int = 0
 
     def admit(self, entry: Entry) -> Entry:
         """Return the entry made tidy, or why it cannot pass."""
         if isinstance(entry, Fault):
             return entry
+        fault = _unfit(entry)
         mark = int.from_bytes(hashlib.blake2b(_bytes(entry.id), digest_size=8).digest())
-        fault = "id occurs twice" if mark in self.seen else _unfit(entry)
+        if fault is None and not self.seen.add(mark):
+            fault = "id occurs twice"
         if fault is not None:
             return Fault(id=entry.id, where=entry.where, reason=fault)
-        self.seen.add(mark)
         captions = [tidy(caption) for caption in entry.captions]
         self.empty_captions += captions.count("")
         return replace(entry, captions=tuple(filter(None, captions)))

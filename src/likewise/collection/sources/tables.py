@@ -22,6 +22,7 @@ from likewise.collection.sources.candidates import (
     state_of,
 )
 from likewise.collection.sources.columns import Columns, resolve, texts
+from likewise.collection.sources.marks import Marks
 from likewise.collection.sources.nearby import folder_of
 from likewise.errors import InputError
 
@@ -65,7 +66,7 @@ class Table(ABC):
 @dataclass(frozen=True)
 class _Survey:
     count: int
-    repeated: bool
+    scattered: bool  # whether other images stand between two rows of one
     digest: str
 
 
@@ -92,8 +93,10 @@ class TableSource(Source):
 
     def candidates(self) -> Iterator[Entry]:
         """Yield an image a row, or an image with all its captions where rows name the same one."""
-        # Only tables with several rows an image are held in memory, and then only what is kept of them.
-        return self._gathered() if self._survey.repeated else self._entries()
+        if self._embedded:
+            return self._entries()
+        # Only tables that scatter the rows of an image are held in memory, and of them only what is kept.
+        return self._gathered() if self._survey.scattered else self._adjoined()
 
     def _entries(self) -> Iterator[Entry]:
         for row in self.table.rows(self.parts.used()):
@@ -109,6 +112,21 @@ class TableSource(Source):
         if image is None:
             return Fault(id=name, where=row.where, reason="row names no image")
         return self.parts.candidate(row.values, image, name, row.where)
+
+    def _adjoined(self) -> Iterator[Entry]:
+        """Yield images whose rows follow each other, one of them held at a time."""
+        held: Candidate | None = None
+        for entry in self._entries():
+            if isinstance(entry, Fault):
+                yield entry
+            elif held is not None and held.image.path is not None and held.image.path == entry.image.path:
+                held = replace(held, captions=held.captions + entry.captions)
+            else:
+                if held is not None:
+                    yield held
+                held = entry
+        if held is not None:
+            yield held
 
     def _gathered(self) -> Iterator[Entry]:
         first: dict[str, Candidate] = {}
@@ -128,25 +146,28 @@ class TableSource(Source):
 
     @cached_property
     def _survey(self) -> _Survey:
-        """Read the table once, without image bytes: count images, find repetitions, fingerprint files.
+        """Read the table once, without image bytes: count images, see how rows lie, fingerprint files.
 
         Raises:
             InputError: where there are no rows, or none fulfils the conditions.
         """
-        seen: set[int] = set()
+        seen, last, scattered = Marks(), None, False
         digest = hashlib.blake2b(digest_size=8)
-        kept = repeated = 0
+        count = 0
         for row in self._chosen():
-            kept += 1
             path = None if self._embedded else _path(row.values.get(self.parts.image or ""))
             if path is None:
+                count += 1
                 continue
-            if (mark := hash(path)) in seen:
-                repeated += 1
+            if path == last:
                 continue
-            seen.add(mark)
+            last = path
+            if not seen.add(hash(path) % 2**64):
+                scattered = True
+                continue
+            count += 1
             digest.update(f"{path}\0{state_of(os.path.join(self.root, path))}\0".encode("utf-8", "replace"))  # noqa: PTH118
-        return _Survey(kept - repeated, repeated > 0, digest.hexdigest())
+        return _Survey(count, scattered, digest.hexdigest())
 
     def _chosen(self) -> Iterator[Row]:
         """Yield the rows that fulfil the conditions, without embedded images; raises where there are none."""
