@@ -24,12 +24,12 @@ from likewise.collection.importing import import_collection
 from likewise.collection.sources.candidates import ImportOptions
 from likewise.launch import default_workers, resolve_device
 from likewise.pretraining.methods.base import Shown
-from likewise.pretraining.train import _dtype
+from likewise.pretraining.train import choose_dtype
 
 
 def run(device: torch.device, name: str, size: int, batch: int, steps: int, rounds: int) -> Iterator[str]:
     """Yield what was measured, a line each."""
-    dtype = _dtype("auto", device)
+    dtype = choose_dtype("auto", device)
     with tempfile.TemporaryDirectory() as where:
         folder = Path(where)
         table = make_photos(folder / "photos", 2 * batch)

@@ -102,7 +102,7 @@ def run(most: int, captions: int) -> Iterator[str]:
                     f"{stage:<16} {n:>9,} images {took:9.1f} s {memory / 2**20:8.0f} MiB, "
                     f"{own / 2**20:.0f} its own"
                 )
-        for stage, each in seconds.items():
+        for stage, each in seconds.items() if len(sizes) > 1 else ():
             slope = math.log(each[-1] / each[-2]) / math.log(sizes[-1] / sizes[-2])
             hours = [each[-1] * (n / sizes[-1]) ** slope / 3600 for n in (10**7, 10**8, 10**9)]
             foretold = ", ".join(

@@ -961,3 +961,16 @@ def test_records_carry_no_more_than_they_say(tmp_path: Path, pictures: list[Pict
         height=72,
     )
     assert vars(record.image) == {"path": f"{name}.jpg", "offset": None, "size": None, "bytes": None}
+
+
+def test_paths_inside_mappings_are_known_as_the_same_image(tmp_path: Path, pictures: list[Picture]) -> None:
+    _images(tmp_path, pictures[:2])
+    (a, *_), (b, *_) = pictures[:2]
+    for order in ((a, a, b), (a, b, a)):
+        rows = [json.dumps({"image": {"path": f"{n}.jpg"}, "caption": f"{i}"}) for i, n in enumerate(order)]
+        table = _write(tmp_path / "t.jsonl", "\n".join(rows))
+        assert open_source(str(table), ImportOptions()).count() == 2
+        got = import_collection(table, tmp_path / f"out-{order.index(b)}")
+        assert {r.id: r.captions for r in got} == {
+            f"{n}.jpg": tuple(str(i) for i, m in enumerate(order) if m == n) for n in (a, b)
+        }

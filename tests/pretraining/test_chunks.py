@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from dataclasses import replace
 from itertools import accumulate
+from typing import Any
 
 import pytest
 import torch
@@ -80,6 +81,17 @@ def test_norms_see_each_chunk_once_and_dropout_repeats_itself(name: str) -> None
         loss = in_plain_chunks(method, shown, 3) if chunk_size is None else method(shown).loss
         results.append(found(method, loss))
     assert_same(*results)
+
+
+@pytest.mark.parametrize("name", ["moco", "moco-v3", "byol"])
+def test_slow_copies_see_each_chunk_once(name: str) -> None:
+    method: Any = build(name, 3)
+    shown, seen = ranks.whole_batch(ranks.VARIANTS[name]), []
+    for which, module in (("trained", method.projector), ("slow", method.slow.copies[1])):
+        module.register_forward_pre_hook(lambda *_, which=which: seen.append(which))
+    method(shown).loss.backward()
+    assert seen.count("slow") > 1
+    assert seen.count("trained") == 2 * seen.count("slow")
 
 
 def peak_of(step: Callable[[], object]) -> int:

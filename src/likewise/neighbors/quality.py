@@ -12,7 +12,7 @@ from likewise.collection.records import Collection
 from likewise.draws import uniforms
 from likewise.neighbors.candidates import Candidates
 from likewise.neighbors.pairs import FromTable, Pairs
-from likewise.neighbors.vectors import RecordVectors
+from likewise.neighbors.vectors import RecordVectors, block_rows
 
 HUBS = 5
 _STREAM = 102
@@ -282,8 +282,9 @@ def _equal_pairs(codes: np.ndarray, n: int) -> float:
 def _mean_cosine(looks: RecordVectors) -> float | None:
     n = len(looks.count)
     total, m = np.zeros(looks.dimension), 0
-    for start in range(0, n, _STEP):
-        vectors = looks.of(np.arange(start, min(start + _STEP, n))).astype(np.float64)
+    step = block_rows(looks.dimension)
+    for start in range(0, n, step):
+        vectors = looks.of(np.arange(start, min(start + step, n))).astype(np.float64)
         total += vectors.sum(axis=0)
         m += int(vectors.any(axis=1).sum())
     return float((total @ total - m) / (m * (m - 1))) if m > 1 else None

@@ -8,7 +8,6 @@ dropping the first hit: with repeated captions, the first hit is often somebody 
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
-from functools import cached_property
 
 import numpy as np
 
@@ -72,12 +71,8 @@ class ExactIndex(Index):
         self.vectors, self.record = vectors, record
         self.admission = Admission(_all_that_differ(vectors, differ, same, record), same)
         self.grouped = group_equal(vectors, self.admission.differ, same)
+        self._searched = compact(vectors)
         self._memory, self._device = memory, device
-
-    @cached_property
-    def _searched(self) -> Vectors:
-        # Made when it is first needed: an approximate index hardly does.
-        return compact(self.vectors)
 
     def search(self, rows: np.ndarray, k: int) -> Found:
         """See `Index.search`."""

@@ -6,7 +6,6 @@ import numpy as np
 
 from likewise.embeddings.embed import Embeddings
 
-_STEP = 16_384
 _OPEN_SHARDS = 64  # each mapped file holds a descriptor, of which a process usually has 1,024
 _BLOCK_BYTES = 2**25
 
@@ -48,7 +47,7 @@ class RecordVectors:
     def similarity(self, rows: np.ndarray, candidates: np.ndarray) -> np.ndarray:
         """Return the cosine of each image and its candidates: (n,), (n, k) -> (n, k) float32; 0 at -1."""
         values = np.zeros(candidates.shape, np.float32)
-        step = max(1, _STEP // max(1, candidates.shape[1]))
+        step = max(1, block_rows(self.dimension) // max(1, candidates.shape[1]))
         for start in range(0, len(rows), step):
             part = slice(start, start + step)
             there = candidates[part] >= 0

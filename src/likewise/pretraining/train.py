@@ -135,7 +135,7 @@ def _train(
 ) -> Run:
     run, steps = work.artifact.path, work.plan
     progress.say(_who(work.pairs, chosen))
-    dtype = _dtype(chosen.precision, on)
+    dtype = choose_dtype(chosen.precision, on)
     if (run / CONFIG).is_file():
         say_if_precision_changed(run, dtype, progress)
     elif among.leads:
@@ -201,7 +201,7 @@ def _who(pairs: Pairs, settings: TrainSettings) -> str:
     return f"each image is compared with {whose} caption; {told}"
 
 
-def _dtype(precision: str, device: torch.device) -> torch.dtype:
+def choose_dtype(precision: str, device: torch.device) -> torch.dtype:
     """Return the type that matrix products run in."""
     if precision != "auto":
         return PRECISIONS[precision]

@@ -3,6 +3,7 @@
 import numpy as np
 
 _FRESH = 2**15
+_SHARE = 64  # of the settled marks, as many may be fresh: so few bytes that growing costs a fixed part
 
 
 class Marks:
@@ -18,8 +19,8 @@ class Marks:
         if mark in self._fresh or self._has_settled(mark):
             return False
         self._fresh.add(mark)
-        if len(self._fresh) == _FRESH:
-            fresh = np.fromiter(self._fresh, np.uint64, _FRESH)
+        if len(self._fresh) >= max(_FRESH, len(self._settled) // _SHARE):
+            fresh = np.fromiter(self._fresh, np.uint64, len(self._fresh))
             self._fresh.clear()
             # Two ascending runs are merged in one pass by a stable sort.
             fresh.sort()

@@ -155,7 +155,7 @@ class TableSource(Source):
         digest = hashlib.blake2b(digest_size=8)
         count = 0
         for row in self._chosen():
-            path = None if self._embedded else _path(row.values.get(self.parts.image or ""))
+            path = None if self._embedded else _named(row.values.get(self.parts.image or ""))
             if path is None:
                 count += 1
                 continue
@@ -217,6 +217,12 @@ def _reference(cell: Any) -> ImageRef | None:
     return None if path is None else ImageRef(path=path)
 
 
+def _named(cell: Any) -> str | None:
+    """Return the path in a cell, if it names a file."""
+    image = _reference(cell)
+    return None if image is None else image.path
+
+
 def open_table(table: Table, options: ImportOptions) -> TableSource:
     """Return the images of a table, with its columns and the folder of its images found out.
 
@@ -239,5 +245,5 @@ def open_table(table: Table, options: ImportOptions) -> TableSource:
 
 def _find_images(table: Table, parts: Columns) -> Path:
     rows = (row for row in table.rows(parts.used()) if isinstance(row, Row) and _keeps(parts, row))
-    paths = [_path(row.values.get(parts.image or "")) for row in islice(rows, _PROBED)]
+    paths = [_named(row.values.get(parts.image or "")) for row in islice(rows, _PROBED)]
     return folder_of([path for path in paths if path is not None], table.folder)

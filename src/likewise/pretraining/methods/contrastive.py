@@ -180,10 +180,12 @@ class MoCo(Method):
         """Return the features of the anchors, queries and keys."""
         anchors, partners = shown.views
         (features,) = encode(self.backbone, [anchors])
+        queries = self.projector(features)
+        # Last, so that a chunk that is embedded once more for its gradients ends before it.
         backbone, head = self.slow.copies
         with torch.no_grad():
             keys = head(*encode(backbone, [partners]))
-        return features, (self.projector(features), keys)
+        return features, (queries, keys)
 
     def judge(self, outputs: Sequence[Tensor], shown: Shown) -> Judged:
         """Return the loss against the queue, and put the keys into it."""
@@ -228,10 +230,11 @@ class MoCoV3(Method):
     def embed(self, shown: Shown) -> tuple[Tensor, Sequence[Tensor]]:
         """Return features, queries and keys of both views."""
         features = torch.cat(encode(self.backbone, shown.views))
+        queries = self.predictor(self.projector(features))
+        # Last, so that a chunk that is embedded once more for its gradients ends before it.
         backbone, head = self.slow.copies
         with torch.no_grad():
             keys = head(torch.cat(encode(backbone, shown.views)))
-        queries = self.predictor(self.projector(features))
         return features, (*queries.chunk(2), *keys.chunk(2))
 
     def judge(self, outputs: Sequence[Tensor], shown: Shown) -> Judged:

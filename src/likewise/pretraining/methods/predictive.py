@@ -64,10 +64,11 @@ class BYOL(Method):
     def embed(self, shown: Shown) -> tuple[Tensor, Sequence[Tensor]]:
         """Return features, predictions and targets of both views."""
         features = torch.cat(encode(self.backbone, shown.views))
+        said = self.predictor(self.projector(features))
+        # Last, so that a chunk that is embedded once more for its gradients ends before it.
         backbone, head = self.slow.copies
         with torch.no_grad():
             targets = head(torch.cat(encode(backbone, shown.views)))
-        said = self.predictor(self.projector(features))
         return features, (*said.chunk(2), *targets.chunk(2))
 
     def judge(self, outputs: Sequence[Tensor], shown: Shown) -> Judged:
