@@ -8,8 +8,9 @@ def main() -> None:
     from benchmarks import embed, loading, peers, probing, search, step
 
     print(f"torch {torch.__version__}, {torch.get_num_threads()} threads; a ratio above 1: ours is faster")
-    for line in [*loading.run(), *step.run(), *peers.run(), *embed.run(), *search.run(), *probing.run()]:
-        print(line)
+    for comparison in (loading, step, peers, embed, search, probing):
+        for line in comparison.run():
+            print(line, flush=True)
 
 
 if __name__ == "__main__":
