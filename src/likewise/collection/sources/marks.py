@@ -3,7 +3,7 @@
 import numpy as np
 
 _FRESH = 2**15
-_SHARE = 64  # of the settled marks, as many may be fresh: so few bytes that growing costs a fixed part
+_SHARE = 64  # one of so many marks may be fresh: merging then takes linear time, and fresh ones little memory
 
 
 class Marks:
