@@ -20,11 +20,11 @@ from torch.utils.flop_counter import FlopCounterMode
 from benchmarks.loading import make_photos
 from benchmarks.step import bare_steps, make_trainer, train
 from benchmarks.timing import alternate, product_rate, wait
-from likewise.collection.importing import import_collection
-from likewise.collection.sources.candidates import ImportOptions
-from likewise.launch import default_workers, resolve_device
-from likewise.pretraining.methods.base import Shown
-from likewise.pretraining.train import choose_dtype
+from likewise.data.importing import import_collection
+from likewise.data.readers.base import ImportOptions
+from likewise.parallel import default_workers, resolve_device
+from likewise.training.methods.base import Shown
+from likewise.training.train import choose_dtype
 
 
 def run(device: torch.device, name: str, size: int, batch: int, steps: int, rounds: int) -> Iterator[str]:

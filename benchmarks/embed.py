@@ -6,14 +6,14 @@ from pathlib import Path
 
 from benchmarks.timing import alternate, told
 from likewise.artifacts import shard_name, write_array
-from likewise.collection.emoji import make_emoji
-from likewise.collection.importing import import_collection
-from likewise.collection.records import Collection
-from likewise.collection.sources.candidates import ImportOptions
-from likewise.embeddings.encoders import choose_encoder, load_encoder
-from likewise.embeddings.options import Backend, EncoderOptions
-from likewise.embeddings.rows import CaptionRows
-from likewise.embeddings.sentence import SentenceEncoder
+from likewise.data.dataset import Collection
+from likewise.data.importing import import_collection
+from likewise.data.readers.base import ImportOptions
+from likewise.demo import make_emoji
+from likewise.embeddings.config import Backend, EncoderOptions
+from likewise.embeddings.embed import CaptionRows
+from likewise.embeddings.registry import choose_encoder, load_encoder
+from likewise.embeddings.text_encoders import SentenceEncoder
 from likewise.progress import SILENT
 
 BATCH = 64

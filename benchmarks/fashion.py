@@ -13,11 +13,11 @@ import numpy as np
 from scipy import stats
 
 from likewise import PairRule, TrainSettings, embed, find_neighbors, import_collection, train
-from likewise.collection.sources.candidates import ImportOptions
+from likewise.data.readers.base import ImportOptions
+from likewise.evaluation.datasets.labeled import open_set
 from likewise.evaluation.evaluate import evaluate
-from likewise.evaluation.sets.suite import open_set
-from likewise.pretraining.train import initial_encoder
 from likewise.progress import Terminal
+from likewise.training.train import initial_encoder
 
 PROTOCOLS = ("linear", "fewshot", "knn")
 Figures = dict[tuple[str, str, str], list[float]]

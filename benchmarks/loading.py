@@ -24,14 +24,14 @@ from torchvision.io import ImageReadMode, read_image
 from torchvision.transforms import v2
 
 from benchmarks.timing import alternate, told
-from likewise.collection import packed
-from likewise.collection.importing import import_collection
-from likewise.collection.records import Collection
-from likewise.collection.sources.candidates import ImportOptions
-from likewise.neighbors.rules import PairRule
-from likewise.neighbors.sources import make_pairs
-from likewise.pretraining.batches import PairBatches
-from likewise.pretraining.settings import Showing
+from likewise.data import image_cache as packed
+from likewise.data.dataset import Collection
+from likewise.data.importing import import_collection
+from likewise.data.readers.base import ImportOptions
+from likewise.pairs.build import make_pairs
+from likewise.pairs.config import PairRule
+from likewise.training.config import Showing
+from likewise.training.loader import PairBatches
 
 PHOTOS, PAIRS = 256, 64
 

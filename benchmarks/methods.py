@@ -12,12 +12,12 @@ from pathlib import Path
 from typing import Any
 
 from likewise import PairRule, TrainSettings, embed, find_neighbors, import_collection, train
-from likewise.collection.sources.candidates import ImportOptions
+from likewise.data.readers.base import ImportOptions
+from likewise.evaluation.datasets.labeled import open_set
 from likewise.evaluation.evaluate import evaluate
-from likewise.evaluation.sets.suite import open_set
-from likewise.pretraining.catalog import METHODS
-from likewise.pretraining.train import initial_encoder
 from likewise.progress import SILENT
+from likewise.training.methods.options import METHODS
+from likewise.training.train import initial_encoder
 
 PROTOCOLS = ("linear", "fewshot")
 # What a method's own defaults, made for millions of images at 224 pixels, are too large for.

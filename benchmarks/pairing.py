@@ -9,12 +9,11 @@ so it can be stopped and run again. With --out, a page with pictures is written 
 import argparse
 from pathlib import Path
 
-from likewise.collection.records import Collection
-from likewise.neighbors.diagnose import diagnose
-from likewise.neighbors.diagnosis import Diagnosis, Row
-from likewise.neighbors.quality import Share
+from likewise.data.dataset import Collection
+from likewise.pairs.analyze import Diagnosis, Row, diagnose
+from likewise.pairs.stats import Share
 from likewise.progress import Terminal
-from likewise.report.pairs_page import write_pairs_page
+from likewise.report.pairs_report import write_pairs_page
 
 HEADS = (
     "encoder",

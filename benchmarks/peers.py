@@ -27,12 +27,12 @@ from torchvision.transforms import v2
 
 from benchmarks.step import make_trainer, train
 from benchmarks.timing import alternate, told
-from likewise.collection.emoji import make_emoji
-from likewise.collection.importing import import_collection
-from likewise.collection.sources.candidates import ImportOptions
+from likewise.data.importing import import_collection
+from likewise.data.readers.base import ImportOptions
+from likewise.demo import make_emoji
 from likewise.models.backbones import IMAGENET_MEAN, IMAGENET_STD, BackboneSpec, build_backbone
-from likewise.models.heads import projector
-from likewise.pretraining.state import Trainer
+from likewise.training.checkpoint import Trainer
+from likewise.training.methods.modules import projector
 
 NAME, SIZE, BATCH, HEAD = "resnet18", 64, 64, (2048, 2048, 128)
 

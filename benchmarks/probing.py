@@ -19,8 +19,8 @@ from sklearn.linear_model import LogisticRegression
 from torch.nn.functional import normalize
 
 from benchmarks.timing import alternate, told
-from likewise.evaluation.fewshot import FewShot, draw_episodes, few_shot
-from likewise.evaluation.linear import LinearProbe, hold_out, linear_probe, search
+from likewise.evaluation.protocols.fewshot import FewShot, draw_episodes, few_shot
+from likewise.evaluation.protocols.linear import LinearProbe, hold_out, linear_probe, search
 
 CLASSES, WIDTH, TRAIN, TEST = 100, 512, 10_000, 5_000
 

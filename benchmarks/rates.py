@@ -17,11 +17,11 @@ from torch.utils.flop_counter import FlopCounterMode
 from benchmarks.probing import CLASSES, TEST, TRAIN, features
 from benchmarks.search import K, unit
 from benchmarks.timing import product_rate
-from likewise.collection.emoji import concepts
-from likewise.embeddings.encoders import choose_encoder
-from likewise.embeddings.sentence import SentenceEncoder
-from likewise.evaluation.fewshot import FewShot, few_shot
-from likewise.evaluation.linear import LinearProbe, linear_probe
+from likewise.demo import concepts
+from likewise.embeddings.registry import choose_encoder
+from likewise.embeddings.text_encoders import SentenceEncoder
+from likewise.evaluation.protocols.fewshot import FewShot, few_shot
+from likewise.evaluation.protocols.linear import LinearProbe, linear_probe
 from likewise.neighbors.search import ExactIndex
 
 CPU = torch.device("cpu")

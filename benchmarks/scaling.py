@@ -22,7 +22,7 @@ from itertools import cycle, islice
 from pathlib import Path
 from time import perf_counter, sleep
 
-from likewise.collection.emoji import make_emoji
+from likewise.demo import make_emoji
 
 _PACK = (
     "import sys; from likewise.collection.packed import pack_images; "

@@ -16,10 +16,9 @@ from scipy.sparse import csr_array
 from sklearn.neighbors import NearestNeighbors
 
 from benchmarks.timing import alternate, told
-from likewise.embeddings.hashed import HashedWords
-from likewise.neighbors.approximate import IvfIndex
-from likewise.neighbors.grouping import group_equal
-from likewise.neighbors.search import MEMORY, ExactIndex, top_k
+from likewise.embeddings.lexical import HashedWords
+from likewise.neighbors.faiss_index import IvfIndex
+from likewise.neighbors.search import MEMORY, ExactIndex, group_equal, top_k
 
 K = 10
 _BATCH = 512  # queries that LGSSL searches for at a time

@@ -11,24 +11,24 @@ import torch
 
 from benchmarks.timing import alternate, told
 from likewise.artifacts import read_lines
-from likewise.collection.emoji import make_emoji
-from likewise.collection.importing import import_collection
-from likewise.collection.packed import pack_images
-from likewise.collection.records import Collection
-from likewise.collection.sources.candidates import ImportOptions
+from likewise.data.dataset import Collection
+from likewise.data.image_cache import pack_images
+from likewise.data.importing import import_collection
+from likewise.data.readers.base import ImportOptions
+from likewise.demo import make_emoji
+from likewise.distributed import Processes
 from likewise.models.backbones import BackboneSpec, build_backbone
-from likewise.neighbors.rules import PairRule
-from likewise.neighbors.sources import make_pairs
-from likewise.pretraining import loop
-from likewise.pretraining.batches import PairBatches
-from likewise.pretraining.methods import build_method
-from likewise.pretraining.methods.base import Shown
-from likewise.pretraining.monitor import METRICS
-from likewise.pretraining.optim import build_optimizer
-from likewise.pretraining.processes import Processes
-from likewise.pretraining.settings import TrainSettings, plan, showings
-from likewise.pretraining.state import Trainer
+from likewise.pairs.build import make_pairs
+from likewise.pairs.config import PairRule
 from likewise.progress import SILENT
+from likewise.training import trainer as loop
+from likewise.training.checkpoint import Trainer
+from likewise.training.config import TrainSettings, plan, showings
+from likewise.training.loader import PairBatches
+from likewise.training.methods.base import Shown
+from likewise.training.methods.registry import build_method
+from likewise.training.optim import build_optimizer
+from likewise.training.run_dir import METRICS
 
 # Backbone, side, batch, steps.
 SHAPES = (("resnet18", 64, 64, 6), ("resnet50", 128, 16, 6))

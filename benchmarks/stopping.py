@@ -11,7 +11,7 @@ from pathlib import Path
 
 from benchmarks.methods import COMMON, figures
 from likewise import PairRule, TrainSettings, embed, find_neighbors, import_collection, train
-from likewise.collection.sources.candidates import ImportOptions
+from likewise.data.readers.base import ImportOptions
 
 ARMS = {"self": PairRule(pairs="self"), "language": PairRule()}
 

@@ -8,12 +8,12 @@ from jaxtyping import install_import_hook
 # Shapes and types of every annotated function are checked while the tests run.
 install_import_hook("likewise", "beartype.beartype")
 
-from likewise.collection.emoji import make_emoji
-from likewise.collection.importing import import_collection
-from likewise.collection.records import Collection
-from likewise.collection.sources.candidates import ImportOptions
+from likewise.data.dataset import Collection
+from likewise.data.importing import import_collection
+from likewise.data.readers.base import ImportOptions
+from likewise.demo import make_emoji
 from likewise.embeddings.embed import embed
-from likewise.neighbors.neighbors import find_neighbors
+from likewise.neighbors.index import find_neighbors
 from support import MINILM
 
 

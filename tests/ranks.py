@@ -13,18 +13,12 @@ from safetensors.torch import save_file
 from torch.nn.functional import normalize
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from likewise.distributed import Processes, SharedBatchNorm, distributed, processes, share_batch_norms
 from likewise.models.backbones import BackboneSpec, build_backbone
-from likewise.pretraining.catalog import METHODS
-from likewise.pretraining.methods import build_method
-from likewise.pretraining.methods.base import Method, Shown
-from likewise.pretraining.processes import (
-    Processes,
-    SharedBatchNorm,
-    distributed,
-    processes,
-    share_batch_norms,
-)
-from likewise.pretraining.settings import TrainSettings
+from likewise.training.config import TrainSettings
+from likewise.training.methods.base import Method, Shown
+from likewise.training.methods.options import METHODS
+from likewise.training.methods.registry import build_method
 
 PAIRS, WIDTH = 9, 6  # not divisible by two: the batch is shared unevenly
 

@@ -15,11 +15,12 @@ from likewise.artifacts import (
     key_of,
     open_artifact,
     read_array,
+    read_yaml,
     slug,
     write_array,
     write_json,
+    write_yaml,
 )
-from likewise.config import read_yaml, write_yaml
 from likewise.errors import ArtifactError, InputError
 
 

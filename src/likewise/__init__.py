@@ -12,20 +12,21 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from likewise.collection.audit.audit import audit
-    from likewise.collection.importing import import_collection
-    from likewise.collection.records import Collection
-    from likewise.collection.sources.candidates import ImportOptions
+    from likewise.data.audit.audit import audit
+    from likewise.data.dataset import Collection
+    from likewise.data.importing import import_collection
+    from likewise.data.readers.base import ImportOptions
     from likewise.embeddings.embed import embed
     from likewise.errors import LikewiseError
     from likewise.evaluation.evaluate import evaluate
-    from likewise.neighbors.diagnose import diagnose
-    from likewise.neighbors.neighbors import find_neighbors
-    from likewise.neighbors.rules import PairRule, SearchRule
-    from likewise.neighbors.sources import make_pairs
-    from likewise.pretraining.settings import TrainSettings
-    from likewise.pretraining.train import Run, train
-    from likewise.report.html import write_report
+    from likewise.neighbors.config import SearchRule
+    from likewise.neighbors.index import find_neighbors
+    from likewise.pairs.analyze import diagnose
+    from likewise.pairs.build import make_pairs
+    from likewise.pairs.config import PairRule
+    from likewise.report.run_report import write_report
+    from likewise.training.config import TrainSettings
+    from likewise.training.train import Run, train
 
 # OpenMP's threads spin while they wait for each other. Unbounded, they take the processors from the threads
 # that make batches and from other programs (training 3 times slower on 2 cores of which one is busy); without
@@ -54,22 +55,22 @@ __all__ = [
 
 # Names are loaded when first used: `import likewise` and `likewise --help` stay fast without torch.
 _HOMES = {
-    "Collection": "likewise.collection.records",
-    "ImportOptions": "likewise.collection.sources.candidates",
+    "Collection": "likewise.data.dataset",
+    "ImportOptions": "likewise.data.readers.base",
     "LikewiseError": "likewise.errors",
-    "PairRule": "likewise.neighbors.rules",
-    "Run": "likewise.pretraining.train",
-    "TrainSettings": "likewise.pretraining.settings",
-    "SearchRule": "likewise.neighbors.rules",
-    "audit": "likewise.collection.audit.audit",
-    "diagnose": "likewise.neighbors.diagnose",
+    "PairRule": "likewise.pairs.config",
+    "Run": "likewise.training.train",
+    "TrainSettings": "likewise.training.config",
+    "SearchRule": "likewise.pairs.config",
+    "audit": "likewise.data.audit.audit",
+    "diagnose": "likewise.pairs.analyze",
     "embed": "likewise.embeddings.embed",
     "evaluate": "likewise.evaluation.evaluate",
-    "import_collection": "likewise.collection.importing",
-    "find_neighbors": "likewise.neighbors.neighbors",
-    "make_pairs": "likewise.neighbors.sources",
-    "train": "likewise.pretraining.train",
-    "write_report": "likewise.report.html",
+    "import_collection": "likewise.data.importing",
+    "find_neighbors": "likewise.neighbors.index",
+    "make_pairs": "likewise.pairs.build",
+    "train": "likewise.training.train",
+    "write_report": "likewise.report.run_report",
 }
 
 

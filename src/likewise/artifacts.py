@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import yaml
 
 from likewise.errors import ArtifactError, InputError
 
@@ -291,3 +292,25 @@ def slug(name: str) -> str:
     """Return a name that is safe as a folder name: the last part of a path or hub name."""
     tail = name.rstrip("/").rsplit("/", maxsplit=1)[-1]
     return "".join(c if c.isalnum() or c in "._-" else "-" for c in tail).strip(".-") or "unnamed"
+
+
+def write_yaml(path: Path, settings: dict[str, Any]) -> None:
+    """Write settings as YAML, in their order."""
+    write_text(path, yaml.safe_dump(settings, sort_keys=False))
+
+
+def read_yaml(path: Path) -> dict[str, Any]:
+    """Read a YAML mapping.
+
+    Raises:
+        InputError: where the file is missing, is no YAML, or is no mapping.
+    """
+    if not path.is_file():
+        raise InputError(f"{path} does not exist")
+    try:
+        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except yaml.YAMLError as fault:
+        raise InputError(f"{path} is not valid YAML: {' '.join(str(fault).split())}") from fault
+    if not isinstance(values, dict):
+        raise InputError(f"{path} holds no settings: a mapping of names to values is needed")
+    return values

@@ -10,14 +10,15 @@ import torch
 from safetensors.numpy import load_file, save_file
 
 from likewise.artifacts import MANIFEST
-from likewise.collection.images import decode, read_bytes
-from likewise.collection.importing import import_collection
-from likewise.collection.records import Collection
-from likewise.collection.sources.candidates import ImportOptions
+from likewise.data.dataset import Collection
+from likewise.data.images import decode, read_bytes
+from likewise.data.importing import import_collection
+from likewise.data.readers.base import ImportOptions
 from likewise.embeddings.base import unit_rows
-from likewise.embeddings.embed import Embeddings, embed, look_up_embeddings
-from likewise.embeddings.options import EncoderOptions
-from likewise.embeddings.packaged import packaged_folder
+from likewise.embeddings.config import EncoderOptions
+from likewise.embeddings.embed import embed
+from likewise.embeddings.offline import packaged_folder
+from likewise.embeddings.store import Embeddings, look_up_embeddings
 from likewise.errors import ArtifactError, InputError, ModelError
 from likewise.models.encoders import open_encoder
 from support import MINILM

@@ -11,15 +11,14 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from likewise.collection.emoji import concepts
-from likewise.collection.records import Collection
+from likewise.data.dataset import Collection
+from likewise.demo import concepts
 from likewise.embeddings.base import CaptionEncoder, unit_rows
+from likewise.embeddings.config import EncoderOptions
 from likewise.embeddings.embed import embed
-from likewise.embeddings.encoders import choose_encoder, load_encoder
-from likewise.embeddings.hashed import COLUMNS, HashedWords, bucket_counts
-from likewise.embeddings.options import EncoderOptions
-from likewise.embeddings.packaged import packaged_folder
-from likewise.embeddings.text import split_words
+from likewise.embeddings.lexical import COLUMNS, HashedWords, bucket_counts, split_words
+from likewise.embeddings.offline import packaged_folder
+from likewise.embeddings.registry import choose_encoder, load_encoder
 from likewise.errors import InputError, ModelError
 from support import MINILM
 
@@ -270,7 +269,7 @@ def test_hashing_keeps_the_neighbors_of_exact_tfidf(own: int, monkeypatch: pytes
     from sklearn.feature_extraction.text import TfidfVectorizer
 
     # With 256 columns of their own, most of the 1,400 words of these captions share theirs.
-    monkeypatch.setattr("likewise.embeddings.hashed._OWN", own)
+    monkeypatch.setattr("likewise.embeddings.lexical._OWN", own)
     captions = sorted({emoji.name for emoji in concepts()})
     exact: Any = TfidfVectorizer(analyzer=lambda text: re.findall(r"\w+", text.lower())).fit_transform(
         captions

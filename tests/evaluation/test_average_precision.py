@@ -9,7 +9,7 @@ import pytest
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
-from likewise.evaluation.maps.average_precision import Boxes, bootstrap_precision, match, precision
+from likewise.evaluation.protocols.average_precision import Boxes, bootstrap_precision, match, precision
 
 CLASSES = 4
 

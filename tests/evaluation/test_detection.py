@@ -9,13 +9,12 @@ import torch
 from PIL import Image
 
 from likewise.errors import ModelError
-from likewise.evaluation.compare import compare, read_results
+from likewise.evaluation.datasets.dense import open_boxes
 from likewise.evaluation.evaluate import evaluate
-from likewise.evaluation.maps.detection import Detection, build_detector, detect
 from likewise.evaluation.protocols import ProtocolSettings
-from likewise.evaluation.sets.boxes import open_boxes
+from likewise.evaluation.protocols.detection import Detection, FeatureMaps, build_detector, detect
+from likewise.evaluation.results import compare, read_results
 from likewise.models.encoders import open_encoder
-from likewise.models.maps import FeatureMaps
 
 CPU = torch.device("cpu")
 SMALL = Detection(size=64, width=32, batch_size=4, resamples=40)

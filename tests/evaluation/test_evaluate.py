@@ -11,13 +11,13 @@ from PIL import Image
 from sklearn.linear_model import LogisticRegression
 
 from likewise.errors import ArtifactError, InputError
-from likewise.evaluation.compare import compare, read_results
+from likewise.evaluation.datasets.labeled import open_set
 from likewise.evaluation.evaluate import evaluate
 from likewise.evaluation.features import extract_features
-from likewise.evaluation.fewshot import FewShot
-from likewise.evaluation.linear import LinearProbe
 from likewise.evaluation.protocols import ProtocolSettings
-from likewise.evaluation.sets.suite import open_set
+from likewise.evaluation.protocols.fewshot import FewShot
+from likewise.evaluation.protocols.linear import LinearProbe
+from likewise.evaluation.results import compare, read_results
 from likewise.models.encoders import open_encoder
 
 SETTINGS = ProtocolSettings(fewshot=FewShot(ways=2, shots=2, episodes=50))

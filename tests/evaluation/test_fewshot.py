@@ -3,7 +3,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from likewise.evaluation.fewshot import Episodes, FewShot, _subsets, draw_episodes, few_shot
+from likewise.evaluation.protocols.fewshot import Episodes, FewShot, _subsets, draw_episodes, few_shot
 
 RNG = np.random.default_rng(0)
 CENTRES = RNG.normal(size=(8, 16)) * 0.6
@@ -113,7 +113,7 @@ def test_offset_and_scale_of_the_features_do_not_matter() -> None:
 
 def test_blocks_do_not_change_the_result(monkeypatch: pytest.MonkeyPatch) -> None:
     whole = few_shot(SETTINGS, TRAIN_X, TRAIN_Y, TEST_X, TEST_Y)
-    monkeypatch.setattr("likewise.evaluation.fewshot._CELLS", 7 * 4 * 15 * 16)
+    monkeypatch.setattr("likewise.evaluation.protocols.fewshot._CELLS", 7 * 4 * 15 * 16)
     np.testing.assert_array_equal(
         few_shot(SETTINGS, TRAIN_X, TRAIN_Y, TEST_X, TEST_Y).episodes, whole.episodes
     )

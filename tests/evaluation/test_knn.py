@@ -5,7 +5,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from likewise.evaluation.knn import KNN, _nearest, knn
+from likewise.evaluation.protocols.knn import KNN, _nearest, knn
 
 
 def problem(seed: int, train: int = 70, test: int = 40, classes: int = 6) -> tuple[Tensor, Tensor, Tensor]:
@@ -73,7 +73,7 @@ def test_blocks_and_scale_do_not_matter(monkeypatch: pytest.MonkeyPatch) -> None
     data = problem(1)
     whole = knn(KNN(), *data, 6)
     assert torch.equal(knn(KNN(), data[0] * 5, data[1], data[2] * 0.1, 6), whole)
-    monkeypatch.setattr("likewise.evaluation.knn._CELLS", 200)
+    monkeypatch.setattr("likewise.evaluation.protocols.knn._CELLS", 200)
     assert torch.equal(knn(KNN(), *data, 6), whole)
 
 

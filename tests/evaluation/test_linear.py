@@ -8,8 +8,8 @@ from sklearn.linear_model import LogisticRegression
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
-from likewise.evaluation.linear import LinearProbe, hold_out, linear_probe, search
-from likewise.evaluation.logistic import fit_logistic
+from likewise.evaluation.protocols._lbfgs import fit_logistic
+from likewise.evaluation.protocols.linear import LinearProbe, hold_out, linear_probe, search
 
 FEATURES, LABELS = (torch.as_tensor(part) for part in load_digits(return_X_y=True))
 FEATURES = FEATURES / 16
@@ -89,7 +89,7 @@ def test_shifted_features_give_the_same_weights() -> None:
 
 def test_blocks_do_not_change_the_fit(monkeypatch: pytest.MonkeyPatch) -> None:
     whole = fit_logistic(FEATURES[:300], LABELS[:300], 1.0, 10, tolerance=1e-9)
-    monkeypatch.setattr("likewise.evaluation.logistic._CELLS", 700)
+    monkeypatch.setattr("likewise.evaluation.protocols._lbfgs._CELLS", 700)
     torch.testing.assert_close(fit_logistic(FEATURES[:300], LABELS[:300], 1.0, 10, tolerance=1e-9), whole)
 
 

@@ -11,23 +11,23 @@ from PIL import Image
 from sklearn.linear_model import Ridge
 from torch import Tensor
 
-from likewise.collection.records import Collection
+from likewise.data.dataset import Collection
 from likewise.errors import InputError
-from likewise.evaluation.clustering import Clustering, cluster
-from likewise.evaluation.compare import compare, read_results
-from likewise.evaluation.described import ZeroShot, match_captions, zero_shot
+from likewise.evaluation.datasets.captioned import open_captioned
+from likewise.evaluation.datasets.labeled import open_set
 from likewise.evaluation.evaluate import evaluate
-from likewise.evaluation.finetuning import FineTuning, fine_tune
-from likewise.evaluation.knn import KNN, KNNGrid, knn, knn_grid
-from likewise.evaluation.localisation import as_shares, localise, overlap
 from likewise.evaluation.protocols import ProtocolSettings
-from likewise.evaluation.sets.captioned import open_captioned
-from likewise.evaluation.sets.suite import open_set
+from likewise.evaluation.protocols.clustering import Clustering, cluster
+from likewise.evaluation.protocols.finetune import FineTuning, fine_tune
+from likewise.evaluation.protocols.knn import KNN, KNNGrid, knn, knn_grid
+from likewise.evaluation.protocols.localization import as_shares, localise, overlap
+from likewise.evaluation.protocols.zero_shot import ZeroShot, match_captions, zero_shot
+from likewise.evaluation.results import compare, read_results
 from likewise.models.checkpoints import load_tensors
 from likewise.models.encoders import open_encoder
-from likewise.models.language import Language
-from likewise.pretraining.settings import TrainSettings
-from likewise.pretraining.train import train
+from likewise.models.text_tower import Language
+from likewise.training.config import TrainSettings
+from likewise.training.train import train
 
 RNG = np.random.default_rng(0)
 
@@ -273,8 +273,8 @@ def test_a_box_without_area_is_counted_and_its_image_is_kept(tmp_path: Path) -> 
 
 def test_the_report_speaks_of_every_protocol(clip_run: Path, captions: Path, tmp_path: Path) -> None:
     from likewise.evaluation.protocols import PROTOCOLS
-    from likewise.report.html import write_report
-    from likewise.report.protocols import PROTOCOLS as WORDS
+    from likewise.report.results import PROTOCOLS as WORDS
+    from likewise.report.run_report import write_report
 
     assert set(WORDS) == set(PROTOCOLS)
     settings = ProtocolSettings(finetune=FineTuning(epochs=1), clustering=Clustering(starts=3))
@@ -287,9 +287,9 @@ def test_the_report_speaks_of_every_protocol(clip_run: Path, captions: Path, tmp
 
 
 def test_the_documentation_and_the_help_name_every_protocol_and_set() -> None:
-    from likewise.cli.measuring import evaluate as verb
+    from likewise.cli.evaluation import evaluate as verb
+    from likewise.evaluation.datasets.registry import CATALOG
     from likewise.evaluation.protocols import PROTOCOLS
-    from likewise.evaluation.sets.catalog import CATALOG
 
     page = (Path(__file__).parents[2] / "docs/evaluation.md").read_text()
     for name in PROTOCOLS:

@@ -7,7 +7,7 @@ from jaxtyping import TypeCheckError
 from sklearn.metrics import average_precision_score
 from torch import Tensor
 
-from likewise.evaluation.retrieval import retrieve
+from likewise.evaluation.protocols.retrieval import retrieve
 
 
 def items(seed: int, count: int = 60, instances: int = 15) -> tuple[Tensor, np.ndarray, np.ndarray]:
@@ -116,7 +116,7 @@ def test_recall_grows_and_order_does_not_matter(names: list[int], seed: int) -> 
 def test_blocks_do_not_change_the_result(monkeypatch: pytest.MonkeyPatch) -> None:
     features, instances, domains = items(4)
     whole = retrieve(features, instances, domains)
-    monkeypatch.setattr("likewise.evaluation.retrieval._CELLS", 60 * 7)
+    monkeypatch.setattr("likewise.evaluation.protocols.retrieval._CELLS", 60 * 7)
     blocked = retrieve(features, instances, domains)
     np.testing.assert_array_equal(blocked.queries, whole.queries)
     np.testing.assert_allclose(blocked.average_precision, whole.average_precision, rtol=1e-12)

@@ -10,8 +10,10 @@ from PIL import Image
 from sklearn.metrics import confusion_matrix, jaccard_score
 
 from likewise.errors import InputError
+from likewise.evaluation.datasets.dense import open_masks
 from likewise.evaluation.evaluate import evaluate
-from likewise.evaluation.maps.segmentation import (
+from likewise.evaluation.protocols import ProtocolSettings
+from likewise.evaluation.protocols.segmentation import (
     Segmentation,
     class_overlap,
     confuse,
@@ -19,8 +21,6 @@ from likewise.evaluation.maps.segmentation import (
     measures,
     segment,
 )
-from likewise.evaluation.protocols import ProtocolSettings
-from likewise.evaluation.sets.masks import open_masks
 from likewise.models.encoders import open_encoder
 
 RNG = np.random.default_rng(0)

@@ -6,12 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from jaxtyping import TypeCheckError
 
-from likewise.evaluation.statistics import (
-    bootstrap,
-    mean_per_class,
-    normal_interval,
-    paired_difference,
-)
+from likewise.evaluation.statistics import bootstrap, mean_per_class, normal_interval, paired_difference
 
 # With the import hook the annotations speak first.
 WRONG_SHAPE = (ValueError, TypeCheckError)

@@ -13,7 +13,7 @@ from likewise.errors import ArtifactError, ModelError
 from likewise.models.backbones import BackboneSpec, build_backbone, default_stem
 from likewise.models.checkpoints import load_encoder, load_state_dict, load_strictly, save_encoder
 from likewise.models.encoders import open_encoder
-from likewise.models.heads import projector
+from likewise.training.methods.modules import projector
 
 
 @pytest.mark.parametrize(

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from likewise.errors import InputError
-from likewise.neighbors.arithmetic import Arithmetic, compact, ends, multiply, radius, rounded
+from likewise.neighbors._bf16_scan import Arithmetic, compact, ends, multiply, radius, rounded
 from likewise.neighbors.search import ExactIndex, group_equal, top_k
 
 ARITHMETICS = {

@@ -7,10 +7,9 @@ from collections.abc import Sequence
 from cyclopts import CycloptsError
 
 # Importing a module registers its verbs.
-from likewise.cli import collecting, diagnosing, measuring, pairing, running, training  # noqa: F401
-from likewise.cli.app import app
+from likewise.cli import data, evaluation, training  # noqa: F401
+from likewise.cli.common import app, fail
 from likewise.errors import InterruptedRunError, LikewiseError
-from likewise.terminal import fail
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import numpy as np
 from jaxtyping import Float
 
-from likewise.embeddings.options import DEFAULT_OPTIONS, EncoderOptions, Modality
+from likewise.embeddings.config import DEFAULT_OPTIONS, EncoderOptions, Modality
 
 # One pass over all captions of a collection, shard by shard; it can be asked for more than once.
 Corpus = Callable[[], Iterator[list[str]]]

@@ -1,10 +1,12 @@
 """Embed every caption, or every image, of a collection: shard by shard, into an artifact."""
 
 import shutil
+from abc import ABC, abstractmethod
 from collections import Counter
 from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, final
 
 import numpy as np
 
@@ -13,8 +15,6 @@ from likewise.artifacts import (
     Artifact,
     begin,
     key_of,
-    load_array,
-    open_artifact,
     read_array,
     read_json,
     shard_name,
@@ -22,78 +22,135 @@ from likewise.artifacts import (
     write_array,
     write_json,
 )
-from likewise.collection.records import Collection
-from likewise.embeddings.base import Corpus, EncoderChoice
-from likewise.embeddings.encoders import PAPER_ENCODER, choose_encoder, load_encoder
-from likewise.embeddings.images import ImageRows
-from likewise.embeddings.options import DEFAULT_OPTIONS, EncoderOptions, Modality
-from likewise.embeddings.rows import CaptionRows, Rows
-from likewise.errors import ArtifactError, InputError, LikewiseError
-from likewise.launch import resolve_device
-from likewise.progress import SILENT, Progress
+from likewise.data.dataset import Collection, Record
+from likewise.data.images import BadImageError, decode, read_bytes
+from likewise.embeddings.base import CaptionEncoder, Corpus, EncoderChoice, unit_rows
+from likewise.embeddings.config import DEFAULT_OPTIONS, EncoderOptions
+from likewise.embeddings.registry import PAPER_ENCODER, choose_encoder, load_encoder
+from likewise.embeddings.store import KIND, Embeddings
+from likewise.errors import ArtifactError, InputError
+from likewise.parallel import default_workers, ordered_map, resolve_device
+from likewise.progress import SILENT, Progress, Task
 
-KIND = "embeddings"
+_BATCHES = 16
 
 
-class Embeddings:
-    """Finished embeddings: rows of unit vectors and, for each, the position of its record."""
+@dataclass(frozen=True, kw_only=True)
+class ShardRows:
+    """What is kept of one shard.
 
-    def __init__(self, path: str | Path) -> None:
-        """Open embeddings; raises ArtifactError where there are none."""
-        self.artifact = open_artifact(Path(path), KIND)
-        self.path = self.artifact.path
-        self.dimension: int = self.artifact.manifest.counts["dimension"]
+    Attributes:
+        vectors: (n, d) float16.
+        ids: (n,) int64, the position of each row's record, ascending.
+        skipped: Records left out, by reason.
+    """
 
-    def __len__(self) -> int:
-        return self.artifact.manifest.counts[self.modality]
+    vectors: np.ndarray
+    ids: np.ndarray
+    skipped: Mapping[str, int] = field(default_factory=dict)
 
-    @property
-    def modality(self) -> Modality:
-        """What was embedded: captions, with one row each, or images."""
-        return self.artifact.manifest.settings.get("modality", "captions")
 
-    @property
-    def encoder(self) -> str:
-        """The name of the encoder."""
-        return self.artifact.manifest.settings["encoder"]
+class Rows(ABC):
+    """A collection seen through a loaded encoder.
 
-    @property
-    def without_direction(self) -> int:
-        """How many rows are zero, because the encoder knew nothing in them."""
-        return self.artifact.manifest.counts.get("without_direction", 0)
+    Attributes:
+        dimension: Length of a vector.
+    """
 
-    @property
-    def shards(self) -> int:
-        """The number of shards, equal to that of the collection."""
-        return self.artifact.manifest.counts["shards"]
+    dimension: int
 
-    def vectors(self, index: int) -> np.ndarray:
-        """Return the vectors of one shard, (n, d) float16, mapped from disk."""
-        return read_array(self.path / shard_name("vectors", index, "npy"))
+    @abstractmethod
+    def of(self, shard: int, task: Task) -> ShardRows:
+        """Embed one shard, advancing the task by what is done."""
 
-    def ids(self, index: int) -> np.ndarray:
-        """Return the record positions of one shard's rows, (n,) int64, ascending."""
-        return load_array(self.path / shard_name("ids", index, "npy"))
 
-    def shard(self, index: int) -> tuple[np.ndarray, np.ndarray]:
-        """Return the vectors and record positions of one shard."""
-        return self.vectors(index), self.ids(index)
+@final
+class CaptionRows(Rows):
+    """One row a caption. Each distinct caption of a shard is embedded once, the longest first."""
 
-    def pooled(self, index: int) -> tuple[np.ndarray, np.ndarray]:
-        """Return one row a record: the mean of its rows' vectors, of unit length again.
+    def __init__(self, source: Collection, encoder: CaptionEncoder, batch_size: int) -> None:
+        """Look at a collection through an encoder of captions."""
+        self._source, self._encoder, self._batch_size = source, encoder, batch_size
+        self.dimension = encoder.dimension
 
-        Returns:
-            Vectors (m, d) float32 and record positions (m,) int64; records whose rows have no direction (all
-            zero, or cancelling out) are left out.
-        """
-        vectors, ids = self.shard(index)
-        positions, starts = np.unique(ids, return_index=True)
-        if not len(positions):
-            return np.empty((0, self.dimension), np.float32), positions
-        sums = np.add.reduceat(vectors.astype(np.float32), starts, axis=0)
-        norms = np.linalg.norm(sums, axis=1)
-        directed = norms > 1e-6
-        return sums[directed] / norms[directed, None], positions[directed]
+    def of(self, shard: int, task: Task) -> ShardRows:
+        """Embed the captions of one shard."""
+        captions = self._source.columns(shard, ["captions"])["captions"]
+        ids = np.repeat(np.arange(len(captions)), [len(c) for c in captions]) + self._source.starts[shard]
+        places: dict[str, int] = {}
+        row = [places.setdefault(text, len(places)) for each in captions for text in each]
+        texts, times = list(places), np.bincount(row, minlength=len(places))
+        vectors = np.empty((len(texts), self.dimension), np.float16)
+        # Sorting by length keeps padding small (encoders sort each part by tokens); parts of a few batches
+        # keep the bar moving.
+        order = np.argsort([-len(text) for text in texts], kind="stable")
+        for start in range(0, len(order), _BATCHES * self._batch_size):
+            part = order[start : start + _BATCHES * self._batch_size]
+            vectors[part] = self._encoder.encode([texts[i] for i in part], self._batch_size)
+            task.advance(int(times[part].sum()))
+        # Where all captions differ they are in order already, and a copy would double the memory.
+        return ShardRows(vectors=vectors if len(texts) == len(row) else vectors[np.array(row)], ids=ids)
+
+
+@final
+class ImageRows(Rows):
+    """One row an image; those that cannot be read are left out and counted."""
+
+    def __init__(
+        self, source: Collection, choice: EncoderChoice, batch_size: int, device: str | None
+    ) -> None:
+        """Load the encoder; raises ModelError where that fails."""
+        import torch
+
+        from likewise.models.encoders import open_encoder
+
+        self._source, self._batch_size = source, batch_size
+        self._encoder = open_encoder(choice.source)
+        self._device = torch.device(resolve_device(device))
+        self._encoder.model.to(self._device).to(memory_format=torch.channels_last)
+        self.dimension = self._encoder.width
+
+    def of(self, shard: int, task: Task) -> ShardRows:
+        """Embed the images of one shard."""
+        vectors, ids, faults = [np.empty((0, self.dimension), np.float16)], [], Counter[str]()
+        begin = self._source.starts[shard]
+        for crops, reasons in ordered_map(self._load, self._batches(shard), default_workers()):
+            kept = [place for place, reason in enumerate(reasons) if not reason]
+            if kept:
+                vectors.append(self._forward(crops[kept]).astype(np.float16))
+            ids += [begin + place for place in kept]
+            begin += len(reasons)
+            faults.update(reason for reason in reasons if reason)
+            task.advance(len(reasons))
+        return ShardRows(vectors=np.concatenate(vectors), ids=np.array(ids, np.int64), skipped=faults)
+
+    def _batches(self, shard: int) -> Iterator[list[Record]]:
+        """Yield records a batch at a time: they may hold the images themselves."""
+        first, last = self._source.starts[shard : shard + 2]
+        for start in range(first, last, self._batch_size):
+            yield [self._source[i] for i in range(start, min(start + self._batch_size, last))]
+
+    def _load(self, records: list[Record]) -> tuple[np.ndarray, list[str]]:
+        """Return crops, (b, size, size, 3) uint8, and for each why it could not be read, or nothing."""
+        transform = self._encoder.transform
+        crops, reasons = np.zeros((len(records), transform.size, transform.size, 3), np.uint8), []
+        for place, record in enumerate(records):
+            try:
+                pixels = decode(read_bytes(record.image, self._source.root), transform.resize)
+                crops[place] = transform.crop(pixels)
+                reasons.append("")
+            except BadImageError as fault:
+                reasons.append(str(fault))
+        return crops, reasons
+
+    def _forward(self, crops: np.ndarray) -> np.ndarray:
+        import torch
+
+        parts = torch.from_numpy(crops).split(self._encoder.at_once(self._device))
+        with torch.inference_mode():
+            standard = (self._encoder.transform.standardise(part.to(self._device)) for part in parts)
+            features = torch.cat([self._encoder.model(part).float() for part in standard])
+        return unit_rows(features.cpu().numpy())
 
 
 def embed(
@@ -249,58 +306,3 @@ def _check_finite(vectors: np.ndarray, choice: EncoderChoice) -> None:
             f"{choice.name} gave vectors that are not numbers for {bad:,} of {len(vectors):,} "
             f"{choice.modality} of a shard; nothing was kept of them. Is the model damaged?"
         )
-
-
-def look_up_embeddings(
-    collection: Collection, encoder: str | None, *, modality: Modality = "captions"
-) -> Embeddings:
-    """Return the finished embeddings of a collection by an encoder, or the only ones there are.
-
-    Args:
-        collection: The collection.
-        encoder: The encoder as it was named when embedding, the name that tables show (which tells options
-            apart, as `hf:bert-base-uncased+cls`), or the name of the folder of its embeddings.
-        modality: Whether embeddings of captions or of images are meant.
-
-    Raises:
-        ArtifactError: where there are none, or several and no encoder is named.
-    """
-    found = []
-    for path in sorted((collection.path / "embeddings").glob(f"*/{MANIFEST}")):
-        try:
-            found.append(Embeddings(path.parent))
-        except ArtifactError:
-            continue
-    found = [each for each in found if each.modality == modality]
-    if encoder is not None:
-        found = _by_encoder(found, encoder)
-    wanted = "" if encoder is None else f" by {encoder}"
-    if not found:
-        hint = {"captions": "", "images": " --encoder image:NAME"}[modality]
-        raise ArtifactError(
-            f"{collection.path} has no finished embeddings{wanted}{' of images' * (modality == 'images')}; "
-            f"run: likewise embed {collection.path}{hint if encoder is None else f' --encoder {encoder}'}"
-        )
-    if len(found) > 1:
-        same = len({each.encoder for each in found}) < len(found)
-        names = ", ".join(each.path.name if same else each.encoder for each in found)
-        raise ArtifactError(
-            f"{collection.path} has embeddings by several encoders ({names}); name one with --encoder"
-        )
-    return found[0]
-
-
-def _by_encoder(found: list[Embeddings], encoder: str) -> list[Embeddings]:
-    """Keep those of an encoder: of the same weights, and where these differ in options, of the same name."""
-    try:
-        choice = choose_encoder(encoder)
-    except LikewiseError:
-        # What it was made from may be gone; the embeddings still go by its name.
-        named = [each for each in found if encoder in (each.encoder, each.path.name)]
-        if named:
-            return named
-        raise
-    same = [each for each in found if each.artifact.manifest.inputs["encoder"] == choice.identity]
-    named = [each for each in found if {each.encoder, each.path.name} & {encoder, choice.name}]
-    both = [each for each in same if each in named]
-    return both or same or named

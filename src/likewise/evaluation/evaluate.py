@@ -10,17 +10,16 @@ import torch
 
 from likewise.artifacts import Artifact, begin, key_of, read_json, slug, write_array, write_json
 from likewise.errors import InputError, LikewiseError
+from likewise.evaluation.datasets.captioned import CaptionedSet, open_captioned
+from likewise.evaluation.datasets.dense import UNLABELLED, open_boxes, open_masks
+from likewise.evaluation.datasets.download import fetch
+from likewise.evaluation.datasets.labeled import LabelledSet, open_set
+from likewise.evaluation.datasets.registry import CATALOG, PER_CLASS, check_known
 from likewise.evaluation.features import Features, extract_features
 from likewise.evaluation.protocols import PROTOCOLS, Kind, ProtocolSettings, check_protocols
-from likewise.evaluation.sets.boxes import open_boxes
-from likewise.evaluation.sets.captioned import CaptionedSet, open_captioned
-from likewise.evaluation.sets.catalog import CATALOG, PER_CLASS, check_known
-from likewise.evaluation.sets.fetch import fetch
-from likewise.evaluation.sets.masks import UNLABELLED, open_masks
-from likewise.evaluation.sets.suite import LabelledSet, open_set
-from likewise.evaluation.tasks import AnySet, Score, Task
-from likewise.launch import resolve_device
+from likewise.evaluation.protocols.base import AnySet, Score, Task
 from likewise.models.encoders import ImageEncoder, open_encoder, operations
+from likewise.parallel import resolve_device
 from likewise.progress import SILENT, Progress
 
 KIND = "evaluation"

@@ -20,11 +20,11 @@ from likewise.artifacts import (
     write_array,
     write_json,
 )
-from likewise.collection.images import BadImageError, decode, read_bytes
-from likewise.collection.records import ImageRef
-from likewise.evaluation.sets.suite import ImageSet
-from likewise.launch import default_workers, ordered_map, resolve_device
+from likewise.data.dataset import ImageRef
+from likewise.data.images import BadImageError, decode, read_bytes
+from likewise.evaluation.datasets.labeled import ImageSet
 from likewise.models.encoders import ImageEncoder
+from likewise.parallel import default_workers, ordered_map, resolve_device
 from likewise.progress import SILENT, Progress
 
 KIND = "features"

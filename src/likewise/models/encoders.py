@@ -14,9 +14,9 @@ from likewise.artifacts import open_artifact
 from likewise.errors import DependencyError, ModelError, close_matches
 from likewise.models.backbones import BackboneSpec, build_backbone, default_stem
 from likewise.models.checkpoints import load_encoder, load_state_dict, load_strictly
-from likewise.models.language import Language, embed_captions, load_language
-from likewise.models.others import hub_model, huggingface_model, torchvision_model
-from likewise.models.transform import Transform
+from likewise.models.external import hub_model, huggingface_model, torchvision_model
+from likewise.models.text_tower import Language, embed_captions, load_language
+from likewise.models.transforms import Transform
 
 RUN_ENCODER = "encoder.safetensors"
 # Pixels of a batch. On a processor the maps of a larger one outgrow the caches, and memory is taken from the

@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from likewise.artifacts import atomic
+from likewise.evaluation.results import Cell, Table
 from likewise.evaluation.statistics import Estimate
-from likewise.evaluation.table import Cell, Table
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

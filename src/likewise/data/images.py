@@ -1,0 +1,129 @@
+"""Image bytes and pixels: where they lie, whether they are sound, and how they are decoded."""
+
+import io
+import os
+import warnings
+from pathlib import Path
+
+import numpy as np
+import simplejpeg
+from PIL import Image, UnidentifiedImageError
+
+from likewise.data.dataset import ImageRef
+from likewise.errors import InputError
+
+MAX_PIXELS = 178_956_970  # Pillow's own bound against decompression bombs
+MAX_ASPECT = 20.0  # as in the LGSSL code
+SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".ppm", ".pgm"})
+_JPEG = b"\xff\xd8\xff"
+
+
+class BadImageError(InputError):
+    """An image that cannot be used; the message is a short reason by which skipped images are counted."""
+
+
+def read_bytes(ref: ImageRef, root: Path) -> bytes:
+    """Return an image's encoded bytes from its file, its place in an archive, or the record itself.
+
+    Raises:
+        BadImageError: where the file is missing, unreadable or shorter than the record says.
+    """
+    if ref.bytes is not None:
+        return ref.bytes
+    path = root / (ref.path or "")
+    try:
+        whole = ref.offset is None
+        data = path.read_bytes() if whole else _read_stretch(path, ref.offset or 0, ref.size or 0)
+    except FileNotFoundError as fault:
+        raise BadImageError("file is missing") from fault
+    except OSError as fault:
+        raise BadImageError("file cannot be read") from fault
+    if not data:
+        raise BadImageError("file is empty")
+    return data
+
+
+def _read_stretch(path: Path, offset: int, size: int) -> bytes:
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        data = os.pread(handle, size, offset)
+    finally:
+        os.close(handle)
+    if len(data) < size:
+        raise BadImageError("archive is shorter than recorded")
+    return data
+
+
+def decode(data: bytes, short_side: int | None = None) -> np.ndarray:
+    """Decode an image to RGB: bytes -> (h, w, 3) uint8; transparency is laid on white.
+
+    With `short_side`, JPEGs may be decoded at 1/2, 1/4 or 1/8 as long as the short side stays at least
+    that long, which costs a fraction of the full decoding.
+
+    Raises:
+        BadImageError: where the bytes are no image, are damaged, or exceed the guards of this module.
+    """
+    if data[:3] == _JPEG:
+        try:
+            return _decode_jpeg(data, short_side)
+        except ValueError:
+            pass  # CMYK, arithmetic coding or damage: Pillow reads more kinds and tells damage apart
+    return _decode_with_pillow(data)
+
+
+def _decode_jpeg(data: bytes, short_side: int | None) -> np.ndarray:
+    height, width = (int(side) for side in simplejpeg.decode_jpeg_header(data, strict=True)[:2])
+    check_shape(width, height)
+    floor = 0 if short_side is None else min(short_side, height, width)
+    scaled = {} if short_side is None else _least_size(height, width, floor)
+    return simplejpeg.decode_jpeg(
+        data, colorspace="RGB", fastdct=False, fastupsample=False, strict=True, **scaled
+    )
+
+
+def _least_size(height: int, width: int, floor: int) -> dict[str, int]:
+    """Return simplejpeg's bounds for the smallest reduced size whose short side is at least `floor`."""
+    if height <= width:
+        return {"min_height": floor, "min_width": 0}
+    return {"min_height": 0, "min_width": floor}
+
+
+def _decode_with_pillow(data: bytes) -> np.ndarray:
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            with Image.open(io.BytesIO(data)) as image:
+                check_shape(*image.size)
+                return np.asarray(_to_rgb(image))
+    except UnidentifiedImageError as fault:
+        raise BadImageError("not an image") from fault
+    except BadImageError:
+        raise
+    except Image.DecompressionBombError as fault:
+        raise BadImageError("too many pixels") from fault
+    except Exception as fault:  # Pillow's decoders raise almost anything on damaged input
+        raise BadImageError("damaged") from fault
+
+
+def _to_rgb(image: Image.Image) -> Image.Image:
+    if image.mode.startswith("I;16"):
+        # Pillow clips 16-bit grey to 255 on conversion; the upper byte keeps the picture.
+        return Image.fromarray((np.asarray(image) >> 8).astype(np.uint8)).convert("RGB")
+    if "A" in image.getbands() or "transparency" in image.info:
+        rgba = image.convert("RGBA")
+        return Image.alpha_composite(Image.new("RGBA", rgba.size, "white"), rgba).convert("RGB")
+    return image.convert("RGB")
+
+
+def check_shape(width: int, height: int) -> None:
+    """Refuse images that would cost too much memory or are no pictures.
+
+    Raises:
+        BadImageError: for more than `MAX_PIXELS` pixels, or sides more than `MAX_ASPECT` apart.
+    """
+    if width < 1 or height < 1:
+        raise BadImageError("has no pixels")
+    if width * height > MAX_PIXELS:
+        raise BadImageError("too many pixels")
+    if max(width, height) / min(width, height) > MAX_ASPECT:
+        raise BadImageError(f"sides differ more than {MAX_ASPECT:g} to 1")

@@ -1,1 +1,0 @@
-"""What is asked of an encoder's feature maps: objects and pixels."""

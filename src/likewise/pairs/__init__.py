@@ -1,0 +1,1 @@
+"""Pair sampling: which images become positive pairs."""

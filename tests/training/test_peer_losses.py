@@ -1,0 +1,182 @@
+"""Every loss and its gradients against a peer, or the formula in float64, on random inputs."""
+
+import math
+from collections.abc import Callable, Sequence
+
+import lightly.loss
+import numpy as np
+import open_clip.loss
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from lightly.loss.swav_loss import sinkhorn as lightly_sinkhorn
+from torch import Tensor
+from torch.nn.functional import normalize
+
+from likewise.training import losses
+
+Sizes = {"b": st.integers(2, 12), "d": st.integers(2, 16), "seed": st.integers(0, 10**6)}
+
+
+def draw(b: int, d: int, seed: int, count: int = 2) -> list[Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    return [torch.randn(b, d, generator=generator, requires_grad=True) for _ in range(count)]
+
+
+def assert_same(ours: Tensor, theirs: Tensor, inputs: Sequence[Tensor]) -> None:
+    """Compare value and gradients; a difference is relative where the loss is large."""
+    torch.testing.assert_close(ours, theirs.to(ours.dtype).reshape(()), atol=1e-5, rtol=1e-5)
+    mine, others = (torch.autograd.grad(each.sum(), inputs) for each in (ours, theirs))
+    for gradient, other in zip(mine, others, strict=True):
+        torch.testing.assert_close(gradient, other.to(gradient.dtype), atol=1e-5, rtol=1e-4)
+
+
+PEERS: dict[str, tuple[Callable[..., Tensor], Callable[..., Tensor]]] = {
+    "dcl": (lambda a, b: losses.decoupled(a, b, 0.2), lightly.loss.DCLLoss(temperature=0.2)),
+    "negative cosine": (losses.negative_cosine, lightly.loss.NegativeCosineSimilarity()),
+    "vicreg": (losses.vicreg, lightly.loss.VICRegLoss()),
+    "barlow twins": (losses.barlow_twins, lightly.loss.BarlowTwinsLoss()),
+    "clip": (
+        lambda a, b: losses.clip(a, b, torch.tensor(7.0)),
+        lambda a, b: open_clip.loss.ClipLoss()(normalize(a, dim=1), normalize(b, dim=1), torch.tensor(7.0)),
+    ),
+    "siglip": (
+        lambda a, b: losses.siglip(a, b, torch.tensor(9.0), torch.tensor(-3.0)),
+        lambda a, b: open_clip.loss.SigLipLoss()(
+            normalize(a, dim=1), normalize(b, dim=1), torch.tensor(9.0), torch.tensor(-3.0)
+        ),
+    ),
+}
+
+
+@pytest.mark.parametrize("name", PEERS)
+@settings(deadline=None, max_examples=20)
+@given(**Sizes)
+def test_equals_the_peer(name: str, b: int, d: int, seed: int) -> None:
+    inputs = draw(b, d, seed)
+    ours, theirs = PEERS[name]
+    assert_same(ours(*inputs), theirs(*inputs), inputs)
+
+
+@settings(deadline=None, max_examples=20)
+@given(**Sizes, n=st.integers(12, 20))
+def test_info_nce_equals_the_formula(b: int, d: int, seed: int, n: int) -> None:
+    queries, keys = draw(b, d, seed)[0], draw(n, d, seed + 1)[0]
+    partner = torch.arange(b).flip(0)
+    q, k = (normalize(each.double(), dim=1) for each in (queries, keys))
+    total = torch.zeros((), dtype=torch.float64)
+    for i in range(b):
+        scores = [torch.exp(q[i] @ k[j] / 0.3) for j in range(n)]
+        total = total - torch.log(scores[int(partner[i])] / sum(scores))
+    assert_same(losses.info_nce(queries, keys, partner, 0.3), total / b, [queries, keys])
+
+
+@settings(deadline=None, max_examples=20)
+@given(**Sizes, q=st.integers(1, 9))
+def test_contrast_with_a_queue_equals_the_formula(b: int, d: int, seed: int, q: int) -> None:
+    queries, keys = draw(b, d, seed)
+    queue = normalize(draw(q, d, seed + 1, 1)[0].detach(), dim=1)
+    a, k, n = (normalize(each.double(), dim=1) for each in (queries, keys, queue))
+    total = torch.zeros((), dtype=torch.float64)
+    for i in range(b):
+        own = torch.exp(a[i] @ k[i] / 0.2)
+        total = total - torch.log(
+            own / (own + torch.stack([torch.exp(a[i] @ other / 0.2) for other in n]).sum())
+        )
+    assert_same(losses.queue_contrast(queries, keys, queue, 0.2), total / b, [queries, keys])
+
+
+@settings(deadline=None, max_examples=20)
+@given(**Sizes)
+def test_supervised_contrast_equals_the_formula(b: int, d: int, seed: int) -> None:
+    (views,) = draw(b, d, seed, 1)
+    groups = torch.from_numpy(np.random.default_rng(seed).integers(0, 3, b))
+    unit = normalize(views.double(), dim=1)
+    total, anchors = torch.zeros((), dtype=torch.float64), 0
+    for i in range(b):
+        positives = [p for p in range(b) if p != i and groups[p] == groups[i]]
+        others = sum(torch.exp(unit[i] @ unit[a] / 0.5) for a in range(b) if a != i)
+        if positives:
+            anchors += 1
+            said = [torch.log(torch.exp(unit[i] @ unit[p] / 0.5) / others) for p in positives]
+            total = total - torch.stack(said).mean()
+    if anchors:
+        assert_same(losses.sup_con(views, groups, 0.5), total / anchors, [views])
+    else:
+        assert losses.sup_con(views, groups, 0.5) == 0
+
+
+def test_supervised_contrast_of_pairs_is_nt_xent() -> None:
+    first, second = torch.randn(2, 8, 5)
+    pairs = torch.arange(8).repeat(2)
+    torch.testing.assert_close(
+        losses.sup_con(torch.cat([first, second]), pairs, 0.1), losses.nt_xent(first, second, 0.1)
+    )
+
+
+@settings(deadline=None, max_examples=20)
+@given(**Sizes, alike=st.sampled_from([0.3, 0.8]), mode=st.sampled_from(["mask", "weight"]))
+def test_decoupled_with_weights_equals_the_formula(
+    b: int, d: int, seed: int, alike: float, mode: str
+) -> None:
+    first, second = draw(b, d, seed)
+    said = normalize(draw(2 * b, 3, seed + 1, 1)[0].detach(), dim=1)
+    weights, _ = losses.false_negative_weights(said @ said.T, alike, mode)
+    assert weights is not None
+    unit = normalize(torch.cat([first, second]).double(), dim=1)
+    rows = []
+    for i in range(2 * b):
+        partner = (i + b) % (2 * b)
+        others = [j for j in range(2 * b) if j not in (i, partner) and weights[i, j] > 0]
+        if others:
+            negatives = torch.stack(
+                [float(weights[i, j]) * torch.exp(unit[i] @ unit[j] / 0.5) for j in others]
+            ).sum()
+            rows.append(torch.log(negatives) - unit[i] @ unit[partner] / 0.5)
+    ours = losses.decoupled(first, second, 0.5, weights)
+    if rows:
+        assert_same(ours, torch.stack(rows).mean(), [first, second])
+    else:
+        assert ours == 0
+        assert all(torch.isfinite(g).all() for g in torch.autograd.grad(ours, [first, second]))
+
+
+@settings(deadline=None, max_examples=20)
+@given(n=st.integers(2, 20), p=st.integers(2, 12), seed=st.integers(0, 10**6))
+def test_sinkhorn_equals_lightly_and_uses_prototypes_alike(n: int, p: int, seed: int) -> None:
+    scores = normalize(draw(n, p, seed, 1)[0].detach(), dim=1)
+    codes = losses.sinkhorn(scores)
+    torch.testing.assert_close(
+        codes, lightly_sinkhorn(scores, iterations=3, epsilon=0.05), atol=1e-5, rtol=1e-4
+    )
+    torch.testing.assert_close(codes.sum(dim=1), torch.ones(n))
+    many = losses.sinkhorn(scores, rounds=500)
+    torch.testing.assert_close(many.sum(dim=0), torch.full((p,), n / p), atol=0.05, rtol=0.02)
+
+
+def test_sinkhorn_takes_scores_whose_exponential_is_infinite() -> None:
+    assert torch.isfinite(losses.sinkhorn(50 * torch.randn(6, 4))).all()
+
+
+@settings(deadline=None, max_examples=20)
+@given(b=st.integers(2, 10), small=st.integers(0, 3), seed=st.integers(0, 10**6))
+def test_swapped_prediction_equals_lightly(b: int, small: int, seed: int) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    scores = [torch.rand(b, 5, generator=generator, requires_grad=True) for _ in range(2 + small)]
+    codes = [losses.sinkhorn(each.detach()) for each in scores[:2]]
+    assert_same(
+        losses.swapped_prediction(scores, codes, 0.1),
+        lightly.loss.SwaVLoss()(scores[:2], scores[2:]),
+        scores,
+    )
+
+
+def test_values_by_hand() -> None:
+    # One other image: its two views are the negatives of each view, at a right angle, e^0 each.
+    assert losses.decoupled(torch.eye(2), torch.eye(2), 1.0).item() == pytest.approx(math.log(2) - 1)
+    assert losses.negative_cosine(torch.eye(3), 2 * torch.eye(3)).item() == pytest.approx(-1)
+    # Unit scale, no bias: two matches at cosine 1, two mismatches at cosine 0.
+    expected = math.log(1 + math.exp(-1)) + math.log(2)
+    one, zero = torch.tensor(1.0), torch.tensor(0.0)
+    assert losses.siglip(torch.eye(2), torch.eye(2), one, zero).item() == pytest.approx(expected)
