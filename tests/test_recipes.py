@@ -6,12 +6,13 @@ from pathlib import Path
 
 import pytest
 
+import likewise
 from likewise.artifacts import read_json
 from likewise.cli.__main__ import main
 from likewise.data.dataset import Collection
 from likewise.training.train import Run
 
-RECIPES = sorted((Path(__file__).parent.parent / "recipes").rglob("*.yaml"))
+RECIPES = sorted((Path(likewise.__file__).parent / "recipes").rglob("*.yaml"))
 TINY = """
 import:
   caption_column: [caption, alias]
@@ -51,7 +52,7 @@ def test_every_recipe_is_sound_and_tells_its_own_command(
     commands = capsys.readouterr().out.splitlines()
     assert commands[-1] == "likewise report out/run"
     about = path.read_text()
-    assert f"likewise run recipes/{path.parent.name}/{path.name} --source" in about
+    assert f"likewise run {path.parent.name}/{path.stem} --source" in about
     for told in ("what:", "cost:", "score:"):
         assert told in about
 
