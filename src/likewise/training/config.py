@@ -38,7 +38,7 @@ class TrainSettings:
             a step costs one more forward pass, and batch norm sees chunks. All at once where not given.
         method: What the loss asks: `simclr`, `dcl`, `supcon`, `nnclr`, `moco`, `moco-v3`, `simsiam`,
             `byol`, `swav`, `vicreg`, `barlow-twins`, `clip`, `siglip`, `declip`, `slip` or `pair-classifier`;
-            docs/methods.md tells them apart.
+            docs/guide/training.md tells them apart.
         views: `crop` (crops of 50 to 100 % alone) or `simclr` (also mirrored, jittered, grey, blurred);
             by default `simclr` where images are paired with themselves and `crop` else, as in the paper.
         stem: `small` keeps resolution for images up to 64 pixels, `standard` is timm's own; by the size.
