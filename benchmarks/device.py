@@ -20,10 +20,10 @@ from torch.utils.flop_counter import FlopCounterMode
 from benchmarks.loading import make_photos
 from benchmarks.step import bare_steps, make_trainer, train
 from benchmarks.timing import alternate, product_rate, wait
-from likewise.data.importing import import_collection
+from likewise.data.importing import import_dataset
 from likewise.data.readers.base import ImportOptions
-from likewise.parallel import default_workers, resolve_device
-from likewise.training.methods.base import Shown
+from likewise.parallel import default_num_workers, resolve_device
+from likewise.training.methods.base import Batch
 from likewise.training.train import choose_dtype
 
 
@@ -33,14 +33,14 @@ def run(device: torch.device, name: str, size: int, batch: int, steps: int, roun
     with tempfile.TemporaryDirectory() as where:
         folder = Path(where)
         table = make_photos(folder / "photos", 2 * batch)
-        collection = import_collection(table, folder / "c", ImportOptions())
+        collection = import_dataset(table, folder / "c", ImportOptions())
         trainer = make_trainer(
             collection, folder, "simclr", name, size, batch, steps,
-            device=device, dtype=dtype, workers=max(1, default_workers() - 1),
+            device=device, dtype=dtype, workers=max(1, default_num_workers() - 1),
         )  # fmt: skip
         fresh = count()
-        ready = Shown(
-            views=[torch.randn(batch, 3, size, size, device=device) for _ in range(2)], sizes=(batch,)
+        ready = Batch(
+            views=[torch.randn(batch, 3, size, size, device=device) for _ in range(2)], rank_sizes=(batch,)
         )
 
         def bare() -> None:
@@ -65,7 +65,9 @@ def run(device: torch.device, name: str, size: int, batch: int, steps: int, roun
 
 def told(device: torch.device) -> str:
     """Return what a device is called."""
-    return torch.cuda.get_device_name(device) if device.type == "cuda" else f"{default_workers()} processors"
+    return (
+        torch.cuda.get_device_name(device) if device.type == "cuda" else f"{default_num_workers()} processors"
+    )
 
 
 def main() -> None:

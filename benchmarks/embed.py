@@ -6,15 +6,15 @@ from pathlib import Path
 
 from benchmarks.timing import alternate, told
 from likewise.artifacts import shard_name, write_array
-from likewise.data.dataset import Collection
-from likewise.data.importing import import_collection
+from likewise.data.dataset import CaptionDataset
+from likewise.data.importing import import_dataset
 from likewise.data.readers.base import ImportOptions
-from likewise.demo import make_emoji
+from likewise.demo import make_emoji_dataset
 from likewise.embeddings.config import Backend, EncoderOptions
-from likewise.embeddings.embed import CaptionRows
-from likewise.embeddings.registry import choose_encoder, load_encoder
-from likewise.embeddings.text_encoders import SentenceEncoder
-from likewise.progress import SILENT
+from likewise.embeddings.embed import CaptionEmbedder
+from likewise.embeddings.registry import load_text_encoder, resolve_encoder
+from likewise.embeddings.text_encoders import SentenceTransformerEncoder
+from likewise.progress import NULL_PROGRESS
 
 BATCH = 64
 
@@ -27,27 +27,27 @@ def run(table: Path | None = None, encoder: str = "all-MiniLM-L6-v2", rounds: in
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         if table is None:
-            source = make_emoji(folder / "emoji")
+            source = make_emoji_dataset(folder / "emoji")
             options = ImportOptions(caption_column=("caption", "alias"))
         else:
             source, options = table, ImportOptions()
-        collection = import_collection(source, folder / "c", options)
+        collection = import_dataset(source, folder / "c", options)
         return [_compare(collection, encoder, backend, folder, rounds) for backend in ("torch", "onnx")]
 
 
-def _compare(collection: Collection, name: str, backend: Backend, folder: Path, rounds: int) -> str:
-    choice = choose_encoder(name, EncoderOptions(backend=backend))
-    loaded = load_encoder(choice, "cpu", lambda: iter([]))
-    plain = SentenceEncoder(choose_encoder(name), "cpu").model
+def _compare(collection: CaptionDataset, name: str, backend: Backend, folder: Path, rounds: int) -> str:
+    choice = resolve_encoder(name, EncoderOptions(backend=backend))
+    loaded = load_text_encoder(choice, "cpu", lambda: iter([]))
+    plain = SentenceTransformerEncoder(resolve_encoder(name), "cpu").model
     captions = [text for record in collection for text in record.captions]
 
     def ours() -> None:
-        rows = CaptionRows(collection, loaded, BATCH)
-        with SILENT.task("embedding", len(captions), "captions") as task:
-            for shard in range(len(collection.shards)):
-                made = rows.of(shard, task)
+        rows = CaptionEmbedder(collection, loaded, BATCH)
+        with NULL_PROGRESS.task("embedding", len(captions), "captions") as task:
+            for shard in range(len(collection.shard_paths)):
+                made = rows.embed_shard(shard, task)
                 write_array(folder / shard_name("vectors", shard, "npy"), made.vectors)
-                write_array(folder / shard_name("ids", shard, "npy"), made.ids)
+                write_array(folder / shard_name("ids", shard, "npy"), made.image_ids)
 
     def peer() -> object:
         return plain.encode(captions, batch_size=BATCH, show_progress_bar=False)

@@ -1,4 +1,4 @@
-"""Pairs and views compared on product photos, several seeds: the figures of docs/results/product-photos.md.
+"""Pairs and views compared on product photos, several seeds: the figures of docs/results.md.
 
     python -m benchmarks.fashion ITEMS.csv WORK --also FOLDER --seeds 3 --arms self language
 
@@ -12,12 +12,12 @@ from pathlib import Path
 import numpy as np
 from scipy import stats
 
-from likewise import PairRule, TrainSettings, embed, find_neighbors, import_collection, train
+from likewise import PairConfig, TrainConfig, embed, find_neighbors, import_dataset, train
 from likewise.data.readers.base import ImportOptions
-from likewise.evaluation.datasets.labeled import open_set
+from likewise.evaluation.datasets.labeled import open_labeled
 from likewise.evaluation.evaluate import evaluate
-from likewise.progress import Terminal
-from likewise.training.train import initial_encoder
+from likewise.progress import RichProgress
+from likewise.training.train import save_untrained_encoder
 
 PROTOCOLS = ("linear", "fewshot", "knn")
 Figures = dict[tuple[str, str, str], list[float]]
@@ -25,32 +25,32 @@ Figures = dict[tuple[str, str, str], list[float]]
 
 # What is shown with whom, and by which views; the first is what the others are compared with.
 ARMS = {
-    "self": (PairRule(pairs="self"), "simclr"),
-    "language": (PairRule(), "crop"),
-    "language-simclr": (PairRule(), "simclr"),
-    "mix50-simclr": (PairRule(k=3, self_share=0.5), "simclr"),
-    "mix50-crop": (PairRule(k=3, self_share=0.5), "crop"),
-    "mix25-simclr": (PairRule(k=3, self_share=0.25), "simclr"),
+    "self": (PairConfig(source="self"), "simclr"),
+    "language": (PairConfig(), "crop"),
+    "language-simclr": (PairConfig(), "simclr"),
+    "mix50-simclr": (PairConfig(k=3, self_pair_prob=0.5), "simclr"),
+    "mix50-crop": (PairConfig(k=3, self_pair_prob=0.5), "crop"),
+    "mix25-simclr": (PairConfig(k=3, self_pair_prob=0.25), "simclr"),
 }
 
 
-def settings(views: str, seed: int, epochs: int) -> TrainSettings:
+def settings(views: str, seed: int, epochs: int) -> TrainConfig:
     """Return the settings of one run: the same for all arms but for the views."""
-    return TrainSettings(
+    return TrainConfig(
         backbone="resnet10t",
-        size=48,
-        stem="standard",
+        image_size=48,
+        stem="default",
         batch_size=128,
         epochs=epochs,
-        rate=4e-3,
-        views=views,
+        base_lr=4e-3,
+        augmentation=views,
         seed=seed,
     )
 
 
 def measure(target: Path, items: Path, also: list[Path], out: Path, figures: Figures, arm: str) -> None:
     """Evaluate one encoder on all sets and add its figures, in percent, to those of its arm."""
-    sets = [open_set(items, label_column="articleType"), *(open_set(path) for path in also)]
+    sets = [open_labeled(items, label_column="articleType"), *(open_labeled(path) for path in also)]
     for result in evaluate(target, sets, PROTOCOLS, out=out):
         for protocol, told in result["protocols"].items():
             key = (result["set"]["name"], protocol, arm)
@@ -91,14 +91,14 @@ def main() -> None:
     parser.add_argument("--epochs", type=int, default=10)
     parser.add_argument("--arms", nargs="+", choices=ARMS, default=["self", "language"])
     told = parser.parse_args()
-    progress = Terminal(Console(stderr=True))
+    progress = RichProgress(Console(stderr=True))
     options = ImportOptions(caption_column=("title",), label_column="articleType", where=("split=train",))
-    collection = import_collection(told.items, told.work / "collection", options, progress=progress)
+    collection = import_dataset(told.items, told.work / "collection", options, progress=progress)
     embed(collection, "all-MiniLM-L6-v2", progress=progress)
     find_neighbors(collection, progress=progress)
     figures: Figures = {}
     for seed in range(told.seeds):
-        start = initial_encoder(
+        start = save_untrained_encoder(
             settings("simclr", seed, told.epochs), told.work / f"untrained-{seed}.safetensors"
         )
         measure(start, told.items, told.also, told.work / f"untrained-{seed}", figures, "untrained")

@@ -25,13 +25,13 @@ from torchvision.transforms import v2
 
 from benchmarks.timing import alternate, told
 from likewise.data import image_cache as packed
-from likewise.data.dataset import Collection
-from likewise.data.importing import import_collection
+from likewise.data.dataset import CaptionDataset
+from likewise.data.importing import import_dataset
 from likewise.data.readers.base import ImportOptions
-from likewise.pairs.build import make_pairs
-from likewise.pairs.config import PairRule
-from likewise.training.config import Showing
-from likewise.training.loader import PairBatches
+from likewise.pairs.build import build_pairs
+from likewise.pairs.config import PairConfig
+from likewise.training.config import ViewSpec
+from likewise.training.loader import PairLoader
 
 PHOTOS, PAIRS = 256, 64
 
@@ -74,12 +74,12 @@ def run(table: Path | None = None, rounds: int = 5) -> list[str]:
 
 def _compare_all(table: Path, rounds: int) -> Iterator[str]:
     with tempfile.TemporaryDirectory() as folder:
-        collection = import_collection(table, Path(folder) / "c", ImportOptions())
+        collection = import_dataset(table, Path(folder) / "c", ImportOptions())
         for size, raw_bytes in ((224, packed.RAW_BYTES), (224, 0), (64, 0)):
             yield from _compare(collection, size, raw_bytes, rounds)
 
 
-def _compare(collection: Collection, size: int, raw_bytes: int, rounds: int) -> list[str]:
+def _compare(collection: CaptionDataset, size: int, raw_bytes: int, rounds: int) -> list[str]:
     """Compare with a cache as a collection has it for which `raw_bytes` are enough, or too few."""
     files = [record.image.path or "" for record in collection]
     crop = v2.RandomResizedCrop(size, scale=(0.5, 1.0), antialias=True)
@@ -87,12 +87,15 @@ def _compare(collection: Collection, size: int, raw_bytes: int, rounds: int) -> 
     photos = LightlyDataset(str(collection.root), transform=transform)
     places = cycle(range(len(files)))
     with patch.object(packed, "RAW_BYTES", raw_bytes):
-        images = packed.pack_images(collection, packed.side_to_pack(size, len(collection)))
+        images = packed.build_image_cache(collection, packed.cache_resolution(size, len(collection)))
     # Each image beside another one, so that ours decodes as many as the peers do.
-    others = Showing(who=0, views="crop", size=size), Showing(who=1, views="crop", size=size)
-    batches = PairBatches(
+    others = (
+        ViewSpec(source=0, augmentation="crop", image_size=size),
+        ViewSpec(source=1, augmentation="crop", image_size=size),
+    )
+    batches = PairLoader(
         images,
-        make_pairs(collection, PairRule(pairs="self"), images.usable),
+        build_pairs(collection, PairConfig(source="self"), images.readable),
         others,
         batch_size=PAIRS,
         seed=0,
@@ -100,7 +103,7 @@ def _compare(collection: Collection, size: int, raw_bytes: int, rounds: int) -> 
     anchors = np.arange(PAIRS)
 
     def ours() -> object:
-        return batches.shown_pairs(anchors, anchors + PAIRS)
+        return batches.batch_of(anchors, anchors + PAIRS)
 
     def lightly() -> object:
         return torch.stack([photos[next(places)][0] for _ in range(2 * PAIRS)])
@@ -111,7 +114,7 @@ def _compare(collection: Collection, size: int, raw_bytes: int, rounds: int) -> 
             for _ in range(2 * PAIRS)
         ])  # fmt: skip
 
-    name = f"{2 * PAIRS} crops of {size} px, packed as {'pixels' if images.raw else 'JPEG'}"
+    name = f"{2 * PAIRS} crops of {size} px, packed as {'pixels' if images.is_raw else 'JPEG'}"
     return [
         told(name, "lightly: LightlyDataset + RandomResizedCrop", alternate(ours, lightly, rounds)),
         told(name, "read_image + RandomResizedCrop (LGSSL)", alternate(ours, torchvision, rounds)),

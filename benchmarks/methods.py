@@ -1,4 +1,4 @@
-"""Every method with its sources of pairs, at one budget: the figures of docs/results/methods.md.
+"""Every method with its sources of pairs, at one budget, on product photos: the figures of docs/methods.md.
 
     python -m benchmarks.methods ITEMS.csv WORK --also FOLDER --seeds 2
 
@@ -11,13 +11,13 @@ import time
 from pathlib import Path
 from typing import Any
 
-from likewise import PairRule, TrainSettings, embed, find_neighbors, import_collection, train
+from likewise import PairConfig, TrainConfig, embed, find_neighbors, import_dataset, train
 from likewise.data.readers.base import ImportOptions
-from likewise.evaluation.datasets.labeled import open_set
+from likewise.evaluation.datasets.labeled import open_labeled
 from likewise.evaluation.evaluate import evaluate
-from likewise.progress import SILENT
+from likewise.progress import NULL_PROGRESS
 from likewise.training.methods.options import METHODS
-from likewise.training.train import initial_encoder
+from likewise.training.train import save_untrained_encoder
 
 PROTOCOLS = ("linear", "fewshot")
 # What a method's own defaults, made for millions of images at 224 pixels, are too large for.
@@ -30,16 +30,16 @@ SMALL: dict[str, dict[str, Any]] = {
 }
 # Beside each method by itself: the baseline with a frozen sentence encoder, several partners at once, labels
 # as the classes, and pairs from within the batch.
-MORE: dict[str, tuple[dict[str, Any], dict[str, PairRule]]] = {
+MORE: dict[str, tuple[dict[str, Any], dict[str, PairConfig]]] = {
     "clip, frozen text": (
         {"method": "clip", "text": "frozen"},
-        {"self": PairRule(pairs="self"), "language": PairRule()},
+        {"self": PairConfig(source="self"), "language": PairConfig()},
     ),
-    "supcon, 3 partners": ({"method": "supcon", "partners": 3}, {"language": PairRule(k=3)}),
-    "supcon, labels": ({"method": "supcon"}, {"label": PairRule(pairs="label")}),
+    "supcon, 3 partners": ({"method": "supcon", "partners": 3}, {"language": PairConfig(k=3)}),
+    "supcon, labels": ({"method": "supcon"}, {"label": PairConfig(source="label")}),
     "pair-classifier, in batch": (
         {"method": "pair-classifier", "in_batch": True},
-        {"self": PairRule(pairs="self")},
+        {"self": PairConfig(source="self")},
     ),
 }
 COMMON: dict[str, Any] = {
@@ -51,9 +51,9 @@ COMMON: dict[str, Any] = {
 }
 
 
-def arms() -> list[tuple[str, str, dict[str, Any], PairRule]]:
+def arms() -> list[tuple[str, str, dict[str, Any], PairConfig]]:
     """Return name, pairs, settings and rule of every run, those that most is compared with first."""
-    sources = {"self": PairRule(pairs="self"), "language": PairRule()}
+    sources = {"self": PairConfig(source="self"), "language": PairConfig()}
     found = [
         (method, pairs, {"method": method, **SMALL.get(method, {})}, rule)
         for method in METHODS
@@ -66,7 +66,7 @@ def arms() -> list[tuple[str, str, dict[str, Any], PairRule]]:
 
 def figures(target: Path, items: Path, also: list[Path], out: Path) -> list[str]:
     """Evaluate one encoder and return its figures in percent, with 95 % intervals over test items."""
-    sets = [open_set(items, label_column="articleType"), *(open_set(path) for path in also)]
+    sets = [open_labeled(items, label_column="articleType"), *(open_labeled(path) for path in also)]
     cells = []
     for result in evaluate(target, sets, PROTOCOLS, out=out):
         for protocol in PROTOCOLS:
@@ -87,12 +87,12 @@ def main() -> None:
     parser.add_argument("--only", nargs="*", default=[])
     told = parser.parse_args()
     options = ImportOptions(caption_column=("title",), label_column="articleType", where=("split=train",))
-    collection = import_collection(told.items, told.work / "collection", options)
+    collection = import_dataset(told.items, told.work / "collection", options)
     embed(collection, "all-MiniLM-L6-v2")
     find_neighbors(collection)
     for seed in range(told.seeds):
         common = COMMON | {"steps": told.steps, "seed": seed}
-        start = initial_encoder(TrainSettings(**common), told.work / f"untrained-{seed}.safetensors")
+        start = save_untrained_encoder(TrainConfig(**common), told.work / f"untrained-{seed}.safetensors")
         cells = figures(start, told.items, told.also, told.work / f"untrained-{seed}")
         print(f"| untrained | | {seed} | {' | '.join(cells)} | | |", flush=True)
         for name, pairs, settings, rule in arms():
@@ -100,7 +100,7 @@ def main() -> None:
                 continue
             run = told.work / f"{name.replace(', ', '-').replace(' ', '-')}-{pairs}-{seed}"
             began = time.monotonic()
-            done = train(collection, run, TrainSettings(**common | settings), rule, progress=SILENT)
+            done = train(collection, run, TrainConfig(**common | settings), rule, progress=NULL_PROGRESS)
             minutes = (time.monotonic() - began) / 60
             cells = figures(run, told.items, told.also, run / "evaluation")
             rank = done.metrics()[-1]["effective_rank"]

@@ -27,12 +27,12 @@ from torchvision.transforms import v2
 
 from benchmarks.step import make_trainer, train
 from benchmarks.timing import alternate, told
-from likewise.data.importing import import_collection
+from likewise.data.importing import import_dataset
 from likewise.data.readers.base import ImportOptions
-from likewise.demo import make_emoji
-from likewise.models.backbones import IMAGENET_MEAN, IMAGENET_STD, BackboneSpec, build_backbone
-from likewise.training.checkpoint import Trainer
-from likewise.training.methods.modules import projector
+from likewise.demo import make_emoji_dataset
+from likewise.models.backbones import IMAGENET_MEAN, IMAGENET_STD, BackboneConfig, build_backbone
+from likewise.training.checkpoint import TrainState
+from likewise.training.methods.modules import projection_head
 
 NAME, SIZE, BATCH, HEAD = "resnet18", 64, 64, (2048, 2048, 128)
 
@@ -42,8 +42,8 @@ class LikeLightly(pl.LightningModule):
 
     def __init__(self) -> None:
         super().__init__()
-        self.backbone, self.width = build_backbone(BackboneSpec(name=NAME, size=SIZE, stem="small"))
-        self.head = projector(self.width, HEAD)
+        self.backbone, self.width = build_backbone(BackboneConfig(name=NAME, image_size=SIZE, stem="cifar"))
+        self.head = projection_head(self.width, HEAD)
         self.criterion = NTXentLoss(temperature=0.1)
 
     def training_step(self, batch: list[Any], _: int) -> Tensor:
@@ -92,8 +92,8 @@ def run(rounds: int = 3, steps: int = 6) -> Iterator[str]:
     warnings.simplefilter("ignore")
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        table = make_emoji(folder / "emoji", every=6)
-        collection = import_collection(table, folder / "c", ImportOptions())
+        table = make_emoji_dataset(folder / "emoji", subsample=6)
+        collection = import_dataset(table, folder / "c", ImportOptions())
         fresh = count()
         transform: Any = _views()  # lightly and torch each expect another type of what they take
         pictures: Any = LightlyDataset(str(collection.root), transform=transform)
@@ -102,7 +102,7 @@ def run(rounds: int = 3, steps: int = 6) -> Iterator[str]:
             for peer, made in (("lightly", LikeLightly), ("solo-learn", LikeSoloLearn)):
                 model = made().train()
 
-                def ours(trainer: Trainer = trainer) -> object:
+                def ours(trainer: TrainState = trainer) -> object:
                     return train(trainer, folder / f"run-{next(fresh)}")
 
                 def theirs(model: pl.LightningModule = model, dtype: torch.dtype = dtype) -> None:

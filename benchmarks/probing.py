@@ -19,8 +19,13 @@ from sklearn.linear_model import LogisticRegression
 from torch.nn.functional import normalize
 
 from benchmarks.timing import alternate, told
-from likewise.evaluation.protocols.fewshot import FewShot, draw_episodes, few_shot
-from likewise.evaluation.protocols.linear import LinearProbe, hold_out, linear_probe, search
+from likewise.evaluation.protocols.fewshot import FewShotConfig, evaluate_few_shot, sample_episodes
+from likewise.evaluation.protocols.linear import (
+    LinearProbeConfig,
+    fit_linear_probe,
+    search_grid,
+    stratified_split,
+)
 
 CLASSES, WIDTH, TRAIN, TEST = 100, 512, 10_000, 5_000
 
@@ -45,20 +50,20 @@ def scikit_learn(
     train_x: torch.Tensor, train_y: torch.Tensor, test_x: torch.Tensor, test_y: torch.Tensor
 ) -> tuple[float, float]:
     """Run the protocol with scikit-learn and return the chosen cost and the test accuracy."""
-    kept, held = (part.numpy() for part in hold_out(train_y, 0.2, 0))
+    kept, held = (part.numpy() for part in stratified_split(train_y, 0.2, 0))
     x, y = train_x.numpy(), train_y.numpy()
 
     def fit(step: int, rows: np.ndarray) -> LogisticRegression:
         return LogisticRegression(C=10.0 ** (step / 8), max_iter=1000).fit(x[rows], y[rows])
 
-    scores = search(lambda step: float(fit(step, kept).score(x[held], y[held])))
+    scores = search_grid(lambda step: float(fit(step, kept).score(x[held], y[held])))
     best = max(scores, key=lambda step: (scores[step], -step))
     final = fit(best, np.arange(len(y)))
     return 10.0 ** (best / 8), float(final.score(test_x.numpy(), test_y.numpy()))
 
 
 def as_lgssl(
-    settings: FewShot, train: tuple[torch.Tensor, torch.Tensor], test: tuple[torch.Tensor, torch.Tensor]
+    settings: FewShotConfig, train: tuple[torch.Tensor, torch.Tensor], test: tuple[torch.Tensor, torch.Tensor]
 ) -> float:
     """Return the mean accuracy by what LGSSL's `evaluate_fewshot` does: draw and classify one by one."""
     places = [[np.flatnonzero(labels.numpy() == c) for c in range(CLASSES)] for labels in (train[1], test[1])]
@@ -77,7 +82,11 @@ def as_lgssl(
 
 
 def _classify(
-    support: torch.Tensor, query: torch.Tensor, named: torch.Tensor, truth: torch.Tensor, settings: FewShot
+    support: torch.Tensor,
+    query: torch.Tensor,
+    named: torch.Tensor,
+    truth: torch.Tensor,
+    settings: FewShotConfig,
 ) -> torch.Tensor:
     centre = support.mean(dim=0, keepdim=True)
     support, query = (normalize(part - centre, dim=-1) for part in (support, query))
@@ -87,10 +96,10 @@ def _classify(
 
 
 def ready_episodes(
-    settings: FewShot, train: tuple[torch.Tensor, torch.Tensor], test: tuple[torch.Tensor, torch.Tensor]
+    settings: FewShotConfig, train: tuple[torch.Tensor, torch.Tensor], test: tuple[torch.Tensor, torch.Tensor]
 ) -> float:
     """Return the mean accuracy by the leanest loop: all episodes drawn at once, then one after the other."""
-    drawn = draw_episodes(settings, train[1].numpy(), test[1].numpy())
+    drawn = sample_episodes(settings, train[1].numpy(), test[1].numpy())
     truth = torch.arange(settings.ways).repeat_interleave(settings.queries)
     found = []
     for support_rows, query_rows, valid in zip(drawn.support, drawn.query, drawn.valid, strict=True):
@@ -108,19 +117,19 @@ def run(rounds: int = 3, episodes: int = 5000) -> Iterator[str]:
     start = time.perf_counter()
     cost, accuracy = scikit_learn(*train, *test)
     yield f"scikit-learn: cost {cost:.4g}, test accuracy {accuracy:.4f}, {time.perf_counter() - start:.0f} s"
-    ours = linear_probe(LinearProbe(), *train, *test, classes=CLASSES)
-    yield f"ours:         cost {ours.cost:.4g}, test accuracy {ours.accuracy:.4f}, converged {ours.converged}"
+    ours = fit_linear_probe(LinearProbeConfig(), *train, *test, num_classes=CLASSES)
+    yield f"ours:         cost {ours.C:.4g}, test accuracy {ours.accuracy:.4f}, converged {ours.converged}"
     yield told(
         "linear probe, sweep and refit",
         "scikit-learn LogisticRegression",
         alternate(
-            lambda: linear_probe(LinearProbe(), *train, *test, classes=CLASSES),
+            lambda: fit_linear_probe(LinearProbeConfig(), *train, *test, num_classes=CLASSES),
             lambda: scikit_learn(*train, *test),
             rounds,
         ),
     )
-    settings = FewShot(episodes=episodes)
-    batched = few_shot(settings, *train, *test).accuracy
+    settings = FewShotConfig(episodes=episodes)
+    batched = evaluate_few_shot(settings, *train, *test).accuracy
     yield (
         f"few-shot accuracy: {batched.value:.6f} ours, {ready_episodes(settings, train, test):.6f} the same "
         f"episodes one by one, {as_lgssl(settings, train, test):.6f} LGSSL's own draw"
@@ -130,7 +139,7 @@ def run(rounds: int = 3, episodes: int = 5000) -> Iterator[str]:
         ("drawn at once, one by one", ready_episodes),
     ):
         seconds = alternate(
-            lambda: few_shot(settings, *train, *test), partial(loop, settings, train, test), rounds
+            lambda: evaluate_few_shot(settings, *train, *test), partial(loop, settings, train, test), rounds
         )
         yield told(f"few-shot, {episodes:,} episodes", peer, seconds)
 

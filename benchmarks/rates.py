@@ -17,11 +17,11 @@ from torch.utils.flop_counter import FlopCounterMode
 from benchmarks.probing import CLASSES, TEST, TRAIN, features
 from benchmarks.search import K, unit
 from benchmarks.timing import product_rate
-from likewise.demo import concepts
-from likewise.embeddings.registry import choose_encoder
-from likewise.embeddings.text_encoders import SentenceEncoder
-from likewise.evaluation.protocols.fewshot import FewShot, few_shot
-from likewise.evaluation.protocols.linear import LinearProbe, linear_probe
+from likewise.demo import load_emoji
+from likewise.embeddings.registry import resolve_encoder
+from likewise.embeddings.text_encoders import SentenceTransformerEncoder
+from likewise.evaluation.protocols.fewshot import FewShotConfig, evaluate_few_shot
+from likewise.evaluation.protocols.linear import LinearProbeConfig, fit_linear_probe
 from likewise.neighbors.search import ExactIndex
 
 CPU = torch.device("cpu")
@@ -44,11 +44,15 @@ def stages() -> Iterator[tuple[str, Callable[[], object], float | None]]:
     index = ExactIndex(unit(np.random.default_rng(0).standard_normal((n, d), np.float32)))
     yield f"neighbors, {n:,} x {d}, top-{K}", lambda: index.search(np.arange(n), K), 2.0 * n * n * d
     train, test = features(TRAIN, 1), features(TEST, 2)
-    probe, episodes = LinearProbe(), FewShot(episodes=5000)
-    yield "linear probe, sweep and refit", lambda: linear_probe(probe, *train, *test, classes=CLASSES), None
-    yield "few-shot, 5,000 episodes", lambda: few_shot(episodes, *train, *test), None
-    encoder = SentenceEncoder(choose_encoder("all-MiniLM-L6-v2"), "cpu")
-    captions = [emoji.name for emoji in concepts()]
+    probe, episodes = LinearProbeConfig(), FewShotConfig(episodes=5000)
+    yield (
+        "linear probe, sweep and refit",
+        lambda: fit_linear_probe(probe, *train, *test, num_classes=CLASSES),
+        None,
+    )
+    yield "few-shot, 5,000 episodes", lambda: evaluate_few_shot(episodes, *train, *test), None
+    encoder = SentenceTransformerEncoder(resolve_encoder("all-MiniLM-L6-v2"), "cpu")
+    captions = [emoji.name for emoji in load_emoji()]
     yield f"embed, {len(captions):,} captions, MiniLM", lambda: encoder.encode(captions, 64), None
 
 

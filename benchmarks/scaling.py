@@ -22,7 +22,7 @@ from itertools import cycle, islice
 from pathlib import Path
 from time import perf_counter, sleep
 
-from likewise.demo import make_emoji
+from likewise.demo import make_emoji_dataset
 
 _PACK = (
     "import sys; from likewise.collection.packed import pack_images; "
@@ -89,7 +89,7 @@ def run(most: int, captions: int) -> Iterator[str]:
     """Yield a line for each stage and size, then one a stage with its slope and predictions."""
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        emoji = make_emoji(folder / "emoji")
+        emoji = make_emoji_dataset(folder / "emoji")
         sizes = [10**power for power in range(3, 1 + round(math.log10(most)))]
         seconds: dict[str, list[float]] = {}
         for n in sizes:

@@ -16,9 +16,9 @@ from scipy.sparse import csr_array
 from sklearn.neighbors import NearestNeighbors
 
 from benchmarks.timing import alternate, told
-from likewise.embeddings.lexical import HashedWords
-from likewise.neighbors.faiss_index import IvfIndex
-from likewise.neighbors.search import MEMORY, ExactIndex, group_equal, top_k
+from likewise.embeddings.lexical import BagOfWordsEncoder
+from likewise.neighbors.faiss_index import IVFIndex
+from likewise.neighbors.search import DEFAULT_MEMORY_BYTES, ExactIndex, deduplicate_rows, exact_topk
 
 K = 10
 _BATCH = 512  # queries that LGSSL searches for at a time
@@ -56,7 +56,7 @@ def compared(rows: int, queries: int | None, rounds: int, dimension: int = 384) 
     yield f"{'':<4}grouping equal rows before: {building:.3f} s; memory beside the vectors: {needed:,.0f} MiB"
     del index, vectors
     vectors = clustered(rows, dimension)
-    exact, (lists, building) = ExactIndex(vectors), timed(partial(IvfIndex, vectors))
+    exact, (lists, building) = ExactIndex(vectors), timed(partial(IVFIndex, vectors))
     times = alternate(partial(lists.search, asked, K), partial(exact.search, asked, K), rounds)
     yield told(f"lists, {name}, clustered", "our exact search", times)
     yield (
@@ -69,7 +69,7 @@ def counted(rows: int, rounds: int) -> Iterator[str]:
     """Compare searches of hashed words (`--encoder tfidf`), in captions of eight that follow Zipf's law."""
     rng = np.random.default_rng(2)
     captions = [" ".join(map("w{}".format, words)) for words in rng.zipf(1.3, (rows, 8)) % 5000]
-    vectors = HashedWords(lambda: iter([captions]), weighted=True).encode(captions, rows)
+    vectors = BagOfWordsEncoder(lambda: iter([captions]), use_idf=True).encode(captions, rows)
     sparse = csr_array(vectors)
     flat = faiss.IndexFlatIP(vectors.shape[1])
     flat.add(vectors)  # pyrefly: ignore[missing-argument]
@@ -137,7 +137,7 @@ def memory_needed(vectors: np.ndarray, asked: np.ndarray) -> float:
 def _memory_needed(path: Path, shape: tuple[int, int], asked: np.ndarray) -> float:
     mapped = np.memmap(path, np.float32, "r", shape=shape)
     # Multiplying once lets the libraries take what they keep for themselves.
-    top_k(np.array(mapped[:64]), group_equal(mapped[:64]), np.arange(64), K)
+    exact_topk(np.array(mapped[:64]), deduplicate_rows(mapped[:64]), np.arange(64), K)
     before, peak, done = _anonymous(), 0.0, threading.Event()
 
     def watch() -> None:
@@ -147,7 +147,7 @@ def _memory_needed(path: Path, shape: tuple[int, int], asked: np.ndarray) -> flo
 
     watcher = threading.Thread(target=watch)
     watcher.start()
-    ExactIndex(mapped, memory=MEMORY).search(asked, K)
+    ExactIndex(mapped, memory_bytes=DEFAULT_MEMORY_BYTES).search(asked, K)
     done.set()
     watcher.join()
     return peak - before

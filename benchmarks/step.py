@@ -10,25 +10,25 @@ from unittest.mock import patch
 import torch
 
 from benchmarks.timing import alternate, told
-from likewise.artifacts import read_lines
-from likewise.data.dataset import Collection
-from likewise.data.image_cache import pack_images
-from likewise.data.importing import import_collection
+from likewise.artifacts import read_jsonl
+from likewise.data.dataset import CaptionDataset
+from likewise.data.image_cache import build_image_cache
+from likewise.data.importing import import_dataset
 from likewise.data.readers.base import ImportOptions
-from likewise.demo import make_emoji
-from likewise.distributed import Processes
-from likewise.models.backbones import BackboneSpec, build_backbone
-from likewise.pairs.build import make_pairs
-from likewise.pairs.config import PairRule
-from likewise.progress import SILENT
+from likewise.demo import make_emoji_dataset
+from likewise.distributed import DistributedContext
+from likewise.models.backbones import BackboneConfig, build_backbone
+from likewise.pairs.build import build_pairs
+from likewise.pairs.config import PairConfig
+from likewise.progress import NULL_PROGRESS
 from likewise.training import trainer as loop
-from likewise.training.checkpoint import Trainer
-from likewise.training.config import TrainSettings, plan, showings
-from likewise.training.loader import PairBatches
-from likewise.training.methods.base import Shown
+from likewise.training.checkpoint import TrainState
+from likewise.training.config import TrainConfig, build_schedule, build_view_specs
+from likewise.training.loader import PairLoader
+from likewise.training.methods.base import Batch
 from likewise.training.methods.registry import build_method
 from likewise.training.optim import build_optimizer
-from likewise.training.run_dir import METRICS
+from likewise.training.run_dir import METRICS_FILE
 
 # Backbone, side, batch, steps.
 SHAPES = (("resnet18", 64, 64, 6), ("resnet50", 128, 16, 6))
@@ -38,18 +38,18 @@ CPU = torch.device("cpu")
 def run() -> Iterator[str]:
     """Compare the whole loop with bare steps of the same method on one batch that lies ready."""
     with tempfile.TemporaryDirectory() as folder:
-        table = make_emoji(Path(folder) / "emoji", every=6)
-        collection = import_collection(table, Path(folder) / "collection", ImportOptions())
+        table = make_emoji_dataset(Path(folder) / "emoji", subsample=6)
+        collection = import_dataset(table, Path(folder) / "collection", ImportOptions())
         for shape in SHAPES:
             for views in ("crop", "simclr"):
                 yield _compare(collection, Path(folder), views, *shape)
 
 
 def _compare(
-    collection: Collection, folder: Path, views: str, name: str, size: int, batch: int, steps: int
+    collection: CaptionDataset, folder: Path, views: str, name: str, size: int, batch: int, steps: int
 ) -> str:
     trainer = make_trainer(collection, folder, views, name, size, batch, steps)
-    ready = trainer.batches.batch(0).shown(trainer.batches.recipes, CPU)
+    ready = trainer.loader.batch_at(0).to_device(trainer.loader.augmentations, CPU)
     fresh = count()
 
     def ours() -> None:
@@ -60,7 +60,7 @@ def _compare(
 
 
 def make_trainer(
-    collection: Collection,
+    collection: CaptionDataset,
     folder: Path,
     views: str,
     name: str,
@@ -71,36 +71,38 @@ def make_trainer(
     device: torch.device = CPU,
     dtype: torch.dtype = torch.float32,
     workers: int = 1,
-) -> Trainer:
+) -> TrainState:
     """Put together what `likewise train` would, for SimCLR on each image with itself."""
-    settings = TrainSettings(backbone=name, size=size, batch_size=batch, steps=steps, views=views)
-    rule = PairRule(pairs="self")
-    images = pack_images(collection, size * 3 // 2)
-    pairs = make_pairs(collection, rule, images.usable)
-    spec = BackboneSpec(name=name, size=size, stem="small" if size <= 64 else "standard")
+    settings = TrainConfig(
+        backbone=name, image_size=size, batch_size=batch, max_steps=steps, augmentation=views
+    )
+    rule = PairConfig(source="self")
+    images = build_image_cache(collection, size * 3 // 2)
+    pairs = build_pairs(collection, rule, images.readable)
+    spec = BackboneConfig(name=name, image_size=size, stem="cifar" if size <= 64 else "standard")
     backbone, width = build_backbone(spec)
     method = build_method(settings, backbone, width).to(device).to(memory_format=torch.channels_last).train()
-    return Trainer(
-        run=folder,
+    return TrainState(
+        run_dir=folder,
         method=method,
-        spec=spec,
-        stepper=method,
-        optimizer=build_optimizer("adamw", method, rate=1e-4, weight_decay=0.01),
-        batches=PairBatches(images, pairs, showings(settings, rule), batch_size=batch, seed=0),
-        plan=replace(plan(settings, len(collection), collection.path), log_every=steps),
+        backbone_config=spec,
+        ddp_method=method,
+        optimizer=build_optimizer("adamw", method, lr=1e-4, weight_decay=0.01),
+        loader=PairLoader(images, pairs, build_view_specs(settings, rule), batch_size=batch, seed=0),
+        schedule=replace(build_schedule(settings, len(collection), collection.path), log_every=steps),
         device=device,
         dtype=dtype,
         seed=0,
-        workers=workers,
+        num_workers=workers,
         checkpoint_minutes=60.0,
-        among=Processes(),
-        scorer=None,
-        patience=None,
-        name=str,
+        dist=DistributedContext(),
+        evaluator=None,
+        early_stopping_patience=None,
+        image_id=str,
     )
 
 
-def train(trainer: Trainer, out: Path) -> list[dict[str, int | float]]:
+def train(trainer: TrainState, out: Path) -> list[dict[str, int | float]]:
     """Run the loop into a new folder and return its metrics; the model goes on from where it stands.
 
     Without the one checkpoint at the end, which is that of any run, however long, and would be most of so
@@ -108,11 +110,11 @@ def train(trainer: Trainer, out: Path) -> list[dict[str, int | float]]:
     """
     out.mkdir()
     with patch.object(loop, "save_checkpoint"):
-        loop.run_training(replace(trainer, run=out), SILENT)
-    return read_lines(out / METRICS)
+        loop.fit(replace(trainer, run_dir=out), NULL_PROGRESS)
+    return read_jsonl(out / METRICS_FILE)
 
 
-def bare_steps(trainer: Trainer, ready: Shown, steps: int) -> None:
+def bare_steps(trainer: TrainState, ready: Batch, steps: int) -> None:
     """Take optimizer steps on one batch that lies ready: what the loop is measured against."""
     for _ in range(steps):
         with torch.autocast(trainer.device.type, trainer.dtype, enabled=trainer.dtype != torch.float32):

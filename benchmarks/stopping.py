@@ -1,4 +1,4 @@
-"""Does validation find the better encoder? The figures of docs/results/methods.md on early stopping.
+"""Does the score on held-out pairs find the better encoder? The figures of docs/methods.md on stopping.
 
     python -m benchmarks.stopping ITEMS.csv WORK --also FOLDER
 
@@ -10,10 +10,10 @@ import argparse
 from pathlib import Path
 
 from benchmarks.methods import COMMON, figures
-from likewise import PairRule, TrainSettings, embed, find_neighbors, import_collection, train
+from likewise import PairConfig, TrainConfig, embed, find_neighbors, import_dataset, train
 from likewise.data.readers.base import ImportOptions
 
-ARMS = {"self": PairRule(pairs="self"), "language": PairRule()}
+ARMS = {"self": PairConfig(source="self"), "language": PairConfig()}
 
 
 def main() -> None:
@@ -29,19 +29,19 @@ def main() -> None:
     options = ImportOptions(
         caption_column=("title",), label_column="articleType", where=("split=train",), limit=told.images
     )
-    collection = import_collection(told.items, told.work / "collection", options)
+    collection = import_dataset(told.items, told.work / "collection", options)
     embed(collection, "all-MiniLM-L6-v2")
     find_neighbors(collection)
     for name, rule in ARMS.items():
-        settings = TrainSettings(**COMMON | {"size": told.size, "steps": told.steps, "held_out": 150})
+        settings = TrainConfig(**COMMON | {"size": told.size, "steps": told.steps, "held_out": 150})
         run = train(collection, told.work / name, settings, rule)
-        for row in run.scores():
+        for row in run.validation_metrics():
             print(f"{name} " + " ".join(f"{key} {value:.3f}" for key, value in row.items()), flush=True)
         kept = figures(run.path, told.items, told.also, run.path / "evaluation")
         last = figures(
             run.path / "encoder-last.safetensors", told.items, told.also, run.path / "evaluation-last"
         )
-        print(f"| {name} | kept, step {run.kept_step} | {' | '.join(kept)} |")
+        print(f"| {name} | kept, step {run.best_step} | {' | '.join(kept)} |")
         print(f"| {name} | last, step {told.steps} | {' | '.join(last)} |", flush=True)
 
 

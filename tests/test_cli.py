@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from likewise.data.dataset import Collection
+from likewise.data.dataset import CaptionDataset
 from support import MINILM, save_png
 
 
@@ -79,7 +79,7 @@ def test_debug_shows_the_stack(tmp_path: Path) -> None:
     assert "Traceback" in likewise("embed", tmp_path, "--debug").stderr
 
 
-def test_json_is_for_machines(collection: Collection) -> None:
+def test_json_is_for_machines(collection: CaptionDataset) -> None:
     told = likewise("neighbors", collection.path, "-k", "5", "--json", "--quiet")
     assert json.loads(told.stdout)["k"] == 5
     assert told.stderr == ""
@@ -92,7 +92,7 @@ def test_names_are_checked_in_python_too() -> None:
     assert "Did you mean language" in told.stderr
 
 
-def test_unknown_encoders_are_one_sentence(collection: Collection) -> None:
+def test_unknown_encoders_are_one_sentence(collection: CaptionDataset) -> None:
     told = likewise("embed", collection.path, "--encoder", "./no-such-model")
     assert told.returncode == 1
     assert told.stderr.startswith("error: there is no model folder at ./no-such-model")
@@ -112,7 +112,7 @@ def test_a_collection_without_captions_trains_on_itself(tmp_path: Path) -> None:
     assert told.returncode == 0, told.stderr
 
 
-def test_targets_that_exist_are_not_touched(collection: Collection, tmp_path: Path) -> None:
+def test_targets_that_exist_are_not_touched(collection: CaptionDataset, tmp_path: Path) -> None:
     (tmp_path / "precious.txt").write_text("mine")
     flags = ["--backbone", "resnet10t", "--size", "32", "--batch-size", "8", "--steps", "1", "--quiet"]
     told = likewise("train", collection.path, "--out", tmp_path, *flags)
@@ -149,7 +149,7 @@ def snapshot(folder: Path) -> dict[str, bytes]:
     ],
 )
 def test_killed_at_any_moment_and_run_again(
-    stage: str, command: list[str], collection: Collection, tmp_path: Path
+    stage: str, command: list[str], collection: CaptionDataset, tmp_path: Path
 ) -> None:
     copy = tmp_path / "c"
     shutil.copytree(collection.path, copy)

@@ -9,7 +9,7 @@ import pytest
 import likewise
 from likewise.artifacts import read_json
 from likewise.cli.__main__ import main
-from likewise.data.dataset import Collection
+from likewise.data.dataset import CaptionDataset
 from likewise.training.train import Run
 
 RECIPES = sorted((Path(likewise.__file__).parent / "recipes").rglob("*.yaml"))
@@ -67,7 +67,7 @@ def test_a_recipe_runs_the_whole_chain_and_once_only(
     out = tmp_path / "out"
     command = ("run", recipe, "--source", emoji, "--out", out, "--on", emoji.parent)
     assert call(*command) == 0
-    assert len(Collection(out / "collection")) == 207
+    assert len(CaptionDataset(out / "collection")) == 207
     run = Run(out / "run")
     assert run.artifact.manifest.settings["method"] == "simsiam"
     assert run.artifact.manifest.settings["head"] == [32, 16]
@@ -99,7 +99,7 @@ def test_the_commands_that_are_shown_make_the_same_run(
 
 
 def test_a_collection_is_taken_as_it_is(
-    collection: Collection, recipe: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    collection: CaptionDataset, recipe: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert call("run", recipe, "--source", collection.path, "--out", tmp_path / "o", "--dry-run") == 0
     assert capsys.readouterr().out.startswith(f"likewise embed {collection.path}")

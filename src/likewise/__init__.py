@@ -12,20 +12,20 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from likewise.data.audit.audit import audit
-    from likewise.data.dataset import Collection
-    from likewise.data.importing import import_collection
+    from likewise.data.audit.audit import audit_dataset
+    from likewise.data.dataset import CaptionDataset
+    from likewise.data.importing import import_dataset
     from likewise.data.readers.base import ImportOptions
     from likewise.embeddings.embed import embed
     from likewise.errors import LikewiseError
     from likewise.evaluation.evaluate import evaluate
-    from likewise.neighbors.config import SearchRule
+    from likewise.neighbors.config import SearchConfig
     from likewise.neighbors.index import find_neighbors
-    from likewise.pairs.analyze import diagnose
-    from likewise.pairs.build import make_pairs
-    from likewise.pairs.config import PairRule
+    from likewise.pairs.analyze import analyze_pairs
+    from likewise.pairs.build import build_pairs
+    from likewise.pairs.config import PairConfig
     from likewise.report.run_report import write_report
-    from likewise.training.config import TrainSettings
+    from likewise.training.config import TrainConfig
     from likewise.training.train import Run, train
 
 # OpenMP's threads spin while they wait for each other. Unbounded, they take the processors from the threads
@@ -35,40 +35,40 @@ os.environ.setdefault("GOMP_SPINCOUNT", "10000")
 
 __version__ = "0.1.0"
 __all__ = [
-    "Collection",
+    "CaptionDataset",
     "ImportOptions",
     "LikewiseError",
-    "PairRule",
+    "PairConfig",
     "Run",
-    "SearchRule",
-    "TrainSettings",
-    "audit",
-    "diagnose",
+    "SearchConfig",
+    "TrainConfig",
+    "analyze_pairs",
+    "audit_dataset",
+    "build_pairs",
     "embed",
     "evaluate",
     "find_neighbors",
-    "import_collection",
-    "make_pairs",
+    "import_dataset",
     "train",
     "write_report",
 ]
 
 # Names are loaded when first used: `import likewise` and `likewise --help` stay fast without torch.
 _HOMES = {
-    "Collection": "likewise.data.dataset",
+    "CaptionDataset": "likewise.data.dataset",
     "ImportOptions": "likewise.data.readers.base",
     "LikewiseError": "likewise.errors",
-    "PairRule": "likewise.pairs.config",
+    "PairConfig": "likewise.pairs.config",
     "Run": "likewise.training.train",
-    "TrainSettings": "likewise.training.config",
-    "SearchRule": "likewise.pairs.config",
-    "audit": "likewise.data.audit.audit",
-    "diagnose": "likewise.pairs.analyze",
+    "TrainConfig": "likewise.training.config",
+    "SearchConfig": "likewise.neighbors.config",
+    "audit_dataset": "likewise.data.audit.audit",
+    "analyze_pairs": "likewise.pairs.analyze",
     "embed": "likewise.embeddings.embed",
     "evaluate": "likewise.evaluation.evaluate",
-    "import_collection": "likewise.data.importing",
+    "import_dataset": "likewise.data.importing",
     "find_neighbors": "likewise.neighbors.index",
-    "make_pairs": "likewise.pairs.build",
+    "build_pairs": "likewise.pairs.build",
     "train": "likewise.training.train",
     "write_report": "likewise.report.run_report",
 }

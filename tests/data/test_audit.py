@@ -16,24 +16,24 @@ import pytest
 from PIL import Image
 
 from likewise.artifacts import read_json, write_json
-from likewise.data.audit.audit import Audit, audit
-from likewise.data.audit.config import AuditSettings
+from likewise.data.audit.audit import AuditReport, audit_dataset
+from likewise.data.audit.config import AuditConfig
 from likewise.data.audit.scan import (
-    Frequent,
+    MisraGriesCounter,
     Phrase,
-    emptiness_of,
+    canonicalize_caption,
+    count_words,
+    extract_phrases,
     has_markup,
-    length_of,
-    normalised,
-    openings_of,
-    telling,
+    top_phrases,
+    uninformative_reason,
 )
-from likewise.data.dataset import Collection
+from likewise.data.dataset import CaptionDataset
 from likewise.data.filters import read_filter
-from likewise.data.images import decode
-from likewise.data.importing import import_collection
+from likewise.data.images import decode_image
+from likewise.data.importing import import_dataset
 from likewise.data.readers.base import ImportOptions
-from likewise.errors import ArtifactError, DependencyError, InputError
+from likewise.errors import ArtifactError, DependencyError, InvalidInputError
 
 Row = tuple[str, str, str, str]  # file, caption, label, group
 TITLE = "Acme Men White Wall Clock"
@@ -63,7 +63,7 @@ def drawings() -> Path:
 
 
 def pixels_of(name: str) -> Image.Image:
-    return Image.fromarray(decode((drawings() / f"{name}.png").read_bytes()))
+    return Image.fromarray(decode_image((drawings() / f"{name}.png").read_bytes()))
 
 
 def unlike(count: int) -> list[str]:
@@ -106,29 +106,29 @@ def faulty_rows(folder: Path) -> list[Row]:
     return rows
 
 
-def made(folder: Path, rows: list[Row], **how: Any) -> Collection:
+def made(folder: Path, rows: list[Row], **how: Any) -> CaptionDataset:
     with (folder / "table.csv").open("w", encoding="utf-8", newline="") as stream:
         csv.writer(stream).writerows([("file", "caption", "label", "group"), *rows])
     options = ImportOptions(label_column="label", group_column="group")
-    return import_collection(folder / "table.csv", folder / "c", options, **how)
+    return import_dataset(folder / "table.csv", folder / "c", options, **how)
 
 
 @pytest.fixture(scope="module")
-def faulty(tmp_path_factory: pytest.TempPathFactory) -> Collection:
+def faulty(tmp_path_factory: pytest.TempPathFactory) -> CaptionDataset:
     folder = tmp_path_factory.mktemp("faulty")
     return made(folder, faulty_rows(folder), shard_rows=50)
 
 
 @pytest.fixture(scope="module")
-def audited(faulty: Collection) -> Audit:
-    return audit(faulty)
+def audited(faulty: CaptionDataset) -> AuditReport:
+    return audit_dataset(faulty)
 
 
-def findings(done: Audit) -> dict[str, dict[str, Any]]:
+def findings(done: AuditReport) -> dict[str, dict[str, Any]]:
     return {finding["name"]: finding for finding in done.report["findings"]}
 
 
-def test_each_fault_is_counted(audited: Audit, faulty: Collection) -> None:
+def test_each_fault_is_counted(audited: AuditReport, faulty: CaptionDataset) -> None:
     told = {name: finding["count"] for name, finding in findings(audited).items()}
     assert told == {
         "without_caption": 1,
@@ -161,7 +161,7 @@ def test_each_fault_is_counted(audited: Audit, faulty: Collection) -> None:
             assert shown["caption"] is None or shown["caption"] in record.captions
 
 
-def test_only_wordings_that_say_nothing_are_boilerplate(audited: Audit) -> None:
+def test_only_wordings_that_say_nothing_are_boilerplate(audited: AuditReport) -> None:
     templates = {template["text"]: template for template in audited.report["templates"]}
     assert {text: template["boilerplate"] for text, template in templates.items()} == {
         "# year guarantee read about the terms in the brochure": True,
@@ -176,7 +176,7 @@ def test_only_wordings_that_say_nothing_are_boilerplate(audited: Audit) -> None:
     assert all(template["images"] == 24 for template in templates.values())
 
 
-def test_looks_are_relative_to_random_pairs(audited: Audit, faulty: Collection) -> None:
+def test_looks_are_relative_to_random_pairs(audited: AuditReport, faulty: CaptionDataset) -> None:
     """The figure that decides, computed anew in float64 from all pairs instead of a sample."""
 
     def mean_difference(pictures: list[np.ndarray]) -> float:
@@ -185,7 +185,7 @@ def test_looks_are_relative_to_random_pairs(audited: Audit, faulty: Collection) 
 
     small = [
         np.asarray(
-            Image.fromarray(decode((faulty.root / str(record.image.path)).read_bytes())).resize(
+            Image.fromarray(decode_image((faulty.root / str(record.image.path)).read_bytes())).resize(
                 (8, 8), Image.Resampling.BILINEAR
             ),
             np.float64,
@@ -197,24 +197,26 @@ def test_looks_are_relative_to_random_pairs(audited: Audit, faulty: Collection) 
     assert title["looks"] == pytest.approx(mean_difference(clocks) / mean_difference(small), rel=0.05)
 
 
-def test_the_filter_leaves_out_what_says_nothing(audited: Audit, faulty: Collection) -> None:
-    found = read_filter(audited.filter, faulty)
+def test_the_filter_leaves_out_what_says_nothing(audited: AuditReport, faulty: CaptionDataset) -> None:
+    found = read_filter(audited.filter_path, faulty)
     dropped = Counter()
     for position, record in enumerate(faulty):
         for caption in record.captions:
-            if not found.images[position] and found.drops_caption(position, caption):
+            if not found.excluded_images[position] and found.excludes_caption(position, caption):
                 dropped[caption] += 1
     expected = {caption: 1 for caption, _ in EMPTY.values()}
     expected |= {GUARANTEE.format(i + 1): 5 - (i == 4) for i in range(5)}
     assert dropped == expected
-    assert found.reasons == audited.report["filter"]
-    assert found.reasons["boilerplate"] == 24
+    assert found.reason_counts == audited.report["filter"]
+    assert found.reason_counts["boilerplate"] == 24
 
 
-def test_of_copies_with_the_same_captions_the_first_stays(audited: Audit, faulty: Collection) -> None:
-    found = read_filter(audited.filter, faulty)
+def test_of_copies_with_the_same_captions_the_first_stays(
+    audited: AuditReport, faulty: CaptionDataset
+) -> None:
+    found = read_filter(audited.filter_path, faulty)
     birds = {
-        record.captions[0]: bool(found.images[position])
+        record.captions[0]: bool(found.excluded_images[position])
         for position, record in enumerate(faulty)
         if record.captions and record.captions[0].lower().rstrip(".") in ("a pink bird", "a flamingo")
     }
@@ -222,57 +224,59 @@ def test_of_copies_with_the_same_captions_the_first_stays(audited: Audit, faulty
     groups = [[shown["caption"] for shown in group["examples"]] for group in audited.report["clusters"]]
     assert ["a pink bird", "A pink bird.", "a flamingo"] in groups
     kept = {TITLE} | {GUARANTEE.format(i) for i in range(9)} | {PRAISE, "Dog.", "A pink bird."}
-    assert all(faulty[int(i)].captions[0] in kept for i in np.flatnonzero(found.images))
+    assert all(faulty[int(i)].captions[0] in kept for i in np.flatnonzero(found.excluded_images))
 
 
 def test_what_is_left_out_as_a_whole_is_told_once(tmp_path: Path) -> None:
     for i in range(3):
         pixels_of("1f600").save(tmp_path / f"{i}.png")
-    done = audit(made(tmp_path, [(f"{i}.png", "NaN", "", "") for i in range(3)]))
-    assert done.filter.read_text().splitlines()[1:] == [
+    done = audit_dataset(made(tmp_path, [(f"{i}.png", "NaN", "", "") for i in range(3)]))
+    assert done.filter_path.read_text().splitlines()[1:] == [
         "0.png,NaN,filler words only",
         "1.png,,copy of an image with the same captions",
         "2.png,,copy of an image with the same captions",
     ]
 
 
-def test_shards_change_nothing(audited: Audit, tmp_path: Path) -> None:
-    again = audit(made(tmp_path, faulty_rows(tmp_path), shard_rows=7), workers=0)
+def test_shards_change_nothing(audited: AuditReport, tmp_path: Path) -> None:
+    again = audit_dataset(made(tmp_path, faulty_rows(tmp_path), shard_rows=7), num_workers=0)
     assert again.report == audited.report
-    assert again.filter.read_bytes() == audited.filter.read_bytes()
+    assert again.filter_path.read_bytes() == audited.filter_path.read_bytes()
 
 
-def test_a_second_run_leaves_an_edited_filter_alone(faulty: Collection, audited: Audit) -> None:
-    before = audited.filter.read_bytes()
-    audited.filter.write_bytes(before + b"000.png,,by hand\n")
+def test_a_second_run_leaves_an_edited_filter_alone(faulty: CaptionDataset, audited: AuditReport) -> None:
+    before = audited.filter_path.read_bytes()
+    audited.filter_path.write_bytes(before + b"000.png,,by hand\n")
     stamps = {file.name: file.stat().st_mtime_ns for file in audited.path.iterdir()}
-    assert audit(faulty).report == audited.report
+    assert audit_dataset(faulty).report == audited.report
     assert {file.name: file.stat().st_mtime_ns for file in audited.path.iterdir()} == stamps
-    audited.filter.write_bytes(before)
+    audited.filter_path.write_bytes(before)
 
 
-def test_a_killed_run_ends_with_the_same_bytes(faulty: Collection, audited: Audit, tmp_path: Path) -> None:
-    source = Collection(shutil.copytree(faulty.path, tmp_path / "c"))
+def test_a_killed_run_ends_with_the_same_bytes(
+    faulty: CaptionDataset, audited: AuditReport, tmp_path: Path
+) -> None:
+    source = CaptionDataset(shutil.copytree(faulty.path, tmp_path / "c"))
     folder = source.path / "audit"
     (folder / "report.json").unlink()
     (folder / "filter.csv").write_text("id,caption,re")
     write_json(
         folder / "artifact.json", read_json(folder / "artifact.json") | {"complete": False, "counts": {}}
     )
-    done = audit(source)
+    done = audit_dataset(source)
     for name in ("artifact.json", "report.json", "filter.csv"):
         assert (done.path / name).read_bytes() == (audited.path / name).read_bytes()
 
 
-def test_other_settings_are_never_mixed(audited: Audit) -> None:
+def test_other_settings_are_never_mixed(audited: AuditReport) -> None:
     with pytest.raises(ArtifactError, match="min_side was 64, is 16"):
-        audit(audited.path.parent, AuditSettings(min_side=16))
+        audit_dataset(audited.path.parent, AuditConfig(min_side=16))
 
 
-def test_settings_draw_the_lines(faulty: Collection, tmp_path: Path) -> None:
+def test_settings_draw_the_lines(faulty: CaptionDataset, tmp_path: Path) -> None:
     ignored = shutil.ignore_patterns("audit")
-    source = Collection(shutil.copytree(faulty.path, tmp_path / "c", ignore=ignored))
-    told = findings(audit(source, AuditSettings(min_side=80, max_aspect=5.0, distance=0)))
+    source = CaptionDataset(shutil.copytree(faulty.path, tmp_path / "c", ignore=ignored))
+    told = findings(audit_dataset(source, AuditConfig(min_side=80, max_aspect=5.0, max_hamming=0)))
     assert told["tiny"]["count"] > 100
     assert told["stretched"]["count"] == 0
 
@@ -280,34 +284,34 @@ def test_settings_draw_the_lines(faulty: Collection, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("settings", "told"),
     [
-        (AuditSettings(min_side=-1), "--min-side is -1"),
-        (AuditSettings(max_aspect=0.5), "--max-aspect is 0.5"),
-        (AuditSettings(max_aspect=float("nan")), "--max-aspect is nan"),
-        (AuditSettings(distance=9), "distance of hashes is 9"),
+        (AuditConfig(min_side=-1), "--min-side is -1"),
+        (AuditConfig(max_aspect=0.5), "--max-aspect is 0.5"),
+        (AuditConfig(max_aspect=float("nan")), "--max-aspect is nan"),
+        (AuditConfig(max_hamming=9), "distance of hashes is 9"),
     ],
 )
 def test_senseless_settings_are_refused(
-    settings: AuditSettings, told: str, faulty: Collection, tmp_path: Path
+    settings: AuditConfig, told: str, faulty: CaptionDataset, tmp_path: Path
 ) -> None:
     ignored = shutil.ignore_patterns("audit")
-    source = Collection(shutil.copytree(faulty.path, tmp_path / "c", ignore=ignored))
-    with pytest.raises(InputError, match=told):
-        audit(source, settings)
+    source = CaptionDataset(shutil.copytree(faulty.path, tmp_path / "c", ignore=ignored))
+    with pytest.raises(InvalidInputError, match=told):
+        audit_dataset(source, settings)
     assert not (source.path / "audit").exists()
 
 
 def test_one_image(tmp_path: Path) -> None:
     pixels_of("1f600").save(tmp_path / "a.png")
-    done = audit(made(tmp_path, [("a.png", "a grinning face", "", "")]))
+    done = audit_dataset(made(tmp_path, [("a.png", "a grinning face", "", "")]))
     assert (done.report["images"], done.report["captions"]) == (1, 1)
     assert all(f["count"] == 0 for f in done.report["findings"])
-    assert done.filter.read_text() == "id,caption,reason\n"
+    assert done.filter_path.read_text() == "id,caption,reason\n"
 
 
 def test_no_captions_at_all(tmp_path: Path) -> None:
     for i, name in enumerate(unlike(30)):
         pixels_of(name).save(tmp_path / f"{i}.png")
-    done = audit(made(tmp_path, [(f"{i}.png", "", "", "") for i in range(30)]))
+    done = audit_dataset(made(tmp_path, [(f"{i}.png", "", "", "") for i in range(30)]))
     told = findings(done)
     assert told["without_caption"]["count"] == 30
     assert told["shared"]["count"] == told["shared"]["share"] == 0
@@ -321,7 +325,7 @@ def test_identical_captions_that_are_too_short_to_judge_stay(tmp_path: Path) -> 
     for i, name in enumerate(unlike(30)):
         pixels_of(name).save(tmp_path / f"{i}.png")
     source = made(tmp_path, [(f"{i}.png", "an emoji", "", "") for i in range(30)])
-    done = audit(source)
+    done = audit_dataset(source)
     assert findings(done)["shared"]["count"] == 30
     assert done.report["repeated"] == [{"caption": "an emoji", "images": 30}]
     assert findings(done)["boilerplate"]["count"] == 0
@@ -341,9 +345,9 @@ def test_languages_are_guessed_where_captions_are_long_enough(
     source = made(tmp_path, [(f"{i}.png", caption, "", "") for i, caption in enumerate(captions)])
     monkeypatch.setitem(sys.modules, "py3langid.langid", None)
     with pytest.raises(DependencyError, match="pip install 'py3langid"):
-        audit(source)
+        audit_dataset(source)
     monkeypatch.undo()
-    counts = audit(source).report["languages"]["counts"]
+    counts = audit_dataset(source).report["languages"]["counts"]
     assert dict(counts) == {"en": 1, "de": 1, "fr": 1, "too short to tell": 1}
 
 
@@ -353,7 +357,7 @@ def test_images_that_went_missing_are_counted(tmp_path: Path) -> None:
     source = made(tmp_path, [(f"{i}.png", f"drawing {i}", "", "") for i in range(6)])
     (tmp_path / "2.png").unlink()
     (tmp_path / "4.png").write_bytes(b"no image")
-    told = findings(audit(source))["unreadable"]
+    told = findings(audit_dataset(source))["unreadable"]
     assert [shown["id"] for shown in told["examples"]] == ["2.png", "4.png"]
 
 
@@ -364,7 +368,7 @@ def test_a_missing_folder_of_images_is_told(tmp_path: Path) -> None:
     shutil.move(source.path, tmp_path / "c")
     shutil.rmtree(tmp_path / "pictures")
     with pytest.raises(ArtifactError, match="pictures, which holds the images"):
-        audit(tmp_path / "c")
+        audit_dataset(tmp_path / "c")
 
 
 @pytest.mark.parametrize(
@@ -388,15 +392,15 @@ def test_a_missing_folder_of_images_is_told(tmp_path: Path) -> None:
     ],
 )
 def test_what_says_nothing(caption: str, reason: str | None) -> None:
-    assert emptiness_of(caption) == reason
+    assert uninformative_reason(caption) == reason
 
 
 def test_spelling_evens_case_space_punctuation_and_width() -> None:
-    assert normalised("  A CAT, on-the\tMat! ") == "a cat on the mat"
-    assert normalised("Ｃａｆé STRASSE") == normalised("café straße")
-    assert normalised("हिन्दी में") == "हिन्दी में"
-    assert normalised("!!! 😀") == ""
-    assert length_of("a dog - and 2 cats .") == 5
+    assert canonicalize_caption("  A CAT, on-the\tMat! ") == "a cat on the mat"
+    assert canonicalize_caption("Ｃａｆé STRASSE") == canonicalize_caption("café straße")
+    assert canonicalize_caption("हिन्दी में") == "हिन्दी में"
+    assert canonicalize_caption("!!! 😀") == ""
+    assert count_words("a dog - and 2 cats .") == 5
     assert has_markup("<br/>")
     assert has_markup("&quot;")
     assert not has_markup("a < b > c")
@@ -404,25 +408,25 @@ def test_spelling_evens_case_space_punctuation_and_width() -> None:
 
 
 def test_frequent_phrases_survive_a_long_stream() -> None:
-    frequent, exact = Frequent(), Counter()
+    frequent, exact = MisraGriesCounter(), Counter()
     rng = np.random.default_rng(0)
     for _ in range(30):
         words = [f"rare {i}" for i in rng.integers(0, 10**6, 4_000)] + ["itap of"] * 200
         phrases = [Phrase("first", word) for word in words]
-        frequent.add(phrases)
+        frequent.update(phrases)
         exact.update(phrases)
         frequent.prune()
         assert len(frequent.counts) <= 20_000
-    assert frequent.missed > 0
+    assert frequent.max_undercount > 0
     found = frequent.counts[Phrase("first", "itap of")]
-    assert exact[Phrase("first", "itap of")] - frequent.missed <= found <= 6_000
-    assert frequent.missed <= exact.total() / 20_000
+    assert exact[Phrase("first", "itap of")] - frequent.max_undercount <= found <= 6_000
+    assert frequent.max_undercount <= exact.total() / 20_000
 
 
 def test_openings_are_told_once() -> None:
     captions = ["a picture of a cat"] * 30 + ["a picture of two dogs"] * 30 + ["a tree by night"] * 40
-    counts = Counter(phrase for caption in captions for phrase in openings_of(caption))
-    told = dict(telling(counts, 50))
+    counts = Counter(phrase for caption in captions for phrase in extract_phrases(caption))
+    told = dict(top_phrases(counts, 50))
     assert told == {Phrase("first", "a picture of"): 60}
 
 
@@ -431,11 +435,11 @@ def run(*arguments: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(command, capture_output=True, text=True, check=False)
 
 
-def test_the_command_line(faulty: Collection, audited: Audit) -> None:
+def test_the_command_line(faulty: CaptionDataset, audited: AuditReport) -> None:
     told = run("audit", str(faulty.path))
     assert told.returncode == 0, told.stderr
     assert "was audited before" in " ".join(told.stderr.split())
-    assert f"filter: {audited.filter}" in told.stdout
+    assert f"filter: {audited.filter_path}" in told.stdout
     assert "captions that are boilerplate" in told.stdout
     again = run("audit", str(faulty.path), "--json", "--quiet")
     values = json.loads(again.stdout)
@@ -455,5 +459,5 @@ def test_the_command_line_refuses_in_one_sentence(tmp_path: Path) -> None:
     assert "Example:" in run("audit", "--help").stdout
 
 
-def test_the_report_tells_its_settings(audited: Audit) -> None:
-    assert audited.report["settings"] == asdict(AuditSettings())
+def test_the_report_tells_its_settings(audited: AuditReport) -> None:
+    assert audited.report["settings"] == asdict(AuditConfig())

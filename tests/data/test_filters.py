@@ -6,16 +6,16 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from likewise.data.dataset import Collection
+from likewise.data.dataset import CaptionDataset
 from likewise.data.filters import FilterRow, read_filter, write_filter
-from likewise.data.importing import import_collection
-from likewise.embeddings.store import look_up_embeddings
-from likewise.errors import InputError
+from likewise.data.importing import import_dataset
+from likewise.embeddings.store import find_embeddings
+from likewise.errors import InvalidInputError
 from support import save_png
 
 
 @pytest.fixture(scope="module")
-def small(tmp_path_factory: pytest.TempPathFactory) -> Collection:
+def small(tmp_path_factory: pytest.TempPathFactory) -> CaptionDataset:
     """Six images in shards of four: with two captions, a comma, a quotation mark, one twice, none."""
     folder = tmp_path_factory.mktemp("small")
     rows = [
@@ -32,7 +32,7 @@ def small(tmp_path_factory: pytest.TempPathFactory) -> Collection:
         save_png(folder / name)
     with (folder / "captions.csv").open("w", encoding="utf-8", newline="") as stream:
         csv.writer(stream).writerows([("file", "caption"), *rows])
-    return import_collection(folder / "captions.csv", folder / "c", shard_rows=4)
+    return import_dataset(folder / "captions.csv", folder / "c", shard_rows=4)
 
 
 def write(
@@ -43,7 +43,7 @@ def write(
     return path
 
 
-def test_what_is_written_is_left_out_again(small: Collection, tmp_path: Path) -> None:
+def test_what_is_written_is_left_out_again(small: CaptionDataset, tmp_path: Path) -> None:
     rows = [
         FilterRow(id="a.png", caption="my favourite", reason="filler"),
         FilterRow(id="b.png", caption="red, green; and blue", reason="boilerplate"),
@@ -52,48 +52,50 @@ def test_what_is_written_is_left_out_again(small: Collection, tmp_path: Path) ->
     ]
     assert write_filter(tmp_path / "f.csv", rows) == {"boilerplate": 2, "copy": 1, "filler": 1}
     found = read_filter(tmp_path / "f.csv", small)
-    assert found.images.tolist() == [False, False, False, False, False, True]
-    assert found.reasons == {"boilerplate": 2, "copy": 1, "filler": 1}
-    assert found.drops_caption(0, "my favourite")
-    assert not found.drops_caption(0, "a  grinning face")
-    assert found.drops_caption(5, "ein Gesicht, größer")
-    assert not found.drops_caption(3, "my favourite")
-    assert found.caption_rows(small, 0).tolist() == [True, False, False, False, True, True]
-    assert found.caption_rows(small, 1).tolist() == [False]
+    assert found.excluded_images.tolist() == [False, False, False, False, False, True]
+    assert found.reason_counts == {"boilerplate": 2, "copy": 1, "filler": 1}
+    assert found.excludes_caption(0, "my favourite")
+    assert not found.excludes_caption(0, "a  grinning face")
+    assert found.excludes_caption(5, "ein Gesicht, größer")
+    assert not found.excludes_caption(3, "my favourite")
+    assert found.caption_mask(small, 0).tolist() == [True, False, False, False, True, True]
+    assert found.caption_mask(small, 1).tolist() == [False]
 
 
-def test_a_text_leaves_out_all_captions_of_its_image_that_read_so(small: Collection, tmp_path: Path) -> None:
+def test_a_text_leaves_out_all_captions_of_its_image_that_read_so(
+    small: CaptionDataset, tmp_path: Path
+) -> None:
     found = read_filter(write(tmp_path / "f.csv", ("d.png", "twice", "")), small)
-    assert found.caption_rows(small, 0).tolist() == [True, True, True, True, False, False]
-    assert not found.images.any()
+    assert found.caption_mask(small, 0).tolist() == [True, True, True, True, False, False]
+    assert not found.excluded_images.any()
 
 
-def test_hands_may_change_spaces_order_and_separators(small: Collection, tmp_path: Path) -> None:
+def test_hands_may_change_spaces_order_and_separators(small: CaptionDataset, tmp_path: Path) -> None:
     first = write(tmp_path / "a.csv", ("a.png", "a  grinning face", "x"), ("f.png", "", "y"))
     second = tmp_path / "b.csv"
     second.write_bytes("\ufeffreason;id;caption\r\n;f.png;\r\nmine;a.png;a grinning face \r\n".encode())
     assert read_filter(first, small).key == read_filter(second, small).key
-    assert read_filter(second, small).drops_caption(0, "a  grinning face")
+    assert read_filter(second, small).excludes_caption(0, "a  grinning face")
     third = write(tmp_path / "c.csv", ("a.png", "my favourite", "x"), ("f.png", "", "y"))
     assert read_filter(third, small).key != read_filter(first, small).key
 
 
-def test_a_filter_without_rows_leaves_everything(small: Collection, tmp_path: Path) -> None:
+def test_a_filter_without_rows_leaves_everything(small: CaptionDataset, tmp_path: Path) -> None:
     found = read_filter(write(tmp_path / "f.csv"), small)
-    assert not found.images.any()
-    assert all(found.caption_rows(small, shard).all() for shard in range(2))
-    assert found.reasons == {}
+    assert not found.excluded_images.any()
+    assert all(found.caption_mask(small, shard).all() for shard in range(2))
+    assert found.reason_counts == {}
 
 
-def test_kept_rows_are_those_of_the_embeddings(collection: Collection, tmp_path: Path) -> None:
+def test_kept_rows_are_those_of_the_embeddings(collection: CaptionDataset, tmp_path: Path) -> None:
     record = next(record for record in collection if len(record.captions) > 1)
     found = read_filter(write(tmp_path / "f.csv", (record.id, record.captions[1], "test")), collection)
-    stored = look_up_embeddings(collection, None)
+    stored = find_embeddings(collection, None)
     dropped = 0
-    for shard in range(stored.shards):
-        kept, (vectors, ids) = found.caption_rows(collection, shard), stored.shard(shard)
+    for shard in range(stored.num_shards):
+        kept, (vectors, ids) = found.caption_mask(collection, shard), stored.load_shard(shard)
         assert kept.shape == (len(vectors),)
-        texts = [c for record in collection.records(shard) for c in record.captions]
+        texts = [c for record in collection.samples(shard) for c in record.captions]
         expected = [
             not (collection[int(i)].id == record.id and text == record.captions[1])
             for i, text in zip(ids, texts, strict=True)
@@ -123,22 +125,22 @@ def test_kept_rows_are_those_of_the_embeddings(collection: Collection, tmp_path:
     ],
 )
 def test_what_is_no_filter_of_this_collection_is_told(
-    text: str, told: str, small: Collection, tmp_path: Path
+    text: str, told: str, small: CaptionDataset, tmp_path: Path
 ) -> None:
     (tmp_path / "f.csv").write_text(text)
-    with pytest.raises(InputError, match=told) as fault:
+    with pytest.raises(InvalidInputError, match=told) as fault:
         read_filter(tmp_path / "f.csv", small)
     assert "f.csv" in str(fault.value)
     assert "\n" not in str(fault.value)
 
 
-def test_other_files_are_told(small: Collection, tmp_path: Path) -> None:
-    with pytest.raises(InputError, match="there is no filter at"):
+def test_other_files_are_told(small: CaptionDataset, tmp_path: Path) -> None:
+    with pytest.raises(InvalidInputError, match="there is no filter at"):
         read_filter(tmp_path / "nowhere.csv", small)
-    with pytest.raises(InputError, match="there is no filter at"):
+    with pytest.raises(InvalidInputError, match="there is no filter at"):
         read_filter(tmp_path, small)
     save_png(tmp_path / "picture.csv")
-    with pytest.raises(InputError, match="picture.csv, line 1: not UTF-8"):
+    with pytest.raises(InvalidInputError, match="picture.csv, line 1: not UTF-8"):
         read_filter(tmp_path / "picture.csv", small)
 
 
@@ -155,8 +157,8 @@ def test_a_full_write_or_none(tmp_path: Path) -> None:
     assert [file.name for file in tmp_path.iterdir()] == ["f.csv"]
 
 
-def test_positions_and_masks_are_of_the_promised_types(small: Collection, tmp_path: Path) -> None:
+def test_positions_and_masks_are_of_the_promised_types(small: CaptionDataset, tmp_path: Path) -> None:
     found = read_filter(write(tmp_path / "f.csv", ("a.png", "", "x")), small)
-    assert found.images.dtype == np.bool_
-    assert found.caption_rows(small, 0).dtype == np.bool_
+    assert found.excluded_images.dtype == np.bool_
+    assert found.caption_mask(small, 0).dtype == np.bool_
     assert len(found.key) == 16

@@ -9,10 +9,10 @@ import pytest
 from PIL import Image
 
 from likewise.artifacts import MANIFEST
-from likewise.data.dataset import Collection, ImageRef
-from likewise.data.image_cache import PackedImages, pack_images, shrink, side_to_pack
-from likewise.data.images import BadImageError, check_shape, decode, read_bytes
-from likewise.data.importing import import_collection
+from likewise.data.dataset import CaptionDataset, ImageRef
+from likewise.data.image_cache import ImageCache, build_image_cache, cache_resolution, downscale
+from likewise.data.images import UnreadableImageError, check_image_size, decode_image, read_image_bytes
+from likewise.data.importing import import_dataset
 from likewise.data.readers.base import ImportOptions
 from likewise.errors import ArtifactError
 
@@ -38,10 +38,10 @@ def encoded(image: Image.Image, kind: str, **options: int) -> bytes:
 
 def test_jpeg_and_png_decode_as_pillow_does() -> None:
     image = picture()
-    np.testing.assert_array_equal(decode(encoded(image, "PNG")), np.asarray(image))
+    np.testing.assert_array_equal(decode_image(encoded(image, "PNG")), np.asarray(image))
     data = encoded(image, "JPEG", quality=90)
     ours, theirs = (
-        decode(data).astype(int),
+        decode_image(data).astype(int),
         np.asarray(Image.open(io.BytesIO(data)).convert("RGB")).astype(int),
     )
     assert abs(ours - theirs).max() <= 3
@@ -50,11 +50,11 @@ def test_jpeg_and_png_decode_as_pillow_does() -> None:
 def test_reduced_size_decoding_never_falls_below_what_is_asked() -> None:
     data = encoded(picture(), "JPEG", quality=95)
     for short_side in (48, 60, 100, 119, 120, 121, 480, 1000):
-        pixels = decode(data, short_side)
+        pixels = decode_image(data, short_side)
         assert min(480, short_side) <= min(pixels.shape[:2]) <= 480
-    assert decode(data, 60).shape == (60, 80, 3)
-    full = np.asarray(Image.fromarray(decode(data)).resize((80, 60), Image.Resampling.BOX)).astype(int)
-    assert abs(decode(data, 60).astype(int) - full).mean() < 2
+    assert decode_image(data, 60).shape == (60, 80, 3)
+    full = np.asarray(Image.fromarray(decode_image(data)).resize((80, 60), Image.Resampling.BOX)).astype(int)
+    assert abs(decode_image(data, 60).astype(int) - full).mean() < 2
 
 
 @pytest.mark.parametrize("mode", ["L", "RGBA", "P", "CMYK", "I;16", "LA", "1"])
@@ -68,12 +68,12 @@ def test_every_mode_becomes_rgb_that_looks_the_same(mode: str) -> None:
         changed = image.convert(mode)
         data = encoded(changed, "JPEG" if mode == "CMYK" else "PNG")
         expected = np.asarray(changed.convert("RGB"))
-    assert abs(decode(data).astype(int) - expected).mean() < 3
+    assert abs(decode_image(data).astype(int) - expected).mean() < 3
 
 
 def test_transparency_is_laid_on_white() -> None:
     clear = Image.new("RGBA", (20, 20), (255, 0, 0, 0))
-    assert (decode(encoded(clear, "PNG")) == 255).all()
+    assert (decode_image(encoded(clear, "PNG")) == 255).all()
 
 
 @pytest.mark.parametrize(
@@ -88,56 +88,56 @@ def test_transparency_is_laid_on_white() -> None:
     ],
 )
 def test_bad_images_have_a_reason(data: bytes, reason: str) -> None:
-    with pytest.raises(BadImageError, match=reason):
-        decode(data)
+    with pytest.raises(UnreadableImageError, match=reason):
+        decode_image(data)
 
 
 def test_bombs_are_refused_by_their_header() -> None:
-    with pytest.raises(BadImageError, match="too many pixels"):
-        check_shape(100_000, 99_000)
+    with pytest.raises(UnreadableImageError, match="too many pixels"):
+        check_image_size(100_000, 99_000)
     header = encoded(Image.new("1", (30_000, 30_000)), "PNG")
-    with pytest.raises(BadImageError, match="too many pixels"):
-        decode(header)
+    with pytest.raises(UnreadableImageError, match="too many pixels"):
+        decode_image(header)
 
 
 def test_bytes_come_from_files_stretches_and_records(tmp_path: Path) -> None:
     (tmp_path / "f").write_bytes(b"abcdef")
-    assert read_bytes(ImageRef(path="f"), tmp_path) == b"abcdef"
-    assert read_bytes(ImageRef(path="f", offset=2, size=3), tmp_path) == b"cde"
-    assert read_bytes(ImageRef(bytes=b"xy"), tmp_path) == b"xy"
+    assert read_image_bytes(ImageRef(path="f"), tmp_path) == b"abcdef"
+    assert read_image_bytes(ImageRef(path="f", offset=2, size=3), tmp_path) == b"cde"
+    assert read_image_bytes(ImageRef(bytes=b"xy"), tmp_path) == b"xy"
     for ref, reason in (
         (ImageRef(path="none"), "missing"),
         (ImageRef(path="."), "cannot be read"),
         (ImageRef(path="f", offset=4, size=9), "shorter"),
     ):
-        with pytest.raises(BadImageError, match=reason):
-            read_bytes(ref, tmp_path)
+        with pytest.raises(UnreadableImageError, match=reason):
+            read_image_bytes(ref, tmp_path)
 
 
 @pytest.mark.parametrize(("short_side", "budget"), [(40, 0), (200, 0), (200, 2**30)])
 def test_packed_pixels_are_the_shrunk_images(
-    collection: Collection, tmp_path: Path, short_side: int, budget: int, monkeypatch: pytest.MonkeyPatch
+    collection: CaptionDataset, tmp_path: Path, short_side: int, budget: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("likewise.data.image_cache.RAW_BYTES", budget)
-    copy = Collection(shutil.copytree(collection.path, tmp_path / "c"))
-    packed = pack_images(copy, short_side)
+    copy = CaptionDataset(shutil.copytree(collection.path, tmp_path / "c"))
+    packed = build_image_cache(copy, short_side)
     assert len(packed) == len(copy)
-    assert packed.raw == (short_side == 40 or budget > 0)
+    assert packed.is_raw == (short_side == 40 or budget > 0)
     for position in (0, 17, len(copy) - 1):
         record = copy[position]
-        expected = shrink(decode(read_bytes(record.image, copy.root), short_side), short_side)
+        expected = downscale(decode_image(read_image_bytes(record.image, copy.root), short_side), short_side)
         pixels = packed.pixels(position)
         assert packed.shapes(np.array([position])).tolist() == [list(expected.shape[:2])]
         # Above both limits pictures are kept as JPEG, never enlarged.
-        assert abs(pixels.astype(int) - expected).mean() < (0.5 if packed.raw else 5)
+        assert abs(pixels.astype(int) - expected).mean() < (0.5 if packed.is_raw else 5)
 
 
 def test_packing_resumed_equals_uninterrupted(
-    collection: Collection, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    collection: CaptionDataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("likewise.data.image_cache._SHARD_BYTES", 50 * 4 * 32**2)
-    copy = Collection(shutil.copytree(collection.path, tmp_path / "c"))
-    path = pack_images(copy, 32).path
+    copy = CaptionDataset(shutil.copytree(collection.path, tmp_path / "c"))
+    path = build_image_cache(copy, 32).path
     whole = {p.name: p.read_bytes() for p in path.iterdir()}
     assert len(whole) > 8
     (path / MANIFEST).write_text(
@@ -146,12 +146,12 @@ def test_packing_resumed_equals_uninterrupted(
     (path / "index-00001.npy").unlink()
     (path / "bytes-00003.npy").unlink()
     (path / "index-00003.npy").unlink()
-    pack_images(copy, 32, workers=0)
+    build_image_cache(copy, 32, num_workers=0)
     assert {p.name: p.read_bytes() for p in path.iterdir()} == whole
-    assert len(PackedImages(path).usable) == len(copy)
+    assert len(ImageCache(path).readable) == len(copy)
 
 
-def test_records_are_read_by_position(collection: Collection) -> None:
+def test_records_are_read_by_position(collection: CaptionDataset) -> None:
     everything = list(collection)
     assert len(everything) == len(collection)
     for position in (0, 63, 64, len(collection) - 1):
@@ -162,17 +162,17 @@ def test_records_are_read_by_position(collection: Collection) -> None:
 
 def test_a_missing_image_folder_is_told_and_leaves_no_cache(emoji: Path, tmp_path: Path) -> None:
     pictures = shutil.copytree(emoji.parent, tmp_path / "pictures")
-    made = import_collection(pictures / "labels.csv", tmp_path / "c", ImportOptions(limit=20))
+    made = import_dataset(pictures / "labels.csv", tmp_path / "c", ImportOptions(limit=20))
     pictures.rename(tmp_path / "elsewhere")
     with pytest.raises(ArtifactError, match="pictures, which holds the images of .*, is not there"):
-        pack_images(made, 32)
+        build_image_cache(made, 32)
     (tmp_path / "elsewhere").rename(pictures)
-    assert len(pack_images(made, 32).usable) == 20
+    assert len(build_image_cache(made, 32).readable) == 20
 
 
 def test_views_are_packed_half_as_large_again_where_pixels_fit_and_as_small_jpegs_else() -> None:
-    assert side_to_pack(48, 10**9) == 72
-    assert side_to_pack(128, 10**9) == 192
-    assert side_to_pack(160, 10**9) == 192  # always raw
-    assert side_to_pack(224, 5_000) == 336
-    assert side_to_pack(224, 1_000_000) == 256
+    assert cache_resolution(48, 10**9) == 72
+    assert cache_resolution(128, 10**9) == 192
+    assert cache_resolution(160, 10**9) == 192  # always raw
+    assert cache_resolution(224, 5_000) == 336
+    assert cache_resolution(224, 1_000_000) == 256

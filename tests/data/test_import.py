@@ -22,14 +22,14 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
-from likewise.data.dataset import Collection, Record
-from likewise.data.images import read_bytes
-from likewise.data.importing import chunks, import_collection, tidy
-from likewise.data.readers import ImportOptions, open_source
-from likewise.data.readers.base import Candidate, Marks
-from likewise.data.readers.tables import open_parquet
-from likewise.errors import ArtifactError, DependencyError, InputError
-from likewise.progress import SILENT, Progress
+from likewise.data.dataset import CaptionDataset, Sample
+from likewise.data.images import read_image_bytes
+from likewise.data.importing import import_dataset, normalize_caption, shard_chunks
+from likewise.data.readers import ImportOptions, open_reader
+from likewise.data.readers.base import RawSample, UInt64Set
+from likewise.data.readers.tables import open_parquet_table
+from likewise.errors import ArtifactError, DependencyError, InvalidInputError
+from likewise.progress import NULL_PROGRESS, Progress
 
 Picture = tuple[str, bytes, str]  # name, JPEG, caption
 Told = dict[str, tuple[bytes, tuple[str, ...]]]  # id -> encoded image, captions
@@ -66,12 +66,12 @@ class Listening(Progress):
         self.said: list[str] = []
         self.totals: list[tuple[int, int]] = []
 
-    def task(self, name: str, total: int, unit: str, done: int = 0):  # noqa: ANN201
-        self.totals.append((total, done))
-        return SILENT.task(name, total, unit, done)
+    def task(self, description: str, total: int, unit: str, completed: int = 0):  # noqa: ANN201
+        self.totals.append((total, completed))
+        return NULL_PROGRESS.task(description, total, unit, completed)
 
-    def say(self, sentence: str) -> None:
-        self.said.append(sentence)
+    def log(self, message: str) -> None:
+        self.said.append(message)
 
 
 def _write(path: Path, data: bytes | str) -> Path:
@@ -85,8 +85,8 @@ def _images(folder: Path, pictures: list[Picture]) -> None:
         _write(folder / f"{name}.jpg", data)
 
 
-def _told(collection: Collection) -> Told:
-    return {r.id: (read_bytes(r.image, collection.root), r.captions) for r in collection}
+def _told(collection: CaptionDataset) -> Told:
+    return {r.id: (read_image_bytes(r.image, collection.root), r.captions) for r in collection}
 
 
 def _expected(pictures: list[Picture], form: str = "{}") -> Told:
@@ -112,7 +112,7 @@ def test_folder_with_json(tmp_path: Path, pictures: list[Picture]) -> None:
         _write(folder / f"{name}.jpg", data)
         captions = caption if i else [caption, "another 猫"]
         _write(folder / f"{name}.json", json.dumps({"caption": captions, "kind": i, "url": "x"}))
-    got = import_collection(tmp_path / "src", tmp_path / "out", ImportOptions(label_column="kind"))
+    got = import_dataset(tmp_path / "src", tmp_path / "out", ImportOptions(label_column="kind"))
     want = {
         f"{'cats' if i % 2 else 'dogs'}/deep/{name}": (data, (caption,) if i else (caption, "another 猫"))
         for i, (name, data, caption) in enumerate(pictures)
@@ -137,7 +137,7 @@ def test_folder_with_text_and_without(tmp_path: Path, pictures: list[Picture]) -
     _write(src / f"{both}.txt", "from text")
     _write(src / ".hidden.jpg", data)
     _write(src / "notes.json", "[]")
-    got = import_collection(src, tmp_path / "out")
+    got = import_dataset(src, tmp_path / "out")
     assert _told(got) == {
         name: (data, (f"{caption} and so on",)),
         bare: (bare_data, ()),
@@ -154,9 +154,9 @@ def test_folder_with_damaged_json(tmp_path: Path, pictures: list[Picture]) -> No
     _write(src / f"{names[0]}.json", '{"caption": ')
     _write(src / f"{names[1]}.json", '["caption"]')
     _write(src / f"{names[2]}.txt", b"caf\xe9")
-    got = import_collection(src, tmp_path / "out")
+    got = import_dataset(src, tmp_path / "out")
     assert [r.id for r in got] == [names[3]]
-    assert {told["id"]: told["reason"] for told in got.skipped()} == {
+    assert {told["id"]: told["reason"] for told in got.skipped_entries()} == {
         names[0]: "caption file is not valid JSON",
         names[1]: "caption file holds no JSON object",
         names[2]: "caption file is not UTF-8",
@@ -168,23 +168,23 @@ def test_folder_conditions_read_the_json(tmp_path: Path, pictures: list[Picture]
         _write(tmp_path / "src" / f"{name}.jpg", data)
         _write(tmp_path / "src" / f"{name}.json", json.dumps({"title": caption, "split": "ab"[i % 2]}))
     options = ImportOptions(caption_column=("title",), where=("split=b",))
-    got = import_collection(tmp_path / "src", tmp_path / "out", options)
+    got = import_dataset(tmp_path / "src", tmp_path / "out", options)
     assert _told(got) == _expected(pictures[1::2])
 
 
 def test_folder_link_to_itself_ends(tmp_path: Path, pictures: list[Picture]) -> None:
     _images(tmp_path / "src" / "a", pictures[:1])
     (tmp_path / "src" / "a" / "loop").symlink_to(tmp_path / "src")
-    assert len(import_collection(tmp_path / "src", tmp_path / "out")) == 1
+    assert len(import_dataset(tmp_path / "src", tmp_path / "out")) == 1
 
 
 def test_collection_inside_its_source(tmp_path: Path, pictures: list[Picture]) -> None:
     _images(tmp_path / "src", pictures)
-    first = import_collection(tmp_path / "src", tmp_path / "src" / "out")
-    again = import_collection(tmp_path / "src", tmp_path / "src" / "out")
+    first = import_dataset(tmp_path / "src", tmp_path / "src" / "out")
+    again = import_dataset(tmp_path / "src", tmp_path / "src" / "out")
     assert first.key == again.key
-    with pytest.raises(InputError, match="made by likewise"):
-        import_collection(tmp_path / "src" / "out", tmp_path / "out")
+    with pytest.raises(InvalidInputError, match="made by likewise"):
+        import_dataset(tmp_path / "src" / "out", tmp_path / "out")
 
 
 # Tables
@@ -203,7 +203,7 @@ def test_delimited(tmp_path: Path, pictures: list[Picture], name: str, delimiter
     _images(tmp_path / "images", pictures)
     table = _write(tmp_path / name, mark + _csv(pictures, delimiter=delimiter))
     heard = Listening()
-    got = import_collection(table, tmp_path / "out", progress=heard)
+    got = import_dataset(table, tmp_path / "out", progress=heard)
     assert _told(got) == _expected(pictures, "images/{}.jpg")
     assert got.root == tmp_path
     assert heard.said[:2] == [
@@ -228,7 +228,7 @@ def test_table_with_all_options(tmp_path: Path, pictures: list[Picture]) -> None
         where=("split=train", "lang=en"),
         images=tmp_path / "elsewhere",
     )
-    got = import_collection(_write(tmp_path / "t.csv", "\n".join(rows)), tmp_path / "out", options)
+    got = import_dataset(_write(tmp_path / "t.csv", "\n".join(rows)), tmp_path / "out", options)
     assert [(r.id, r.captions, r.label, r.group) for r in got] == [
         ("n1", (pictures[1][2],), "k1", "2001"),
         ("n2", ("second", pictures[2][2]), "k2", "2002"),
@@ -244,7 +244,7 @@ def test_several_rows_an_image_need_not_be_adjacent(tmp_path: Path, pictures: li
     table = _write(
         tmp_path / "t.csv", f"image,caption\n{b}.jpg,b1\n{a}.jpg,a1\n{b}.jpg,b2\n{b}.jpg,b1\n{a}.jpg,\n"
     )
-    got = import_collection(table, tmp_path / "out")
+    got = import_dataset(table, tmp_path / "out")
     assert [(r.id, r.captions) for r in got] == [(f"{b}.jpg", ("b1", "b2", "b1")), (f"{a}.jpg", ("a1",))]
     assert got.artifact.manifest.counts["empty_captions"] == 1
     assert not got.artifact.manifest.skipped
@@ -255,12 +255,12 @@ def test_rows_of_an_image_that_follow_each_other_are_joined_one_image_at_a_time(
     names = [f"{number:04d}.jpg" for number in range(n)]
     lines = ["image,caption", *(f"{name},{nth} {name} {text}" for name in names for nth in range(each))]
     lines.insert(3, "a row too short")  # between two rows of the first image
-    source = open_source(str(_write(tmp_path / "t.csv", "\n".join(lines))), ImportOptions())
+    source = open_reader(str(_write(tmp_path / "t.csv", "\n".join(lines))), ImportOptions())
     assert source.count() == n
     tracemalloc.start()
     count = 0
-    for entry in source.candidates():
-        if isinstance(entry, Candidate):
+    for entry in source.iter_samples():
+        if isinstance(entry, RawSample):
             assert entry.id == names[count]
             assert [caption.split()[:2] for caption in entry.captions] == [
                 [str(nth), entry.id] for nth in range(each)
@@ -273,11 +273,11 @@ def test_rows_of_an_image_that_follow_each_other_are_joined_one_image_at_a_time(
 
 
 def test_marks_are_a_set(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("likewise.data.readers.base._FRESH", 7)
+    monkeypatch.setattr("likewise.data.readers.base._MIN_MERGE_SIZE", 7)
     rng = np.random.default_rng(0)
     edges = [0, 2**63 - 1, 2**63, 2**64 - 1]
     numbers = [*edges, *rng.integers(0, 2**64, 500, np.uint64).tolist(), *range(100)]
-    told, seen = Marks(), set()
+    told, seen = UInt64Set(), set()
     for number in rng.choice(np.array(numbers, np.uint64), 3000).tolist():
         assert told.add(number) == (number not in seen)
         seen.add(number)
@@ -291,9 +291,9 @@ def test_json_lines(tmp_path: Path, pictures: list[Picture]) -> None:
     table = _write(
         tmp_path / "t.jsonl", b"\n".join([*lines, b"", b"{damaged", b"[1]", b'"\xe9"', b'{"image": 3}'])
     )
-    got = import_collection(table, tmp_path / "out")
+    got = import_dataset(table, tmp_path / "out")
     assert _told(got) == {f"{n}.jpg": (d, (c, "x y z")) for n, d, c in pictures}
-    assert {(told["where"], told["reason"]) for told in got.skipped()} == {
+    assert {(told["where"], told["reason"]) for told in got.skipped_entries()} == {
         ("t.jsonl line 8", "line is not valid JSON"),
         ("t.jsonl line 9", "line holds no JSON object"),
         ("t.jsonl line 10", "line is not UTF-8"),
@@ -307,7 +307,7 @@ def test_parquet_with_paths(tmp_path: Path, pictures: list[Picture]) -> None:
     pq.write_table(pa.Table.from_pylist(rows), tmp_path / "t.parquet", row_group_size=2)
     heard = Listening()
     options = ImportOptions(group_column="year")
-    got = import_collection(tmp_path / "t.parquet", tmp_path / "out", options, progress=heard)
+    got = import_dataset(tmp_path / "t.parquet", tmp_path / "out", options, progress=heard)
     assert _told(got) == _expected(pictures, "{}.jpg")
     assert {r.group for r in got} == {"7"}
     assert got.root == tmp_path / "images"
@@ -317,7 +317,7 @@ def test_parquet_with_paths(tmp_path: Path, pictures: list[Picture]) -> None:
 def test_parquet_with_images_inside(tmp_path: Path, pictures: list[Picture]) -> None:
     rows = [{"file": "no", "photo": {"bytes": d, "path": "same.jpg"}, "text": c} for _, d, c in pictures]
     pq.write_table(pa.Table.from_pylist(rows), tmp_path / "t.parquet")
-    got = import_collection(tmp_path / "t.parquet", tmp_path / "out")
+    got = import_dataset(tmp_path / "t.parquet", tmp_path / "out")
     assert _told(got) == {f"{i:08d}": (d, (c,)) for i, (_, d, c) in enumerate(pictures)}
     assert not got.artifact.manifest.skipped
 
@@ -330,9 +330,9 @@ def test_parquet_with_places_inside(tmp_path: Path, pictures: list[Picture]) -> 
     kind = pa.struct([("bytes", pa.binary()), ("path", pa.string())])
     schema = pa.schema([("image", kind), ("text", pa.string())])
     pq.write_table(pa.Table.from_pylist(rows, schema=schema), tmp_path / "t.parquet")
-    got = import_collection(tmp_path / "t.parquet", tmp_path / "out")
+    got = import_dataset(tmp_path / "t.parquet", tmp_path / "out")
     assert _told(got) == {"00000000": (data, ("a",)), "00000001": (data, ("b",))}
-    assert [row.values for row in open_parquet(tmp_path / "t.parquet").rows(["text"])] == [
+    assert [row.values for row in open_parquet_table(tmp_path / "t.parquet").iter_rows(["text"])] == [
         {"text": "a"},
         {"text": "b"},
     ]
@@ -341,8 +341,8 @@ def test_parquet_with_places_inside(tmp_path: Path, pictures: list[Picture]) -> 
 def test_folder_of_parquet_shards(tmp_path: Path) -> None:
     for name in ("a", "b"):
         pq.write_table(pa.Table.from_pylist([{"image": "a.jpg", "text": "a"}]), tmp_path / f"{name}.parquet")
-    with pytest.raises(InputError, match=r"several tables.*or all as hf:"):
-        import_collection(tmp_path, tmp_path / "out")
+    with pytest.raises(InvalidInputError, match=r"several tables.*or all as hf:"):
+        import_dataset(tmp_path, tmp_path / "out")
 
 
 def test_folder_with_one_fitting_table(tmp_path: Path, pictures: list[Picture]) -> None:
@@ -352,12 +352,12 @@ def test_folder_with_one_fitting_table(tmp_path: Path, pictures: list[Picture]) 
     _write(src / "sizes.csv", "file,width\n")
     _write(src / "licences.csv", "owner,url\n")
     heard = Listening()
-    got = import_collection(src, tmp_path / "out", progress=heard)
+    got = import_dataset(src, tmp_path / "out", progress=heard)
     assert _told(got) == _expected(pictures, "images/{}.jpg")
     assert heard.said[0] == "src is read as the table captions.csv."
     _write(src / "more.csv", _csv(pictures))
-    with pytest.raises(InputError, match=r"several tables of images \(captions.csv, more.csv\)"):
-        import_collection(src, tmp_path / "out2")
+    with pytest.raises(InvalidInputError, match=r"several tables of images \(captions.csv, more.csv\)"):
+        import_dataset(src, tmp_path / "out2")
 
 
 # Archives
@@ -388,7 +388,7 @@ def _members(pictures: list[Picture]) -> dict[str, bytes]:
 def test_tar_is_read_in_place(tmp_path: Path, pictures: list[Picture]) -> None:
     path = _tar(tmp_path / "src" / "00000.tar", _members(pictures))
     before = _files(tmp_path / "src")
-    got = import_collection(path, tmp_path / "out")
+    got = import_dataset(path, tmp_path / "out")
     assert _told(got) == _expected(pictures, "00000/{}")
     assert all(r.group == "00000" and r.image.bytes is None and r.image.path == "00000.tar" for r in got)
     assert _files(tmp_path / "src") == before
@@ -398,7 +398,7 @@ def test_tar_is_read_in_place(tmp_path: Path, pictures: list[Picture]) -> None:
 def test_several_tars(tmp_path: Path, pictures: list[Picture], pattern: str) -> None:
     _tar(tmp_path / "src" / "b.tar", _members(pictures[3:]))
     _tar(tmp_path / "src" / "a.tar", _members(pictures[:3]))
-    got = import_collection(f"{tmp_path}/src/{pattern}".rstrip("/"), tmp_path / "out")
+    got = import_dataset(f"{tmp_path}/src/{pattern}".rstrip("/"), tmp_path / "out")
     assert list(_told(got)) == [*_expected(pictures[:3], "a/{}"), *_expected(pictures[3:], "b/{}")]
     assert _told(got) == _expected(pictures[:3], "a/{}") | _expected(pictures[3:], "b/{}")
 
@@ -416,7 +416,7 @@ def test_tar_members(tmp_path: Path, pictures: list[Picture]) -> None:
         "s.json": b'{"caption": "late"}',
         "/abs.jpg": data,
     }
-    got = import_collection(_tar(tmp_path / "t.tar", members), tmp_path / "out")
+    got = import_dataset(_tar(tmp_path / "t.tar", members), tmp_path / "out")
     assert {key: captions for key, (_, captions) in _told(got).items()} == {
         "t/s": ("late",), "t/../../evil": (), "t/000.114.28": (), "t/000.171.33": (), "t//abs": ()
     }  # fmt: skip
@@ -430,7 +430,7 @@ def test_truncated_tar(tmp_path: Path, pictures: list[Picture], where: str) -> N
         fourth = archive.getmember(f"{pictures[3][0]}.jpg")
     cut = fourth.offset_data + 600 if where == "data" else fourth.offset + 200
     _write(tmp_path / "t.tar", whole[:cut] + (b"\x99" * 4096 if where == "garbage" else b""))
-    got = import_collection(tmp_path / "t.tar", tmp_path / "out")
+    got = import_dataset(tmp_path / "t.tar", tmp_path / "out")
     assert _told(got) == _expected(pictures[:3], "t/{}")
     ((reason, count),) = got.artifact.manifest.skipped.items()
     assert count == 1
@@ -442,11 +442,11 @@ def test_compressed_tar_is_refused(tmp_path: Path, pictures: list[Picture]) -> N
         pass
     for name in ("t.tar.gz", "renamed.tar"):
         _write(tmp_path / name, (tmp_path / "t.tar.gz").read_bytes())
-        with pytest.raises(InputError, match="is compressed"):
-            import_collection(tmp_path / name, tmp_path / "out")
+        with pytest.raises(InvalidInputError, match="is compressed"):
+            import_dataset(tmp_path / name, tmp_path / "out")
     _write(tmp_path / "no.tar", pictures[0][1])
-    with pytest.raises(InputError, match="not one usable image.*archive is"):
-        import_collection(tmp_path / "no.tar", tmp_path / "out")
+    with pytest.raises(InvalidInputError, match="not one usable image.*archive is"):
+        import_dataset(tmp_path / "no.tar", tmp_path / "out")
 
 
 # COCO, Flickr
@@ -465,7 +465,7 @@ def test_coco(tmp_path: Path, pictures: list[Picture], *, explicit: bool) -> Non
     }
     path = _write(tmp_path / "annotations" / "captions_val2017.json", json.dumps(told))
     options = ImportOptions(images=tmp_path / "odd" if explicit else None)
-    got = import_collection(path, tmp_path / "out", options)
+    got = import_dataset(path, tmp_path / "out", options)
     want: Told = {str(100 + i): (d, (c,)) for i, (_, d, c) in enumerate(pictures)}
     want["102"] = (pictures[2][1], (pictures[2][2], "more"))
     assert _told(got) == want
@@ -481,8 +481,8 @@ def test_coco(tmp_path: Path, pictures: list[Picture], *, explicit: bool) -> Non
     ],
 )
 def test_json_that_is_not_coco(tmp_path: Path, text: str, words: str) -> None:
-    with pytest.raises(InputError, match=words):
-        import_collection(_write(tmp_path / "a.json", text), tmp_path / "out")
+    with pytest.raises(InvalidInputError, match=words):
+        import_dataset(_write(tmp_path / "a.json", text), tmp_path / "out")
 
 
 @pytest.mark.parametrize(
@@ -502,14 +502,14 @@ def test_flickr(
     _images(src / images, pictures)
     rows = [form.format(n, i, f'{c}, "{i}" .') for n, _, c in pictures for i in range(3)]
     table = _write(src / name, "\n".join([head, *rows] if head else rows))
-    got = import_collection(src if as_folder else table, tmp_path / "out")
+    got = import_dataset(src if as_folder else table, tmp_path / "out")
     assert _told(got) == {f"{n}.jpg": (d, tuple(f'{c}, "{i}" .' for i in range(3))) for n, d, c in pictures}
 
 
 def test_flickr8k_captions_beside_images(tmp_path: Path, pictures: list[Picture]) -> None:
     _images(tmp_path / "Images", pictures)
     text = "image,caption\n" + "".join(f"{n}.jpg,{c}\n" for n, _, c in pictures)
-    got = import_collection(_write(tmp_path / "captions.txt", text), tmp_path / "out")
+    got = import_dataset(_write(tmp_path / "captions.txt", text), tmp_path / "out")
     assert _told(got) == _expected(pictures, "{}.jpg")
 
 
@@ -545,11 +545,11 @@ def test_saved_dataset(tmp_path: Path, pictures: list[Picture], *, splits: bool)
     )
     heard = Listening()
     options = ImportOptions(label_column="kind", where=("kind=odd",))
-    got = import_collection(tmp_path / "src", tmp_path / "out", options, progress=heard)
+    got = import_dataset(tmp_path / "src", tmp_path / "out", options, progress=heard)
     assert _told(got) == {f"{i:08d}": (pictures[i][1], (pictures[i][2],)) for i in (1, 3, 5)}
     assert [record.label for record in got] == ["odd"] * 3
     assert ("train is taken" in heard.said[0]) == splits
-    everything = import_collection(tmp_path / "src", tmp_path / "out2")
+    everything = import_dataset(tmp_path / "src", tmp_path / "out2")
     assert len(everything) == 6
     assert everything.artifact.manifest.skipped == {"not an image": 1}
 
@@ -563,20 +563,20 @@ def test_hub_dataset(tmp_path: Path, pictures: list[Picture], monkeypatch: pytes
         _dataset(pictures[:2] if split == "test" else pictures).to_parquet(
             tmp_path / "src" / f"{split}.parquet"
         )
-    train = import_collection(f"hf:{tmp_path}/src", tmp_path / "out")
-    test = import_collection(f"hf:{tmp_path}/src:test", tmp_path / "out2")
+    train = import_dataset(f"hf:{tmp_path}/src", tmp_path / "out")
+    test = import_dataset(f"hf:{tmp_path}/src:test", tmp_path / "out2")
     assert list(_told(train).values()) == list(_expected(pictures).values())
     assert list(_told(test).values()) == list(_expected(pictures[:2]).values())
-    with pytest.raises(InputError, match="cannot be loaded from the hub"):
-        import_collection(f"hf:{tmp_path}/src:nothing", tmp_path / "out3")
-    with pytest.raises(InputError, match="hf:OWNER/NAME"):
-        import_collection("hf:", tmp_path / "out3")
+    with pytest.raises(InvalidInputError, match="cannot be loaded from the hub"):
+        import_dataset(f"hf:{tmp_path}/src:nothing", tmp_path / "out3")
+    with pytest.raises(InvalidInputError, match="hf:OWNER/NAME"):
+        import_dataset("hf:", tmp_path / "out3")
 
 
 def test_hub_without_the_library(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("likewise.data.readers.huggingface.find_spec", lambda _: None)
     with pytest.raises(DependencyError, match=r"pip install 'likewise\[huggingface\]'"):
-        import_collection("hf:a/b", tmp_path / "out")
+        import_dataset("hf:a/b", tmp_path / "out")
 
 
 # Broken and odd images
@@ -602,12 +602,12 @@ def test_odd_images_are_kept_and_broken_ones_told(tmp_path: Path, pictures: list
         _write(src / name, data)
     (src / "gone.jpg").symlink_to(src / "nowhere")
     heard = Listening()
-    got = import_collection(src, tmp_path / "out", progress=heard)
+    got = import_dataset(src, tmp_path / "out", progress=heard)
     assert {r.image.path for r in got} == kept.keys()
     assert {r.id: (r.width, r.height) for r in got} == {
         "cmyk": (40, 30), "deep": (30, 30), "clear": (20, 10), "grey": (8, 9), "png_inside": (20, 10)
     }  # fmt: skip
-    reasons = {told["where"]: told["reason"] for told in got.skipped()}
+    reasons = {told["where"]: told["reason"] for told in got.skipped_entries()}
     assert reasons == {name: reason for name, (_, reason) in broken.items()} | {"gone.jpg": "file is missing"}
     assert got.artifact.manifest.skipped == dict.fromkeys(reasons.values(), 1)
     assert any(s.startswith("skipped 5:") for s in heard.said)
@@ -626,9 +626,9 @@ def test_paths_in_tables(tmp_path: Path, pictures: list[Picture]) -> None:
     ]
     lines = [{"file": row, "caption": "c"} for row in [*rows, "a\0b.jpg", "\ud800.jpg", "x" * 5000]]
     table = _write(tmp_path / "t" / "t.jsonl", "\n".join(map(json.dumps, lines)))
-    got = import_collection(table, tmp_path / "out")
+    got = import_dataset(table, tmp_path / "out")
     assert [r.id for r in got] == rows[:2]
-    assert {told["where"]: told["reason"] for told in got.skipped()} == {
+    assert {told["where"]: told["reason"] for told in got.skipped_entries()} == {
         "t.jsonl line 3": "file is missing",
         "t.jsonl line 4": "row names no image",
         "t.jsonl line 5": "image is a web address, not a file",
@@ -643,22 +643,24 @@ def test_ids_that_occur_twice(tmp_path: Path, pictures: list[Picture]) -> None:
     rows = [f"{'same' if i in (1, 4) else i},{n}.jpg,{c}" for i, (n, _, c) in enumerate(pictures)]
     table = _write(tmp_path / "t.csv", "\n".join(["key,file,caption", *rows]))
     options = ImportOptions(id_column="key")
-    got = import_collection(table, tmp_path / "out", options, shard_rows=2)
+    got = import_dataset(table, tmp_path / "out", options, shard_rows=2)
     assert [r.id for r in got] == ["0", "same", "2", "3", "5"]
-    assert list(got.skipped()) == [{"id": "same", "where": "t.csv line 6", "reason": "id occurs twice"}]
+    assert list(got.skipped_entries()) == [
+        {"id": "same", "where": "t.csv line 6", "reason": "id occurs twice"}
+    ]
     # Also where the first was imported by an earlier run.
     for name in ("records-00002.parquet", "skipped-00002.jsonl"):
         (tmp_path / "out" / name).unlink()
     _unfinish(tmp_path / "out")
-    assert [r.id for r in import_collection(table, tmp_path / "out", options, shard_rows=2)] == [
+    assert [r.id for r in import_dataset(table, tmp_path / "out", options, shard_rows=2)] == [
         r.id for r in got
     ]
 
 
 def test_captions_are_one_line_of_text() -> None:
-    assert tidy("  a\r\n\n b\u2028c\td  ") == "a b c\td"
-    assert tidy("\t\n \u00a0") == ""
-    assert tidy("žluťoučký 🐈 \ud83d") == "žluťoučký 🐈 ?"
+    assert normalize_caption("  a\r\n\n b\u2028c\td  ") == "a b c\td"
+    assert normalize_caption("\t\n \u00a0") == ""
+    assert normalize_caption("žluťoučký 🐈 \ud83d") == "žluťoučký 🐈 ?"
 
 
 # Faulty tables and sources
@@ -668,15 +670,15 @@ def test_missing_columns(tmp_path: Path, pictures: list[Picture]) -> None:
     table = _write(tmp_path / "t.csv", _csv(pictures))
     for options in (ImportOptions(caption_column=("Titel",)), ImportOptions(where=("Titel=x",))):
         with pytest.raises(
-            InputError, match=r"t\.csv has no column `Titel`; .*File, Title\. Did you mean Title\?"
+            InvalidInputError, match=r"t\.csv has no column `Titel`; .*File, Title\. Did you mean Title\?"
         ):
-            import_collection(table, tmp_path / "out", options)
-    with pytest.raises(InputError, match="no column that looks like images.*a, b.*--image-column"):
-        import_collection(_write(tmp_path / "u.csv", "a,b\n1,2\n"), tmp_path / "out")
-    with pytest.raises(InputError, match="COLUMN=VALUE"):
-        import_collection(table, tmp_path / "out", ImportOptions(where=("Title",)))
-    with pytest.raises(InputError, match="no row where Title=cat; found Title="):
-        import_collection(table, tmp_path / "out", ImportOptions(where=("Title=cat",)))
+            import_dataset(table, tmp_path / "out", options)
+    with pytest.raises(InvalidInputError, match="no column that looks like images.*a, b.*--image-column"):
+        import_dataset(_write(tmp_path / "u.csv", "a,b\n1,2\n"), tmp_path / "out")
+    with pytest.raises(InvalidInputError, match="COLUMN=VALUE"):
+        import_dataset(table, tmp_path / "out", ImportOptions(where=("Title",)))
+    with pytest.raises(InvalidInputError, match="no row where Title=cat; found Title="):
+        import_dataset(table, tmp_path / "out", ImportOptions(where=("Title=cat",)))
     assert not (tmp_path / "out").exists()
 
 
@@ -693,9 +695,9 @@ def test_faulty_rows(tmp_path: Path, pictures: list[Picture]) -> None:
         f"{names[4]},x\0",
         f"{names[5]},fine,,",
     ]
-    got = import_collection(_write(tmp_path / "t.csv", "\r\n".join(rows)), tmp_path / "out")
+    got = import_dataset(_write(tmp_path / "t.csv", "\r\n".join(rows)), tmp_path / "out")
     assert [(r.id, r.captions) for r in got] == [(names[0], ("two lines",)), (names[5], ("fine",))]
-    assert [(told["where"], told["reason"]) for told in got.skipped()] == [
+    assert [(told["where"], told["reason"]) for told in got.skipped_entries()] == [
         ("t.csv line 4", "row has too few columns"),
         ("t.csv line 5", "row has too many columns"),
         ("t.csv line 7", "row is not valid CSV"),
@@ -715,8 +717,8 @@ def test_faulty_rows(tmp_path: Path, pictures: list[Picture]) -> None:
     ],
 )
 def test_faulty_tables(tmp_path: Path, data: bytes, words: str) -> None:
-    with pytest.raises(InputError, match=words):
-        import_collection(_write(tmp_path / "t.csv", data), tmp_path / "out")
+    with pytest.raises(InvalidInputError, match=words):
+        import_dataset(_write(tmp_path / "t.csv", data), tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
 
@@ -725,8 +727,8 @@ def test_damaged_parquet(tmp_path: Path, pictures: list[Picture]) -> None:
     pq.write_table(pa.Table.from_pylist(rows), tmp_path / "t.parquet")
     whole = (tmp_path / "t.parquet").read_bytes()
     for data in (whole[:100], b"", whole[:4] + b"\xff" * 60 + whole[64:]):
-        with pytest.raises(InputError, match=r"t\.parquet is (no Parquet|damaged)"):
-            import_collection(_write(tmp_path / "t.parquet", data), tmp_path / "out")
+        with pytest.raises(InvalidInputError, match=r"t\.parquet is (no Parquet|damaged)"):
+            import_dataset(_write(tmp_path / "t.parquet", data), tmp_path / "out")
 
 
 def test_sources_that_are_none(tmp_path: Path, pictures: list[Picture]) -> None:
@@ -744,11 +746,11 @@ def test_sources_that_are_none(tmp_path: Path, pictures: list[Picture]) -> None:
         (tmp_path / "*.tar", "no file has a name"),
         (_write(tmp_path / "t.csv.gz", b"x"), "csv.gz is compressed"),
     ):
-        with pytest.raises(InputError, match=words):
-            import_collection(source, tmp_path / "out")
+        with pytest.raises(InvalidInputError, match=words):
+            import_dataset(source, tmp_path / "out")
     for options in (ImportOptions(limit=0), ImportOptions(image_column="x")):
-        with pytest.raises(InputError):
-            import_collection(
+        with pytest.raises(InvalidInputError):
+            import_dataset(
                 _write(tmp_path / "one" / "a.jpg", pictures[0][1]).parent, tmp_path / "out", options
             )
     assert not (tmp_path / "out").exists()
@@ -760,9 +762,10 @@ def test_not_one_usable_image(tmp_path: Path, pictures: list[Picture], *, found:
     if found:
         (tmp_path / "out").mkdir()
     with pytest.raises(
-        InputError, match=r"not one usable image in .*file is missing \(6 times, such as t\.csv line 2\)"
+        InvalidInputError,
+        match=r"not one usable image in .*file is missing \(6 times, such as t\.csv line 2\)",
     ):
-        import_collection(table, tmp_path / "out")
+        import_dataset(table, tmp_path / "out")
     assert (tmp_path / "out").exists() == found
     assert not found or not list((tmp_path / "out").iterdir())
 
@@ -772,22 +775,22 @@ def test_not_one_usable_image(tmp_path: Path, pictures: list[Picture], *, found:
 
 def test_one_image_and_limit(tmp_path: Path, pictures: list[Picture]) -> None:
     _images(tmp_path / "src", pictures)
-    got = import_collection(tmp_path / "src", tmp_path / "out", ImportOptions(limit=1))
+    got = import_dataset(tmp_path / "src", tmp_path / "out", ImportOptions(limit=1))
     assert [r.id for r in got] == [sorted(n for n, _, _ in pictures)[0]]
-    assert len(import_collection(tmp_path / "src", tmp_path / "out4", ImportOptions(limit=4))) == 4
+    assert len(import_dataset(tmp_path / "src", tmp_path / "out4", ImportOptions(limit=4))) == 4
 
 
 def test_finished_target(tmp_path: Path, pictures: list[Picture], monkeypatch: pytest.MonkeyPatch) -> None:
     _images(tmp_path / "src", pictures)
-    import_collection(tmp_path / "src", tmp_path / "out")
+    import_dataset(tmp_path / "src", tmp_path / "out")
     before = _files(tmp_path / "out")
     heard = Listening()
-    monkeypatch.setattr("likewise.data.importing.decode", _never)
-    assert len(import_collection(tmp_path / "src", tmp_path / "out", progress=heard)) == 6
+    monkeypatch.setattr("likewise.data.importing.decode_image", _never)
+    assert len(import_dataset(tmp_path / "src", tmp_path / "out", progress=heard)) == 6
     assert "nothing to do" in heard.said[-1]
     assert _files(tmp_path / "out") == before
     with pytest.raises(ArtifactError, match="limit was None, is 2"):
-        import_collection(tmp_path / "src", tmp_path / "out", ImportOptions(limit=2))
+        import_dataset(tmp_path / "src", tmp_path / "out", ImportOptions(limit=2))
     assert _files(tmp_path / "out") == before
 
 
@@ -800,24 +803,24 @@ def test_changed_source_is_told(tmp_path: Path, pictures: list[Picture]) -> None
     table = _write(tmp_path / "t.csv", _csv(pictures))
     for source in (tmp_path / "images", table):
         out = tmp_path / f"out-{source.name}"
-        import_collection(source, out)
+        import_dataset(source, out)
         _write(tmp_path / "images" / f"{pictures[0][0]}.jpg", pictures[1][1] + b"\0" * len(out.name))
         with pytest.raises(ArtifactError, match="inputs have changed"):
-            import_collection(source, out)
+            import_dataset(source, out)
 
 
 def test_moved_source_is_followed(tmp_path: Path, pictures: list[Picture]) -> None:
     _images(tmp_path / "src", pictures)
-    import_collection(tmp_path / "src", tmp_path / "out")
+    import_dataset(tmp_path / "src", tmp_path / "out")
     (tmp_path / "src").rename(tmp_path / "moved")
-    got = import_collection(tmp_path / "moved", tmp_path / "out")
+    got = import_dataset(tmp_path / "moved", tmp_path / "out")
     assert got.root == tmp_path / "moved"
-    assert Collection(tmp_path / "out").root == tmp_path / "moved"
+    assert CaptionDataset(tmp_path / "out").root == tmp_path / "moved"
 
 
 def test_fingerprints_cost_no_decoding_and_are_stable(tmp_path: Path, pictures: list[Picture]) -> None:
     _images(tmp_path / "src", pictures)
-    first, second = (open_source(str(tmp_path / "src"), ImportOptions()) for _ in range(2))
+    first, second = (open_reader(str(tmp_path / "src"), ImportOptions()) for _ in range(2))
     assert first.fingerprint() == second.fingerprint()
     assert first.count() == 6
 
@@ -845,11 +848,11 @@ def many(tmp_path: Path) -> Path:
 @pytest.mark.parametrize("removed", ["first", "records only", "last", "all", "stale skips"])
 def test_resumed_equals_uninterrupted(tmp_path: Path, many: Path, removed: str) -> None:
     options = ImportOptions(id_column="id")
-    whole = import_collection(many, tmp_path / "whole", options, shard_rows=4, workers=0)
+    whole = import_dataset(many, tmp_path / "whole", options, shard_rows=4, num_workers=0)
     assert len(whole) == 40
-    assert len(whole.records(6)) == 0  # a shard of nothing but broken images
+    assert len(whole.samples(6)) == 0  # a shard of nothing but broken images
     out = tmp_path / "out"
-    import_collection(many, out, options, shard_rows=4)
+    import_dataset(many, out, options, shard_rows=4)
     _unfinish(out)
     gone = {
         "first": ["records-00000.parquet", "skipped-00000.jsonl"],
@@ -864,7 +867,7 @@ def test_resumed_equals_uninterrupted(tmp_path: Path, many: Path, removed: str) 
         _write(out / "skipped-00001.jsonl", '{"id": "x", "where": "x", "reason": "x"}\n')
     _write(out / ".records-00000.parquet.999999999.tmp", b"half")
     heard = Listening()
-    import_collection(many, out, options, shard_rows=4, progress=heard)
+    import_dataset(many, out, options, shard_rows=4, progress=heard)
     assert _files(out) == _files(tmp_path / "whole")
     assert heard.totals[0][0] == 48
     if removed == "last":
@@ -910,12 +913,12 @@ def test_killed_and_run_again(tmp_path: Path, many: Path, monkeypatch: pytest.Mo
     done = len(list(out.glob("records-*")))
     assert 0 < done < 12
     with pytest.raises(ArtifactError, match="unfinished"):
-        Collection(out)
+        CaptionDataset(out)
     looked_at = _counting(monkeypatch)
     options = ImportOptions(id_column="id")
-    import_collection(many, out, options, shard_rows=4)
+    import_dataset(many, out, options, shard_rows=4)
     assert len(looked_at) <= 48 - 4 * done
-    import_collection(many, tmp_path / "whole", options, shard_rows=4)
+    import_dataset(many, tmp_path / "whole", options, shard_rows=4)
     assert _files(out) == _files(tmp_path / "whole")
 
 
@@ -923,13 +926,13 @@ def _counting(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     from likewise.data import importing
 
     calls: list[int] = []
-    true: Callable = importing.decode
+    true: Callable = importing.decode_image
 
     def counted(data: bytes) -> np.ndarray:
         calls.append(1)
         return true(data)
 
-    monkeypatch.setattr(importing, "decode", counted)
+    monkeypatch.setattr(importing, "decode_image", counted)
     return calls
 
 
@@ -938,18 +941,18 @@ def test_shards_end_early_where_images_lie_in_rows(monkeypatch: pytest.MonkeyPat
 
     monkeypatch.setattr("likewise.data.importing._SHARD_BYTES", 10)
     entries = [
-        Candidate(id=str(i), image=ImageRef(bytes=b"12345"), captions=(), group=None, label=None, where="")
+        RawSample(id=str(i), image=ImageRef(bytes=b"12345"), captions=(), group=None, label=None, location="")
         for i in range(5)
     ]
-    assert [len(chunk) for chunk in chunks(entries, 4096)] == [2, 2, 1]
+    assert [len(chunk) for chunk in shard_chunks(entries, 4096)] == [2, 2, 1]
 
 
 def test_records_carry_no_more_than_they_say(tmp_path: Path, pictures: list[Picture]) -> None:
     name, data, caption = pictures[0]
     _write(tmp_path / "src" / f"{name}.jpg", data)
     _write(tmp_path / "src" / f"{name}.txt", caption)
-    (record,) = import_collection(tmp_path / "src", tmp_path / "out")
-    assert record == Record(
+    (record,) = import_dataset(tmp_path / "src", tmp_path / "out")
+    assert record == Sample(
         id=name,
         image=record.image,
         captions=(caption,),
@@ -967,8 +970,8 @@ def test_paths_inside_mappings_are_known_as_the_same_image(tmp_path: Path, pictu
     for order in ((a, a, b), (a, b, a)):
         rows = [json.dumps({"image": {"path": f"{n}.jpg"}, "caption": f"{i}"}) for i, n in enumerate(order)]
         table = _write(tmp_path / "t.jsonl", "\n".join(rows))
-        assert open_source(str(table), ImportOptions()).count() == 2
-        got = import_collection(table, tmp_path / f"out-{order.index(b)}")
+        assert open_reader(str(table), ImportOptions()).count() == 2
+        got = import_dataset(table, tmp_path / f"out-{order.index(b)}")
         assert {r.id: r.captions for r in got} == {
             f"{n}.jpg": tuple(str(i) for i, m in enumerate(order) if m == n) for n in (a, b)
         }

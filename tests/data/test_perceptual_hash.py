@@ -13,35 +13,37 @@ from scipy.sparse.csgraph import connected_components
 
 from likewise.artifacts import read_json, write_json
 from likewise.data import perceptual_hash as duplicates
-from likewise.data.dataset import Collection
-from likewise.data.images import decode
-from likewise.data.importing import import_collection
+from likewise.data.dataset import CaptionDataset
+from likewise.data.images import decode_image
+from likewise.data.importing import import_dataset
 from likewise.data.perceptual_hash import (
-    ImageHashes,
-    close_pairs,
+    PerceptualHashes,
+    brightness_and_contrast,
+    compute_perceptual_hashes,
     difference_hash,
-    image_hashes,
-    near_duplicate_clusters,
-    tone,
+    find_close_pairs,
+    find_near_duplicate_clusters,
 )
-from likewise.errors import ArtifactError, InputError
+from likewise.errors import ArtifactError, InvalidInputError
 
 
-def copied(collection: Collection, folder: Path) -> Collection:
+def copied(collection: CaptionDataset, folder: Path) -> CaptionDataset:
     """The same collection elsewhere, so that what a test writes into it stays there."""
     names = ("packed", "embeddings", "neighbors", "hashes", "audit")
-    return Collection(shutil.copytree(collection.path, folder / "c", ignore=shutil.ignore_patterns(*names)))
+    return CaptionDataset(
+        shutil.copytree(collection.path, folder / "c", ignore=shutil.ignore_patterns(*names))
+    )
 
 
 @pytest.fixture(scope="module")
-def altered(emoji: Path, tmp_path_factory: pytest.TempPathFactory) -> Collection:
+def altered(emoji: Path, tmp_path_factory: pytest.TempPathFactory) -> CaptionDataset:
     """A hundred emoji, and copies of most: at another size as a JPEG of low quality, or a little darker."""
     folder = tmp_path_factory.mktemp("altered")
     with emoji.open(encoding="utf-8") as stream:
         pictures = [emoji.parent / row["file"] for row in csv.DictReader(stream)][:100]
     rows = [("file", "caption")]
     for i, picture in enumerate(pictures):
-        pixels = Image.fromarray(decode(picture.read_bytes()))
+        pixels = Image.fromarray(decode_image(picture.read_bytes()))
         pixels.save(folder / f"{i:03}.png")
         rows.append((f"{i:03}.png", f"picture {i}"))
         if i % 3 == 0:
@@ -52,7 +54,7 @@ def altered(emoji: Path, tmp_path_factory: pytest.TempPathFactory) -> Collection
             rows.append((f"{i:03}-darker.png", f"picture {i}, a little darker"))
     with (folder / "table.csv").open("w", encoding="utf-8", newline="") as stream:
         csv.writer(stream).writerows(rows)
-    return import_collection(folder / "table.csv", folder / "c", shard_rows=40)
+    return import_dataset(folder / "table.csv", folder / "c", shard_rows=40)
 
 
 def test_the_hash_is_what_its_definition_says() -> None:
@@ -71,8 +73,8 @@ def test_a_gradient_sets_all_bits_or_none() -> None:
     assert difference_hash(ramp[:, ::-1].copy()) == 0
 
 
-def test_copies_are_found_through_scaling_and_compression(altered: Collection) -> None:
-    clusters = near_duplicate_clusters(image_hashes(altered))
+def test_copies_are_found_through_scaling_and_compression(altered: CaptionDataset) -> None:
+    clusters = find_near_duplicate_clusters(compute_perceptual_hashes(altered))
     codes = {record.id: clusters[i] for i, record in enumerate(altered)}
     found = [
         codes[name] >= 0 and codes[name] == codes[name.replace("-copy.jpg", ".png")]
@@ -83,14 +85,14 @@ def test_copies_are_found_through_scaling_and_compression(altered: Collection) -
     assert np.mean(found) >= 0.9  # a hash near a tie may move by more than 3 bits
 
 
-def brute_force(hashes: ImageHashes, distance: int) -> np.ndarray:
+def brute_force(hashes: PerceptualHashes, distance: int) -> np.ndarray:
     """Compare all with all in float64 and number components by their first member."""
     pixels = hashes.thumbnails(np.arange(len(hashes))).reshape(len(hashes), -1).astype(np.float64)
     spread = np.sqrt(pixels.reshape(len(hashes), 64, 3).var(axis=1).mean(axis=1))
     joined = np.zeros((len(hashes), len(hashes)), bool)
     for i in range(len(hashes)):
         for j in range(i + 1, len(hashes)):
-            bits = bin(int(hashes.bits[i]) ^ int(hashes.bits[j])).count("1")
+            bits = bin(int(hashes.hashes[i]) ^ int(hashes.hashes[j])).count("1")
             rms = np.sqrt(((pixels[i] - pixels[j]) ** 2).mean())
             near = rms <= 0.07 * np.sqrt((spread[i] ** 2 + spread[j] ** 2) / 2 + 1)
             usable = hashes.readable[[i, j]].all() and min(spread[i], spread[j]) >= 1
@@ -107,9 +109,9 @@ def brute_force(hashes: ImageHashes, distance: int) -> np.ndarray:
 
 
 @pytest.mark.parametrize("distance", [0, 3, 8])
-def test_clusters_are_those_of_brute_force(altered: Collection, distance: int) -> None:
-    hashes = image_hashes(altered)
-    assert (near_duplicate_clusters(hashes, distance) == brute_force(hashes, distance)).all()
+def test_clusters_are_those_of_brute_force(altered: CaptionDataset, distance: int) -> None:
+    hashes = compute_perceptual_hashes(altered)
+    assert (find_near_duplicate_clusters(hashes, distance) == brute_force(hashes, distance)).all()
 
 
 @pytest.mark.parametrize("distance", [0, 1, 3, 6, 8])
@@ -117,7 +119,7 @@ def test_clusters_are_those_of_brute_force(altered: Collection, distance: int) -
 def test_every_close_pair_is_found_once(
     distance: int, long_run: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(duplicates, "_LONG_RUN", long_run)
+    monkeypatch.setattr(duplicates, "_MAX_BUCKET_SIZE", long_run)
     rng = np.random.default_rng(distance)
     # Whole families of hashes, so that buckets are long and pairs of every distance are there.
     bits = np.repeat(rng.integers(0, 2**63, 4, dtype=np.uint64), 30)
@@ -127,7 +129,7 @@ def test_every_close_pair_is_found_once(
     members = np.flatnonzero(rng.random(len(bits)) < 0.9)
     told = [
         (min(a, b), max(a, b))
-        for first, second in close_pairs(bits, members, np.arange(64), distance)
+        for first, second in find_close_pairs(bits, members, np.arange(64), distance)
         for a, b in zip(first.tolist(), second.tolist(), strict=True)
     ]
     expected = {
@@ -141,20 +143,20 @@ def test_every_close_pair_is_found_once(
     assert expected
 
 
-def test_ten_thousand_copies_cost_no_more_than_a_sort(altered: Collection, tmp_path: Path) -> None:
-    rows = np.load(image_hashes(altered).shards[0])[[0, 1, 0, 0]]
+def test_ten_thousand_copies_cost_no_more_than_a_sort(altered: CaptionDataset, tmp_path: Path) -> None:
+    rows = np.load(compute_perceptual_hashes(altered).shard_paths[0])[[0, 1, 0, 0]]
     np.save(tmp_path / "rows.npy", np.repeat(rows, 20_000))
-    mean, contrast = tone(rows["thumbnail"])
-    hashes = ImageHashes(
-        bits=np.repeat(rows["bits"], 20_000),
+    mean, contrast = brightness_and_contrast(rows["thumbnail"])
+    hashes = PerceptualHashes(
+        hashes=np.repeat(rows["bits"], 20_000),
         readable=np.ones(80_000, bool),
         mean=np.repeat(mean, 20_000),
         contrast=np.repeat(contrast, 20_000),
-        shards=(tmp_path / "rows.npy",),
-        starts=np.array([0, 80_000]),
+        shard_paths=(tmp_path / "rows.npy",),
+        shard_offsets=np.array([0, 80_000]),
     )
     # Were copies compared one by one, this would take three billion comparisons.
-    assert np.bincount(near_duplicate_clusters(hashes)).tolist() in ([80_000], [60_000, 20_000])
+    assert np.bincount(find_near_duplicate_clusters(hashes)).tolist() in ([80_000], [60_000, 20_000])
 
 
 def test_flat_images_are_not_copies_of_each_other(tmp_path: Path) -> None:
@@ -162,9 +164,9 @@ def test_flat_images_are_not_copies_of_each_other(tmp_path: Path) -> None:
     for i, colour in enumerate(colours):
         Image.new("RGB", (80, 80), colour).save(tmp_path / f"{i}.png")
         (tmp_path / f"{i}.txt").write_text("a page")
-    hashes = image_hashes(import_collection(tmp_path, tmp_path / "c"))
-    assert hashes.flat.all()
-    assert (near_duplicate_clusters(hashes) == -1).all()
+    hashes = compute_perceptual_hashes(import_dataset(tmp_path, tmp_path / "c"))
+    assert hashes.uniform.all()
+    assert (find_near_duplicate_clusters(hashes) == -1).all()
 
 
 def test_like_outlines_in_other_colours_are_not_copies(tmp_path: Path) -> None:
@@ -173,21 +175,21 @@ def test_like_outlines_in_other_colours_are_not_copies(tmp_path: Path) -> None:
         shape[20:80, 30:70] = colour
         Image.fromarray(shape).save(tmp_path / f"{i}.png")
         (tmp_path / f"{i}.txt").write_text("a box")
-    hashes = image_hashes(import_collection(tmp_path, tmp_path / "c"))
-    assert len(set(hashes.bits.tolist())) == 1
-    assert near_duplicate_clusters(hashes).tolist() == [0, -1, 0]
+    hashes = compute_perceptual_hashes(import_dataset(tmp_path, tmp_path / "c"))
+    assert len(set(hashes.hashes.tolist())) == 1
+    assert find_near_duplicate_clusters(hashes).tolist() == [0, -1, 0]
 
 
-def test_a_killed_run_goes_on_with_what_is_missing(collection: Collection, tmp_path: Path) -> None:
+def test_a_killed_run_goes_on_with_what_is_missing(collection: CaptionDataset, tmp_path: Path) -> None:
     source = copied(collection, tmp_path)
-    image_hashes(source, workers=0)
+    compute_perceptual_hashes(source, num_workers=0)
     folder = source.path / "hashes"
     before = {file.name: file.read_bytes() for file in folder.iterdir()}
     kept = (folder / "hashes-00000.npy").stat().st_mtime_ns
     (folder / "hashes-00001.npy").unlink()
     manifest = read_json(folder / "artifact.json")
     write_json(folder / "artifact.json", manifest | {"complete": False, "counts": {}})
-    image_hashes(source, workers=2)
+    compute_perceptual_hashes(source, num_workers=2)
     assert {file.name: file.read_bytes() for file in folder.iterdir()} == before
     assert (folder / "hashes-00000.npy").stat().st_mtime_ns == kept
 
@@ -197,25 +199,25 @@ def test_unreadable_images_are_counted_and_have_no_copies(tmp_path: Path) -> Non
     for i in range(4):
         Image.fromarray(ramp.copy()).save(tmp_path / f"{i}.png")
         (tmp_path / f"{i}.txt").write_text("a ramp")
-    source = import_collection(tmp_path, tmp_path / "c")
+    source = import_dataset(tmp_path, tmp_path / "c")
     (tmp_path / "1.png").unlink()
     (tmp_path / "2.png").write_bytes(b"no image")
-    hashes = image_hashes(source)
+    hashes = compute_perceptual_hashes(source)
     assert hashes.readable.tolist() == [True, False, False, True]
-    assert near_duplicate_clusters(hashes).tolist() == [0, -1, -1, 0]
+    assert find_near_duplicate_clusters(hashes).tolist() == [0, -1, -1, 0]
     assert read_json(source.path / "hashes" / "artifact.json")["skipped"] == {"no longer readable": 2}
 
 
-def test_a_missing_folder_of_images_is_told(altered: Collection, tmp_path: Path) -> None:
+def test_a_missing_folder_of_images_is_told(altered: CaptionDataset, tmp_path: Path) -> None:
     source = copied(altered, tmp_path)
     manifest = read_json(source.path / "artifact.json")
     manifest["settings"]["root"] = str(tmp_path / "gone")
     write_json(source.path / "artifact.json", manifest)
     with pytest.raises(ArtifactError, match="gone, which holds the images"):
-        image_hashes(Collection(source.path))
+        compute_perceptual_hashes(CaptionDataset(source.path))
 
 
 @pytest.mark.parametrize("distance", [-1, 9])
-def test_a_distance_out_of_bounds_is_refused(altered: Collection, distance: int) -> None:
-    with pytest.raises(InputError, match="between 0 and 8"):
-        near_duplicate_clusters(image_hashes(altered), distance)
+def test_a_distance_out_of_bounds_is_refused(altered: CaptionDataset, distance: int) -> None:
+    with pytest.raises(InvalidInputError, match="between 0 and 8"):
+        find_near_duplicate_clusters(compute_perceptual_hashes(altered), distance)

@@ -10,28 +10,28 @@ import torch
 from safetensors.numpy import load_file, save_file
 
 from likewise.artifacts import MANIFEST
-from likewise.data.dataset import Collection
-from likewise.data.images import decode, read_bytes
-from likewise.data.importing import import_collection
+from likewise.data.dataset import CaptionDataset
+from likewise.data.images import decode_image, read_image_bytes
+from likewise.data.importing import import_dataset
 from likewise.data.readers.base import ImportOptions
-from likewise.embeddings.base import unit_rows
+from likewise.embeddings.base import l2_normalize
 from likewise.embeddings.config import EncoderOptions
 from likewise.embeddings.embed import embed
-from likewise.embeddings.offline import packaged_folder
-from likewise.embeddings.store import Embeddings, look_up_embeddings
-from likewise.errors import ArtifactError, InputError, ModelError
-from likewise.models.encoders import open_encoder
+from likewise.embeddings.offline import offline_model_path
+from likewise.embeddings.store import Embeddings, find_embeddings
+from likewise.errors import ArtifactError, InvalidInputError, ModelError
+from likewise.models.encoders import load_encoder
 from support import MINILM
 
 LOOKS = "image:random:test_resnet"
 
 
 @pytest.fixture
-def copied(collection: Collection, tmp_path: Path) -> Collection:
+def copied(collection: CaptionDataset, tmp_path: Path) -> CaptionDataset:
     """A collection of its own, without embeddings."""
     path = shutil.copytree(collection.path, tmp_path / "c")
     shutil.rmtree(path / "embeddings")
-    return Collection(path)
+    return CaptionDataset(path)
 
 
 def snapshot(folder: Path) -> dict[str, bytes]:
@@ -51,7 +51,7 @@ def static_model(folder: Path, *, broken: int = 0) -> Path:
     from model2vec import StaticModel
     from tokenizers import Tokenizer
 
-    minilm = packaged_folder(MINILM)
+    minilm = offline_model_path(MINILM)
     vectors = load_file(minilm / "model.safetensors")["embeddings.word_embeddings.weight"][:, :64].copy()
     tokenizer = Tokenizer.from_file(str(minilm / "tokenizer.json"))
     tokenizer.no_padding()
@@ -61,35 +61,35 @@ def static_model(folder: Path, *, broken: int = 0) -> Path:
     return folder
 
 
-def test_fitted_encoder_resumes_to_the_same_bytes(copied: Collection) -> None:
+def test_fitted_encoder_resumes_to_the_same_bytes(copied: CaptionDataset) -> None:
     made = embed(copied, "tfidf")
-    assert made.shards > 2
-    assert (made.dimension, made.modality, made.without_direction) == (4096, "captions", 0)
+    assert made.num_shards > 2
+    assert (made.dim, made.modality, made.num_zero_vectors) == (4096, "captions", 0)
     whole = snapshot(made.path)
     interrupt(made, 1)
     assert snapshot(embed(copied, "tfidf").path) == whole
 
 
 def test_captions_of_unknown_words_keep_a_zero_row_and_are_counted(
-    copied: Collection, tmp_path: Path
+    copied: CaptionDataset, tmp_path: Path
 ) -> None:
     (tmp_path / "two.txt").write_text("face 1 0 0\ncat 0 1 0\n")
     made = embed(copied, f"words:{tmp_path / 'two.txt'}")
     captions = [text.lower() for record in copied for text in record.captions]
     known = np.array([bool({"face", "cat"} & set(text.replace(":", " ").split())) for text in captions])
-    rows = np.concatenate([made.shard(i)[0] for i in range(made.shards)])
+    rows = np.concatenate([made.load_shard(i)[0] for i in range(made.num_shards)])
     assert known.any()
     assert (rows.any(axis=1) == known).all()
-    assert made.without_direction == (~known).sum()
+    assert made.num_zero_vectors == (~known).sum()
     assert len(made) == len(captions)
-    positions = np.concatenate([made.pooled(i)[1] for i in range(made.shards)])
+    positions = np.concatenate([made.load_mean_vectors(i)[1] for i in range(made.num_shards)])
     assert 0 < len(positions) < len(copied)
     told = (made.path / MANIFEST).read_text()
     interrupt(made, 0)
     assert (embed(copied, f"words:{tmp_path / 'two.txt'}").path / MANIFEST).read_text() == told
 
 
-def test_vectors_that_are_no_numbers_are_counted_and_not_kept(copied: Collection, tmp_path: Path) -> None:
+def test_vectors_that_are_no_numbers_are_counted_and_not_kept(copied: CaptionDataset, tmp_path: Path) -> None:
     folder = static_model(tmp_path / "m", broken=2)
     with pytest.raises(ArtifactError, match=r"not numbers for [1-9]\d* of \d+ captions of a shard"):
         embed(copied, f"model2vec:{folder}")
@@ -99,7 +99,7 @@ def test_vectors_that_are_no_numbers_are_counted_and_not_kept(copied: Collection
     )
 
 
-def test_model_of_another_size_is_not_mixed_in(copied: Collection) -> None:
+def test_model_of_another_size_is_not_mixed_in(copied: CaptionDataset) -> None:
     made = embed(copied, "tfidf")
     interrupt(made, 2)
     # As a hub model leaves it that was replaced between two runs under the same name.
@@ -111,82 +111,88 @@ def test_model_of_another_size_is_not_mixed_in(copied: Collection) -> None:
         embed(copied, "tfidf")
 
 
-def test_changed_weights_and_options_have_folders_of_their_own(copied: Collection, tmp_path: Path) -> None:
+def test_changed_weights_and_options_have_folders_of_their_own(
+    copied: CaptionDataset, tmp_path: Path
+) -> None:
     folder = static_model(tmp_path / "m")
     first = embed(copied, f"model2vec:{folder}")
     weights = load_file(folder / "model.safetensors")
     save_file({name: values[:, :32].copy() for name, values in weights.items()}, folder / "model.safetensors")
     second = embed(copied, f"model2vec:{folder}")
-    assert (first.dimension, second.dimension) == (64, 32)
-    assert look_up_embeddings(copied, f"model2vec:{folder}").path == second.path
+    assert (first.dim, second.dim) == (64, 32)
+    assert find_embeddings(copied, f"model2vec:{folder}").path == second.path
     with pytest.raises(
         ArtifactError, match=rf"several encoders \({first.path.name}, {second.path.name}|{second.path.name}, "
     ):
-        look_up_embeddings(copied, None)
-    assert look_up_embeddings(copied, first.path.name).path == first.path
+        find_embeddings(copied, None)
+    assert find_embeddings(copied, first.path.name).path == first.path
 
 
-def test_options_are_told_apart_by_name(copied: Collection) -> None:
-    name = f"hf:{packaged_folder(MINILM)}"
+def test_options_are_told_apart_by_name(copied: CaptionDataset) -> None:
+    name = f"hf:{offline_model_path(MINILM)}"
     mean, cls = (embed(copied, name, options=EncoderOptions(pooling=p)) for p in ("mean", "cls"))
     assert mean.path != cls.path
-    assert look_up_embeddings(copied, name).path == mean.path
-    assert look_up_embeddings(copied, "hf:model+cls").path == cls.path
+    assert find_embeddings(copied, name).path == mean.path
+    assert find_embeddings(copied, "hf:model+cls").path == cls.path
     shutil.rmtree(mean.path)
-    assert look_up_embeddings(copied, name).path == cls.path
+    assert find_embeddings(copied, name).path == cls.path
     with pytest.raises(ArtifactError, match="no finished embeddings by tfidf; run: likewise embed"):
-        look_up_embeddings(copied, "tfidf")
+        find_embeddings(copied, "tfidf")
 
 
-def test_images_are_embedded_as_the_encoder_sees_them(collection: Collection, copied: Collection) -> None:
+def test_images_are_embedded_as_the_encoder_sees_them(
+    collection: CaptionDataset, copied: CaptionDataset
+) -> None:
     made = embed(copied, LOOKS, batch_size=7)
-    encoder = open_encoder("random:test_resnet")
+    encoder = load_encoder("random:test_resnet")
     picked = [0, 63, 64, len(collection) - 1]
     crops = [
-        encoder.transform.crop(
-            decode(read_bytes(collection[i].image, collection.root), encoder.transform.resize)
+        encoder.transform.center_crop(
+            decode_image(
+                read_image_bytes(collection[i].image, collection.root), encoder.transform.resize_size
+            )
         )
         for i in picked
     ]
     with torch.inference_mode():
-        expected = encoder.model(encoder.transform.standardise(torch.from_numpy(np.stack(crops)))).numpy()
-    rows = np.concatenate([made.shard(i)[0] for i in range(made.shards)])
-    ids = np.concatenate([made.shard(i)[1] for i in range(made.shards)])
+        expected = encoder.model(encoder.transform.normalize(torch.from_numpy(np.stack(crops)))).numpy()
+    rows = np.concatenate([made.load_shard(i)[0] for i in range(made.num_shards)])
+    ids = np.concatenate([made.load_shard(i)[1] for i in range(made.num_shards)])
     assert ids.tolist() == list(range(len(collection)))
-    np.testing.assert_allclose(rows[picked], unit_rows(expected), atol=2e-3)
+    np.testing.assert_allclose(rows[picked], l2_normalize(expected), atol=2e-3)
     assert made.modality == "images"
     assert len(made) == len(collection)
 
 
-def test_images_and_captions_are_never_mistaken(copied: Collection) -> None:
+def test_images_and_captions_are_never_mistaken(copied: CaptionDataset) -> None:
     looks = embed(copied, LOOKS)
     with pytest.raises(ArtifactError, match="no finished embeddings; run"):
-        look_up_embeddings(copied, None)
+        find_embeddings(copied, None)
     words = embed(copied, "bow")
-    assert look_up_embeddings(copied, None).path == words.path
-    assert look_up_embeddings(copied, None, modality="images").path == looks.path
-    assert look_up_embeddings(copied, LOOKS, modality="images").path == looks.path
+    assert find_embeddings(copied, None).path == words.path
+    assert find_embeddings(copied, None, modality="images").path == looks.path
+    assert find_embeddings(copied, LOOKS, modality="images").path == looks.path
     with pytest.raises(ArtifactError, match="no finished embeddings"):
-        look_up_embeddings(copied, LOOKS)
+        find_embeddings(copied, LOOKS)
     shutil.rmtree(looks.path)
     with pytest.raises(ArtifactError, match="embeddings of images; run: likewise embed .* --encoder image:"):
-        look_up_embeddings(copied, None, modality="images")
+        find_embeddings(copied, None, modality="images")
 
 
 def test_unreadable_images_are_left_out_and_counted(emoji: Path, tmp_path: Path) -> None:
     folder = shutil.copytree(emoji.parent, tmp_path / "pictures")
-    made = import_collection(folder / emoji.name, tmp_path / "c", ImportOptions(), shard_rows=64)
+    made = import_dataset(folder / emoji.name, tmp_path / "c", ImportOptions(), shard_rows=64)
     files = [folder / (record.image.path or "") for record in made]
     whole = embed(made, LOOKS)
-    rows = np.concatenate([whole.shard(i)[0] for i in range(whole.shards)])
+    rows = np.concatenate([whole.load_shard(i)[0] for i in range(whole.num_shards)])
     files[3].unlink()
     files[70].write_bytes(files[70].read_bytes()[:200])
     shutil.rmtree(whole.path)
     found = embed(made, LOOKS)
-    ids = np.concatenate([found.shard(i)[1] for i in range(found.shards)])
+    ids = np.concatenate([found.load_shard(i)[1] for i in range(found.num_shards)])
     assert ids.tolist() == [i for i in range(len(made)) if i not in (3, 70)]
     np.testing.assert_allclose(
-        np.concatenate([found.shard(i)[0] for i in range(found.shards)]), rows[ids], atol=1e-3
+        np.concatenate([found.load_shard(i)[0] for i in range(found.num_shards)]), rows[ids], atol=1e-3
     )
     assert found.artifact.manifest.skipped == {"damaged": 1, "file is missing": 1}
     told = snapshot(found.path)
@@ -195,13 +201,13 @@ def test_unreadable_images_are_left_out_and_counted(emoji: Path, tmp_path: Path)
     shutil.rmtree(found.path)
     for file in files:
         file.unlink(missing_ok=True)
-    with pytest.raises(InputError, match="no image of .* can be read: .* file is missing"):
+    with pytest.raises(InvalidInputError, match="no image of .* can be read: .* file is missing"):
         embed(made, LOOKS)
     shutil.copytree(emoji.parent, folder, dirs_exist_ok=True)
     assert len(embed(made, LOOKS)) == len(made)
 
 
-def test_encoder_that_cannot_be_loaded_leaves_nothing_behind(copied: Collection, tmp_path: Path) -> None:
+def test_encoder_that_cannot_be_loaded_leaves_nothing_behind(copied: CaptionDataset, tmp_path: Path) -> None:
     (tmp_path / "two.txt").write_text("zzyzx 1 0 0\n")
     with pytest.raises(ModelError, match="a vector for no word"):
         embed(copied, f"words:{tmp_path / 'two.txt'}")
@@ -213,7 +219,7 @@ def test_images_need_no_captions(emoji: Path, tmp_path: Path) -> None:
     silent = tmp_path / "pictures"
     silent.mkdir()
     shutil.copy(folder, silent)
-    made = import_collection(silent, tmp_path / "c", ImportOptions())
-    with pytest.raises(InputError, match="no image of .* has a caption.*--encoder image:"):
+    made = import_dataset(silent, tmp_path / "c", ImportOptions())
+    with pytest.raises(InvalidInputError, match="no image of .* has a caption.*--encoder image:"):
         embed(made, "tfidf")
     assert len(embed(made, LOOKS)) == 1

@@ -11,15 +11,15 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from likewise.data.dataset import Collection
-from likewise.demo import concepts
-from likewise.embeddings.base import CaptionEncoder, unit_rows
+from likewise.data.dataset import CaptionDataset
+from likewise.demo import load_emoji
+from likewise.embeddings.base import TextEncoder, l2_normalize
 from likewise.embeddings.config import EncoderOptions
 from likewise.embeddings.embed import embed
-from likewise.embeddings.lexical import COLUMNS, HashedWords, bucket_counts, split_words
-from likewise.embeddings.offline import packaged_folder
-from likewise.embeddings.registry import choose_encoder, load_encoder
-from likewise.errors import InputError, ModelError
+from likewise.embeddings.lexical import NUM_COLUMNS, BagOfWordsEncoder, count_hashed_words, split_words
+from likewise.embeddings.offline import offline_model_path
+from likewise.embeddings.registry import load_text_encoder, resolve_encoder
+from likewise.errors import InvalidInputError, ModelError
 from support import MINILM
 
 FEW = ["grinning face", "a", "flag: Åland Islands", "woman in a wheelchair, facing right, dark skin tone"]
@@ -30,19 +30,19 @@ CLIP = {
 }
 
 
-def load(name: str, captions: list[str] | None = None, **options: Any) -> CaptionEncoder:
-    return load_encoder(
-        choose_encoder(name, EncoderOptions(**options)), "cpu", lambda: iter([captions or []])
+def load(name: str, captions: list[str] | None = None, **options: Any) -> TextEncoder:
+    return load_text_encoder(
+        resolve_encoder(name, EncoderOptions(**options)), "cpu", lambda: iter([captions or []])
     )
 
 
-def captions_of(collection: Collection) -> list[str]:
+def captions_of(collection: CaptionDataset) -> list[str]:
     return [text for record in collection for text in record.captions]
 
 
 @pytest.fixture(scope="session")
 def minilm() -> Path:
-    return packaged_folder(MINILM)
+    return offline_model_path(MINILM)
 
 
 @pytest.fixture(scope="session")
@@ -51,14 +51,14 @@ def tokens(minilm: Path) -> np.ndarray:
     return load_file(minilm / "model.safetensors")["embeddings.word_embeddings.weight"].numpy()
 
 
-def test_sentence_model_equals_its_librarys_own_call(collection: Collection, minilm: Path) -> None:
+def test_sentence_model_equals_its_librarys_own_call(collection: CaptionDataset, minilm: Path) -> None:
     from sentence_transformers import SentenceTransformer
 
     captions = captions_of(collection)
     plain = SentenceTransformer(str(minilm), device="cpu").encode(captions, normalize_embeddings=True)
     found = embed(collection, MINILM)
-    rows = np.concatenate([found.shard(i)[0] for i in range(found.shards)])
-    ids = np.concatenate([found.shard(i)[1] for i in range(found.shards)])
+    rows = np.concatenate([found.load_shard(i)[0] for i in range(found.num_shards)])
+    ids = np.concatenate([found.load_shard(i)[1] for i in range(found.num_shards)])
     # Two houses draw each emoji: identical captions are embedded once and must land in every place.
     assert len(set(captions)) < 0.8 * len(captions)
     np.testing.assert_allclose(rows, plain, atol=5e-4)
@@ -78,7 +78,7 @@ def last_hidden_states(folder: Path, caption: str) -> np.ndarray:
 def direct(folder: Path, pooling: str) -> np.ndarray:
     states = [last_hidden_states(folder, caption) for caption in FEW]
     rows = {"cls": lambda h: h[0], "mean": lambda h: h.mean(axis=0), "last": lambda h: h[-1]}
-    return unit_rows(np.stack([rows[pooling](each) for each in states]))
+    return l2_normalize(np.stack([rows[pooling](each) for each in states]))
 
 
 @pytest.mark.parametrize("pooling", ["cls", "mean", "last"])
@@ -122,8 +122,8 @@ def test_onnx_gives_what_torch_gives(minilm: Path) -> None:
     # The last batch is a single caption, and longer than what the graph was traced with.
     found = load(f"hf:{minilm}", pooling="cls", backend="onnx").encode(captions, 2)
     np.testing.assert_allclose(found, load(f"hf:{minilm}", pooling="cls").encode(captions, 2), atol=1e-5)
-    with pytest.raises(InputError, match="runs on the CPU"):
-        load_encoder(choose_encoder(MINILM, EncoderOptions(backend="onnx")), "cuda", lambda: iter([]))
+    with pytest.raises(InvalidInputError, match="runs on the CPU"):
+        load_text_encoder(resolve_encoder(MINILM, EncoderOptions(backend="onnx")), "cuda", lambda: iter([]))
 
 
 @pytest.fixture(scope="session")
@@ -149,7 +149,7 @@ def test_clip_text_equals_open_clip(clip: tuple[str, Any]) -> None:
     with torch.no_grad():
         expected = model.encode_text(tokenize(FEW), normalize=True).numpy()
     np.testing.assert_allclose(encoder.encode(FEW, 3), expected, atol=1e-5)
-    assert encoder.dimension == 24
+    assert encoder.dim == 24
 
 
 def test_long_captions_keep_clips_end_token(clip: tuple[str, Any]) -> None:
@@ -174,7 +174,7 @@ def test_clip_faults_name_what_there_is(tmp_path: Path) -> None:
     with pytest.raises(ModelError, match="'opena' is neither a file nor weights of ViT-B-32; it has openai"):
         load("clip:ViT-B-32/opena")
     with pytest.raises(ModelError, match="lacks its weights"):
-        choose_encoder("clip:ViT-B-32")
+        resolve_encoder("clip:ViT-B-32")
     (tmp_path / "w.pt").write_bytes(b"no weights")
     with pytest.raises(ModelError, match="cannot load the CLIP model"):
         load(f"clip:likewise-tiny/{tmp_path / 'w.pt'}")
@@ -191,7 +191,7 @@ def test_static_tokens_equal_the_mean_of_real_vectors(
     StaticModel(tokens, tokenizer).save_pretrained(tmp_path)
     encoder = load(f"model2vec:{tmp_path}")
     ids = [tokenizer.encode(caption, add_special_tokens=False).ids for caption in FEW]
-    expected = unit_rows(np.stack([tokens[i].astype(np.float64).mean(axis=0) for i in ids]))
+    expected = l2_normalize(np.stack([tokens[i].astype(np.float64).mean(axis=0) for i in ids]))
     np.testing.assert_allclose(encoder.encode(FEW, 2), expected, atol=1e-5)
 
 
@@ -217,13 +217,13 @@ def test_word_vectors_are_averaged(minilm: Path, tokens: np.ndarray, tmp_path: P
     table = {line.split(" ")[0]: np.array(line.split(" ")[1:], np.float64) for line in plain.splitlines()}
     captions = ["Smiling face at night!", "zzyzx qwrtp", "", "face face cat"]
     chosen = [["smiling", "face", "at", "night"], ["face", "face", "cat"]]
-    expected = unit_rows(np.stack([np.mean([table[w] for w in words], axis=0) for words in chosen]))
+    expected = l2_normalize(np.stack([np.mean([table[w] for w in words], axis=0) for words in chosen]))
     for file in ("glove.txt", "fasttext.vec", "glove.txt.gz"):
         encoder = load(f"words:{tmp_path / file}", captions)
         found = encoder.encode(captions, 64)
         np.testing.assert_allclose(found[[0, 3]], expected, atol=1e-4)
         assert not found[[1, 2]].any()
-        assert encoder.dimension == 50
+        assert encoder.dim == 50
 
 
 def test_word_files_that_are_none_are_refused(minilm: Path, tokens: np.ndarray, tmp_path: Path) -> None:
@@ -243,25 +243,25 @@ def test_word_files_that_are_none_are_refused(minilm: Path, tokens: np.ndarray, 
     with pytest.raises(ModelError, match="cannot be read as word vectors"):
         load(f"words:{tmp_path / 'half.txt.gz'}", ["face"])
     with pytest.raises(ModelError, match="no file of word vectors"):
-        choose_encoder("words:nowhere.vec")
+        resolve_encoder("words:nowhere.vec")
 
 
-def test_idf_is_scikit_learns_on_the_same_counts(collection: Collection) -> None:
+def test_idf_is_scikit_learns_on_the_same_counts(collection: CaptionDataset) -> None:
     from sklearn.feature_extraction.text import TfidfTransformer
     from sklearn.preprocessing import normalize
 
     captions = captions_of(collection)
     parts = [captions[:100], captions[100:101], [], captions[101:]]
-    encoder = HashedWords(lambda: iter(parts), weighted=True)
-    counts: Any = bucket_counts(captions)
+    encoder = BagOfWordsEncoder(lambda: iter(parts), use_idf=True)
+    counts: Any = count_hashed_words(captions)
     reference: Any = TfidfTransformer().fit(counts)
-    np.testing.assert_allclose(encoder.weights, reference.idf_, rtol=1e-6)
+    np.testing.assert_allclose(encoder.idf, reference.idf_, rtol=1e-6)
     plain = normalize(counts)
     # Up to 2,048 different words nothing shares a column, so every similarity is exact.
     for found, direct in ((encoder, reference.transform(counts)), (load("bow", captions), plain)):
         rows = found.encode(captions, 64)
         np.testing.assert_allclose(rows @ rows.T, (direct @ direct.T).toarray(), atol=1e-6)
-        assert rows.shape == (len(captions), COLUMNS)
+        assert rows.shape == (len(captions), NUM_COLUMNS)
 
 
 @pytest.mark.parametrize("own", [2048, 256])
@@ -270,7 +270,7 @@ def test_hashing_keeps_the_neighbors_of_exact_tfidf(own: int, monkeypatch: pytes
 
     # With 256 columns of their own, most of the 1,400 words of these captions share theirs.
     monkeypatch.setattr("likewise.embeddings.lexical._OWN", own)
-    captions = sorted({emoji.name for emoji in concepts()})
+    captions = sorted({emoji.name for emoji in load_emoji()})
     exact: Any = TfidfVectorizer(analyzer=lambda text: re.findall(r"\w+", text.lower())).fit_transform(
         captions
     )
@@ -296,31 +296,33 @@ def test_words_of_many_scripts() -> None:
 
 
 def test_names_that_mean_nothing_are_refused(tmp_path: Path) -> None:
-    with pytest.raises(InputError, match="unknown kind of encoder 'word:'.*Did you mean words.*tfidf"):
-        choose_encoder("word:glove.txt")
-    with pytest.raises(InputError, match="says no model; write it as in hf:bert"):
-        choose_encoder("hf:")
-    with pytest.raises(InputError, match="--pooling means nothing to tfidf; it goes with models such as hf:"):
-        choose_encoder("tfidf", EncoderOptions(pooling="cls"))
-    with pytest.raises(InputError, match="--max-length is 0"):
+    with pytest.raises(InvalidInputError, match="unknown kind of encoder 'word:'.*Did you mean words.*tfidf"):
+        resolve_encoder("word:glove.txt")
+    with pytest.raises(InvalidInputError, match="says no model; write it as in hf:bert"):
+        resolve_encoder("hf:")
+    with pytest.raises(
+        InvalidInputError, match="--pooling means nothing to tfidf; it goes with models such as hf:"
+    ):
+        resolve_encoder("tfidf", EncoderOptions(pooling="cls"))
+    with pytest.raises(InvalidInputError, match="--max-length is 0"):
         EncoderOptions(max_length=0)
     with pytest.raises(ModelError, match="no model folder at /nowhere"):
-        choose_encoder("hf:/nowhere")
+        resolve_encoder("hf:/nowhere")
     with pytest.raises(ModelError, match="it has no config.json"):
-        choose_encoder(f"hf:{tmp_path}")
+        resolve_encoder(f"hf:{tmp_path}")
     with pytest.raises(ModelError, match="no finished run and no file of weights"):
-        choose_encoder("image:nothing")
+        resolve_encoder("image:nothing")
 
 
 def test_identity_tells_kinds_and_weights_apart(minilm: Path, tmp_path: Path) -> None:
     names = [MINILM, str(minilm), f"hf:{minilm}", "tfidf", "bow", "image:random:resnet10t"]
-    assert len({choose_encoder(name).identity for name in names}) == len(names)
+    assert len({resolve_encoder(name).weights_id for name in names}) == len(names)
     for number in range(2):
         (tmp_path / "m").mkdir(exist_ok=True)
         (tmp_path / "m" / "config.json").write_text(str(number))
-        names.append(choose_encoder(f"model2vec:{tmp_path / 'm'}").identity)
+        names.append(resolve_encoder(f"model2vec:{tmp_path / 'm'}").weights_id)
     assert names[-1] != names[-2]
-    choice = choose_encoder(f"hf:{minilm}", EncoderOptions(pooling="cls", max_length=20))
+    choice = resolve_encoder(f"hf:{minilm}", EncoderOptions(pooling="cls", max_length=20))
     assert choice.name == "hf:model+cls+20"
 
 

@@ -9,8 +9,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from likewise.embeddings.offline import PACKAGED, Package, packaged_folder, unpack
-from likewise.embeddings.registry import PAPER_ENCODER, choose_encoder, load_encoder
+from likewise.embeddings.offline import OFFLINE_MODELS, OfflineModel, extract_split_zip, offline_model_path
+from likewise.embeddings.registry import DEFAULT_ENCODER, load_text_encoder, resolve_encoder
 from likewise.errors import ModelError
 from support import MINILM
 
@@ -32,8 +32,8 @@ def parts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[Path]:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     whole = tmp_path / "whole.zip"
     with zipfile.ZipFile(whole, "w") as archive:
-        for file in sorted(packaged_folder(MINILM).rglob("*")):
-            archive.write(file, Path("minilm") / file.relative_to(packaged_folder(MINILM)))
+        for file in sorted(offline_model_path(MINILM).rglob("*")):
+            archive.write(file, Path("minilm") / file.relative_to(offline_model_path(MINILM)))
     modules = tuple(f"minilm-in-three-part_{number}" for number in range(3))
     made = []
     for module, part in zip(modules, split(whole, tmp_path, 3), strict=True):
@@ -42,39 +42,42 @@ def parts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[Path]:
         (folder.parent / "__init__.py").touch()
         made.append(part.rename(folder / part.name))
     monkeypatch.syspath_prepend(tmp_path / "site")
-    package = Package(
-        modules=modules, folder="input", sha256=PACKAGED[MINILM].sha256, install="pip install it"
+    package = OfflineModel(
+        modules=modules,
+        subfolder="input",
+        sha256=OFFLINE_MODELS[MINILM].sha256,
+        install_command="pip install it",
     )
-    monkeypatch.setitem(PACKAGED, "minilm-in-three", package)
+    monkeypatch.setitem(OFFLINE_MODELS, "minilm-in-three", package)
     return made
 
 
 def test_parts_are_joined_once_and_give_the_same_model(parts: list[Path], tmp_path: Path) -> None:
-    choice = choose_encoder("minilm-in-three")
+    choice = resolve_encoder("minilm-in-three")
     assert not (tmp_path / "cache").exists()
-    found = load_encoder(choice, "cpu", lambda: iter([])).encode(CAPTIONS, 4)
-    whole = load_encoder(choose_encoder(MINILM), "cpu", lambda: iter([])).encode(CAPTIONS, 4)
+    found = load_text_encoder(choice, "cpu", lambda: iter([])).encode(CAPTIONS, 4)
+    whole = load_text_encoder(resolve_encoder(MINILM), "cpu", lambda: iter([])).encode(CAPTIONS, 4)
     np.testing.assert_array_equal(found, whole)
     weights = tmp_path / "cache" / "likewise" / "minilm-in-three" / "model.safetensors"
     written = weights.stat().st_mtime_ns
     for part in parts:
         part.write_bytes(b"")
-    assert packaged_folder("minilm-in-three") == weights.parent
+    assert offline_model_path("minilm-in-three") == weights.parent
     assert weights.stat().st_mtime_ns == written
     weights.write_bytes(b"other weights")
     with pytest.raises(ModelError, match=r"have SHA-256 .*, not 53aa51172.*delete them, then reinstall"):
-        packaged_folder("minilm-in-three")
+        offline_model_path("minilm-in-three")
 
 
 def test_half_an_unpacked_model_is_finished_and_damage_is_told(parts: list[Path], tmp_path: Path) -> None:
     last = parts[-1].read_bytes()
     parts[-1].write_bytes(last[:-1000])
     with pytest.raises(ModelError, match="do not make an intact zip.*reinstall: pip install it"):
-        packaged_folder("minilm-in-three")
+        offline_model_path("minilm-in-three")
     parts[-1].write_bytes(last)
     folder = tmp_path / "cache" / "likewise" / "minilm-in-three"
     (folder / ".model.safetensors.999999999.tmp").write_bytes(b"half")
-    assert (packaged_folder("minilm-in-three") / "model.safetensors").is_file()
+    assert (offline_model_path("minilm-in-three") / "model.safetensors").is_file()
     assert not list(folder.glob(".*.tmp"))
 
 
@@ -87,19 +90,23 @@ def test_members_never_leave_their_folder(tmp_path: Path, name: str) -> None:
     target = tmp_path / "target"
     target.mkdir()
     with pytest.raises(ModelError, match="would not lie in its folder"):
-        unpack(split(tmp_path / "w.zip", tmp_path, 2), target)
+        extract_split_zip(split(tmp_path / "w.zip", tmp_path, 2), target)
     assert not list(target.iterdir())
     assert not list(tmp_path.glob("**/escaped"))
 
 
-@pytest.mark.skipif(not PACKAGED[PAPER_ENCODER].installed, reason="its five packages are not installed")
+@pytest.mark.skipif(
+    not OFFLINE_MODELS[DEFAULT_ENCODER].is_installed, reason="its five packages are not installed"
+)
 def test_the_papers_encoder_works_offline(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from transformers import AutoModel, AutoTokenizer
 
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
-    encoder = load_encoder(choose_encoder(f"sentence-transformers/{PAPER_ENCODER}"), "cpu", lambda: iter([]))
-    folder = packaged_folder(PAPER_ENCODER)
+    encoder = load_text_encoder(
+        resolve_encoder(f"sentence-transformers/{DEFAULT_ENCODER}"), "cpu", lambda: iter([])
+    )
+    folder = offline_model_path(DEFAULT_ENCODER)
     model: Any = AutoModel.from_pretrained(folder)
     tokenizer: Any = AutoTokenizer.from_pretrained(folder)
     states = [
@@ -109,5 +116,5 @@ def test_the_papers_encoder_works_offline(tmp_path: Path, monkeypatch: pytest.Mo
     means = np.stack([state.double().mean(dim=0).numpy() for state in states])
     expected = means / np.linalg.norm(means, axis=1, keepdims=True)
     np.testing.assert_allclose(encoder.encode(CAPTIONS, 3), expected, atol=1e-5)
-    assert encoder.dimension == 768
+    assert encoder.dim == 768
     shutil.rmtree(tmp_path / "likewise")

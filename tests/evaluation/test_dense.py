@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from likewise.errors import InputError
-from likewise.evaluation.datasets.dense import BoxedSet, open_boxes
+from likewise.errors import InvalidInputError
+from likewise.evaluation.datasets.dense import DetectionDataset, open_detection
 
 # Two images of 100 x 50 with their boxes in pixels.
 TRUE = {"a": [("cat", 10, 5, 60, 45), ("dog", 0, 0, 20, 50)], "b": [("cat", 30, 10, 50, 40)]}
@@ -84,7 +84,7 @@ def as_yolo(root: Path) -> Path:
     return root
 
 
-def told(found: BoxedSet) -> dict[str, list[tuple]]:
+def told(found: DetectionDataset) -> dict[str, list[tuple]]:
     return {
         Path(file).stem: [
             (found.classes[label], *np.round(box * (100, 50, 100, 50), 6).tolist())
@@ -103,11 +103,11 @@ def test_every_format_tells_the_same(kind: str, tmp_path: Path) -> None:
         "voc": as_voc,
         "yolo": as_yolo,
     }
-    found = open_boxes(makers[kind](tmp_path / "set"))
+    found = open_detection(makers[kind](tmp_path / "set"))
     assert told(found) == TRUE
     assert found.classes == ("cat", "dog")
     assert found.splits.tolist() == ["train", "test"]
-    assert found.faults == {}
+    assert found.skipped == {}
     assert all((found.root / file).is_file() for file in found.files)
 
 
@@ -116,8 +116,8 @@ def test_boxes_outside_and_without_area_are_counted_and_named(tmp_path: Path) ->
     with (root / "boxes.csv").open("a") as stream:
         stream.write("a.jpg,train,cat,0.5,0.5,1.3,0.9\nb.jpg,test,cat,0.5,0.5,0.5,0.9\n")
         stream.write("b.jpg,test,dog,1.1,0.1,1.2,0.9\nempty.jpg,train,,,,,\n")
-    found = open_boxes(root)
-    assert found.faults == {
+    found = open_detection(root)
+    assert found.skipped == {
         "boxes reaching over the edge, cut there (first: boxes.csv, row 5)": 1,
         "boxes without area inside the image, left out (first: boxes.csv, row 6)": 2,
     }
@@ -131,37 +131,37 @@ def test_crowds_and_difficult_objects_are_told_apart(tmp_path: Path) -> None:
     told = json.loads(file.read_text())
     told["annotations"][1]["iscrowd"] = 1
     file.write_text(json.dumps(told))
-    assert open_boxes(root).crowds[0].tolist() == [False, True]
+    assert open_detection(root).is_crowd[0].tolist() == [False, True]
     root = as_voc(tmp_path / "voc")
     file = root / "Annotations/b.xml"
     file.write_text(file.read_text().replace("<difficult>0", "<difficult>1"))
-    assert open_boxes(root).crowds[1].tolist() == [True]
+    assert open_detection(root).is_crowd[1].tolist() == [True]
 
 
 def test_what_is_no_set_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(InputError, match="holds no boxes"):
-        open_boxes(tmp_path)
+    with pytest.raises(InvalidInputError, match="holds no boxes"):
+        open_detection(tmp_path)
     root = as_csv(tmp_path / "set", pixels=False)
     table = root / "boxes.csv"
     whole = table.read_text()
     table.write_text(whole.replace("0.1,", "left,", 1))
-    with pytest.raises(InputError, match="row 2: x0, y0, x1, y1 must be four numbers"):
-        open_boxes(root)
+    with pytest.raises(InvalidInputError, match="row 2: x0, y0, x1, y1 must be four numbers"):
+        open_detection(root)
     table.write_text(whole.replace(",x1", ",right"))
-    with pytest.raises(InputError, match="no column 'x1'"):
-        open_boxes(root)
+    with pytest.raises(InvalidInputError, match="no column 'x1'"):
+        open_detection(root)
     table.write_text(whole.replace(",test,", ",train,"))
-    with pytest.raises(InputError, match="no test images"):
-        open_boxes(root)
+    with pytest.raises(InvalidInputError, match="no test images"):
+        open_detection(root)
     coco = as_coco(tmp_path / "coco")
     (coco / "annotations/instances_val2017.json").write_text("{}")
-    with pytest.raises(InputError, match="no COCO file"):
-        open_boxes(coco)
+    with pytest.raises(InvalidInputError, match="no COCO file"):
+        open_detection(coco)
     voc = as_voc(tmp_path / "voc")
     (voc / "Annotations/a.xml").write_text("<annotation>")
-    with pytest.raises(InputError, match=r"a\.xml, named in train\.txt"):
-        open_boxes(voc)
+    with pytest.raises(InvalidInputError, match=r"a\.xml, named in train\.txt"):
+        open_detection(voc)
     yolo = as_yolo(tmp_path / "yolo")
     (yolo / "labels/train/a.txt").write_text("9 0.5 0.5 0.1 0.1")
-    with pytest.raises(InputError, match=r"a\.txt, line 1"):
-        open_boxes(yolo)
+    with pytest.raises(InvalidInputError, match=r"a\.txt, line 1"):
+        open_detection(yolo)

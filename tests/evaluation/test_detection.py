@@ -9,15 +9,20 @@ import torch
 from PIL import Image
 
 from likewise.errors import ModelError
-from likewise.evaluation.datasets.dense import open_boxes
+from likewise.evaluation.datasets.dense import open_detection
 from likewise.evaluation.evaluate import evaluate
-from likewise.evaluation.protocols import ProtocolSettings
-from likewise.evaluation.protocols.detection import Detection, FeatureMaps, build_detector, detect
+from likewise.evaluation.protocols import ProtocolConfig
+from likewise.evaluation.protocols.detection import (
+    DetectionConfig,
+    FeatureMapExtractor,
+    build_detector,
+    run_detection,
+)
 from likewise.evaluation.results import compare, read_results
-from likewise.models.encoders import open_encoder
+from likewise.models.encoders import load_encoder
 
 CPU = torch.device("cpu")
-SMALL = Detection(size=64, width=32, batch_size=4, resamples=40)
+SMALL = DetectionConfig(image_size=64, pyramid_channels=32, batch_size=4, num_resamples=40)
 
 
 @pytest.fixture(scope="module")
@@ -43,13 +48,14 @@ def squares(tmp_path_factory: pytest.TempPathFactory) -> Path:
     "name", ["resnet10t", "tf_efficientnet_lite0", "vit_tiny_patch16_224", "convnext_atto"]
 )
 def test_maps_have_the_strides_that_they_tell(name: str) -> None:
-    encoder = open_encoder(f"random:{name}", size=224)
-    maps = FeatureMaps(encoder.model, encoder.name)
+    encoder = load_encoder(f"random:{name}", image_size=224)
+    maps = FeatureMapExtractor(encoder.model, encoder.name)
     assert list(maps.strides) == sorted(set(maps.strides))
     with torch.no_grad():
         shown = maps(torch.zeros(1, 3, 224, 224))
     assert [each.shape[1:] for each in shown] == [
-        (width, 224 // stride, 224 // stride) for width, stride in zip(maps.widths, maps.strides, strict=True)
+        (width, 224 // stride, 224 // stride)
+        for width, stride in zip(maps.channels, maps.strides, strict=True)
     ]
 
 
@@ -58,30 +64,30 @@ def test_a_model_without_maps_is_refused(tmp_path: Path) -> None:
         "import torch\n"
         "def flat():\n    return torch.nn.Sequential(torch.nn.AdaptiveAvgPool2d(1), torch.nn.Flatten())\n"
     )
-    encoder = open_encoder(f"hub:{tmp_path}/flat", size=64)
+    encoder = load_encoder(f"hub:{tmp_path}/flat", image_size=64)
     with pytest.raises(ModelError, match="no feature maps"):
         build_detector(SMALL, encoder, 2)
 
 
 def test_a_detector_learns_and_the_encoder_stays_as_it_was(squares: Path) -> None:
-    encoder, images = open_encoder("random:resnet10t", size=64), open_boxes(squares)
+    encoder, images = load_encoder("random:resnet10t", image_size=64), open_detection(squares)
     before = {name: tensor.clone() for name, tensor in encoder.model.state_dict().items()}
     settings = replace(SMALL, epochs=6, backbone="tuned")
     seen: list[int] = []
-    found = detect(settings, encoder, images, device=CPU, workers=0, advance=seen.append)
+    found = run_detection(settings, encoder, images, device=CPU, num_workers=0, update_progress=seen.append)
     # Without training it is 0.
     assert found.values[1] > 0.2
     assert found.skipped == {"damaged": 1}
-    assert found.images == 12
+    assert found.num_images == 12
     assert set(found.per_class) == {"blue", "red"}
     assert sum(seen) == 6 * 29 + 12
-    assert found.drawn.shape == (40, 3)
+    assert found.bootstrap_values.shape == (40, 3)
     after = encoder.model.state_dict()
     assert all(torch.equal(before[name], after[name]) for name in before)
 
 
 def test_a_frozen_encoder_gets_no_gradient_and_keeps_its_norms() -> None:
-    encoder = open_encoder("random:resnet10t", size=64)
+    encoder = load_encoder("random:resnet10t", image_size=64)
     model = build_detector(SMALL, encoder, 2).train()
     target = {"boxes": torch.tensor([[4.0, 4.0, 30.0, 30.0]]), "labels": torch.tensor([1])}
     torch.stack(list(model([torch.rand(3, 64, 80)], [target]).values())).sum().backward()
@@ -95,10 +101,14 @@ def test_a_frozen_encoder_gets_no_gradient_and_keeps_its_norms() -> None:
 
 
 def test_detection_is_kept_and_compared(squares: Path, tmp_path: Path) -> None:
-    settings = ProtocolSettings(detection=Detection(size=64, width=16, batch_size=8, epochs=1, resamples=40))
+    settings = ProtocolConfig(
+        detection=DetectionConfig(
+            image_size=64, pyramid_channels=16, batch_size=8, epochs=1, num_resamples=40
+        )
+    )
     for name in ("resnet10t", "resnet18"):
         (result,) = evaluate(
-            f"random:{name}", squares, ("detection",), settings=settings, size=64, out=tmp_path / name
+            f"random:{name}", squares, ("detection",), config=settings, image_size=64, out=tmp_path / name
         )
     scores = result["protocols"]["detection"]["scores"]
     assert [score["metric"] for score in scores] == ["AP", "AP50", "AP75"]

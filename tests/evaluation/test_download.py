@@ -19,11 +19,11 @@ import torchvision.datasets as tv
 from PIL import Image
 from scipy.io import savemat
 
-from likewise.data.images import decode
-from likewise.errors import DependencyError, InputError
-from likewise.evaluation.datasets.download import fetch
-from likewise.evaluation.datasets.labeled import open_set
-from likewise.evaluation.datasets.registry import CATALOG
+from likewise.data.images import decode_image
+from likewise.errors import DependencyError, InvalidInputError
+from likewise.evaluation.datasets.download import download_dataset
+from likewise.evaluation.datasets.labeled import open_labeled
+from likewise.evaluation.datasets.registry import DATASETS
 
 RNG = np.random.default_rng(0)
 Rows = dict[str, tuple[str, str]]
@@ -57,10 +57,10 @@ def md5(file: Path) -> str:
 
 def rows_of(name: str, folder: Path) -> Rows:
     """Fetch, open, and return split and label by file; every file named is there and can be decoded."""
-    assert fetch(name, folder) == folder
-    images = open_set(folder)
+    assert download_dataset(name, folder) == folder
+    images = open_labeled(folder)
     for file in images.files:
-        assert decode((folder / file).read_bytes()).ndim == 3
+        assert decode_image((folder / file).read_bytes()).ndim == 3
     assert not (folder / "source" / "begun.json").exists()
     with (folder / "labels.csv").open() as stream:
         return {row["file"]: (row["split"], row["label"]) for row in csv.DictReader(stream)}
@@ -216,8 +216,10 @@ def test_caltech101_is_dealt_by_hash(tmp_path: Path) -> None:
 
 def test_eurosat_gives_every_split_its_share(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     sizes = {"train": 3, "val": 2, "test": 4}
-    told = CATALOG["eurosat"]
-    monkeypatch.setitem(CATALOG, "eurosat", replace(told, source=replace(told.source, sizes=sizes)))
+    told = DATASETS["eurosat"]
+    monkeypatch.setitem(
+        DATASETS, "eurosat", replace(told, download=replace(told.download, images_per_class=sizes))
+    )
     base = tmp_path / "source" / "eurosat" / "2750"
     for label in ("Forest", "River"):
         draw(*(base / label / f"{label}_{i}.jpg" for i in range(12)))
@@ -265,7 +267,7 @@ def test_mnist_is_written_once_and_a_killed_run_is_taken_up(tmp_path: Path) -> N
     table = (tmp_path / "labels.csv").read_bytes()
     (tmp_path / "labels.csv").unlink()
     (tmp_path / "images" / "train" / "000002.png").unlink()
-    fetch("mnist", tmp_path)
+    download_dataset("mnist", tmp_path)
     assert (tmp_path / "labels.csv").read_bytes() == table
     np.testing.assert_array_equal(stored(tmp_path, "train"), data["train"])
 
@@ -335,7 +337,7 @@ def test_patch_camelyon(tmp_path: Path) -> None:
 def test_patch_camelyon_says_what_to_install(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("likewise.evaluation.datasets.download.find_spec", lambda _: None)
     with pytest.raises(DependencyError, match="pip install h5py"):
-        fetch("patch_camelyon", tmp_path)
+        download_dataset("patch_camelyon", tmp_path)
 
 
 @pytest.fixture
@@ -377,8 +379,8 @@ def test_resisc45_is_dealt_anew(hub: Callable[..., Any], tmp_path: Path) -> None
 def test_a_missing_shard_is_not_passed_over(hub: Callable[..., Any], tmp_path: Path) -> None:
     hub({"train": 6, "test": 4})
     (tmp_path / "source" / "data" / "test-00001-of-00002.parquet").unlink()
-    with pytest.raises(InputError, match=r"to make cars, put data/train-\*.parquet"):
-        fetch("cars", tmp_path)
+    with pytest.raises(InvalidInputError, match=r"to make cars, put data/train-\*.parquet"):
+        download_dataset("cars", tmp_path)
     assert len(list((tmp_path / "source" / "data").glob("*.parquet"))) == 3
 
 
@@ -404,8 +406,8 @@ def test_a_failed_run_leaves_what_the_user_had_put_there(tmp_path: Path) -> None
     gtsrb(tmp_path / "source")
     (tmp_path / "source" / "gtsrb" / "GT-final_test.csv").unlink()
     before = sorted((tmp_path / "source").rglob("*.ppm"))
-    with pytest.raises(InputError, match="GTSRB_Final_Test_GT.zip"):
-        fetch("gtsrb", tmp_path)
+    with pytest.raises(InvalidInputError, match="GTSRB_Final_Test_GT.zip"):
+        download_dataset("gtsrb", tmp_path)
     assert sorted((tmp_path / "source").rglob("*.ppm")) == before
 
 
@@ -413,35 +415,35 @@ def test_a_damaged_archive_is_told(tmp_path: Path) -> None:
     archive = tmp_path / "source" / "fgvc-aircraft-2013b.tar.gz"
     archive.parent.mkdir()
     archive.write_bytes(gzip.compress(b"no archive" * 100)[:-12])
-    with pytest.raises(InputError, match=r"delete damaged copies\) and run again"):
-        fetch("aircraft", tmp_path)
+    with pytest.raises(InvalidInputError, match=r"delete damaged copies\) and run again"):
+        download_dataset("aircraft", tmp_path)
 
 
-@pytest.mark.parametrize("name", sorted(set(CATALOG) - {"patch_camelyon"}))
+@pytest.mark.parametrize("name", sorted(set(DATASETS) - {"patch_camelyon"}))
 def test_without_network_one_sentence_says_what_to_put_where(name: str, tmp_path: Path) -> None:
     start = time.monotonic()
-    with pytest.raises(InputError) as told:
-        fetch(name, tmp_path / name)
+    with pytest.raises(InvalidInputError) as told:
+        download_dataset(name, tmp_path / name)
     assert time.monotonic() - start < 5
     assert "\n" not in str(told.value)
-    for part in (CATALOG[name].homepage, *CATALOG[name].files, str(tmp_path / name / "source")):
+    for part in (DATASETS[name].homepage, *DATASETS[name].files, str(tmp_path / name / "source")):
         assert part in str(told.value)
     assert not (tmp_path / name / "labels.csv").exists()
 
 
 def test_imagenet_names_the_archives_of_its_home(tmp_path: Path) -> None:
-    with pytest.raises(InputError, match="put ILSVRC2012_img_train.tar, ILSVRC2012_img_val.tar"):
-        fetch("imagenet", tmp_path)
+    with pytest.raises(InvalidInputError, match="put ILSVRC2012_img_train.tar, ILSVRC2012_img_val.tar"):
+        download_dataset("imagenet", tmp_path)
 
 
 def test_a_set_that_is_there_needs_no_source(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("LIKEWISE_SETS", str(tmp_path))
     write(tmp_path / "imagenet" / "labels.csv", "file,split,label")
-    assert fetch("imagenet") == tmp_path / "imagenet"
+    assert download_dataset("imagenet") == tmp_path / "imagenet"
     assert not (tmp_path / "imagenet" / "source").exists()
 
 
 def test_unknown_names_are_refused(tmp_path: Path) -> None:
-    with pytest.raises(InputError, match="Did you mean food101"):
-        fetch("food11", tmp_path)
+    with pytest.raises(InvalidInputError, match="Did you mean food101"):
+        download_dataset("food11", tmp_path)
     assert not list(tmp_path.iterdir())

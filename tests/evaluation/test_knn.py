@@ -5,7 +5,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from likewise.evaluation.protocols.knn import KNN, _nearest, knn
+from likewise.evaluation.protocols.knn import KNNConfig, _topk_stable, knn_predict
 
 
 def problem(seed: int, train: int = 70, test: int = 40, classes: int = 6) -> tuple[Tensor, Tensor, Tensor]:
@@ -16,7 +16,9 @@ def problem(seed: int, train: int = 70, test: int = 40, classes: int = 6) -> tup
     return torch.from_numpy(train_x), torch.from_numpy(train_y), torch.from_numpy(test_x)
 
 
-def brute_force(train_x: Tensor, train_y: Tensor, test_x: Tensor, settings_: KNN, classes: int) -> list[int]:
+def brute_force(
+    train_x: Tensor, train_y: Tensor, test_x: Tensor, settings_: KNNConfig, classes: int
+) -> list[int]:
     predictions = []
     for image in test_x.numpy():
         cosine = [image @ t / np.linalg.norm(image) / np.linalg.norm(t) for t in train_x.numpy()]
@@ -31,8 +33,8 @@ def brute_force(train_x: Tensor, train_y: Tensor, test_x: Tensor, settings_: KNN
 @pytest.mark.parametrize("k", [1, 5, 20, 69, 70, 500])
 @pytest.mark.parametrize("temperature", [0.07, 10.0])
 def test_predictions_are_those_of_brute_force(k: int, temperature: float) -> None:
-    data, settings_ = problem(0), KNN(k=k, temperature=temperature)
-    got = knn(settings_, *data, 6)
+    data, settings_ = problem(0), KNNConfig(k=k, temperature=temperature)
+    got = knn_predict(settings_, *data, 6)
     assert got.dtype == torch.int64
     assert got.tolist() == brute_force(*data, settings_, 6)
 
@@ -41,22 +43,24 @@ def test_votes_are_weighted_by_hand() -> None:
     train = torch.tensor([[1.0, 0.0], [0.6, 0.8], [0.6, -0.8]])
     labels, image = torch.tensor([0, 1, 1]), torch.tensor([[2.0, 0.0]])
     # exp(1 / t) against 2 exp(0.6 / t): they meet at t = 0.4 / ln 2 = 0.577.
-    assert knn(KNN(k=3, temperature=0.57), train, labels, image, 2).tolist() == [0]
-    assert knn(KNN(k=3, temperature=0.59), train, labels, image, 2).tolist() == [1]
-    assert knn(KNN(k=1, temperature=9.0), train, labels, image, 2).tolist() == [0]
+    assert knn_predict(KNNConfig(k=3, temperature=0.57), train, labels, image, 2).tolist() == [0]
+    assert knn_predict(KNNConfig(k=3, temperature=0.59), train, labels, image, 2).tolist() == [1]
+    assert knn_predict(KNNConfig(k=1, temperature=9.0), train, labels, image, 2).tolist() == [0]
 
 
 def test_tiny_temperature_is_the_nearest_neighbor() -> None:
     data = problem(3)
-    assert torch.equal(knn(KNN(k=20, temperature=1e-6), *data, 6), knn(KNN(k=1), *data, 6))
+    assert torch.equal(
+        knn_predict(KNNConfig(k=20, temperature=1e-6), *data, 6), knn_predict(KNNConfig(k=1), *data, 6)
+    )
 
 
 def test_ties_go_to_the_first_image_and_the_first_class() -> None:
     axis = torch.eye(4)
     train = axis[[1, 0, 0, 0, 0]]
-    assert knn(KNN(k=1), train, torch.tensor([4, 3, 2, 1, 0]), axis[:1], 5).tolist() == [3]
-    assert knn(KNN(k=2), train, torch.tensor([4, 3, 2, 1, 0]), axis[:1], 5).tolist() == [2]
-    assert knn(KNN(k=3), train, torch.tensor([4, 3, 2, 3, 2]), axis[:1], 5).tolist() == [3]
+    assert knn_predict(KNNConfig(k=1), train, torch.tensor([4, 3, 2, 1, 0]), axis[:1], 5).tolist() == [3]
+    assert knn_predict(KNNConfig(k=2), train, torch.tensor([4, 3, 2, 1, 0]), axis[:1], 5).tolist() == [2]
+    assert knn_predict(KNNConfig(k=3), train, torch.tensor([4, 3, 2, 3, 2]), axis[:1], 5).tolist() == [3]
 
 
 @settings(deadline=None)
@@ -66,24 +70,24 @@ def test_ties_go_to_the_first_image_and_the_first_class() -> None:
 def test_nearest_is_a_stable_sort(rows: list[list[int]], k: int) -> None:
     similarity = torch.tensor(rows, dtype=torch.float32)
     expected = [sorted(sorted(range(9), key=lambda i: (-row[i], i))[:k]) for row in rows]
-    assert _nearest(similarity, k).tolist() == expected
+    assert _topk_stable(similarity, k).tolist() == expected
 
 
 def test_blocks_and_scale_do_not_matter(monkeypatch: pytest.MonkeyPatch) -> None:
     data = problem(1)
-    whole = knn(KNN(), *data, 6)
-    assert torch.equal(knn(KNN(), data[0] * 5, data[1], data[2] * 0.1, 6), whole)
-    monkeypatch.setattr("likewise.evaluation.protocols.knn._CELLS", 200)
-    assert torch.equal(knn(KNN(), *data, 6), whole)
+    whole = knn_predict(KNNConfig(), *data, 6)
+    assert torch.equal(knn_predict(KNNConfig(), data[0] * 5, data[1], data[2] * 0.1, 6), whole)
+    monkeypatch.setattr("likewise.evaluation.protocols.knn._BLOCK_ELEMENTS", 200)
+    assert torch.equal(knn_predict(KNNConfig(), *data, 6), whole)
 
 
-@pytest.mark.parametrize("settings_", [KNN(k=0), KNN(temperature=0.0)])
-def test_impossible_settings(settings_: KNN) -> None:
+@pytest.mark.parametrize("settings_", [KNNConfig(k=0), KNNConfig(temperature=0.0)])
+def test_impossible_settings(settings_: KNNConfig) -> None:
     with pytest.raises(ValueError, match="expected k"):
-        knn(settings_, *problem(0), 6)
+        knn_predict(settings_, *problem(0), 6)
 
 
 def test_no_training_images() -> None:
     train_x, train_y, test_x = problem(0)
     with pytest.raises(ValueError, match="training images"):
-        knn(KNN(), train_x[:0], train_y[:0], test_x, 6)
+        knn_predict(KNNConfig(), train_x[:0], train_y[:0], test_x, 6)

@@ -9,7 +9,12 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy
 
 from likewise.evaluation.protocols._lbfgs import fit_logistic
-from likewise.evaluation.protocols.linear import LinearProbe, hold_out, linear_probe, search
+from likewise.evaluation.protocols.linear import (
+    LinearProbeConfig,
+    fit_linear_probe,
+    search_grid,
+    stratified_split,
+)
 
 FEATURES, LABELS = (torch.as_tensor(part) for part in load_digits(return_X_y=True))
 FEATURES = FEATURES / 16
@@ -89,7 +94,7 @@ def test_shifted_features_give_the_same_weights() -> None:
 
 def test_blocks_do_not_change_the_fit(monkeypatch: pytest.MonkeyPatch) -> None:
     whole = fit_logistic(FEATURES[:300], LABELS[:300], 1.0, 10, tolerance=1e-9)
-    monkeypatch.setattr("likewise.evaluation.protocols._lbfgs._CELLS", 700)
+    monkeypatch.setattr("likewise.evaluation.protocols._lbfgs._BLOCK_ELEMENTS", 700)
     torch.testing.assert_close(fit_logistic(FEATURES[:300], LABELS[:300], 1.0, 10, tolerance=1e-9), whole)
 
 
@@ -163,21 +168,21 @@ def test_sweep_chooses_the_cost_of_scikit_learn() -> None:
     train, val, test = slice(0, 500), slice(500, 1100), slice(1100, None)
     expected, known = transcribed_sweep(x[train], LABELS[train], x[val], LABELS[val])
     seen = {}
-    result = linear_probe(
-        LinearProbe(tolerance=1e-8),
+    result = fit_linear_probe(
+        LinearProbeConfig(tolerance=1e-8),
         *(x[train], LABELS[train], x[test], LABELS[test]),
         val_x=x[val],
         val_y=LABELS[val],
-        classes=10,
-        progress=seen.__setitem__,
+        num_classes=10,
+        callback=seen.__setitem__,
     )
-    assert result.cost == expected
+    assert expected == result.C
     assert 1e-6 < expected < 1e6
     assert list(result.sweep) == sorted(known)
     # At 1e6 scikit-learn stops by the change of its objective, with an image or two still undecided.
     assert result.sweep == pytest.approx(known, abs=2 / 600)
     assert result.sweep == seen
-    assert result.validation_accuracy == max(result.sweep.values())
+    assert result.val_accuracy == max(result.sweep.values())
     refit = reference(x[:1100], LABELS[:1100], expected).predict(x[test].tolist())
     np.testing.assert_array_equal(result.predictions, refit)
     assert result.accuracy == pytest.approx(np.mean(refit == LABELS[test].numpy()))
@@ -186,7 +191,7 @@ def test_sweep_chooses_the_cost_of_scikit_learn() -> None:
 
 @given(st.lists(st.integers(0, 5), min_size=97, max_size=97))
 def test_search_visits_the_coarse_grid_and_ends_in_a_local_maximum(values: list[int]) -> None:
-    scores = search(lambda step: float(values[step + 48]))
+    scores = search_grid(lambda step: float(values[step + 48]))
     assert set(range(-48, 49, 16)) <= set(scores)
     assert len(scores) <= 15
     best = max(scores, key=lambda step: (scores[step], -step))
@@ -197,9 +202,9 @@ def test_search_visits_the_coarse_grid_and_ends_in_a_local_maximum(values: list[
 
 def test_search_finds_the_peak_of_a_concave_score_and_takes_the_smaller_of_equals() -> None:
     for peak in range(-48, 49):
-        scores = search(lambda step, peak=peak: -float(abs(step - peak)))
+        scores = search_grid(lambda step, peak=peak: -float(abs(step - peak)))
         assert max(scores, key=scores.__getitem__) == peak
-    flat = search(lambda _: 0.5)
+    flat = search_grid(lambda _: 0.5)
     assert set(flat) == {*range(-48, 49, 16), -40, -44, -46, -47}
 
 
@@ -209,9 +214,9 @@ def test_of_equal_accuracies_the_smaller_cost_is_chosen() -> None:
     x += torch.randn(90, 3, generator=torch.Generator().manual_seed(0), dtype=torch.float64) * 0.1
     y = torch.arange(3).repeat(30)
     y[:6] = 0
-    result = linear_probe(LinearProbe(), x, y, x, y, val_x=x[6:], val_y=y[6:], classes=3)
-    assert result.validation_accuracy == 1
-    assert result.cost == min(cost for cost, accuracy in result.sweep.items() if accuracy == 1)
+    result = fit_linear_probe(LinearProbeConfig(), x, y, x, y, val_x=x[6:], val_y=y[6:], num_classes=3)
+    assert result.val_accuracy == 1
+    assert min(cost for cost, accuracy in result.sweep.items() if accuracy == 1) == result.C
     assert result.sweep[1e-6] < 1
     assert sum(accuracy == 1 for accuracy in result.sweep.values()) > 2
 
@@ -219,9 +224,9 @@ def test_of_equal_accuracies_the_smaller_cost_is_chosen() -> None:
 def test_mean_per_class_weighs_rare_classes_fully() -> None:
     rare = torch.cat([torch.arange(0, 400), torch.arange(400, 1200)[LABELS[400:1200] < 5]])
     x, y = FEATURES[rare], LABELS[rare]
-    settings_ = LinearProbe(mean_per_class=True, tolerance=1e-3)
+    settings_ = LinearProbeConfig(mean_class_accuracy=True, tolerance=1e-3)
     test_y = LABELS[1300:].clone()
-    result = linear_probe(settings_, x, y, FEATURES[1300:], test_y, classes=10)
+    result = fit_linear_probe(settings_, x, y, FEATURES[1300:], test_y, num_classes=10)
     hit = (result.predictions == test_y).double()
     expected = np.mean([hit[test_y == label].mean() for label in range(10)])
     assert result.accuracy == pytest.approx(expected)
@@ -236,43 +241,43 @@ def test_hold_out_is_stratified_and_keeps_every_class_in_train(
     counts = names.bincount()
     if counts.max() < 2:
         with pytest.raises(ValueError, match="no class has two images"):
-            hold_out(names, share, seed)
+            stratified_split(names, share, seed)
         return
-    kept, held = hold_out(names, share, seed)
+    kept, held = stratified_split(names, share, seed)
     assert sorted([*kept.tolist(), *held.tolist()]) == list(range(len(labels)))
     for label in names.unique():
         of_class = int(counts[label])
         out = int((names[held] == label).sum())
         assert out == min(max(int(of_class * share), 1), of_class - 1)
-    again = hold_out(names, share, seed)
+    again = stratified_split(names, share, seed)
     assert torch.equal(kept, again[0]) and torch.equal(held, again[1])
 
 
 @pytest.mark.parametrize("share", [0.0, 1.0, -0.2])
 def test_validation_share_is_a_share(share: float) -> None:
     with pytest.raises(ValueError, match="between 0 and 1"):
-        hold_out(LABELS, share, 0)
+        stratified_split(LABELS, share, 0)
 
 
 def test_held_out_images_are_drawn_and_not_the_first_ones() -> None:
-    first, second = (hold_out(LABELS, 0.2, seed)[1] for seed in (0, 1))
+    first, second = (stratified_split(LABELS, 0.2, seed)[1] for seed in (0, 1))
     assert not torch.equal(first, second)
     assert first.max() > 1500
 
 
 def test_without_validation_the_split_is_held_out_and_the_refit_uses_all() -> None:
     x, y, test = FEATURES[:400], LABELS[:400], slice(1500, None)
-    probe = LinearProbe(tolerance=1e-6)
-    result = linear_probe(probe, x, y, FEATURES[test], LABELS[test], classes=10)
-    kept, held = hold_out(y, 0.2, 0)
-    given_split = linear_probe(
-        probe, x[kept], y[kept], FEATURES[test], LABELS[test], val_x=x[held], val_y=y[held], classes=10
+    probe = LinearProbeConfig(tolerance=1e-6)
+    result = fit_linear_probe(probe, x, y, FEATURES[test], LABELS[test], num_classes=10)
+    kept, held = stratified_split(y, 0.2, 0)
+    given_split = fit_linear_probe(
+        probe, x[kept], y[kept], FEATURES[test], LABELS[test], val_x=x[held], val_y=y[held], num_classes=10
     )
     assert result.sweep == given_split.sweep
-    weight, bias, _ = fit_logistic(x, y, result.cost, 10, tolerance=1e-6)
+    weight, bias, _ = fit_logistic(x, y, result.C, 10, tolerance=1e-6)
     assert torch.equal(result.predictions, (FEATURES[test] @ weight.T + bias).argmax(dim=1))
 
 
 def test_half_a_validation_split_is_an_error() -> None:
     with pytest.raises(ValueError, match="together"):
-        linear_probe(LinearProbe(), X0, Y0, X0, Y0, val_x=X0, classes=10)
+        fit_linear_probe(LinearProbeConfig(), X0, Y0, X0, Y0, val_x=X0, num_classes=10)

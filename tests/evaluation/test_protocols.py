@@ -11,22 +11,22 @@ from PIL import Image
 from sklearn.linear_model import Ridge
 from torch import Tensor
 
-from likewise.data.dataset import Collection
-from likewise.errors import InputError
+from likewise.data.dataset import CaptionDataset
+from likewise.errors import InvalidInputError
 from likewise.evaluation.datasets.captioned import open_captioned
-from likewise.evaluation.datasets.labeled import open_set
+from likewise.evaluation.datasets.labeled import open_labeled
 from likewise.evaluation.evaluate import evaluate
-from likewise.evaluation.protocols import ProtocolSettings
-from likewise.evaluation.protocols.clustering import Clustering, cluster
-from likewise.evaluation.protocols.finetune import FineTuning, fine_tune
-from likewise.evaluation.protocols.knn import KNN, KNNGrid, knn, knn_grid
-from likewise.evaluation.protocols.localization import as_shares, localise, overlap
-from likewise.evaluation.protocols.zero_shot import ZeroShot, match_captions, zero_shot
+from likewise.evaluation.protocols import ProtocolConfig
+from likewise.evaluation.protocols.clustering import ClusteringConfig, evaluate_clustering
+from likewise.evaluation.protocols.finetune import FineTuningConfig, fine_tune
+from likewise.evaluation.protocols.knn import KNNConfig, KNNGridConfig, knn_predict, search_knn_grid
+from likewise.evaluation.protocols.localization import box_iou, localize, normalize_boxes
+from likewise.evaluation.protocols.zero_shot import ZeroShotConfig, match_captions, zero_shot_predict
 from likewise.evaluation.results import compare, read_results
 from likewise.models.checkpoints import load_tensors
-from likewise.models.encoders import open_encoder
-from likewise.models.text_tower import Language
-from likewise.training.config import TrainSettings
+from likewise.models.encoders import load_encoder
+from likewise.models.text_tower import TextAlignment
+from likewise.training.config import TrainConfig
 from likewise.training.train import train
 
 RNG = np.random.default_rng(0)
@@ -39,24 +39,26 @@ def rows(n: int, d: int, seed: int = 0) -> Tensor:
 def test_the_grid_scores_each_setting_as_knn_itself_does() -> None:
     labels = torch.arange(90) % 4
     x = rows(90, 6) + torch.nn.functional.one_hot(labels, 6)
-    settings = KNNGrid(ks=(1, 7, 500), temperatures=(0.05, 1.0))
-    found = knn_grid(settings, (x[:60], labels[:60]), (x[60:], labels[60:]), 4)
-    assert set(found) == {KNN(k=k, temperature=t) for k in (1, 7, 500) for t in (0.05, 1.0)}
+    settings = KNNGridConfig(ks=(1, 7, 500), temperatures=(0.05, 1.0))
+    found = search_knn_grid(settings, (x[:60], labels[:60]), (x[60:], labels[60:]), 4)
+    assert set(found) == {KNNConfig(k=k, temperature=t) for k in (1, 7, 500) for t in (0.05, 1.0)}
     for each, accuracy in found.items():
-        predicted = knn(each, x[:60], labels[:60], x[60:], 4)
+        predicted = knn_predict(each, x[:60], labels[:60], x[60:], 4)
         assert accuracy == pytest.approx(float((predicted == labels[60:]).double().mean()))
 
 
 def test_clusters_of_separate_groups_agree_with_labels_and_those_of_noise_do_not() -> None:
     labels = np.arange(120) % 3
     apart = np.eye(3)[labels] * 9 + RNG.standard_normal((120, 3)) * 0.05
-    found = cluster(Clustering(starts=20), apart, labels)
-    assert found.nmi_starts.max() == pytest.approx(1)
+    found = evaluate_clustering(ClusteringConfig(num_restarts=20), apart, labels)
+    assert found.nmi_per_restart.max() == pytest.approx(1)
     assert found.ari.value <= 1
-    noise = cluster(Clustering(starts=3), RNG.standard_normal((300, 8)), np.arange(300) % 3)
+    noise = evaluate_clustering(
+        ClusteringConfig(num_restarts=3), RNG.standard_normal((300, 8)), np.arange(300) % 3
+    )
     assert abs(noise.ari.value) < 0.05
     with pytest.raises(ValueError, match="two starts"):
-        cluster(Clustering(starts=1), apart, labels)
+        evaluate_clustering(ClusteringConfig(num_restarts=1), apart, labels)
 
 
 def test_zero_shot_is_the_nearest_mean_of_sentences() -> None:
@@ -65,11 +67,13 @@ def test_zero_shot_is_the_nearest_mean_of_sentences() -> None:
         for seed, name in enumerate(("an owl here", "the owl", "an ox here", "the ox"))
     }
     projection = rows(7, 5, 9)
-    language = Language(
-        embed=lambda c: torch.stack([words[each] for each in c]), project=lambda x: x @ projection
+    language = TextAlignment(
+        encode_text=lambda c: torch.stack([words[each] for each in c]), project_image=lambda x: x @ projection
     )
     features = rows(50, 7, 3)
-    got = zero_shot(ZeroShot(templates=("an {} here", "the {}")), features, ("owl", "ox"), language)
+    got = zero_shot_predict(
+        ZeroShotConfig(prompts=("an {} here", "the {}")), features, ("owl", "ox"), language
+    )
     for image, answer in zip(features.double(), got.tolist(), strict=True):
         scores = []
         for name in ("owl", "ox"):
@@ -78,7 +82,7 @@ def test_zero_shot_is_the_nearest_mean_of_sentences() -> None:
             scores.append(float(torch.cosine_similarity(image @ projection.double(), mean, dim=0)))
         assert answer == int(np.argmax(scores))
     with pytest.raises(ValueError, match="template"):
-        zero_shot(ZeroShot(templates=("a photo",)), features, ("owl", "ox"), language)
+        zero_shot_predict(ZeroShotConfig(prompts=("a photo",)), features, ("owl", "ox"), language)
 
 
 def test_captions_and_images_find_each_other_as_a_loop_finds_them() -> None:
@@ -98,22 +102,22 @@ def test_boxes_are_predicted_as_ridge_regression_does() -> None:
     low = RNG.uniform(0, 0.4, (80, 2))
     boxes = np.concatenate([low, low + 0.3], axis=1) + x[:, :1] * 0.01
     held = np.arange(0, 60, 5)
-    found = localise(x[:60], boxes[:60], x[60:], boxes[60:], held)
+    found = localize(x[:60], boxes[:60], x[60:], boxes[60:], held)
     kept = np.setdiff1d(np.arange(60), held)
     for penalty, score in found.sweep.items():
         energy = x[kept].var(axis=0).sum() / 5
         peer = Ridge(alpha=penalty * len(kept) * energy).fit(x[kept], boxes[kept])
-        assert score == pytest.approx(overlap(peer.predict(x[held]), boxes[held]).mean(), abs=1e-9)
+        assert score == pytest.approx(box_iou(peer.predict(x[held]), boxes[held]).mean(), abs=1e-9)
     peer = Ridge(alpha=found.penalty * 60 * x[:60].var(axis=0).sum() / 5).fit(x[:60], boxes[:60])
-    np.testing.assert_allclose(found.overlap, overlap(peer.predict(x[60:]), boxes[60:]), atol=1e-9)
+    np.testing.assert_allclose(found.iou, box_iou(peer.predict(x[60:]), boxes[60:]), atol=1e-9)
 
 
 def test_overlap_is_torchvisions() -> None:
     corners = RNG.uniform(0, 1, (2, 200, 2, 2))
     a, b = (np.concatenate([c.min(axis=1), c.max(axis=1)], axis=1) for c in corners)
     expected = torchvision.ops.box_iou(torch.from_numpy(a), torch.from_numpy(b)).diagonal().numpy()
-    np.testing.assert_allclose(overlap(a, b), expected, atol=1e-12)
-    assert overlap(np.array([[0.5, 0.5, 0.2, 0.9]]), np.array([[0.0, 0.0, 1.0, 1.0]])) == 0
+    np.testing.assert_allclose(box_iou(a, b), expected, atol=1e-12)
+    assert box_iou(np.array([[0.5, 0.5, 0.2, 0.9]]), np.array([[0.0, 0.0, 1.0, 1.0]])) == 0
 
 
 def squares(folder: Path, count: int = 48) -> Path:
@@ -133,10 +137,10 @@ def squares(folder: Path, count: int = 48) -> Path:
 
 def test_pixels_become_shares_and_are_cut_at_the_edge(tmp_path: Path) -> None:
     Image.new("RGB", (200, 100)).save(tmp_path / "a.png")
-    got = as_shares(np.array([[20.0, 10, 250, 50]]), ["a.png"], tmp_path)
+    got = normalize_boxes(np.array([[20.0, 10, 250, 50]]), ["a.png"], tmp_path)
     np.testing.assert_allclose(got, [[0.1, 0.1, 1.0, 0.5]])
     np.testing.assert_allclose(
-        as_shares(np.array([[0.1, 0.2, 1.2, 1.0]]), ["absent"], tmp_path), [[0.1, 0.2, 1, 1]]
+        normalize_boxes(np.array([[0.1, 0.2, 1.2, 1.0]]), ["absent"], tmp_path), [[0.1, 0.2, 1, 1]]
     )
 
 
@@ -149,14 +153,16 @@ def test_fine_tuning_learns_repeats_and_leaves_the_encoder_alone(tmp_path: Path)
         place.parent.mkdir(parents=True, exist_ok=True)
         pixels = np.clip(RNG.normal(100 + 60 * (i % 2), 40, (40, 52, 3)), 0, 255).astype(np.uint8)
         Image.fromarray(pixels).save(place)
-    images, encoder = open_set(folder), open_encoder("random:resnet10t", size=32)
+    images, encoder = open_labeled(folder), load_encoder("random:resnet10t", image_size=32)
     before = {name: tensor.clone() for name, tensor in encoder.model.state_dict().items()}
     part = {name: np.flatnonzero(images.splits == name) for name in ("train", "test")}
-    settings = FineTuning(epochs=4, batch_size=13)
+    settings = FineTuningConfig(epochs=4, batch_size=13)
 
     def run(workers: int) -> Tensor:
         cpu = torch.device("cpu")
-        return fine_tune(settings, encoder, images, part["train"], part["test"], device=cpu, workers=workers)
+        return fine_tune(
+            settings, encoder, images, part["train"], part["test"], device=cpu, num_workers=workers
+        )
 
     first = run(0)
     assert float((first.numpy() == images.labels[part["test"]]).mean()) > 0.9
@@ -169,28 +175,36 @@ def test_fine_tuning_learns_repeats_and_leaves_the_encoder_alone(tmp_path: Path)
 def test_all_protocols_of_a_labelled_set_run_and_compare(tmp_path: Path) -> None:
     folder = squares(tmp_path / "squares", 180)
     names = ("knn-grid", "clustering", "finetune", "localisation")
-    settings = ProtocolSettings(finetune=FineTuning(epochs=1), clustering=Clustering(starts=3))
+    settings = ProtocolConfig(
+        finetune=FineTuningConfig(epochs=1), clustering=ClusteringConfig(num_restarts=3)
+    )
     for encoder in ("resnet10t", "resnet18"):
         out = tmp_path / encoder
-        (result,) = evaluate(f"random:{encoder}", folder, names, settings=settings, size=48, out=out)
+        (result,) = evaluate(f"random:{encoder}", folder, names, config=settings, image_size=48, out=out)
         assert set(result["protocols"]) == set(names)
     box = result["protocols"]["localisation"]["scores"][0]
     assert box["metric"] == "mean IoU of boxes"
-    images = open_set(folder)
+    images = open_labeled(folder)
     assert images.boxes is not None
     test = images.boxes[images.splits == "test"]
     usual = np.broadcast_to(images.boxes[images.splits == "train"].mean(axis=0), test.shape)
-    assert box["value"] > overlap(usual, test).mean() + 0.1
+    assert box["value"] > box_iou(usual, test).mean() + 0.1
     rows = compare([read_results(tmp_path / name) for name in ("resnet10t", "resnet18")])
-    tested = {row.row.metric: row.differences[0] for row in rows}
+    tested = {row.baseline.metric: row.differences[0] for row in rows}
     assert tested["NMI"] is None
     assert tested["mean IoU of boxes"] is not None
 
 
 @pytest.fixture(scope="module")
-def clip_run(collection: Collection, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    settings = TrainSettings(
-        method="clip", backbone="resnet10t", size=32, batch_size=32, steps=3, text_width=64, text_layers=1
+def clip_run(collection: CaptionDataset, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    settings = TrainConfig(
+        method="clip",
+        backbone="resnet10t",
+        image_size=32,
+        batch_size=32,
+        max_steps=3,
+        text_width=64,
+        text_layers=1,
     )
     return train(collection, tmp_path_factory.mktemp("clip") / "run", settings).path
 
@@ -209,12 +223,14 @@ def captions(emoji: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_a_run_with_a_text_tower_is_judged_by_words(clip_run: Path, captions: Path, emoji: Path) -> None:
-    encoder = open_encoder(str(clip_run))
-    assert encoder.language is not None
+    encoder = load_encoder(str(clip_run))
+    assert encoder.text_alignment is not None
     tensors = load_tensors(clip_run / "encoder.safetensors")[0]
-    x = rows(3, encoder.width)
-    torch.testing.assert_close(encoder.language.project(x), x @ tensors["language.projection.weight"].T)
-    words = encoder.language.embed(["a cat", "a dog", "a cat"])
+    x = rows(3, encoder.feature_dim)
+    torch.testing.assert_close(
+        encoder.text_alignment.project_image(x), x @ tensors["language.projection.weight"].T
+    )
+    words = encoder.text_alignment.encode_text(["a cat", "a dog", "a cat"])
     torch.testing.assert_close(words[0], words[2])
     assert not torch.allclose(words[0], words[1])
     (found,) = evaluate(clip_run, captions, ("image-text",))
@@ -229,32 +245,32 @@ def test_a_run_with_a_text_tower_is_judged_by_words(clip_run: Path, captions: Pa
     features = np.load(
         next((clip_run / "evaluation/features").glob(f"{named['set']['name']}-*/features.npy"))
     )
-    images = open_set(emoji, label_column="category")
+    images = open_labeled(emoji, label_column="category")
     test = images.splits == "test"
     sentences = [f"a photo of a {name}." for name in images.classes]
     space = torch.from_numpy(features[test]) @ tensors["language.projection.weight"].T
-    answers = torch.cosine_similarity(space[:, None], encoder.language.embed(sentences)[None], dim=2).argmax(
-        dim=1
-    )
+    answers = torch.cosine_similarity(
+        space[:, None], encoder.text_alignment.encode_text(sentences)[None], dim=2
+    ).argmax(dim=1)
     score = named["protocols"]["zeroshot"]["scores"][0]
     assert score["value"] == pytest.approx((answers.numpy() == images.labels[test]).mean())
 
 
 def test_what_has_no_words_is_refused(tmp_path: Path, captions: Path) -> None:
     folder = squares(tmp_path / "squares", 12)
-    with pytest.raises(InputError, match="no text tower"):
-        evaluate("random:resnet10t", folder, ("zeroshot",), size=32, out=tmp_path / "out")
+    with pytest.raises(InvalidInputError, match="no text tower"):
+        evaluate("random:resnet10t", folder, ("zeroshot",), image_size=32, out=tmp_path / "out")
     (tmp_path / "plain.csv").write_text("file,split,label\na.png,train,x\n")
-    with pytest.raises(InputError, match="no column of captions"):
+    with pytest.raises(InvalidInputError, match="no column of captions"):
         open_captioned(tmp_path / "plain.csv")
-    with pytest.raises(InputError, match=r"captions\.csv does not exist"):
+    with pytest.raises(InvalidInputError, match=r"captions\.csv does not exist"):
         open_captioned(folder)
-    with pytest.raises(InputError, match="--caption-column"):
+    with pytest.raises(InvalidInputError, match="--caption-column"):
         open_captioned(captions, caption_column="captoin")
     bad = folder / "labels.csv"
     bad.write_text(bad.read_text().replace(",left,", ",left,x", 1))
-    with pytest.raises(InputError, match="row 2: x0, y0, x1, y1 must be four numbers"):
-        open_set(folder)
+    with pytest.raises(InvalidInputError, match="row 2: x0, y0, x1, y1 must be four numbers"):
+        open_labeled(folder)
 
 
 def test_a_box_without_area_is_counted_and_its_image_is_kept(tmp_path: Path) -> None:
@@ -263,9 +279,9 @@ def test_a_box_without_area_is_counted_and_its_image_is_kept(tmp_path: Path) -> 
     lines = table.read_text().splitlines()
     lines[3] = ",".join([*lines[3].split(",")[:3], "5", "5", "5", "9"])
     table.write_text("\n".join(lines) + "\n")
-    images = open_set(folder)
-    assert list(images.faults.values()) == [1]
-    assert "row 4" in next(iter(images.faults))
+    images = open_labeled(folder)
+    assert list(images.skipped.values()) == [1]
+    assert "row 4" in next(iter(images.skipped))
     assert len(images) == 12
     assert images.boxes is not None
     assert np.isnan(images.boxes).any(axis=1).sum() == 1
@@ -273,13 +289,15 @@ def test_a_box_without_area_is_counted_and_its_image_is_kept(tmp_path: Path) -> 
 
 def test_the_report_speaks_of_every_protocol(clip_run: Path, captions: Path, tmp_path: Path) -> None:
     from likewise.evaluation.protocols import PROTOCOLS
-    from likewise.report.results import PROTOCOLS as WORDS
+    from likewise.report.results import PROTOCOL_TEXTS as WORDS
     from likewise.report.run_report import write_report
 
     assert set(WORDS) == set(PROTOCOLS)
-    settings = ProtocolSettings(finetune=FineTuning(epochs=1), clustering=Clustering(starts=3))
+    settings = ProtocolConfig(
+        finetune=FineTuningConfig(epochs=1), clustering=ClusteringConfig(num_restarts=3)
+    )
     names = ("knn-grid", "clustering", "finetune", "localisation", "zeroshot")
-    evaluate(clip_run, squares(tmp_path / "squares", 60), names, settings=settings)
+    evaluate(clip_run, squares(tmp_path / "squares", 60), names, config=settings)
     evaluate(clip_run, captions, ("image-text",))
     page = write_report([clip_run], tmp_path / "report.html").read_text()
     for text in ("kNN, tuned", "Clustering", "Fine-tuned", "a photo of a {}.", "80 captions", "box around"):
@@ -288,12 +306,12 @@ def test_the_report_speaks_of_every_protocol(clip_run: Path, captions: Path, tmp
 
 def test_the_documentation_and_the_help_name_every_protocol_and_set() -> None:
     from likewise.cli.evaluation import evaluate as verb
-    from likewise.evaluation.datasets.registry import CATALOG
+    from likewise.evaluation.datasets.registry import DATASETS
     from likewise.evaluation.protocols import PROTOCOLS
 
-    page = (Path(__file__).parents[2] / "docs/guide/evaluation.md").read_text()
+    page = (Path(__file__).parents[2] / "docs/evaluation.md").read_text()
     for name in PROTOCOLS:
         assert f"| `{name}` |" in page
         assert name in str(verb.__doc__)
-    for name in CATALOG:
+    for name in DATASETS:
         assert name in page.split("## Protocols")[0]

@@ -116,7 +116,7 @@ def test_recall_grows_and_order_does_not_matter(names: list[int], seed: int) -> 
 def test_blocks_do_not_change_the_result(monkeypatch: pytest.MonkeyPatch) -> None:
     features, instances, domains = items(4)
     whole = retrieve(features, instances, domains)
-    monkeypatch.setattr("likewise.evaluation.protocols.retrieval._CELLS", 60 * 7)
+    monkeypatch.setattr("likewise.evaluation.protocols.retrieval._BLOCK_ELEMENTS", 60 * 7)
     blocked = retrieve(features, instances, domains)
     np.testing.assert_array_equal(blocked.queries, whole.queries)
     np.testing.assert_allclose(blocked.average_precision, whole.average_precision, rtol=1e-12)

@@ -7,21 +7,22 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from sklearn.metrics import confusion_matrix, jaccard_score
+from sklearn.metrics import confusion_matrix as sklearn_confusion_matrix
+from sklearn.metrics import jaccard_score
 
-from likewise.errors import InputError
-from likewise.evaluation.datasets.dense import open_masks
+from likewise.errors import InvalidInputError
+from likewise.evaluation.datasets.dense import open_segmentation
 from likewise.evaluation.evaluate import evaluate
-from likewise.evaluation.protocols import ProtocolSettings
+from likewise.evaluation.protocols import ProtocolConfig
 from likewise.evaluation.protocols.segmentation import (
-    Segmentation,
-    class_overlap,
-    confuse,
-    drawn_measures,
-    measures,
-    segment,
+    SegmentationConfig,
+    bootstrap_metrics,
+    confusion_matrix,
+    per_class_iou,
+    run_segmentation,
+    segmentation_metrics,
 )
-from likewise.models.encoders import open_encoder
+from likewise.models.encoders import load_encoder
 
 RNG = np.random.default_rng(0)
 CPU = torch.device("cpu")
@@ -30,25 +31,25 @@ CPU = torch.device("cpu")
 def test_overlap_and_accuracy_are_those_of_a_confusion_matrix() -> None:
     for _ in range(20):
         true, given = RNG.integers(-1, 4, (9, 13)), RNG.integers(0, 4, (9, 13))
-        counts = confuse(true, given, 6)
+        counts = confusion_matrix(true, given, 6)
         kept = true >= 0
-        expected = confusion_matrix(true[kept], given[kept], labels=range(6))
+        expected = sklearn_confusion_matrix(true[kept], given[kept], labels=range(6))
         np.testing.assert_array_equal(counts, expected)
         present = np.union1d(true[kept], given[kept])
         scores = jaccard_score(true[kept], given[kept], labels=present, average=None)
-        np.testing.assert_allclose(class_overlap(counts.astype(float))[present], scores)
-        got = measures(counts.astype(float))
+        np.testing.assert_allclose(per_class_iou(counts.astype(float))[present], scores)
+        got = segmentation_metrics(counts.astype(float))
         assert float(got["mean IoU"]) == pytest.approx(scores.mean())
         assert float(got["pixel accuracy"]) == pytest.approx((true[kept] == given[kept]).mean())
 
 
 def test_drawn_test_sets_are_sums_over_their_images_and_the_same_every_time() -> None:
     counts = RNG.integers(0, 50, (7, 3, 3))
-    drawn = drawn_measures(counts, 5, seed=3)
+    drawn = bootstrap_metrics(counts, 5, seed=3)
     rows = np.random.default_rng(3).multinomial(7, np.full(7, 1 / 7), size=5)
     for i, picked in enumerate(rows):
         whole = np.stack([counts[j] * picked[j] for j in range(7)]).sum(axis=0).astype(float)
-        assert drawn["mean IoU"][i] == pytest.approx(float(measures(whole)["mean IoU"]))
+        assert drawn["mean IoU"][i] == pytest.approx(float(segmentation_metrics(whole)["mean IoU"]))
 
 
 @pytest.fixture(scope="module")
@@ -73,21 +74,21 @@ def halves(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_a_head_learns_and_the_encoder_stays_as_it_was(
     halves: Path, backbone: Literal["frozen", "tuned"]
 ) -> None:
-    encoder, images = open_encoder("random:resnet10t", size=64), open_masks(halves, (9,))
+    encoder, images = load_encoder("random:resnet10t", image_size=64), open_segmentation(halves, (9,))
     assert images.classes == ("0", "1")
     assert (images.splits == "test").sum() == 8
     before = {name: tensor.clone() for name, tensor in encoder.model.state_dict().items()}
     settings = {
-        "frozen": Segmentation(backbone="frozen", size=128, epochs=30, rate=0.01),
-        "tuned": Segmentation(backbone="tuned", size=96, epochs=12, backbone_rate=1e-3),
+        "frozen": SegmentationConfig(backbone="frozen", image_size=128, epochs=30, lr=0.01),
+        "tuned": SegmentationConfig(backbone="tuned", image_size=96, epochs=12, backbone_lr=1e-3),
     }[backbone]
-    found = segment(settings, encoder, images, device=CPU, workers=0)
+    found = run_segmentation(settings, encoder, images, device=CPU, num_workers=0)
     whole = found.confusion.sum(axis=0).astype(float)
     # All in the larger class would be 0.37 or less.
-    assert float(measures(whole)["mean IoU"]) > 0.6
+    assert float(segmentation_metrics(whole)["mean IoU"]) > 0.6
     assert whole.sum() == 8 * 46 * 72
     if backbone == "frozen":
-        again = segment(settings, encoder, images, device=CPU, workers=2)
+        again = run_segmentation(settings, encoder, images, device=CPU, num_workers=2)
         np.testing.assert_array_equal(found.confusion, again.confusion)
     after = encoder.model.state_dict()
     assert all(torch.equal(before[name], after[name]) for name in before)
@@ -103,14 +104,14 @@ def test_segmentation_runs_from_a_table_and_counts_what_it_leaves_out(halves: Pa
     lines += [f"{first},{tmp_path / 'small.png'},train", f"{first},{tmp_path / 'none.png'},train"]
     (tmp_path / "index.csv").write_text("\n".join(lines) + "\n")
     (tmp_path / "classes.txt").write_text("0 dark\n1 light\n")
-    settings = ProtocolSettings(segmentation=Segmentation(size=64, epochs=1))
+    settings = ProtocolConfig(segmentation=SegmentationConfig(image_size=64, epochs=1))
     (result,) = evaluate(
         "random:resnet10t",
         tmp_path,
         ("segmentation",),
-        settings=settings,
-        size=64,
-        ignored=(9,),
+        config=settings,
+        image_size=64,
+        ignore_index=(9,),
         out=tmp_path / "out",
     )
     skipped = result["set"]["skipped"]
@@ -123,21 +124,21 @@ def test_segmentation_runs_from_a_table_and_counts_what_it_leaves_out(halves: Pa
 
 
 def test_what_is_no_mask_is_refused(halves: Path, tmp_path: Path) -> None:
-    with pytest.raises(InputError, match="does not exist"):
-        open_masks(tmp_path / "absent")
-    with pytest.raises(InputError, match="holds neither"):
-        open_masks(tmp_path)
+    with pytest.raises(InvalidInputError, match="does not exist"):
+        open_segmentation(tmp_path / "absent")
+    with pytest.raises(InvalidInputError, match="holds neither"):
+        open_segmentation(tmp_path)
     (tmp_path / "index.csv").write_text("file,split\na.png,train\n")
-    with pytest.raises(InputError, match="no column 'mask'"):
-        open_masks(tmp_path)
+    with pytest.raises(InvalidInputError, match="no column 'mask'"):
+        open_segmentation(tmp_path)
     Image.new("RGB", (72, 48)).save(tmp_path / "colour.png")
     image = halves / "train/images/00.png"
     (tmp_path / "index.csv").write_text(f"file,mask,split\n{image},colour.png,train\n")
-    with pytest.raises(InputError, match="mask in RGB"):
-        open_masks(tmp_path)
+    with pytest.raises(InvalidInputError, match="mask in RGB"):
+        open_segmentation(tmp_path)
     mask = halves / "train/masks/00.png"
     (tmp_path / "index.csv").write_text(f"file,mask,split\n{image},{mask},train\n{image},{mask},test\n")
     (tmp_path / "classes.txt").write_text("dark\nlight\n")
-    with pytest.raises(InputError, match="--ignore 9"):
-        open_masks(tmp_path)
-    assert open_masks(tmp_path, (9,)).classes == ("dark", "light")
+    with pytest.raises(InvalidInputError, match="--ignore 9"):
+        open_segmentation(tmp_path)
+    assert open_segmentation(tmp_path, (9,)).classes == ("dark", "light")

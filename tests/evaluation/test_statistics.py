@@ -22,7 +22,7 @@ def test_values_by_hand() -> None:
 
 def test_interval_of_fair_coins_is_that_of_the_binomial() -> None:
     scores = np.arange(400) % 2
-    interval = bootstrap(scores, resamples=20_000)
+    interval = bootstrap(scores, num_resamples=20_000)
     assert interval.low == pytest.approx(0.5 - 1.96 * 0.025, abs=0.004)
     assert interval.high == pytest.approx(0.5 + 1.96 * 0.025, abs=0.004)
 
@@ -41,7 +41,7 @@ def test_cluster_bootstrap_is_the_literal_one() -> None:
     groups = rng.integers(0, 25, 200)
     scores = rng.random(200) + groups / 25
     low, high = np.quantile(literal_bootstrap(scores, groups, 8000, rng), [0.025, 0.975])
-    interval = bootstrap(scores, groups, resamples=8000)
+    interval = bootstrap(scores, groups, num_resamples=8000)
     width = high - low
     assert interval.low == pytest.approx(low, abs=0.06 * width)
     assert interval.high == pytest.approx(high, abs=0.06 * width)
@@ -49,7 +49,7 @@ def test_cluster_bootstrap_is_the_literal_one() -> None:
 
 def test_coverage_on_simulated_data() -> None:
     rng = np.random.default_rng(0)
-    intervals = [bootstrap(rng.random(100) < 0.7, resamples=400, seed=seed) for seed in range(400)]
+    intervals = [bootstrap(rng.random(100) < 0.7, num_resamples=400, seed=seed) for seed in range(400)]
     covered = np.mean([interval.low <= 0.7 <= interval.high for interval in intervals])
     assert 0.90 <= covered <= 0.985
 
@@ -60,8 +60,8 @@ def test_coverage_with_correlated_groups_needs_the_groups() -> None:
     covered = {"naive": 0, "cluster": 0}
     for seed in range(200):
         scores = rng.random(400) < np.repeat(rng.choice([0.2, 0.8], 40), 10)
-        naive = bootstrap(scores, resamples=300, seed=seed)
-        cluster = bootstrap(scores, groups, resamples=300, seed=seed)
+        naive = bootstrap(scores, num_resamples=300, seed=seed)
+        cluster = bootstrap(scores, groups, num_resamples=300, seed=seed)
         assert cluster.high - cluster.low > naive.high - naive.low
         covered["naive"] += naive.low <= 0.5 <= naive.high
         covered["cluster"] += cluster.low <= 0.5 <= cluster.high
@@ -85,7 +85,7 @@ def enumerated_p_value(differences: list[float]) -> float:
 )
 def test_p_value_is_the_exact_one(differences: list[float]) -> None:
     a = np.full(len(differences), 0.5)
-    result = paired_difference(a, a + differences, resamples=40_000)
+    result = paired_difference(a, a + differences, num_resamples=40_000)
     assert result.p_value == pytest.approx(enumerated_p_value(differences), abs=0.01)
     assert result.value == pytest.approx(np.mean(differences))
 
@@ -94,7 +94,7 @@ def test_p_value_flips_whole_groups() -> None:
     groups = np.repeat(np.arange(6), 5)
     difference = np.repeat([1.0, 1, 1, 1, 1, -1], 5)
     zeros = np.zeros(30)
-    grouped = paired_difference(zeros, difference, groups, resamples=40_000)
+    grouped = paired_difference(zeros, difference, groups, num_resamples=40_000)
     assert grouped.p_value == pytest.approx(enumerated_p_value([5.0, 5, 5, 5, 5, -5]), abs=0.01)
     assert paired_difference(zeros, difference).p_value < 0.01
 
@@ -102,11 +102,12 @@ def test_p_value_flips_whole_groups() -> None:
 def test_p_value_is_uniform_without_a_difference_and_never_zero() -> None:
     rng = np.random.default_rng(5)
     values = [
-        paired_difference(rng.random(60), rng.random(60), resamples=200, seed=s).p_value for s in range(300)
+        paired_difference(rng.random(60), rng.random(60), num_resamples=200, seed=s).p_value
+        for s in range(300)
     ]
     assert 0.02 <= np.mean(np.array(values) <= 0.05) <= 0.09
     assert 0.4 <= np.mean(values) <= 0.6
-    sure = paired_difference(np.zeros(500), np.ones(500), resamples=999)
+    sure = paired_difference(np.zeros(500), np.ones(500), num_resamples=999)
     assert sure.p_value == 1 / 1000
 
 
@@ -124,13 +125,13 @@ def test_paired_interval_is_narrower_than_the_two_intervals() -> None:
 @given(st.lists(st.booleans(), min_size=1, max_size=30), st.integers(0, 5))
 def test_order_swap_and_single_groups_do_not_matter(flags: list[bool], seed: int) -> None:
     scores = np.array(flags)
-    interval = bootstrap(scores, seed=seed, resamples=50)
+    interval = bootstrap(scores, seed=seed, num_resamples=50)
     assert 0 <= interval.low <= interval.high <= 1
-    assert bootstrap(scores[::-1], seed=seed, resamples=50) == interval
+    assert bootstrap(scores[::-1], seed=seed, num_resamples=50) == interval
     assert bootstrap(scores, np.arange(len(scores)), 50, seed) == interval
     zeros = np.zeros(len(scores))
-    forth = paired_difference(zeros, scores, resamples=50, seed=seed)
-    back = paired_difference(scores, zeros, resamples=50, seed=seed)
+    forth = paired_difference(zeros, scores, num_resamples=50, seed=seed)
+    back = paired_difference(scores, zeros, num_resamples=50, seed=seed)
     assert forth.value == -back.value
     assert forth.p_value == back.p_value
 
@@ -139,7 +140,7 @@ def test_blocks_do_not_change_the_result(monkeypatch: pytest.MonkeyPatch) -> Non
     rng = np.random.default_rng(0)
     a, b = rng.random(40), rng.random(40)
     whole = paired_difference(a, b), bootstrap(a), mean_per_class(a, np.arange(40) % 7)
-    monkeypatch.setattr("likewise.evaluation.statistics._CELLS", 1000)
+    monkeypatch.setattr("likewise.evaluation.statistics._BLOCK_ELEMENTS", 1000)
     assert (paired_difference(a, b), bootstrap(a), mean_per_class(a, np.arange(40) % 7)) == whole
 
 
@@ -149,7 +150,7 @@ def test_mean_per_class_resamples_inside_classes() -> None:
     correct = rng.random(375) < np.array([0.9, 0.7, 0.5, 0.3])[labels]
     shares = np.array([correct[labels == label].mean() for label in range(4)])
     error = np.sqrt(np.sum(shares * (1 - shares) / np.array([200, 100, 50, 25]))) / 4
-    interval = mean_per_class(correct, labels, resamples=10_000)
+    interval = mean_per_class(correct, labels, num_resamples=10_000)
     assert interval.value == pytest.approx(shares.mean())
     assert interval.low == pytest.approx(shares.mean() - 1.96 * error, abs=0.1 * error)
     assert interval.high == pytest.approx(shares.mean() + 1.96 * error, abs=0.1 * error)
@@ -182,6 +183,6 @@ def test_programmer_errors() -> None:
         with pytest.raises(ValueError, match="0"):
             empty(np.zeros(0))
     with pytest.raises(ValueError, match="resamples"):
-        bootstrap(two, resamples=0)
+        bootstrap(two, num_resamples=0)
     with pytest.raises(ValueError, match="two values"):
         normal_interval(np.ones(1))

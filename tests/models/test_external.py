@@ -11,7 +11,7 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from likewise.errors import ModelError
-from likewise.models.encoders import open_encoder
+from likewise.models.encoders import load_encoder
 
 IMAGES = torch.randn(2, 3, 64, 64, generator=torch.Generator().manual_seed(0))
 
@@ -45,11 +45,11 @@ def vit(folder: Path) -> Path:
 def test_a_hugging_face_folder_is_fed_as_its_own_files_say(tmp_path: Path) -> None:
     from transformers import ViTModel
 
-    encoder = open_encoder(f"hf:{vit(tmp_path)}")
-    assert (encoder.transform.size, encoder.transform.resize) == (64, 64)
+    encoder = load_encoder(f"hf:{vit(tmp_path)}")
+    assert (encoder.transform.image_size, encoder.transform.resize_size) == (64, 64)
     assert encoder.transform.interpolation == "bilinear"
     assert (encoder.transform.mean, encoder.transform.std) == ((0.5, 0.4, 0.3), (0.2, 0.3, 0.4))
-    assert encoder.width == 32
+    assert encoder.feature_dim == 32
     own = ViTModel.from_pretrained(tmp_path, add_pooling_layer=False).eval()
     with torch.no_grad():
         # A pooling layer that the folder has no weights for must not be made up.
@@ -57,7 +57,7 @@ def test_a_hugging_face_folder_is_fed_as_its_own_files_say(tmp_path: Path) -> No
     weights = load_file(tmp_path / "model.safetensors")
     save_file(dict(sorted(weights.items())[1:]), tmp_path / "model.safetensors", metadata={"format": "pt"})
     with pytest.raises(ModelError, match="lacks 1 weights"):
-        open_encoder(f"hf:{tmp_path}")
+        load_encoder(f"hf:{tmp_path}")
 
 
 def test_a_hugging_face_model_with_two_towers_brings_its_language(tmp_path: Path) -> None:
@@ -87,10 +87,10 @@ def test_a_hugging_face_model_with_two_towers_brings_its_language(tmp_path: Path
     PreTrainedTokenizerFast(tokenizer_object=plain, pad_token="<pad>", unk_token="<unk>").save_pretrained(  # noqa: S106
         tmp_path
     )
-    encoder = open_encoder(f"hf:{tmp_path}")
-    assert (encoder.transform.resize, encoder.transform.size, encoder.width) == (36, 32, 12)
-    assert encoder.language is not None
-    texts = encoder.language.embed(["a cat", "a dog"])
+    encoder = load_encoder(f"hf:{tmp_path}")
+    assert (encoder.transform.resize_size, encoder.transform.image_size, encoder.feature_dim) == (36, 32, 12)
+    assert encoder.text_alignment is not None
+    texts = encoder.text_alignment.encode_text(["a cat", "a dog"])
     assert texts.shape == (2, 12)
     assert not torch.allclose(texts[0], texts[1])
 
@@ -99,13 +99,19 @@ def test_torchvision_models_lose_their_last_layer_and_keep_their_feeding(tmp_pat
     torch.manual_seed(0)
     whole = torchvision.models.resnet18(weights=None).eval()
     torch.save(whole.state_dict(), tmp_path / "weights.pth")
-    encoder = open_encoder(str(tmp_path / "weights.pth"), backbone="torchvision:resnet18")
-    assert (encoder.width, encoder.transform.size, encoder.transform.resize) == (512, 224, 256)
+    encoder = load_encoder(str(tmp_path / "weights.pth"), backbone="torchvision:resnet18")
+    assert (encoder.feature_dim, encoder.transform.image_size, encoder.transform.resize_size) == (
+        512,
+        224,
+        256,
+    )
     with torch.no_grad():
         torch.testing.assert_close(whole.fc(encoder.model(IMAGES)), whole(IMAGES))
     asked = torchvision.models.ResNet18_Weights.DEFAULT.transforms()
     picture = Image.fromarray(np.random.default_rng(0).integers(0, 256, (256, 300, 3), np.uint8))
-    ours = encoder.transform.standardise(torch.from_numpy(encoder.transform.crop(np.asarray(picture)))[None])
+    ours = encoder.transform.normalize(
+        torch.from_numpy(encoder.transform.center_crop(np.asarray(picture)))[None]
+    )
     torch.testing.assert_close(ours[0], asked(picture), atol=0.05, rtol=0)
 
 
@@ -113,10 +119,10 @@ def test_torchvision_models_lose_their_last_layer_and_keep_their_feeding(tmp_pat
 def test_other_torchvision_families_give_features(name: str, tmp_path: Path) -> None:
     whole = torchvision.models.get_model(name, weights=None)
     torch.save(whole.state_dict(), tmp_path / "weights.pth")
-    encoder = open_encoder(str(tmp_path / "weights.pth"), backbone=f"torchvision:{name}")
+    encoder = load_encoder(str(tmp_path / "weights.pth"), backbone=f"torchvision:{name}")
     with torch.no_grad():
         images = torch.randn(1, 3, 224, 224)
-        assert encoder.model(images).shape == (1, encoder.width)
+        assert encoder.model(images).shape == (1, encoder.feature_dim)
 
 
 def test_weights_behind_a_prefix_are_named_in_the_error_and_load_with_it(tmp_path: Path) -> None:
@@ -126,8 +132,8 @@ def test_weights_behind_a_prefix_are_named_in_the_error_and_load_with_it(tmp_pat
     moco = {f"module.encoder_q.{k}": v for k, v in model.state_dict().items()}
     save_file(moco | {"module.queue": torch.zeros(3)}, tmp_path / "moco.safetensors")
     with pytest.raises(ModelError, match=r"--prefix module\.encoder_q\."):
-        open_encoder(str(tmp_path / "moco.safetensors"), backbone="resnet10t")
-    encoder = open_encoder(
+        load_encoder(str(tmp_path / "moco.safetensors"), backbone="resnet10t")
+    encoder = load_encoder(
         str(tmp_path / "moco.safetensors"), backbone="resnet10t", prefix="module.encoder_q."
     )
     torch.testing.assert_close(
@@ -136,14 +142,17 @@ def test_weights_behind_a_prefix_are_named_in_the_error_and_load_with_it(tmp_pat
     extra = {"extra.weight": torch.zeros(3), **model.state_dict()}
     save_file(extra, tmp_path / "extra.safetensors")
     with pytest.raises(ModelError, match=r"1 unexpected \(extra.weight\)"):
-        open_encoder(str(tmp_path / "extra.safetensors"), backbone="resnet10t")
+        load_encoder(str(tmp_path / "extra.safetensors"), backbone="resnet10t")
     assert (
-        open_encoder(str(tmp_path / "extra.safetensors"), backbone="resnet10t", drop=("extra.",)).width == 512
+        load_encoder(
+            str(tmp_path / "extra.safetensors"), backbone="resnet10t", exclude=("extra.",)
+        ).feature_dim
+        == 512
     )
     missing = dict(list(model.state_dict().items())[1:])
     save_file(missing, tmp_path / "missing.safetensors")
     with pytest.raises(ModelError, match="1 missing"):
-        open_encoder(str(tmp_path / "missing.safetensors"), backbone="resnet10t")
+        load_encoder(str(tmp_path / "missing.safetensors"), backbone="resnet10t")
 
 
 def test_torch_hub_entries_load_from_a_folder(tmp_path: Path) -> None:
@@ -155,19 +164,19 @@ def test_torch_hub_entries_load_from_a_folder(tmp_path: Path) -> None:
         "    return torch.nn.Sequential(*layers)\n"
         "def words():\n    return 'no model'\n"
     )
-    encoder = open_encoder(f"hub:{tmp_path}/tiny", size=64)
-    assert encoder.width == 4
-    assert (encoder.transform.size, encoder.transform.resize) == (64, 73)
+    encoder = load_encoder(f"hub:{tmp_path}/tiny", image_size=64)
+    assert encoder.feature_dim == 4
+    assert (encoder.transform.image_size, encoder.transform.resize_size) == (64, 73)
     with pytest.raises(ModelError, match="no torch module"):
-        open_encoder(f"hub:{tmp_path}/words")
+        load_encoder(f"hub:{tmp_path}/words")
     with pytest.raises(ModelError, match="cannot load 'absent'"):
-        open_encoder(f"hub:{tmp_path}/absent")
+        load_encoder(f"hub:{tmp_path}/absent")
 
 
 def test_what_does_not_exist_is_refused_with_close_matches(tmp_path: Path) -> None:
     with pytest.raises(ModelError, match="resnet18"):
-        open_encoder("torchvision:resnet81")
+        load_encoder("torchvision:resnet81")
     with pytest.raises(ModelError, match="cannot load hf:"):
-        open_encoder(f"hf:{tmp_path}")
+        load_encoder(f"hf:{tmp_path}")
     with pytest.raises(ModelError, match="hf:NAME"):
-        open_encoder(str(tmp_path / "absent"))
+        load_encoder(str(tmp_path / "absent"))

@@ -10,10 +10,10 @@ from safetensors.torch import save_file
 from torch import nn
 
 from likewise.errors import ArtifactError, ModelError
-from likewise.models.backbones import BackboneSpec, build_backbone, default_stem
-from likewise.models.checkpoints import load_encoder, load_state_dict, load_strictly, save_encoder
-from likewise.models.encoders import open_encoder
-from likewise.training.methods.modules import projector
+from likewise.models.backbones import BackboneConfig, build_backbone, default_stem
+from likewise.models.checkpoints import load_backbone, load_state_dict, load_state_dict_strict, save_encoder
+from likewise.models.encoders import load_encoder
+from likewise.training.methods.modules import projection_head
 
 
 @pytest.mark.parametrize(
@@ -27,7 +27,7 @@ from likewise.training.methods.modules import projector
     ],
 )
 def test_any_family_gives_one_vector_an_image(name: str, size: int) -> None:
-    model, width = build_backbone(BackboneSpec(name=name, size=size, stem=default_stem(size)))
+    model, width = build_backbone(BackboneConfig(name=name, image_size=size, stem=default_stem(size)))
     assert model(torch.randn(3, 3, size, size)).shape == (3, width)
 
 
@@ -37,22 +37,22 @@ def features(model: Any, size: int) -> torch.Tensor:
 
 @pytest.mark.parametrize(("size", "side"), [(64, 4), (48, 3), (32, 4)])
 def test_small_stem_keeps_resolution(size: int, side: int) -> None:
-    small, _ = build_backbone(BackboneSpec(name="resnet18", size=size, stem="small"))
-    usual, _ = build_backbone(BackboneSpec(name="resnet18", size=size))
+    small, _ = build_backbone(BackboneConfig(name="resnet18", image_size=size, stem="cifar"))
+    usual, _ = build_backbone(BackboneConfig(name="resnet18", image_size=size))
     assert features(small, size).shape[-1] == side
     assert features(usual, size).shape[-1] == size // 32 + (size % 32 > 0)
     assert small.state_dict().keys() == usual.state_dict().keys()
-    assert default_stem(64) == "small"
-    assert default_stem(65) == "standard"
+    assert default_stem(64) == "cifar"
+    assert default_stem(65) == "default"
 
 
 def test_names_that_do_not_exist_are_refused() -> None:
     with pytest.raises(ModelError, match="unknown backbone 'resnet5O'.*Did you mean.*resnet50"):
-        build_backbone(BackboneSpec(name="resnet5O", size=64))
+        build_backbone(BackboneConfig(name="resnet5O", image_size=64))
 
 
 def test_projector_is_the_papers() -> None:
-    head = projector(512, (2048, 2048, 128))
+    head = projection_head(512, (2048, 2048, 128))
     assert [type(m) for m in head] == [
         nn.Linear,
         nn.BatchNorm1d,
@@ -67,17 +67,17 @@ def test_projector_is_the_papers() -> None:
 
 
 def test_saved_encoder_comes_back_the_same(tmp_path: Path) -> None:
-    spec = BackboneSpec(name="resnet10t", size=48, stem="small")
+    spec = BackboneConfig(name="resnet10t", image_size=48, stem="cifar")
     model, width = build_backbone(spec)
     save_encoder(tmp_path / "e.safetensors", model, spec)
-    again, found, found_width = load_encoder(tmp_path / "e.safetensors")
+    again, found, found_width = load_backbone(tmp_path / "e.safetensors")
     assert (found, found_width) == (spec, width)
     images = torch.randn(2, 3, 48, 48)
     torch.testing.assert_close(again.eval()(images), model.eval()(images))
 
 
 def test_weights_that_do_not_fit_name_the_keys() -> None:
-    model, _ = build_backbone(BackboneSpec(name="resnet10t", size=48))
+    model, _ = build_backbone(BackboneConfig(name="resnet10t", image_size=48))
     tensors = model.state_dict()
     first = next(iter(tensors))
     broken = {k: v for k, v in tensors.items() if k != first} | {
@@ -87,7 +87,7 @@ def test_weights_that_do_not_fit_name_the_keys() -> None:
     with pytest.raises(
         ModelError, match=rf"1 missing \({first}\).*1 unexpected \(extra\).*of another shape \(bn1.weight\)"
     ):
-        load_strictly(model, broken, "here")
+        load_state_dict_strict(model, broken, "here")
 
 
 def test_plain_state_dict_of_a_timm_model_loads_without_its_classifier(tmp_path: Path) -> None:
@@ -98,13 +98,13 @@ def test_plain_state_dict_of_a_timm_model_loads_without_its_classifier(tmp_path:
     images = torch.randn(2, 3, 64, 64)
     expected = full.eval().forward_head(full.forward_features(images), pre_logits=True)
     for name in ("w.pth", "w.safetensors"):
-        encoder = open_encoder(str(tmp_path / name), backbone="resnet10t", size=64)
+        encoder = load_encoder(str(tmp_path / name), backbone="resnet10t", image_size=64)
         torch.testing.assert_close(encoder.model(images), expected)
         assert not encoder.model.training
     with pytest.raises(ModelError, match="does not say which backbone.*--backbone"):
-        open_encoder(str(tmp_path / "w.safetensors"))
+        load_encoder(str(tmp_path / "w.safetensors"))
     with pytest.raises(ModelError, match="do not fit"):
-        open_encoder(str(tmp_path / "w.pth"), backbone="resnet18")
+        load_encoder(str(tmp_path / "w.pth"), backbone="resnet18")
 
 
 def test_files_that_are_no_weights_are_refused(tmp_path: Path) -> None:
@@ -115,9 +115,9 @@ def test_files_that_are_no_weights_are_refused(tmp_path: Path) -> None:
         with pytest.raises(ModelError):
             load_state_dict(tmp_path / name)
     with pytest.raises(ModelError, match="no run, no file of weights"):
-        open_encoder("nowhere")
+        load_encoder("nowhere")
     with pytest.raises(ArtifactError, match="is not a run"):
-        open_encoder(str(tmp_path))
+        load_encoder(str(tmp_path))
 
 
 def test_clip_image_tower_sees_what_open_clip_sees(tmp_path: Path) -> None:
@@ -140,19 +140,19 @@ def test_clip_image_tower_sees_what_open_clip_sees(tmp_path: Path) -> None:
     torch.save(model.state_dict(), tmp_path / "w.pt")
     save_png(tmp_path / "face.png")
     image = Image.open(tmp_path / "face.png").convert("RGBA").convert("RGB").resize((90, 60))
-    encoder = open_encoder(f"clip:likewise-tower/{tmp_path / 'w.pt'}")
-    crop = encoder.transform.crop(np.asarray(image))
+    encoder = load_encoder(f"clip:likewise-tower/{tmp_path / 'w.pt'}")
+    crop = encoder.transform.center_crop(np.asarray(image))
     with torch.no_grad():
         expected = model.eval().encode_image(prepare(image)[None])
-    found = encoder.model(encoder.transform.standardise(torch.from_numpy(crop[None].copy())))
+    found = encoder.model(encoder.transform.normalize(torch.from_numpy(crop[None].copy())))
     torch.testing.assert_close(found, expected, atol=1e-4, rtol=1e-4)
-    assert encoder.width == 24
+    assert encoder.feature_dim == 24
     with pytest.raises(ModelError, match="is neither a file nor weights of likewise-tower"):
-        open_encoder("clip:likewise-tower/nowhere.pt")
+        load_encoder("clip:likewise-tower/nowhere.pt")
 
 
 def test_identity_tells_weights_and_stems_apart() -> None:
-    same = [open_encoder("random:resnet10t", size=48).identity for _ in range(2)]
+    same = [load_encoder("random:resnet10t", image_size=48).fingerprint for _ in range(2)]
     assert same[0] == same[1]
     # At 96 pixels the stem is the standard one: the weights are equal, the forward pass is not.
-    assert open_encoder("random:resnet10t", size=96).identity != same[0]
+    assert load_encoder("random:resnet10t", image_size=96).fingerprint != same[0]

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from likewise.errors import DependencyError
-from likewise.neighbors.faiss_index import IvfIndex
+from likewise.neighbors.faiss_index import IVFIndex
 from likewise.neighbors.search import ExactIndex
 
 
@@ -29,7 +29,7 @@ def share_found(found: np.ndarray, wanted: np.ndarray) -> float:
 @pytest.mark.parametrize("least", [0.6, 0.95])
 def test_recall_is_as_told(least: float) -> None:
     vectors = clustered(6000, 24, 0)
-    index = IvfIndex(vectors, recall=least)
+    index = IVFIndex(vectors, target_recall=least)
     rows = np.arange(len(vectors))
     found, similarity = index.search(rows, 10)
     wanted, exact = ExactIndex(vectors).search(rows, 10)
@@ -44,7 +44,7 @@ def test_recall_is_as_told(least: float) -> None:
 
 def test_a_recall_of_all_searches_all_lists() -> None:
     vectors = clustered(1000, 6, 1)
-    index = IvfIndex(vectors, recall=1.1)
+    index = IVFIndex(vectors, target_recall=1.1)
     # To a zero row all others are equally near, and which of them are found is open.
     rows = np.flatnonzero(vectors.any(axis=1))
     assert index.nprobe == index.nlist > 1
@@ -61,8 +61,10 @@ def test_only_admissible_rows_are_found_and_as_many_as_there_are(
     differ = np.stack([rng.integers(-1, 300, n), rng.integers(-1, 2, n)], axis=1) if apart else None
     same = rng.integers(-1, 40, n) if scoped else None
     record = np.arange(n) // 3 if records else None
-    found, similarity = IvfIndex(vectors, differ=differ, same=same, record=record).search(np.arange(n), k)
-    wanted, _ = ExactIndex(vectors, differ=differ, same=same, record=record).search(np.arange(n), k)
+    found, similarity = IVFIndex(vectors, exclude=differ, require=same, image_ids=record).search(
+        np.arange(n), k
+    )
+    wanted, _ = ExactIndex(vectors, exclude=differ, require=same, image_ids=record).search(np.arange(n), k)
     np.testing.assert_array_equal((found >= 0).sum(axis=1), (wanted >= 0).sum(axis=1))
     assert share_found(found, wanted) > 0.9
     rows, places = np.nonzero(found >= 0)
@@ -82,7 +84,7 @@ def test_only_admissible_rows_are_found_and_as_many_as_there_are(
 def test_building_again_changes_nothing_and_another_seed_does() -> None:
     vectors = clustered(3000, 16, 4)
     first, again, other = (
-        IvfIndex(vectors, recall=0.5, seed=seed).search(np.arange(3000), 5) for seed in (1, 1, 2)
+        IVFIndex(vectors, target_recall=0.5, seed=seed).search(np.arange(3000), 5) for seed in (1, 1, 2)
     )
     assert all(a.tobytes() == b.tobytes() for a, b in zip(first, again, strict=True))
     assert first[0].tobytes() != other[0].tobytes()
@@ -92,7 +94,7 @@ def test_building_again_changes_nothing_and_another_seed_does() -> None:
 def test_few_rows_are_searched_whole(n: int) -> None:
     vectors = clustered(40, 4, 5)[:n] if n < 40 else np.repeat(clustered(40, 4, 5)[:2], n // 2, axis=0)
     for a, b in zip(
-        IvfIndex(vectors).search(np.arange(n), 10), ExactIndex(vectors).search(np.arange(n), 10), strict=True
+        IVFIndex(vectors).search(np.arange(n), 10), ExactIndex(vectors).search(np.arange(n), 10), strict=True
     ):
         np.testing.assert_array_equal(a, b)
 
@@ -100,4 +102,4 @@ def test_few_rows_are_searched_whole(n: int) -> None:
 def test_without_faiss_it_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "faiss", None)
     with pytest.raises(DependencyError, match=r"pip install .likewise.approximate."):
-        IvfIndex(clustered(100, 4, 0))
+        IVFIndex(clustered(100, 4, 0))

@@ -9,15 +9,22 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from likewise.errors import InputError
-from likewise.neighbors._bf16_scan import Arithmetic, compact, ends, multiply, radius, rounded
-from likewise.neighbors.search import ExactIndex, group_equal, top_k
+from likewise.errors import InvalidInputError
+from likewise.neighbors._bf16_scan import (
+    MatmulPrecision,
+    error_bound,
+    matmul,
+    quantize_rows,
+    score_interval,
+    to_sparse_if_sparse,
+)
+from likewise.neighbors.search import ExactIndex, deduplicate_rows, exact_topk
 
 ARITHMETICS = {
-    "float32": Arithmetic("cpu", torch.float32, 0.0, 0.0),
-    "bfloat16": Arithmetic("cpu", torch.bfloat16, 0.0, 2.0**-8),
+    "float32": MatmulPrecision("cpu", torch.float32, 0.0, 0.0),
+    "bfloat16": MatmulPrecision("cpu", torch.bfloat16, 0.0, 2.0**-8),
     # What a GPU's float32 may be: much wider intervals than the products need.
-    "tensorfloat32": Arithmetic("cpu", torch.float32, 2.0**-9, 0.0),
+    "tensorfloat32": MatmulPrecision("cpu", torch.float32, 2.0**-9, 0.0),
 }
 
 
@@ -76,7 +83,7 @@ def brute_force(
 
 def test_by_hand() -> None:
     vectors = np.array([[1, 0], [0, 1], [1, 0], [0.6, 0.8]], np.float32)
-    neighbors, similarity = top_k(vectors, group_equal(vectors), np.arange(4), 2)
+    neighbors, similarity = exact_topk(vectors, deduplicate_rows(vectors), np.arange(4), 2)
     # Row 0 and row 2 are equal: each is the other's nearest, and neither its own.
     # Both are as far from row 1, which finds the one after itself.
     assert neighbors.tolist() == [[2, 3], [3, 2], [0, 3], [1, 0]]
@@ -135,8 +142,8 @@ def test_equals_brute_force(
     same = codes(n, groups, absent, rng) if groups else None
     record = codes(n, records, 0.0, rng) if records else None
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("likewise.neighbors.search.fast_arithmetic", lambda _: ARITHMETICS[arithmetic])
-        index = ExactIndex(vectors, differ=differ, same=same, record=record, memory=memory)
+        patch.setattr("likewise.neighbors.search.fastest_precision", lambda _: ARITHMETICS[arithmetic])
+        index = ExactIndex(vectors, exclude=differ, require=same, image_ids=record, memory_bytes=memory)
         neighbors, similarity = index.search(np.arange(n), k)
     expected, scores = brute_force(vectors, k, differ, same, record)
     np.testing.assert_array_equal(neighbors, expected)
@@ -149,15 +156,17 @@ def test_block_size_arithmetic_and_part_change_no_byte(coded: bool, monkeypatch:
     vectors = unit_rows(n, 32, 1200, 0)
     differ = np.stack([codes(n, 4, 0.5, rng), codes(n, 900, 0.1, rng)], axis=1) if coded else None
     same = codes(n, 3, 0.1, rng) if coded else None
-    grouped = group_equal(vectors, differ, same)
-    whole = top_k(vectors, grouped, np.arange(n), k, differ=differ, same=same)
+    grouped = deduplicate_rows(vectors, differ, same)
+    whole = exact_topk(vectors, grouped, np.arange(n), k, exclude=differ, require=same)
     for arithmetic in ARITHMETICS.values():
-        monkeypatch.setattr("likewise.neighbors.search.fast_arithmetic", lambda _, a=arithmetic: a)
+        monkeypatch.setattr("likewise.neighbors.search.fastest_precision", lambda _, a=arithmetic: a)
         for memory in (1_500_000, 2**29):
-            again = top_k(vectors, grouped, np.arange(n), k, differ=differ, same=same, memory=memory)
+            again = exact_topk(
+                vectors, grouped, np.arange(n), k, exclude=differ, require=same, memory_bytes=memory
+            )
             assert all(a.tobytes() == b.tobytes() for a, b in zip(whole, again, strict=True))
     some = np.array([1499, 5, 1024, 5])
-    part = top_k(vectors, grouped, some, k, differ=differ, same=same)
+    part = exact_topk(vectors, grouped, some, k, exclude=differ, require=same)
     assert all(a.tobytes() == b[some].tobytes() for a, b in zip(part, whole, strict=True))
 
 
@@ -180,10 +189,10 @@ def test_sparse_vectors_with_many_ties_equal_brute_force(coded: bool, memory: in
     n, k, rng = 500, 9, np.random.default_rng(4)
     # Numbers are 1, -1, 0.5 and -0.5, so that sums are the same in every order.
     vectors = word_counts(n, 300, [1, -1], 5)
-    assert not isinstance(compact(vectors), np.ndarray)
+    assert not isinstance(to_sparse_if_sparse(vectors), np.ndarray)
     differ = codes(n, 30, 0.5, rng)[:, None] if coded else None
     same = codes(n, 3, 0.1, rng) if coded else None
-    found = ExactIndex(vectors, differ=differ, same=same, memory=memory).search(np.arange(n), k)
+    found = ExactIndex(vectors, exclude=differ, require=same, memory_bytes=memory).search(np.arange(n), k)
     expected, scores = brute_force(vectors, k, differ, same)
     np.testing.assert_array_equal(found[0], expected)
     np.testing.assert_array_equal(found[1], scores.astype(np.float32))
@@ -193,12 +202,12 @@ def test_blocks_and_parts_of_sparse_vectors_change_no_byte_and_agree_with_dense_
     n, k = 3000, 7
     vectors = word_counts(n, 500, [0.3, 1, 1.7, -2.9], 6)
     whole = ExactIndex(vectors).search(np.arange(n), k)
-    again = ExactIndex(vectors, memory=1_500_000).search(np.arange(n), k)
+    again = ExactIndex(vectors, memory_bytes=1_500_000).search(np.arange(n), k)
     assert all(a.tobytes() == b.tobytes() for a, b in zip(whole, again, strict=True))
     some = np.array([2999, 5, 1024, 5])
     part = ExactIndex(vectors).search(some, k)
     assert all(a.tobytes() == b[some].tobytes() for a, b in zip(part, whole, strict=True))
-    _, similarity = top_k(vectors, group_equal(vectors), np.arange(n), k)
+    _, similarity = exact_topk(vectors, deduplicate_rows(vectors), np.arange(n), k)
     np.testing.assert_allclose(whole[1], similarity, rtol=2e-7)
 
 
@@ -208,7 +217,9 @@ def test_crowds_of_equals_that_codes_keep_apart_are_searched_in_bounded_memory()
     vectors = unit_rows(n, 16, 500, 1)
     vectors[:1500] = vectors[0]
     own = np.arange(n)[:, None] // 2
-    ids, similarity = top_k(vectors, group_equal(vectors, own), np.arange(n), k, differ=own, memory=2_000_000)
+    ids, similarity = exact_topk(
+        vectors, deduplicate_rows(vectors, own), np.arange(n), k, exclude=own, memory_bytes=2_000_000
+    )
     for row in (0, 1, 2, 3, 1499):
         expected = [other for other in range(1500) if other // 2 != row // 2][:k]
         assert ids[row].tolist() == expected
@@ -220,7 +231,7 @@ def test_scopes_of_every_size_hold_what_they_hold(sizes: tuple[int, ...]) -> Non
     rng = np.random.default_rng(5)
     same = rng.permutation(np.repeat(np.arange(len(sizes)) * 7, sizes))
     vectors = unit_rows(len(same), 8, len(same), 6)
-    ids, similarity = ExactIndex(vectors, same=same).search(np.arange(len(same)), 4)
+    ids, similarity = ExactIndex(vectors, require=same).search(np.arange(len(same)), 4)
     exact = vectors.astype(np.float64)
     similar = np.where(same[:, None] == same, (exact[:, None] * exact[None]).sum(-1), -np.inf)
     np.fill_diagonal(similar, -np.inf)
@@ -255,9 +266,9 @@ def test_intervals_hold_the_true_product(name: str, dimension: int, short: bool)
     y[:50] = x[:50]
     if short:  # what bfloat16 holds exactly, so that only the result is rounded
         x, y = shortened(x), shortened(y)
-    queries, columns = rounded(x, arithmetic), rounded(y, arithmetic)
-    value = multiply(queries, columns).double().numpy()
-    low, high = ends(value, radius(queries, columns, arithmetic)[:, None], arithmetic)
+    queries, columns = quantize_rows(x, arithmetic), quantize_rows(y, arithmetic)
+    value = matmul(queries, columns).double().numpy()
+    low, high = score_interval(value, error_bound(queries, columns, arithmetic)[:, None], arithmetic)
     true = x.astype(np.float64) @ y.astype(np.float64).T
     assert ((low <= true) & (true <= high)).all()
     # Rounding to bfloat16 errs by more than float32's bound, so the test can tell them apart.
@@ -266,14 +277,14 @@ def test_intervals_hold_the_true_product(name: str, dimension: int, short: bool)
 
 def test_codes_of_another_length_are_refused() -> None:
     vectors = unit_rows(10, 4, 10, 0)
-    with pytest.raises(InputError, match="`same` have the shape"):
-        ExactIndex(vectors, same=np.zeros(9, np.int64))
+    with pytest.raises(InvalidInputError, match="`same` have the shape"):
+        ExactIndex(vectors, require=np.zeros(9, np.int64))
 
 
 def test_agrees_with_faiss() -> None:
     vectors = np.random.default_rng(1).normal(size=(5000, 64)).astype(np.float32)
     vectors /= np.linalg.norm(vectors, axis=1, keepdims=True)
-    neighbors, similarity = top_k(vectors, group_equal(vectors), np.arange(5000), 10)
+    neighbors, similarity = exact_topk(vectors, deduplicate_rows(vectors), np.arange(5000), 10)
     index = faiss.IndexFlatIP(64)
     index.add(vectors)
     scores, found = index.search(vectors, 11)
@@ -285,21 +296,23 @@ def test_agrees_with_faiss() -> None:
 
 def test_groups_are_the_distinct_rows_in_order_of_appearance() -> None:
     vectors = unit_rows(400, 5, 37, 2)
-    grouped = group_equal(vectors)
+    grouped = deduplicate_rows(vectors)
     distinct = {row.tobytes() for row in vectors}
-    assert len(grouped.first) == len(distinct)
-    assert (np.diff(grouped.first) > 0).all()
-    np.testing.assert_array_equal(vectors[grouped.first[grouped.group]], vectors)
-    for group in range(len(grouped.first)):
-        members = grouped.members[grouped.starts[group] : grouped.starts[group + 1]]
-        np.testing.assert_array_equal(members, np.flatnonzero(grouped.group == group))
+    assert len(grouped.first_rows) == len(distinct)
+    assert (np.diff(grouped.first_rows) > 0).all()
+    np.testing.assert_array_equal(vectors[grouped.first_rows[grouped.group_ids]], vectors)
+    for group in range(len(grouped.first_rows)):
+        members = grouped.members[grouped.group_starts[group] : grouped.group_starts[group + 1]]
+        np.testing.assert_array_equal(members, np.flatnonzero(grouped.group_ids == group))
 
 
 def test_groups_are_told_apart_by_codes_too() -> None:
     vectors = unit_rows(300, 5, 20, 2)
     rng = np.random.default_rng(0)
     differ, same = rng.integers(-1, 3, (300, 2)), rng.integers(-1, 2, 300)
-    grouped = group_equal(vectors, differ, same)
+    grouped = deduplicate_rows(vectors, differ, same)
     keys = [(v.tobytes(), tuple(d), s) for v, d, s in zip(vectors, differ, same, strict=True)]
-    assert len(grouped.first) == len(set(keys))
-    assert all(keys[grouped.first[group]] == key for group, key in zip(grouped.group, keys, strict=True))
+    assert len(grouped.first_rows) == len(set(keys))
+    assert all(
+        keys[grouped.first_rows[group]] == key for group, key in zip(grouped.group_ids, keys, strict=True)
+    )

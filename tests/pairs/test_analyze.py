@@ -12,27 +12,33 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from likewise.data.dataset import Collection
-from likewise.data.perceptual_hash import image_hashes
+from likewise.data.dataset import CaptionDataset
+from likewise.data.perceptual_hash import compute_perceptual_hashes
 from likewise.embeddings.embed import embed
-from likewise.embeddings.store import look_up_embeddings
-from likewise.errors import ArtifactError, InputError
-from likewise.neighbors.vectors import RecordVectors
-from likewise.pairs.analyze import LANGUAGE_RULES, Diagnosis, Row, diagnose, rule_text
+from likewise.embeddings.store import find_embeddings
+from likewise.errors import ArtifactError, InvalidInputError
+from likewise.neighbors.vectors import ImageVectors
+from likewise.pairs.analyze import (
+    LANGUAGE_PAIR_CONFIGS,
+    AnalysisRow,
+    PairAnalysis,
+    analyze_pairs,
+    format_pair_config,
+)
 from likewise.pairs.candidates import Candidates
-from likewise.pairs.config import PairRule, parse_rule
-from likewise.pairs.sampling import FromGroups, FromTable, Pairs
+from likewise.pairs.config import PairConfig, parse_pair_config
+from likewise.pairs.sampling import CandidateSampler, LabelSampler, Pairs
 from likewise.pairs.stats import (
-    Draws,
-    Evidence,
-    Figures,
-    agreement,
-    chance_of,
-    draws_of,
-    figures_of,
-    nearest_of,
-    precision,
+    PairDistribution,
+    PairSignals,
+    PairStats,
+    compute_agreement,
+    compute_pair_stats,
+    label_precision,
+    pair_distribution,
+    random_baseline,
     rank_correlations,
+    sample_neighbors,
     skewness,
 )
 from support import MINILM
@@ -48,19 +54,21 @@ def _pairs(n: int, temperature: float | None, *, several: bool, seed: int = 0) -
     owner = np.repeat(np.arange(n), rows)
     positions = np.stack([rng.permutation(np.delete(np.arange(n // 2), a % (n // 2)))[:6] for a in owner])
     similarity = -np.sort(-rng.uniform(-0.2, 1, positions.shape).astype(np.float32), axis=1)
-    table = Candidates(positions, similarity).keep(rng.random(positions.shape) < rng.random((len(owner), 1)))
-    choice = FromTable(table, temperature, np.concatenate([[0], np.cumsum(rows)]))
-    return Pairs(PairRule(), choice, "key", dropped=rng.random(n) < 0.1), owner
+    table = Candidates(positions, similarity).filter(
+        rng.random(positions.shape) < rng.random((len(owner), 1))
+    )
+    choice = CandidateSampler(table, temperature, np.concatenate([[0], np.cumsum(rows)]))
+    return Pairs(PairConfig(), choice, "key", excluded=rng.random(n) < 0.1), owner
 
 
 def _naive_table(pairs: Pairs, owner: np.ndarray) -> Table:
     """List draws as the rule says them: a row of the image evenly, then a candidate of the row."""
-    choice = pairs.choice
-    assert isinstance(choice, FromTable)
+    choice = pairs.sampler
+    assert isinstance(choice, CandidateSampler)
     rows = defaultdict(list)
     for row, image in enumerate(owner):
         near = [(int(p), float(s)) for p, s in zip(*_row(choice.candidates, row), strict=True) if p >= 0]
-        if near and not pairs.dropped[image]:
+        if near and not pairs.excluded[image]:
             rows[int(image)].append(near)
     told = []
     for image, lists in rows.items():
@@ -76,15 +84,15 @@ def _row(table: Candidates, row: int) -> tuple[np.ndarray, np.ndarray]:
     return table.positions[row], table.similarity[row]
 
 
-def _evidence(n: int, seed: int = 1) -> Evidence:
+def _evidence(n: int, seed: int = 1) -> PairSignals:
     rng = np.random.default_rng(seed)
-    return Evidence(
-        captions=rng.integers(-1, 4, n),
-        hashes=rng.integers(0, 2**63, n).astype(np.uint64),
-        readable=rng.random(n) < 0.8,
-        copies=rng.integers(-1, 9, n),
+    return PairSignals(
+        caption_hashes=rng.integers(-1, 4, n),
+        image_hashes=rng.integers(0, 2**63, n).astype(np.uint64),
+        is_readable=rng.random(n) < 0.8,
+        near_duplicate_ids=rng.integers(-1, 9, n),
         labels=rng.integers(-1, 3, n),
-        looks=None,
+        image_vectors=None,
     )
 
 
@@ -100,116 +108,120 @@ def _naive_precision(table: Table, labels: np.ndarray, column: int) -> list[floa
 
 @pytest.mark.parametrize(("temperature", "several"), [(None, False), (0.2, False), (None, True), (0.2, True)])
 def test_figures_are_those_of_naive_loops(
-    collection: Collection, temperature: float | None, *, several: bool
+    collection: CaptionDataset, temperature: float | None, *, several: bool
 ) -> None:
     n = 80
     pairs, owner = _pairs(n, temperature, several=several)
     told, evidence = _naive_table(pairs, owner), _evidence(n)
-    found = figures_of(draws_of(pairs, owner), evidence, collection)
+    found = compute_pair_stats(pair_distribution(pairs, owner), evidence, collection)
     total = sum(w for _, _, w, _, _ in told)
     edges = {(a, p) for a, p, *_ in told}
     chosen = np.zeros(n)
     for _, p, w, _, _ in told:
         chosen[p] += w
 
-    assert found.with_partner == len({a for a, *_ in told}) / n
-    assert found.hub_skew == pytest.approx(stats.skew(chosen), abs=1e-9)
-    assert found.reach == np.mean(chosen > 0)
-    assert found.reciprocal == pytest.approx(sum(w for a, p, w, *_ in told if (p, a) in edges) / total)
+    assert found.paired_fraction == len({a for a, *_ in told}) / n
+    assert found.hubness_skew == pytest.approx(stats.skew(chosen), abs=1e-9)
+    assert found.coverage == np.mean(chosen > 0)
+    assert found.reciprocity == pytest.approx(sum(w for a, p, w, *_ in told if (p, a) in edges) / total)
     for figure, codes in (
-        (found.identical_captions, evidence.captions),
-        (found.near_duplicates, evidence.copies),
+        (found.identical_caption_fraction, evidence.caption_hashes),
+        (found.near_duplicate_fraction, evidence.near_duplicate_ids),
     ):
         same = sum(w for a, p, w, *_ in told if codes[a] == codes[p] >= 0)
         assert 0 < figure == pytest.approx(same / total)
-    seen = [(a, p, w) for a, p, w, *_ in told if evidence.readable[a] and evidence.readable[p]]
-    bits = sum(w * (int(evidence.hashes[a]) ^ int(evidence.hashes[p])).bit_count() for a, p, w in seen)
+    seen = [(a, p, w) for a, p, w, *_ in told if evidence.is_readable[a] and evidence.is_readable[p]]
+    bits = sum(
+        w * (int(evidence.image_hashes[a]) ^ int(evidence.image_hashes[p])).bit_count() for a, p, w in seen
+    )
     assert found.hash_distance == pytest.approx(bits / sum(w for *_, w in seen))
     ordered = sorted((s, w) for _, _, w, _, s in told)
     reached = np.cumsum([w for _, w in ordered]) / total
     naive = [next(s for (s, _), r in zip(ordered, reached, strict=True) if r >= q) for q in (0.1, 0.5, 0.9)]
     assert found.similarity == pytest.approx(naive)
     assert evidence.labels is not None
-    for share, column in ((found.precision_first, 3), (found.precision, 2)):
+    for share, column in ((found.top1_precision, 3), (found.label_precision, 2)):
         values = _naive_precision(told, evidence.labels, column)
         assert share is not None
-        assert share.images == len(values)
+        assert share.num_images == len(values)
         assert share.value == pytest.approx(np.mean(values))
         low, high = stats.norm.interval(0.95, np.mean(values), stats.sem(values))
         assert (share.low, share.high) == pytest.approx((low, high), abs=1e-6)
     most = sorted(range(n), key=lambda at: (-chosen[at], at))[: len(found.hubs)]
     assert [hub.position for hub in found.hubs] == most
-    assert [hub.chosen for hub in found.hubs] == pytest.approx(chosen[most])
+    assert [hub.expected_in_degree for hub in found.hubs] == pytest.approx(chosen[most])
 
 
 @pytest.mark.parametrize("several", [False, True])
 def test_weights_are_those_of_the_draw(*, several: bool) -> None:
     pairs, owner = _pairs(24, 0.3, several=several, seed=3)
-    draws, epochs = draws_of(pairs, owner), 4000
-    anchors = np.flatnonzero(pairs.with_partner)
-    drawn = np.stack([pairs.partners(anchors, seed=0, epoch=epoch) for epoch in range(epochs)])
+    draws, epochs = pair_distribution(pairs, owner), 4000
+    anchors = np.flatnonzero(pairs.has_partner)
+    drawn = np.stack([pairs.sample_partners(anchors, seed=0, epoch=epoch) for epoch in range(epochs)])
     for column, anchor in enumerate(anchors):
-        mine = draws.anchor == anchor
-        expected = np.bincount(draws.partner[mine], draws.weight[mine], minlength=24)
+        mine = draws.anchors == anchor
+        expected = np.bincount(draws.partners[mine], draws.prob[mine], minlength=24)
         counted = np.bincount(drawn[:, column], minlength=24) / epochs
         np.testing.assert_allclose(counted, expected, atol=0.04)
 
 
-def test_pairs_of_one_label_are_counted_exactly(collection: Collection) -> None:
+def test_pairs_of_one_label_are_counted_exactly(collection: CaptionDataset) -> None:
     groups = np.array([0, 0, 0, 1, 1, 2, -1])
-    draws = draws_of(
-        Pairs(PairRule(pairs="label"), FromGroups(groups), "key", dropped=np.zeros(7, bool)), groups
+    draws = pair_distribution(
+        Pairs(PairConfig(source="label"), LabelSampler(groups), "key", excluded=np.zeros(7, bool)), groups
     )
-    assert draws.anchor.tolist() == [0, 1, 2, 3, 4]
-    assert (groups[draws.partner] == groups[draws.anchor]).all()
-    assert (draws.partner != draws.anchor).all()
-    assert draws.chosen.tolist() == [1, 1, 1, 1, 1, 0, 0]
+    assert draws.anchors.tolist() == [0, 1, 2, 3, 4]
+    assert (groups[draws.partners] == groups[draws.anchors]).all()
+    assert (draws.partners != draws.anchors).all()
+    assert draws.expected_in_degree.tolist() == [1, 1, 1, 1, 1, 0, 0]
     evidence = _evidence(7)
-    told = figures_of(draws, evidence, collection)
-    assert (told.reciprocal, told.reach, told.with_partner) == (1.0, 5 / 7, 5 / 7)
+    told = compute_pair_stats(draws, evidence, collection)
+    assert (told.reciprocity, told.coverage, told.paired_fraction) == (1.0, 5 / 7, 5 / 7)
     assert told.similarity is None
     assert told.hubs == ()
 
 
-def test_chance_is_the_mean_over_all_pairs(collection: Collection) -> None:
-    looks = RecordVectors(look_up_embeddings(collection, MINILM), len(collection))
+def test_chance_is_the_mean_over_all_pairs(collection: CaptionDataset) -> None:
+    looks = ImageVectors(find_embeddings(collection, MINILM), len(collection))
     n = len(collection)
     base = _evidence(n)
-    evidence = Evidence(
-        captions=base.captions,
-        hashes=base.hashes,
-        readable=base.readable,
-        copies=base.copies,
+    evidence = PairSignals(
+        caption_hashes=base.caption_hashes,
+        image_hashes=base.image_hashes,
+        is_readable=base.is_readable,
+        near_duplicate_ids=base.near_duplicate_ids,
         labels=base.labels,
-        looks=looks,
+        image_vectors=looks,
     )
-    found, both = chance_of(evidence), list(combinations(range(n), 2))
+    found, both = random_baseline(evidence), list(combinations(range(n), 2))
     assert base.labels is not None
     labelled = [(a, b) for a, b in both if base.labels[a] >= 0 and base.labels[b] >= 0]
-    assert found.precision == pytest.approx(np.mean([base.labels[a] == base.labels[b] for a, b in labelled]))
+    assert found.label_precision == pytest.approx(
+        np.mean([base.labels[a] == base.labels[b] for a, b in labelled])
+    )
     for figure, codes in (
-        (found.identical_captions, base.captions),
-        (found.near_duplicates, base.copies),
+        (found.identical_caption_fraction, base.caption_hashes),
+        (found.near_duplicate_fraction, base.near_duplicate_ids),
     ):
         assert figure == pytest.approx(np.mean([codes[a] == codes[b] >= 0 for a, b in both]))
     seen = [
-        (int(base.hashes[a]) ^ int(base.hashes[b])).bit_count()
+        (int(base.image_hashes[a]) ^ int(base.image_hashes[b])).bit_count()
         for a, b in both
-        if base.readable[a] and base.readable[b]
+        if base.is_readable[a] and base.is_readable[b]
     ]
     assert found.hash_distance == pytest.approx(np.mean(seen))
-    vectors = looks.of(np.arange(n)).astype(np.float64)
+    vectors = looks.get(np.arange(n)).astype(np.float64)
     cosines = vectors @ vectors.T
-    assert found.looks == pytest.approx(cosines[np.triu_indices(n, 1)].mean(), abs=1e-6)
+    assert found.image_similarity == pytest.approx(cosines[np.triu_indices(n, 1)].mean(), abs=1e-6)
 
 
 def test_figures_without_anything_to_judge_are_absent() -> None:
     assert skewness(np.ones(5)) == 0.0
     a, p, w = np.array([0, 1]), np.array([1, 0]), np.ones(2)
-    assert precision(a, p, w, np.array([0, -1])) is None
-    alone = precision(a[:1], p[:1], w[:1], np.array([2, 2]))
+    assert label_precision(a, p, w, np.array([0, -1])) is None
+    alone = label_precision(a[:1], p[:1], w[:1], np.array([2, 2]))
     assert alone is not None
-    assert (alone.value, alone.low, alone.high, alone.images) == (1.0, 0.0, 1.0, 1)
+    assert (alone.value, alone.low, alone.high, alone.num_images) == (1.0, 0.0, 1.0, 1)
 
 
 def test_rank_correlation_is_spearmans() -> None:
@@ -226,48 +238,59 @@ def test_rank_correlation_is_spearmans() -> None:
 
 
 def test_rules_are_told_as_they_are_typed() -> None:
-    for text in (*LANGUAGE_RULES, "k=3,mutual=10", "pairs=vision", "draw-temperature=0.1,k=4", "scope=other"):
-        rule = parse_rule(text)
-        assert parse_rule(rule_text(rule)) == rule
-    assert rule_text(parse_rule("paper")) == "paper"
-    assert rule_text(parse_rule("distinct-captions,k=2,encoder=tfidf")) == "distinct-captions,k=2"
+    for text in (
+        *LANGUAGE_PAIR_CONFIGS,
+        "k=3,mutual=10",
+        "pairs=vision",
+        "draw-temperature=0.1,k=4",
+        "scope=other",
+    ):
+        rule = parse_pair_config(text)
+        assert parse_pair_config(format_pair_config(rule)) == rule
+    assert format_pair_config(parse_pair_config("paper")) == "paper"
+    assert (
+        format_pair_config(parse_pair_config("distinct-captions,k=2,encoder=tfidf"))
+        == "distinct-captions,k=2"
+    )
 
 
 @pytest.fixture(scope="module")
-def usual(collection: Collection) -> Diagnosis:
-    return diagnose(collection)
+def usual(collection: CaptionDataset) -> PairAnalysis:
+    return analyze_pairs(collection)
 
 
-def _by_rule(found: Diagnosis) -> dict[str, Row]:
-    return {row.rule: row for row in found.rows}
+def _by_rule(found: PairAnalysis) -> dict[str, AnalysisRow]:
+    return {row.pair_config: row for row in found.rows}
 
 
-def _figures(row: Row) -> Figures:
-    assert row.fault is None
-    assert row.figures is not None
-    return row.figures
+def _figures(row: AnalysisRow) -> PairStats:
+    assert row.error is None
+    assert row.stats is not None
+    return row.stats
 
 
 def test_the_usual_rules_are_applied_with_labels_as_the_oracle(
-    collection: Collection, usual: Diagnosis
+    collection: CaptionDataset, usual: PairAnalysis
 ) -> None:
-    assert [row.rule for row in usual.rows] == [*LANGUAGE_RULES, "pairs=label"]
+    assert [row.pair_config for row in usual.rows] == [*LANGUAGE_PAIR_CONFIGS, "pairs=label"]
     assert {row.encoder for row in usual.rows[:-1]} == {MINILM}
     oracle = _figures(usual.rows[-1])
-    assert oracle.precision is not None
-    assert oracle.precision.value == 1.0
-    assert usual.chance.precision is not None
-    assert usual.chance.precision < 0.1
-    assert (usual.images, usual.labelled) == (len(collection), len(collection))
+    assert oracle.label_precision is not None
+    assert oracle.label_precision.value == 1.0
+    assert usual.random_baseline.label_precision is not None
+    assert usual.random_baseline.label_precision < 0.1
+    assert (usual.num_images, usual.num_labeled) == (len(collection), len(collection))
     assert len(usual.anchors) == 6
     assert all(len(anchor.partners) == len(usual.rows) for anchor in usual.anchors)
-    assert json.loads(json.dumps(usual.told()))["rows"][0]["figures"]["with_partner"] == 1.0
+    assert json.loads(json.dumps(usual.to_dict()))["rows"][0]["figures"]["with_partner"] == 1.0
 
 
-def test_the_papers_rule_is_judged_as_by_brute_force(collection: Collection, usual: Diagnosis) -> None:
+def test_the_papers_rule_is_judged_as_by_brute_force(collection: CaptionDataset, usual: PairAnalysis) -> None:
     """Nearest in float64; concepts that both houses call by one name are told apart by nothing else."""
-    embeddings = look_up_embeddings(collection, MINILM)
-    pooled = np.concatenate([embeddings.pooled(i)[0] for i in range(embeddings.shards)]).astype(np.float64)
+    embeddings = find_embeddings(collection, MINILM)
+    pooled = np.concatenate(
+        [embeddings.load_mean_vectors(i)[0] for i in range(embeddings.num_shards)]
+    ).astype(np.float64)
     cosine = pooled @ pooled.T
     np.fill_diagonal(cosine, -2)
     best = np.where(cosine > cosine.max(axis=1, keepdims=True) - 1e-6, np.arange(len(cosine)), len(cosine))
@@ -275,117 +298,127 @@ def test_the_papers_rule_is_judged_as_by_brute_force(collection: Collection, usu
     found, records = _figures(_by_rule(usual)["paper"]), list(collection)
     labels = [record.label for record in records]
     right = np.mean([labels[a] == labels[p] for a, p in enumerate(nearest)])
-    assert found.precision is not None
-    assert found.precision.value == pytest.approx(right)
+    assert found.label_precision is not None
+    assert found.label_precision.value == pytest.approx(right)
     assert found.similarity is not None
     assert found.similarity[1] == pytest.approx(np.median(cosine.max(axis=1)), abs=1e-3)
-    assert found.reach == len(set(nearest.tolist())) / len(records)
-    assert found.reciprocal == np.mean([nearest[p] == a for a, p in enumerate(nearest)])
-    bits = image_hashes(collection).bits
+    assert found.coverage == len(set(nearest.tolist())) / len(records)
+    assert found.reciprocity == np.mean([nearest[p] == a for a, p in enumerate(nearest)])
+    bits = compute_perceptual_hashes(collection).hashes
     distances = [(int(bits[a]) ^ int(bits[p])).bit_count() for a, p in enumerate(nearest)]
     assert found.hash_distance is not None
     assert found.hash_distance == pytest.approx(np.mean(distances))
-    assert usual.chance.hash_distance is not None
-    assert usual.chance.hash_distance > found.hash_distance > 0
+    assert usual.random_baseline.hash_distance is not None
+    assert usual.random_baseline.hash_distance > found.hash_distance > 0
     same = [sorted(records[a].captions) == sorted(records[p].captions) for a, p in enumerate(nearest)]
-    assert found.identical_captions == pytest.approx(np.mean(same))
+    assert found.identical_caption_fraction == pytest.approx(np.mean(same))
 
 
-def test_rules_change_what_they_promise(usual: Diagnosis) -> None:
+def test_rules_change_what_they_promise(usual: PairAnalysis) -> None:
     rules = {name: _figures(row) for name, row in _by_rule(usual).items()}
-    assert rules["distinct-captions"].identical_captions == 0 < rules["paper"].identical_captions
+    assert (
+        rules["distinct-captions"].identical_caption_fraction == 0 < rules["paper"].identical_caption_fraction
+    )
     least = rules["min-similarity=0.7"].similarity
     assert least is not None
     assert least[0] >= 0.7
-    assert rules["k=5"].reach > rules["paper"].reach
+    assert rules["k=5"].coverage > rules["paper"].coverage
     k5 = rules["k=5"]
-    assert k5.precision is not None
-    assert k5.precision_first is not None
-    assert k5.precision.value < k5.precision_first.value
+    assert k5.label_precision is not None
+    assert k5.top1_precision is not None
+    assert k5.label_precision.value < k5.top1_precision.value
 
 
-def test_all_mutual_neighbors_are_reciprocal_pairs(collection: Collection) -> None:
-    (row,) = diagnose(collection, rules=["k=10,mutual=10"]).rows
-    assert _figures(row).reciprocal == pytest.approx(1.0)
+def test_all_mutual_neighbors_are_reciprocal_pairs(collection: CaptionDataset) -> None:
+    (row,) = analyze_pairs(collection, pair_configs=["k=10,mutual=10"]).rows
+    assert _figures(row).reciprocity == pytest.approx(1.0)
 
 
-def test_a_rule_that_leaves_nobody_is_a_row(collection: Collection) -> None:
-    found = diagnose(
+def test_a_rule_that_leaves_nobody_is_a_row(collection: CaptionDataset) -> None:
+    found = analyze_pairs(
         collection, [MINILM], ["distinct-captions,min-similarity=1", "pairs=self", "paper", "paper"]
     )
-    assert [row.figures is None for row in found.rows] == [True, False, True]
+    assert [row.stats is None for row in found.rows] == [True, False, True]
     nobody, paper, itself = found.rows
-    assert nobody.fault is not None
-    assert "has a partner" in nobody.fault
-    assert itself.fault == "no image has a partner other than itself"
-    assert paper.fault is None
+    assert nobody.error is not None
+    assert "has a partner" in nobody.error
+    assert itself.error == "no image has a partner other than itself"
+    assert paper.error is None
     assert [[shown.row for shown in anchor.partners] for anchor in found.anchors] == [[1]] * 6
 
 
-def test_captions_drawn_each_epoch_are_judged_by_caption(collection: Collection) -> None:
-    draw, best = diagnose(collection, [MINILM], ["captions=draw", "captions=best"]).rows
-    assert _figures(draw).with_partner == _figures(best).with_partner == 1.0
-    assert _figures(draw).reach > 0.5
+def test_captions_drawn_each_epoch_are_judged_by_caption(collection: CaptionDataset) -> None:
+    draw, best = analyze_pairs(collection, [MINILM], ["captions=draw", "captions=best"]).rows
+    assert _figures(draw).paired_fraction == _figures(best).paired_fraction == 1.0
+    assert _figures(draw).coverage > 0.5
 
 
-def test_the_same_question_has_the_same_answer(collection: Collection, usual: Diagnosis) -> None:
-    assert diagnose(collection) == usual
+def test_the_same_question_has_the_same_answer(collection: CaptionDataset, usual: PairAnalysis) -> None:
+    assert analyze_pairs(collection) == usual
 
 
-def test_what_cannot_be_diagnosed_is_refused(collection: Collection) -> None:
-    with pytest.raises(InputError, match="unknown setting 'mutal'"):
-        diagnose(collection, rules=["mutal=10"])
+def test_what_cannot_be_diagnosed_is_refused(collection: CaptionDataset) -> None:
+    with pytest.raises(InvalidInputError, match="unknown setting 'mutal'"):
+        analyze_pairs(collection, pair_configs=["mutal=10"])
     with pytest.raises(ArtifactError, match="no finished embeddings"):
-        diagnose(collection, rules=["pairs=vision"])
+        analyze_pairs(collection, pair_configs=["pairs=vision"])
 
 
-def test_nearest_of_a_sample_are_those_of_the_search(collection: Collection, usual: Diagnosis) -> None:
-    found = nearest_of(collection, MINILM, images=False)
-    np.testing.assert_array_equal(found.sample, np.arange(len(collection)))
-    assert sum(found.spread.images) == len(collection)
-    assert found.spread == usual.spreads[0]
+def test_nearest_of_a_sample_are_those_of_the_search(collection: CaptionDataset, usual: PairAnalysis) -> None:
+    found = sample_neighbors(collection, MINILM, use_image_embeddings=False)
+    np.testing.assert_array_equal(found.anchors, np.arange(len(collection)))
+    assert sum(found.histogram.counts) == len(collection)
+    assert found.histogram == usual.similarity_histograms[0]
 
 
 @pytest.fixture(scope="module")
-def several(collection: Collection, tmp_path_factory: pytest.TempPathFactory) -> Collection:
+def several(collection: CaptionDataset, tmp_path_factory: pytest.TempPathFactory) -> CaptionDataset:
     """The same collection with embeddings of captions by words, and of images by an untrained network."""
     folder = tmp_path_factory.mktemp("several") / "c"
     shutil.copytree(collection.path, folder)
     embed(folder, "tfidf")
     embed(folder, LOOKS)
-    return Collection(folder)
+    return CaptionDataset(folder)
 
 
-def test_encoders_are_compared_side_by_side(several: Collection) -> None:
-    found = diagnose(several, rules=["paper", "pairs=vision", "pairs=hybrid"])
-    assert {(row.rule, row.encoder) for row in found.rows} == {
+def test_encoders_are_compared_side_by_side(several: CaptionDataset) -> None:
+    found = analyze_pairs(several, pair_configs=["paper", "pairs=vision", "pairs=hybrid"])
+    assert {(row.pair_config, row.encoder) for row in found.rows} == {
         ("paper", MINILM),
         ("paper", "tfidf"),
         ("pairs=vision", LOOKS),
         ("pairs=hybrid", f"{MINILM} + {LOOKS}"),
         ("pairs=hybrid", f"tfidf + {LOOKS}"),
     }
-    by_looks = {row.rule: _figures(row).looks or 0.0 for row in found.rows}
-    assert found.looks == LOOKS
-    assert found.chance.looks is not None
-    assert by_looks["pairs=vision"] > by_looks["pairs=hybrid"] > by_looks["paper"] > found.chance.looks
-    assert {each.encoder for each in found.spreads} == {MINILM, "tfidf", LOOKS}
+    by_looks = {row.pair_config: _figures(row).image_similarity or 0.0 for row in found.rows}
+    assert found.image_encoder == LOOKS
+    assert found.random_baseline.image_similarity is not None
+    assert (
+        by_looks["pairs=vision"]
+        > by_looks["pairs=hybrid"]
+        > by_looks["paper"]
+        > found.random_baseline.image_similarity
+    )
+    assert {each.encoder for each in found.similarity_histograms} == {MINILM, "tfidf", LOOKS}
     assert len(found.agreements) == 3
-    one = diagnose(several, ["tfidf"], ["paper"])
+    one = analyze_pairs(several, ["tfidf"], ["paper"])
     assert [row.encoder for row in one.rows] == ["tfidf"]
-    assert one.looks == LOOKS
-    assert "pairs=hybrid" in {row.rule for row in diagnose(several, ["tfidf", LOOKS]).rows}
+    assert one.image_encoder == LOOKS
+    assert "pairs=hybrid" in {row.pair_config for row in analyze_pairs(several, ["tfidf", LOOKS]).rows}
 
 
-def test_agreement_is_that_of_the_nearest(several: Collection) -> None:
+def test_agreement_is_that_of_the_nearest(several: CaptionDataset) -> None:
     """Ten nearest and similarities recomputed image by image, ties as the search breaks them."""
-    sides = [nearest_of(several, MINILM, images=False), nearest_of(several, "tfidf", images=False)]
-    told = agreement(*sides)
+    sides = [
+        sample_neighbors(several, MINILM, use_image_embeddings=False),
+        sample_neighbors(several, "tfidf", use_image_embeddings=False),
+    ]
+    told = compute_agreement(*sides)
     assert told is not None
-    vectors = [side.vectors.of(np.arange(len(several))) for side in sides]
+    vectors = [side.vectors.get(np.arange(len(several))) for side in sides]
     overlaps, correlations = [], []
     for image in range(len(several)):
-        tens = [{int(p) for p in side.positions[image] if p >= 0} for side in sides]
+        tens = [{int(p) for p in side.neighbor_positions[image] if p >= 0} for side in sides]
         if not all(tens):
             continue
         overlaps.append(len(tens[0] & tens[1]) / max(map(len, tens)))
@@ -393,7 +426,7 @@ def test_agreement_is_that_of_the_nearest(several: Collection) -> None:
         values = [(v[union] * v[image]).sum(axis=1) for v in vectors]
         if all(np.ptp(each) > 0 for each in values):
             correlations.append(stats.spearmanr(*values)[0])
-    assert told.images == len(overlaps)
+    assert told.num_images == len(overlaps)
     assert told.overlap == pytest.approx(np.mean(overlaps))
     assert told.correlation == pytest.approx(np.mean(correlations), abs=0.01)
 
@@ -403,7 +436,9 @@ def _likewise(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
     return subprocess.run(command, capture_output=True, text=True, check=False)
 
 
-def test_the_command_line_prints_a_table_and_writes_a_page(collection: Collection, tmp_path: Path) -> None:
+def test_the_command_line_prints_a_table_and_writes_a_page(
+    collection: CaptionDataset, tmp_path: Path
+) -> None:
     page, asked = tmp_path / "pairs.html", ("paper", "k=3,mutual=10", "distinct-captions,min-similarity=0.99")
     rules = [word for rule in asked for word in ("--rule", rule)]
     told = _likewise("diagnose", collection.path, "--encoder", MINILM, *rules, "--out", page)
@@ -416,7 +451,7 @@ def test_the_command_line_prints_a_table_and_writes_a_page(collection: Collectio
     assert page.with_suffix(".json").is_file()
 
 
-def test_the_command_line_tells_machines_the_same(collection: Collection, tmp_path: Path) -> None:
+def test_the_command_line_tells_machines_the_same(collection: CaptionDataset, tmp_path: Path) -> None:
     page = tmp_path / "pairs.html"
     told = _likewise(
         "diagnose", collection.path, "--rule", "paper", "--rule", "k=3", "--json", "--quiet", "--out", page
@@ -427,13 +462,13 @@ def test_the_command_line_tells_machines_the_same(collection: Collection, tmp_pa
     assert result["page"] == str(page)
     saved = json.loads(page.with_suffix(".json").read_text())
     assert saved == {name: value for name, value in result.items() if name != "page"}
-    assert saved == json.loads(json.dumps(diagnose(collection, rules=["paper", "k=3"]).told()))
+    assert saved == json.loads(json.dumps(analyze_pairs(collection, pair_configs=["paper", "k=3"]).to_dict()))
 
 
 def test_draws_are_plain_arrays() -> None:
     pairs, owner = _pairs(12, None, several=False)
-    draws = draws_of(pairs, owner)
-    assert isinstance(draws, Draws)
-    sums = np.bincount(draws.anchor, draws.weight, minlength=12)
-    np.testing.assert_allclose(sums[pairs.with_partner], 1)
-    assert not sums[~pairs.with_partner].any()
+    draws = pair_distribution(pairs, owner)
+    assert isinstance(draws, PairDistribution)
+    sums = np.bincount(draws.anchors, draws.prob, minlength=12)
+    np.testing.assert_allclose(sums[pairs.has_partner], 1)
+    assert not sums[~pairs.has_partner].any()

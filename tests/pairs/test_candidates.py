@@ -8,14 +8,14 @@ from scipy.stats import norm
 
 from likewise.pairs.candidates import (
     Candidates,
-    among,
-    at_least,
-    clearly_nearest,
     csls_scores,
-    merged,
-    mutual,
+    filter_min_similarity,
+    filter_mutual,
+    merge_scores,
     mutual_proximity_scores,
-    reciprocal_ranks,
+    ratio_test,
+    reciprocal_rank_fusion,
+    restrict_to,
 )
 
 
@@ -34,7 +34,7 @@ def table(n: int, k: int, seed: int) -> Candidates:
 
 
 def pairs_of(candidates: Candidates) -> set[tuple[int, int]]:
-    rows, places = np.nonzero(candidates.found)
+    rows, places = np.nonzero(candidates.mask)
     return set(zip(rows.tolist(), candidates.positions[rows, places].tolist(), strict=True))
 
 
@@ -47,22 +47,22 @@ def test_no_rule_adds_a_pair_and_rows_stay_closed(n: int, k: int, seed: int) -> 
     base = table(n, k, seed)
     allowed = np.random.default_rng(seed).random(n) < 0.7
     for kept in (
-        among(base, allowed),
-        at_least(base, 0.3),
-        clearly_nearest(base, 1.2),
-        mutual(base, 3),
-        base.first(2),
-        base.by(csls_scores(base, base)),
+        restrict_to(base, allowed),
+        filter_min_similarity(base, 0.3),
+        ratio_test(base, 1.2),
+        filter_mutual(base, 3),
+        base.topk(2),
+        base.rerank(csls_scores(base, base)),
     ):
         assert pairs_of(kept) <= pairs_of(base)
-        assert (np.sort(~kept.found, axis=1) == ~kept.found).all()  # -1 only at the end
-        assert np.isneginf(kept.similarity[~kept.found]).all()
+        assert (np.sort(~kept.mask, axis=1) == ~kept.mask).all()  # -1 only at the end
+        assert np.isneginf(kept.similarity[~kept.mask]).all()
         of = {
             (i, int(j)): s
             for i in range(n)
             for j, s in zip(base.positions[i], base.similarity[i], strict=True)
         }
-        rows, places = np.nonzero(kept.found)
+        rows, places = np.nonzero(kept.mask)
         for i, place in zip(rows.tolist(), places.tolist(), strict=True):
             assert of[i, int(kept.positions[i, place])] == kept.similarity[i, place]
 
@@ -71,9 +71,9 @@ def test_no_rule_adds_a_pair_and_rows_stay_closed(n: int, k: int, seed: int) -> 
 @given(**SIZES, m=st.integers(1, 8))
 def test_mutual_is_symmetric_and_exact(n: int, k: int, seed: int, m: int) -> None:
     base = table(n, k, seed)
-    found = pairs_of(mutual(base, m))
+    found = pairs_of(filter_mutual(base, m))
     assert found == {(j, i) for i, j in found}
-    near = pairs_of(base.first(m))
+    near = pairs_of(base.topk(m))
     assert found == {(i, j) for i, j in near if (j, i) in near}
 
 
@@ -82,15 +82,15 @@ def test_mutual_is_symmetric_and_exact(n: int, k: int, seed: int, m: int) -> Non
 def test_limits_equal_loops(n: int, k: int, seed: int) -> None:
     base = table(n, k, seed)
     allowed = np.random.default_rng(seed).random(n) < 0.5
-    assert pairs_of(among(base, allowed)) == {(i, j) for i, j in pairs_of(base) if allowed[j]}
+    assert pairs_of(restrict_to(base, allowed)) == {(i, j) for i, j in pairs_of(base) if allowed[j]}
     strong = {
         (i, int(j))
         for i in range(n)
         for j, s in zip(base.positions[i], base.similarity[i], strict=True)
         if j >= 0 and s >= 0.25 - 1e-6
     }
-    assert pairs_of(at_least(base, 0.25)) == strong
-    clear = pairs_of(clearly_nearest(base, 1.5))
+    assert pairs_of(filter_min_similarity(base, 0.25)) == strong
+    clear = pairs_of(ratio_test(base, 1.5))
     for i in range(n):
         near = [float(s) for s in base.similarity[i] if np.isfinite(s)]
         passes = len(near) == 1 or (len(near) > 1 and 1 - near[1] >= 1.5 * (1 - near[0]))
@@ -107,7 +107,7 @@ def test_hub_corrections_equal_their_formulas(n: int, k: int, seed: int) -> None
     rng = np.random.default_rng(seed)
     mean, std = rng.normal(size=n) / 10, rng.random(n) + 0.1
     csls, proximity = csls_scores(base, base), mutual_proximity_scores(base, mean, std)
-    for i, place in zip(*np.nonzero(base.found), strict=True):
+    for i, place in zip(*np.nonzero(base.mask), strict=True):
         j, s = base.positions[i, place], float(base.similarity[i, place])
         # The part of CSLS that does not change within a row is left out.
         assert csls[i, place] == pytest.approx(2 * s - r[j], abs=1e-6)
@@ -120,7 +120,7 @@ def test_hub_corrections_equal_their_formulas(n: int, k: int, seed: int) -> None
 def test_rank_fusion_equals_a_loop(n: int, k: int, seed: int, weight: float) -> None:
     words, looks = table(n, k, seed), table(n, k, seed + 1)
     width = words.positions.shape[1]
-    positions, scores = reciprocal_ranks(words, looks, np.full((n, 1), weight), width)
+    positions, scores = reciprocal_rank_fusion(words, looks, np.full((n, 1), weight), width)
     for i in range(n):
         total: dict[int, float] = {}
         for candidates, w in ((words, 1 - weight), (looks, weight)):
@@ -135,6 +135,8 @@ def test_rank_fusion_equals_a_loop(n: int, k: int, seed: int, weight: float) -> 
 
 def test_merged_adds_twins_up_by_hand() -> None:
     first, second = np.array([[3, 1, -1]]), np.array([[1, 2, -1]])
-    positions, scores = merged(first, second, np.array([[0.5, 0.4, 9.0]]), np.array([[0.3, 0.1, 9.0]]), 4)
+    positions, scores = merge_scores(
+        first, second, np.array([[0.5, 0.4, 9.0]]), np.array([[0.3, 0.1, 9.0]]), 4
+    )
     assert positions.tolist() == [[1, 3, 2, -1]]
     np.testing.assert_allclose(scores[0, :3], [0.7, 0.5, 0.1])

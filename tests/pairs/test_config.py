@@ -6,9 +6,9 @@ from pathlib import Path
 
 import pytest
 
-from likewise.errors import InputError
-from likewise.neighbors.config import SearchRule
-from likewise.pairs.config import PairRule, parse_rule
+from likewise.errors import InvalidInputError
+from likewise.neighbors.config import SearchConfig
+from likewise.pairs.config import PairConfig, parse_pair_config
 
 
 @pytest.mark.parametrize(
@@ -32,35 +32,39 @@ from likewise.pairs.config import PairRule, parse_rule
     ],
 )
 def test_what_no_rule_can_mean_is_refused(given: dict, told: str) -> None:
-    with pytest.raises(InputError, match=told):
-        PairRule(**given)
+    with pytest.raises(InvalidInputError, match=told):
+        PairConfig(**given)
 
 
 def test_rules_are_typed_as_settings() -> None:
-    assert parse_rule("paper") == PairRule()
-    assert parse_rule("k=3, mutual=10,hubs=csls") == PairRule(k=3, mutual=10, hubs="csls")
-    assert parse_rule("distinct-captions,min-similarity=0.5") == PairRule(
-        distinct_captions=True, min_similarity=0.5
+    assert parse_pair_config("paper") == PairConfig()
+    assert parse_pair_config("k=3, mutual=10,hubs=csls") == PairConfig(
+        k=3, mutual_k=10, hubness_correction="csls"
     )
-    assert parse_rule("pairs=file,pairs_file=a.csv") == PairRule(pairs="file", pairs_file=Path("a.csv"))
-    with pytest.raises(InputError, match="unknown setting 'mutal'.*Did you mean mutual"):
-        parse_rule("mutal=3")
-    with pytest.raises(InputError, match="k stands twice in the rule 'k=3,k=5'"):
-        parse_rule("k=3,k=5")
-    with pytest.raises(InputError, match="'three' in the rule 'k=three' is not a number"):
-        parse_rule("k=three")
+    assert parse_pair_config("distinct-captions,min-similarity=0.5") == PairConfig(
+        exclude_identical_captions=True, min_similarity=0.5
+    )
+    assert parse_pair_config("pairs=file,pairs_file=a.csv") == PairConfig(
+        source="file", pairs_file=Path("a.csv")
+    )
+    with pytest.raises(InvalidInputError, match="unknown setting 'mutal'.*Did you mean mutual"):
+        parse_pair_config("mutal=3")
+    with pytest.raises(InvalidInputError, match="k stands twice in the rule 'k=3,k=5'"):
+        parse_pair_config("k=3,k=5")
+    with pytest.raises(InvalidInputError, match="'three' in the rule 'k=three' is not a number"):
+        parse_pair_config("k=three")
 
 
 def test_summaries_say_every_setting_in_words() -> None:
-    assert PairRule().summary() == "each image is paired with the image described most like it"
-    told = PairRule(
+    assert PairConfig().summary() == "each image is paired with the image described most like it"
+    told = PairConfig(
         k=5,
-        draw_temperature=0.1,
-        scope="other",
-        distinct_captions=True,
-        mutual=10,
-        self_share=0.25,
-        ratio=1.1,
+        sampling_temperature=0.1,
+        group_scope="different",
+        exclude_identical_captions=True,
+        mutual_k=10,
+        self_pair_prob=0.25,
+        ratio_threshold=1.1,
     ).summary()
     for words in (
         "one of the 5 images described most like it, the nearer the more often",
@@ -71,15 +75,17 @@ def test_summaries_say_every_setting_in_words() -> None:
         "in 25% of the draws with itself",
     ):
         assert words in told
-    assert PairRule(pairs="vision").summary() == "each image is paired with the image that looks most like it"
+    assert (
+        PairConfig(source="vision").summary() == "each image is paired with the image that looks most like it"
+    )
 
 
 def test_what_is_searched_for_is_a_part_of_the_rule() -> None:
-    rule = PairRule(k=3, scope="same", distinct_images=True)
-    assert rule.search == SearchRule(scope="same", distinct_images=True)
-    assert PairRule().depth == 1
-    assert PairRule(k=3, mutual=10).depth == 10
-    assert PairRule(hubs="csls").depth == 50
+    rule = PairConfig(k=3, group_scope="same", exclude_near_duplicates=True)
+    assert rule.search_config == SearchConfig(group_scope="same", exclude_near_duplicates=True)
+    assert PairConfig().num_candidates == 1
+    assert PairConfig(k=3, mutual_k=10).num_candidates == 10
+    assert PairConfig(hubness_correction="csls").num_candidates == 50
 
 
 def test_names_are_checked_without_the_types() -> None:

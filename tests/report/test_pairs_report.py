@@ -9,21 +9,21 @@ from pathlib import Path
 
 import pytest
 
-from likewise.data.dataset import Collection
-from likewise.data.importing import import_collection
+from likewise.data.dataset import CaptionDataset
+from likewise.data.importing import import_dataset
 from likewise.data.readers.base import ImportOptions
 from likewise.embeddings.embed import embed
-from likewise.pairs.analyze import Diagnosis, diagnose
+from likewise.pairs.analyze import PairAnalysis, analyze_pairs
 from likewise.report.pairs_report import (
-    Dot,
-    by_encoder,
-    columns,
-    scatter,
-    shape,
-    text_lines,
-    write_pairs_page,
+    ScatterPoint,
+    format_analysis,
+    group_by_encoder,
+    marker_index,
+    scatter_plot,
+    table_columns,
+    write_pairs_report,
 )
-from likewise.report.plots import STYLES
+from likewise.report.plots import NUM_STYLES
 from support import MINILM
 
 RULES = [
@@ -35,7 +35,7 @@ RULES = [
 ]
 EVIL = "<script>alert(1)</script> {{7*7}} <img src=x onerror=alert(2)>"
 VOID = {"meta", "img"}
-Made = tuple[Diagnosis, Collection, Path]
+Made = tuple[PairAnalysis, CaptionDataset, Path]
 
 
 @dataclass
@@ -100,28 +100,28 @@ def made(emoji: Path, tmp_path_factory: pytest.TempPathFactory) -> Made:
     base = tmp_path_factory.mktemp("pairs page")
     options = ImportOptions(caption_column=("caption",), label_column="label")
     table = _write_table(emoji, base / "set")
-    collection = import_collection(table, base / "a <b> collection", options)
+    collection = import_dataset(table, base / "a <b> collection", options)
     embed(collection, MINILM)
-    found = diagnose(collection, rules=RULES)
-    return found, collection, write_pairs_page(found, collection, base / "pages" / "pairs.html")
+    found = analyze_pairs(collection, pair_configs=RULES)
+    return found, collection, write_pairs_report(found, collection, base / "pages" / "pairs.html")
 
 
 def test_every_row_stands_in_the_table(made: Made) -> None:
     found, _, out = made
     page = read(out)
-    shown = columns(found)
-    assert [column.head for column in shown][-1] == "precision %"
+    shown = table_columns(found)
+    assert [column.header for column in shown][-1] == "precision %"
     for row in found.rows:
-        assert row.rule in page.text
-        if row.figures is None:
-            assert row.fault in page.cells
+        assert row.pair_config in page.text
+        if row.stats is None:
+            assert row.error in page.cells
         else:
-            cells = [column.cell(row.figures) for column in shown]
+            cells = [column.format_cell(row.stats) for column in shown]
             starts = [i for i in range(len(page.cells)) if page.cells[i : i + len(cells)] == cells]
             assert starts
-    assert sum(row.figures is None for row in found.rows) == 1
+    assert sum(row.stats is None for row in found.rows) == 1
     for column in shown:
-        assert column.explained in page.text
+        assert column.description in page.text
     assert "two images at random" in page.text
 
 
@@ -153,7 +153,7 @@ def test_captions_are_shown_as_text(made: Made) -> None:
 def test_anchors_stand_with_each_partner_or_the_lack_of_one(made: Made) -> None:
     found, collection, out = made
     page = read(out)
-    applied = [place for place, row in enumerate(found.rows) if row.figures is not None]
+    applied = [place for place, row in enumerate(found.rows) if row.stats is not None]
     lacking = sum(partner.position is None for anchor in found.anchors for partner in anchor.partners)
     assert lacking > 0
     assert page.text.count("no partner") == lacking
@@ -167,19 +167,19 @@ def test_anchors_stand_with_each_partner_or_the_lack_of_one(made: Made) -> None:
 
 def test_hubs_are_shown_with_how_often_they_are_drawn(made: Made) -> None:
     found, _, out = made
-    figures = found.rows[0].figures
+    figures = found.rows[0].stats
     assert figures is not None
     assert figures.hubs
     text = read(out).text
     for hub in figures.hubs:
-        assert f"{hub.chosen:.0f} times" in text
+        assert f"{hub.expected_in_degree:.0f} times" in text
 
 
 def test_data_lie_beside_the_page_and_bytes_repeat(made: Made, tmp_path: Path) -> None:
     found, collection, out = made
     told = json.loads(out.with_suffix(".json").read_text(encoding="utf-8"))
-    assert told == json.loads(json.dumps(found.told()))
-    again = write_pairs_page(found, collection, tmp_path / "again.html")
+    assert told == json.loads(json.dumps(found.to_dict()))
+    again = write_pairs_report(found, collection, tmp_path / "again.html")
     assert again.read_bytes() == out.read_bytes()
 
 
@@ -188,7 +188,7 @@ def test_lost_images_leave_their_reason(made: Made, tmp_path: Path) -> None:
     images, away = collection.root / "images", tmp_path / "away"
     images.rename(away)
     try:
-        page = read(write_pairs_page(found, collection, tmp_path / "lost.html"))
+        page = read(write_pairs_report(found, collection, tmp_path / "lost.html"))
     finally:
         away.rename(images)
     assert not [tag for tag, _ in page.tags if tag == "img"]
@@ -197,33 +197,38 @@ def test_lost_images_leave_their_reason(made: Made, tmp_path: Path) -> None:
 
 def test_the_terminal_shows_the_same_figures_in_columns(made: Made) -> None:
     found, _, _ = made
-    lines = text_lines(found)
+    lines = format_analysis(found)
     for row in found.rows:
-        (line,) = [each for each in lines if each.split()[:1] == [row.rule]]
-        if row.figures is None:
-            assert line.endswith(str(row.fault))
+        (line,) = [each for each in lines if each.split()[:1] == [row.pair_config]]
+        if row.stats is None:
+            assert line.endswith(str(row.error))
         else:
-            assert line.split()[1:] == " ".join(c.cell(row.figures) for c in columns(found)).split()
+            assert (
+                line.split()[1:] == " ".join(c.format_cell(row.stats) for c in table_columns(found)).split()
+            )
     ends = {len(line) for line in lines if line.startswith("  ") and line.split()[0] in ("paper", "k=3")}
     assert len(ends) == 1
-    assert [name for name, _ in by_encoder(found)] == [MINILM, ""]
+    assert [name for name, _ in group_by_encoder(found)] == [MINILM, ""]
 
 
 def test_styles_of_many_encoders_differ() -> None:
-    assert len({(style % STYLES, shape(style)) for style in range(36)}) == 36
+    assert len({(style % NUM_STYLES, marker_index(style)) for style in range(36)}) == 36
 
 
 def test_numbers_of_dots_on_one_spot_are_written_together() -> None:
-    dots = [Dot(style=0, number=n, x=x, y=y) for n, x, y in ((1, 50.0, 9.0), (4, 50.01, 9.0), (2, 80.0, 3.0))]
-    drawn = scatter("test", "across", "up", dots)
+    dots = [
+        ScatterPoint(style=0, number=n, x=x, y=y)
+        for n, x, y in ((1, 50.0, 9.0), (4, 50.01, 9.0), (2, 80.0, 3.0))
+    ]
+    drawn = scatter_plot("test", "across", "up", dots)
     assert ">1,4<" in drawn
     assert ">2<" in drawn
 
 
 def test_nothing_to_draw_is_told(made: Made, tmp_path: Path) -> None:
     _, collection, _ = made
-    found = diagnose(collection, rules=["distinct-captions,min-similarity=0.999"])
-    page: Page = read(write_pairs_page(found, collection, tmp_path / "none.html"))
+    found = analyze_pairs(collection, pair_configs=["distinct-captions,min-similarity=0.999"])
+    page: Page = read(write_pairs_report(found, collection, tmp_path / "none.html"))
     assert "No rule left pairs to draw" in page.text
     assert "1 rule leaves nobody with a partner" in page.text
     assert "No image is drawn more than once" in page.text

@@ -13,28 +13,34 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from likewise.data.importing import import_collection
+from likewise.data.importing import import_dataset
 from likewise.data.readers import ImportOptions
 from likewise.embeddings.embed import embed
-from likewise.errors import ArtifactError, InputError
+from likewise.errors import ArtifactError, InvalidInputError
 from likewise.evaluation.evaluate import evaluate
-from likewise.evaluation.protocols import ProtocolSettings
-from likewise.evaluation.protocols.fewshot import FewShot
+from likewise.evaluation.protocols import ProtocolConfig
+from likewise.evaluation.protocols.fewshot import FewShotConfig
 from likewise.evaluation.results import read_results
 from likewise.evaluation.statistics import Difference
 from likewise.neighbors.index import find_neighbors
-from likewise.pairs.config import PairRule
-from likewise.report.format import chance, listed, picture, plain, points
-from likewise.report.plots import thinned
-from likewise.report.results import Change
+from likewise.pairs.config import PairConfig
+from likewise.report.format import (
+    format_p_value,
+    format_percentage_points,
+    format_value,
+    join_words,
+    make_thumbnail,
+)
+from likewise.report.plots import downsample
+from likewise.report.results import BaselineDifference
 from likewise.report.run_report import write_report
-from likewise.training.config import TrainSettings
+from likewise.training.config import TrainConfig
 from likewise.training.train import train
 
 EVIL = "<script>alert(1)</script> {{7*7}} <img src=x onerror=alert(2)>"
 VOID = {"meta", "img", "br", "link", "input", "hr"}
 CREDIT = "Twemoji, CC BY 4.0 (https://example.org/<b>)"
-_PROBES = ProtocolSettings(fewshot=FewShot(ways=3, shots=2, queries=3, episodes=60))
+_PROBES = ProtocolConfig(fewshot=FewShotConfig(ways=3, shots=2, queries=3, episodes=60))
 _TABLE_COLUMNS = ("file", "caption", "label", "instance", "split")
 
 
@@ -121,21 +127,21 @@ def _write_table(folder: Path) -> Path:
 def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
     base = tmp_path_factory.mktemp("report")
     table = _write_table(base / "small set")
-    collection = import_collection(table, base / "collection", ImportOptions())
+    collection = import_dataset(table, base / "collection", ImportOptions())
     embed(collection, "all-MiniLM-L6-v2")
     find_neighbors(collection, k=5)
     for name, pairs, seed in (("own", "self", 0), ("alike", "language", 0), ("bare", "language", 1)):
-        settings = TrainSettings(backbone="resnet10t", size=32, steps=3, batch_size=8, seed=seed)
-        train(collection, base / name, settings, PairRule(pairs=pairs), device="cpu")
+        settings = TrainConfig(backbone="resnet10t", image_size=32, max_steps=3, batch_size=8, seed=seed)
+        train(collection, base / name, settings, PairConfig(source=pairs), device="cpu")
     protocols = ("linear", "knn", "fewshot", "retrieval")
     for name in ("own", "alike"):
-        evaluate(base / name, table.parent, protocols, settings=_PROBES, device="cpu")
+        evaluate(base / name, table.parent, protocols, config=_PROBES, device="cpu")
     evaluate(
         "random:resnet10t",
         table.parent,
         protocols,
-        settings=_PROBES,
-        size=32,
+        config=_PROBES,
+        image_size=32,
         out=base / "floor",
         device="cpu",
     )
@@ -145,7 +151,7 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def both(home: Path) -> Path:
     runs = [home / "alike", home / "own", home / "floor"]
-    return write_report(runs, home / "pages" / "both.html", title="A <small> title", credits=[CREDIT])
+    return write_report(runs, home / "pages" / "both.html", title="A <small> title", image_credits=[CREDIT])
 
 
 @pytest.mark.parametrize(
@@ -154,7 +160,7 @@ def both(home: Path) -> Path:
 def test_pages_are_well_formed_and_complete_in_themselves(
     home: Path, tmp_path: Path, names: list[str]
 ) -> None:
-    out = write_report([home / name for name in names], tmp_path / "page.html", credits=[CREDIT])
+    out = write_report([home / name for name in names], tmp_path / "page.html", image_credits=[CREDIT])
     page = read(out)
     assert out.stat().st_size < 1_500_000
     tags = {tag for tag, _ in page.tags}
@@ -198,10 +204,10 @@ def test_numbers_are_those_of_the_results(home: Path, both: Path) -> None:
 
 
 def test_differences_are_from_the_run_with_self_pairs(home: Path, both: Path) -> None:
-    own, alike = ({row.name: row for row in read_results(home / name)} for name in ("own", "alike"))
+    own, alike = ({row.key: row for row in read_results(home / name)} for name in ("own", "alike"))
     text = read(both).text
     for name, row in own.items():
-        assert points(alike[name].estimate.value - row.estimate.value) in text
+        assert format_percentage_points(alike[name].estimate.value - row.estimate.value) in text
     assert "the difference from self pairs, simclr in percentage points" in text
     assert "the recipe of views (crop, not simclr)" in text
 
@@ -219,7 +225,7 @@ def test_pairs_captions_curves_and_settings_are_there(both: Path) -> None:
 
 def test_same_files_give_the_same_bytes(home: Path, both: Path, tmp_path: Path) -> None:
     runs = [str(home / "alike"), str(home / "own"), str(home / "floor"), str(home / "own")]
-    again = write_report(runs, tmp_path / "again.html", title="A <small> title", credits=[CREDIT])
+    again = write_report(runs, tmp_path / "again.html", title="A <small> title", image_credits=[CREDIT])
     assert again.read_bytes() == both.read_bytes()
 
 
@@ -275,14 +281,14 @@ def test_what_is_no_run_is_refused(home: Path, tmp_path: Path) -> None:
         write_report([tmp_path / "none"], tmp_path / "page.html")
     with pytest.raises(ArtifactError, match="holds a collection, not a run"):
         write_report([home / "collection"], tmp_path / "page.html")
-    with pytest.raises(InputError, match="at least one run"):
+    with pytest.raises(InvalidInputError, match="at least one run"):
         write_report([], tmp_path / "page.html")
     assert not (tmp_path / "page.html").exists()
 
 
 def test_marks_are_full_only_where_interval_and_test_agree() -> None:
     def mark(low: float, high: float, p_value: float) -> str:
-        return Change(told=Difference(value=0.1, low=low, high=high, p_value=p_value)).mark
+        return BaselineDifference(stats=Difference(value=0.1, low=low, high=high, p_value=p_value)).mark
 
     assert mark(0.01, 0.2, 0.01) == "▲"
     assert mark(-0.2, -0.01, 0.01) == "▼"
@@ -292,32 +298,44 @@ def test_marks_are_full_only_where_interval_and_test_agree() -> None:
 
 
 def test_numbers_read_well() -> None:
-    assert [points(x) for x in (0.032, -0.0049, -0.0001, 0.0)] == ["+3.2", "−0.5", "0.0", "0.0"]
-    assert [chance(p).replace("\u00a0", " ") for p in (0.0005, 0.0333, 0.5)] == [
+    assert [format_percentage_points(x) for x in (0.032, -0.0049, -0.0001, 0.0)] == [
+        "+3.2",
+        "−0.5",
+        "0.0",
+        "0.0",
+    ]
+    assert [format_p_value(p).replace("\u00a0", " ") for p in (0.0005, 0.0333, 0.5)] == [
         "p < 0.001",
         "p = 0.033",
         "p = 0.50",
     ]
-    assert [listed(x) for x in ([], ["a"], ["a", "b", "c"])] == ["", "a", "a, b and c"]
-    assert [plain(x) for x in (None, 0, 12345, 0.001, True, "x")] == ["–", "0", "12,345", "0.001", "yes", "x"]
+    assert [join_words(x) for x in ([], ["a"], ["a", "b", "c"])] == ["", "a", "a, b and c"]
+    assert [format_value(x) for x in (None, 0, 12345, 0.001, True, "x")] == [
+        "–",
+        "0",
+        "12,345",
+        "0.001",
+        "yes",
+        "x",
+    ]
 
 
 def test_long_curves_are_averaged_to_a_few_points() -> None:
-    x, y = thinned(np.arange(1000.0), np.arange(1000.0) * 2, most=10)
+    x, y = downsample(np.arange(1000.0), np.arange(1000.0) * 2, max_points=10)
     assert x.tolist() == [49.5 + 100 * i for i in range(10)]
     assert y.tolist() == [2 * each for each in x]
 
 
 def test_pictures_keep_their_shape_and_are_small() -> None:
     rng = np.random.default_rng(0)
-    told = picture(rng.integers(0, 256, (300, 600, 3), dtype=np.uint8), "noise", side=64)
-    assert told.source.startswith("data:image/jpeg;base64,")
-    flat = picture(np.full((40, 20, 3), 7, np.uint8), "flat")
-    assert flat.source.startswith("data:image/png;base64,")
+    told = make_thumbnail(rng.integers(0, 256, (300, 600, 3), dtype=np.uint8), "noise", size=64)
+    assert told.data_uri.startswith("data:image/jpeg;base64,")
+    flat = make_thumbnail(np.full((40, 20, 3), 7, np.uint8), "flat")
+    assert flat.data_uri.startswith("data:image/png;base64,")
     import base64
     import io
 
-    with Image.open(io.BytesIO(base64.b64decode(told.source.split(",")[1]))) as image:
+    with Image.open(io.BytesIO(base64.b64decode(told.data_uri.split(",")[1]))) as image:
         assert image.size == (64, 32)
 
 
@@ -331,6 +349,6 @@ def test_a_preview_may_have_one_view_or_two_but_no_three(tmp_path: Path) -> None
         preview = _read_preview(tmp_path)
         assert (preview is None) == (count == 3)
         if preview is not None:
-            views = preview.of("a")
+            views = preview.views_of("a")
             assert views is not None
             assert views.shape == (count, 8, 8, 3)

@@ -12,29 +12,29 @@ from safetensors.torch import load_file
 from torch import nn
 
 import ranks
-from likewise.data.dataset import Collection
-from likewise.distributed import Processes
+from likewise.data.dataset import CaptionDataset
+from likewise.distributed import DistributedContext
 from likewise.errors import TrainingError
 from likewise.models.checkpoints import load_tensors
 from likewise.training import trainer as loop
-from likewise.training.config import TrainSettings
+from likewise.training.config import TrainConfig
 from likewise.training.train import Run, train
 
 FLAGS = (
     "--backbone resnet10t --size 32 --stem standard --batch-size 31 --steps 4 --rate 0.001 --method moco "
     "--queue 64 --head 32 16 --quiet --workers 1 --precision float32"
 )
-SAME = TrainSettings(
+SAME = TrainConfig(
     backbone="resnet10t",
-    size=32,
-    stem="standard",
+    image_size=32,
+    stem="default",
     batch_size=31,
-    steps=4,
-    rate=0.001,
+    max_steps=4,
+    base_lr=0.001,
     method="moco",
-    queue=64,
-    head=(32, 16),
-    precision="float32",
+    memory_bank_size=64,
+    projector_dims=(32, 16),
+    precision="fp32",
 )
 
 
@@ -88,13 +88,13 @@ def test_two_processes_have_the_loss_and_gradients_of_one(
 
 def test_parts_of_a_batch_are_all_of_it_once() -> None:
     for rows in (1, 7, 8, 31):
-        parts = [Processes(rank, 3).mine(rows) for rank in range(3)]
+        parts = [DistributedContext(rank, 3).local_slice(rows) for rank in range(3)]
         assert [row for part in parts for row in range(rows)[part]] == list(range(rows))
-        assert Processes(0, 3).sizes(rows) == tuple(len(range(rows)[part]) for part in parts)
+        assert DistributedContext(0, 3).shard_sizes(rows) == tuple(len(range(rows)[part]) for part in parts)
 
 
 def test_a_run_of_one_process_goes_on_with_two(
-    collection: Collection, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    collection: CaptionDataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     whole = train(collection, tmp_path / "whole", SAME)
     original = loop.save_checkpoint
@@ -124,12 +124,12 @@ def test_a_run_of_one_process_goes_on_with_two(
 
 
 def test_shared_batch_norm_keeps_the_names_of_weights() -> None:
-    from likewise.distributed import share_batch_norms
+    from likewise.distributed import convert_to_sync_batchnorm
 
     model = nn.Sequential(
         nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4), nn.Sequential(nn.BatchNorm1d(4, affine=False))
     )
     names = list(model.state_dict())
-    share_batch_norms(model, torch.device("cpu"))
+    convert_to_sync_batchnorm(model, torch.device("cpu"))
     assert list(model.state_dict()) == names
     assert not any(isinstance(m, nn.modules.batchnorm._BatchNorm) for m in model.modules())

@@ -10,20 +10,22 @@ import torch
 from torch import Tensor
 
 import ranks
-from likewise.errors import InputError
-from likewise.models.backbones import BackboneSpec, build_backbone
-from likewise.training.config import TrainSettings
-from likewise.training.methods.base import Method, Shown
+from likewise.errors import InvalidInputError
+from likewise.models.backbones import BackboneConfig, build_backbone
+from likewise.training.config import TrainConfig
+from likewise.training.methods.base import Batch, Method
 from likewise.training.methods.registry import build_method
 
-PLAIN = [name for name, settings in ranks.VARIANTS.items() if settings.chunk_size is None]
+PLAIN = [name for name, settings in ranks.VARIANTS.items() if settings.grad_cache_chunk_size is None]
 
 
 def build(name: str, chunk_size: int | None) -> Method:
-    settings = replace(ranks.VARIANTS[name], chunk_size=chunk_size)
+    settings = replace(ranks.VARIANTS[name], grad_cache_chunk_size=chunk_size)
     torch.manual_seed(1)
-    backbone, width = build_backbone(BackboneSpec(name="resnet10t", size=32))
-    return build_method(settings, backbone, width, queue=16, vector_width=ranks.WIDTH).train()
+    backbone, width = build_backbone(BackboneConfig(name="resnet10t", image_size=32))
+    return build_method(
+        settings, backbone, width, memory_bank_size=16, caption_embedding_dim=ranks.WIDTH
+    ).train()
 
 
 def found(method: Method, loss: Tensor) -> dict[str, Tensor]:
@@ -55,17 +57,17 @@ def test_without_batch_statistics_chunks_change_nothing(name: str) -> None:
     assert_same(*results)
 
 
-def in_plain_chunks(method: Method, shown: Shown, chunks: int) -> Tensor:
+def in_plain_chunks(method: Method, shown: Batch, chunks: int) -> Tensor:
     """Embed a batch chunk by chunk with every activation kept, as one would write it down."""
-    method.begin(shown)
+    method.on_step_start(shown)
     views = [view.tensor_split(chunks) for view in shown.views]
     assert shown.tokens is not None
     tokens = shown.tokens.tensor_split(chunks)
     parts = [
-        method.embed(replace(shown, views=[view[i] for view in views], tokens=tokens[i]))[1]
+        method.encode(replace(shown, views=[view[i] for view in views], tokens=tokens[i]))[1]
         for i in range(chunks)
     ]
-    return method.judge([torch.cat(rows) for rows in zip(*parts, strict=True)], shown).loss
+    return method.compute_loss([torch.cat(rows) for rows in zip(*parts, strict=True)], shown).loss
 
 
 @pytest.mark.parametrize("name", ["simclr", "byol", "moco", "swav", "clip"])
@@ -111,7 +113,7 @@ def test_only_one_chunk_is_in_memory_at_a_time() -> None:
     shown = replace(
         shown,
         views=[view.repeat(32, 1, 1, 1) for view in shown.views],
-        sizes=(32 * ranks.PAIRS,),
+        rank_sizes=(32 * ranks.PAIRS,),
         tokens=None,
     )
     most = []
@@ -122,5 +124,7 @@ def test_only_one_chunk_is_in_memory_at_a_time() -> None:
 
 
 def test_a_chunk_of_one_is_refused() -> None:
-    with pytest.raises(InputError, match="--chunk-size is 1; batch norm compares images: give 2 or more"):
-        TrainSettings(chunk_size=1)
+    with pytest.raises(
+        InvalidInputError, match="--chunk-size is 1; batch norm compares images: give 2 or more"
+    ):
+        TrainConfig(grad_cache_chunk_size=1)

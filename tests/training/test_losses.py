@@ -9,7 +9,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from likewise.training.losses import alike_share, false_negative_weights, nt_xent
+from likewise.training.losses import false_negative_fraction, false_negative_weights, nt_xent_loss
 
 
 def naive_nt_xent(first: np.ndarray, second: np.ndarray, temperature: float) -> float:
@@ -29,7 +29,7 @@ def test_by_hand() -> None:
     # Two pairs of equal views, orthogonal to each other: each picks one of e^(1/t), 1, 1.
     views = torch.eye(2)
     expected = -math.log(math.e / (math.e + 2))
-    assert nt_xent(views, views, 1.0).item() == pytest.approx(expected, rel=1e-6)
+    assert nt_xent_loss(views, views, 1.0).item() == pytest.approx(expected, rel=1e-6)
 
 
 @settings(deadline=None, max_examples=30)
@@ -42,7 +42,7 @@ def test_by_hand() -> None:
 def test_nt_xent_equals_the_formula_and_lightly(b: int, d: int, t: float, seed: int) -> None:
     generator = torch.Generator().manual_seed(seed)
     first, second = (torch.randn(b, d, generator=generator, requires_grad=True) for _ in range(2))
-    loss = nt_xent(first, second, t)
+    loss = nt_xent_loss(first, second, t)
     assert loss.item() == pytest.approx(
         naive_nt_xent(first.detach().numpy(), second.detach().numpy(), t), abs=1e-5
     )
@@ -56,12 +56,12 @@ def test_nt_xent_equals_the_formula_and_lightly(b: int, d: int, t: float, seed: 
 
 def test_nt_xent_does_not_mind_order_side_or_length() -> None:
     first, second = torch.randn(2, 9, 5)
-    loss = nt_xent(first, second, 0.1)
+    loss = nt_xent_loss(first, second, 0.1)
     order = torch.randperm(9)
-    torch.testing.assert_close(nt_xent(first[order], second[order], 0.1), loss)
-    torch.testing.assert_close(nt_xent(second, first, 0.1), loss)
-    torch.testing.assert_close(nt_xent(7 * first, 0.2 * second, 0.1), loss)
-    assert nt_xent(first, second[order.roll(1)], 0.1) != loss
+    torch.testing.assert_close(nt_xent_loss(first[order], second[order], 0.1), loss)
+    torch.testing.assert_close(nt_xent_loss(second, first, 0.1), loss)
+    torch.testing.assert_close(nt_xent_loss(7 * first, 0.2 * second, 0.1), loss)
+    assert nt_xent_loss(first, second[order.roll(1)], 0.1) != loss
 
 
 def naive_with_captions(
@@ -104,7 +104,7 @@ def test_false_negatives_equal_the_formula(b: int, mode: str, alike: float, seed
     captions = torch.nn.functional.normalize(torch.randn(2 * b, 3, generator=generator), dim=1)
     captions[0] = 0  # one image without a caption
     weights, targets = false_negative_weights(captions @ captions.T, alike, mode)
-    loss = nt_xent(first, second, 0.2, weights, targets)
+    loss = nt_xent_loss(first, second, 0.2, weights, targets)
     expected = naive_with_captions(
         first.detach().numpy(), second.detach().numpy(), captions.numpy(), 0.2, alike, mode
     )
@@ -118,11 +118,13 @@ def test_nothing_alike_changes_nothing() -> None:
     similarity = torch.eye(14)
     for mode in ("mask", "weight", "soften"):
         weights, targets = false_negative_weights(similarity, 0.5, mode)
-        torch.testing.assert_close(nt_xent(first, second, 0.1, weights, targets), nt_xent(first, second, 0.1))
+        torch.testing.assert_close(
+            nt_xent_loss(first, second, 0.1, weights, targets), nt_xent_loss(first, second, 0.1)
+        )
 
 
 def test_share_of_alike_negatives_by_hand() -> None:
     # Anchors 0 and 1 share a caption, and so do their partners: 8 of the 4 x 2 ordered negatives of v = 4.
-    assert alike_share(torch.ones(4, 4), 0.8).item() == 1.0
+    assert false_negative_fraction(torch.ones(4, 4), 0.8).item() == 1.0
     # Each pair shares its own caption and nothing else.
-    assert alike_share(torch.eye(2).repeat(2, 2), 0.8).item() == 0.0
+    assert false_negative_fraction(torch.eye(2).repeat(2, 2), 0.8).item() == 0.0

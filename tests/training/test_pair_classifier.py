@@ -5,8 +5,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import cosine_embedding_loss, cross_entropy, normalize
 
-from likewise.training.methods.base import Shown, Step
-from likewise.training.methods.pair_classifier import PairClassifier, drawn, unlike_pairs
+from likewise.training.methods.base import Batch, StepOutput
+from likewise.training.methods.pair_classifier import PairClassifier, negative_mask, subsample_mask
 
 
 class Flat(nn.Module):
@@ -18,16 +18,23 @@ class Flat(nn.Module):
 
 def classifier(margin: float | None = None, ratio: float = 1.0, alike: float | None = None) -> PairClassifier:
     torch.manual_seed(0)
-    return PairClassifier(Flat(), 12, unlike=0.2, ratio=ratio, margin=margin, alike=alike)
+    return PairClassifier(
+        Flat(),
+        12,
+        negative_threshold=0.2,
+        negatives_per_positive=ratio,
+        margin=margin,
+        positive_threshold=alike,
+    )
 
 
-def show(method: PairClassifier, views: Tensor, captions: Tensor | None) -> Step:
-    return method(Shown(views=list(views), sizes=(views.shape[1],), captions=captions))
+def show(method: PairClassifier, views: Tensor, captions: Tensor | None) -> StepOutput:
+    return method(Batch(views=list(views), rank_sizes=(views.shape[1],), caption_embeddings=captions))
 
 
 def test_negatives_are_unlike_and_have_captions() -> None:
     captions = torch.tensor([[1.0, 0.0], [0.0, 1.0], [0.8, 0.6], [0.0, 0.0]])
-    found = unlike_pairs(captions, captions, 0.2)
+    found = negative_mask(captions, captions, 0.2)
     assert found.nonzero().tolist() == [[0, 1], [1, 0]]
 
 
@@ -36,16 +43,16 @@ def test_pairs_are_drawn_evenly_and_no_others() -> None:
     count = int(allowed.sum())
     seen = torch.zeros(6, 6)
     for _ in range(400):
-        found = drawn(allowed, torch.tensor(3.0))
+        found = subsample_mask(allowed, torch.tensor(3.0))
         assert found.sum() == 3
         assert not (found & ~allowed).any()
         seen += found
     share = seen[allowed] / 400
     assert (share - 3 / count).abs().max() < 0.12
-    assert torch.equal(drawn(allowed, torch.tensor(float(count))), allowed)
-    assert drawn(allowed, torch.tensor(0.3)).sum() == 1
-    assert drawn(allowed, torch.tensor(0.0)).sum() == 0
-    assert drawn(torch.zeros(3, 3, dtype=torch.bool), torch.tensor(2.0)).sum() == 0
+    assert torch.equal(subsample_mask(allowed, torch.tensor(float(count))), allowed)
+    assert subsample_mask(allowed, torch.tensor(0.3)).sum() == 1
+    assert subsample_mask(allowed, torch.tensor(0.0)).sum() == 0
+    assert subsample_mask(torch.zeros(3, 3, dtype=torch.bool), torch.tensor(2.0)).sum() == 0
 
 
 @pytest.mark.parametrize("margin", [None, 0.3])
@@ -100,7 +107,7 @@ def test_a_batch_without_negatives_teaches_nothing() -> None:
     method = classifier()
     step = show(method, torch.randn(2, 4, 3, 2, 2), torch.ones(2, 4, 1))
     step.loss.backward()
-    assert step.skip == 1
+    assert step.skip_update == 1
     assert step.loss == 0
     assert method.classifier is not None
     assert method.classifier.weight.grad is not None

@@ -33,16 +33,16 @@ def assert_same(ours: Tensor, theirs: Tensor, inputs: Sequence[Tensor]) -> None:
 
 
 PEERS: dict[str, tuple[Callable[..., Tensor], Callable[..., Tensor]]] = {
-    "dcl": (lambda a, b: losses.decoupled(a, b, 0.2), lightly.loss.DCLLoss(temperature=0.2)),
+    "dcl": (lambda a, b: losses.dcl_loss(a, b, 0.2), lightly.loss.DCLLoss(temperature=0.2)),
     "negative cosine": (losses.negative_cosine, lightly.loss.NegativeCosineSimilarity()),
-    "vicreg": (losses.vicreg, lightly.loss.VICRegLoss()),
-    "barlow twins": (losses.barlow_twins, lightly.loss.BarlowTwinsLoss()),
+    "vicreg": (losses.vicreg_loss, lightly.loss.VICRegLoss()),
+    "barlow twins": (losses.barlow_twins_loss, lightly.loss.BarlowTwinsLoss()),
     "clip": (
-        lambda a, b: losses.clip(a, b, torch.tensor(7.0)),
+        lambda a, b: losses.clip_loss(a, b, torch.tensor(7.0)),
         lambda a, b: open_clip.loss.ClipLoss()(normalize(a, dim=1), normalize(b, dim=1), torch.tensor(7.0)),
     ),
     "siglip": (
-        lambda a, b: losses.siglip(a, b, torch.tensor(9.0), torch.tensor(-3.0)),
+        lambda a, b: losses.siglip_loss(a, b, torch.tensor(9.0), torch.tensor(-3.0)),
         lambda a, b: open_clip.loss.SigLipLoss()(
             normalize(a, dim=1), normalize(b, dim=1), torch.tensor(9.0), torch.tensor(-3.0)
         ),
@@ -69,7 +69,7 @@ def test_info_nce_equals_the_formula(b: int, d: int, seed: int, n: int) -> None:
     for i in range(b):
         scores = [torch.exp(q[i] @ k[j] / 0.3) for j in range(n)]
         total = total - torch.log(scores[int(partner[i])] / sum(scores))
-    assert_same(losses.info_nce(queries, keys, partner, 0.3), total / b, [queries, keys])
+    assert_same(losses.info_nce_loss(queries, keys, partner, 0.3), total / b, [queries, keys])
 
 
 @settings(deadline=None, max_examples=20)
@@ -84,7 +84,7 @@ def test_contrast_with_a_queue_equals_the_formula(b: int, d: int, seed: int, q: 
         total = total - torch.log(
             own / (own + torch.stack([torch.exp(a[i] @ other / 0.2) for other in n]).sum())
         )
-    assert_same(losses.queue_contrast(queries, keys, queue, 0.2), total / b, [queries, keys])
+    assert_same(losses.moco_loss(queries, keys, queue, 0.2), total / b, [queries, keys])
 
 
 @settings(deadline=None, max_examples=20)
@@ -102,16 +102,16 @@ def test_supervised_contrast_equals_the_formula(b: int, d: int, seed: int) -> No
             said = [torch.log(torch.exp(unit[i] @ unit[p] / 0.5) / others) for p in positives]
             total = total - torch.stack(said).mean()
     if anchors:
-        assert_same(losses.sup_con(views, groups, 0.5), total / anchors, [views])
+        assert_same(losses.supcon_loss(views, groups, 0.5), total / anchors, [views])
     else:
-        assert losses.sup_con(views, groups, 0.5) == 0
+        assert losses.supcon_loss(views, groups, 0.5) == 0
 
 
 def test_supervised_contrast_of_pairs_is_nt_xent() -> None:
     first, second = torch.randn(2, 8, 5)
     pairs = torch.arange(8).repeat(2)
     torch.testing.assert_close(
-        losses.sup_con(torch.cat([first, second]), pairs, 0.1), losses.nt_xent(first, second, 0.1)
+        losses.supcon_loss(torch.cat([first, second]), pairs, 0.1), losses.nt_xent_loss(first, second, 0.1)
     )
 
 
@@ -134,7 +134,7 @@ def test_decoupled_with_weights_equals_the_formula(
                 [float(weights[i, j]) * torch.exp(unit[i] @ unit[j] / 0.5) for j in others]
             ).sum()
             rows.append(torch.log(negatives) - unit[i] @ unit[partner] / 0.5)
-    ours = losses.decoupled(first, second, 0.5, weights)
+    ours = losses.dcl_loss(first, second, 0.5, weights)
     if rows:
         assert_same(ours, torch.stack(rows).mean(), [first, second])
     else:
@@ -151,7 +151,7 @@ def test_sinkhorn_equals_lightly_and_uses_prototypes_alike(n: int, p: int, seed:
         codes, lightly_sinkhorn(scores, iterations=3, epsilon=0.05), atol=1e-5, rtol=1e-4
     )
     torch.testing.assert_close(codes.sum(dim=1), torch.ones(n))
-    many = losses.sinkhorn(scores, rounds=500)
+    many = losses.sinkhorn(scores, iterations=500)
     torch.testing.assert_close(many.sum(dim=0), torch.full((p,), n / p), atol=0.05, rtol=0.02)
 
 
@@ -166,7 +166,7 @@ def test_swapped_prediction_equals_lightly(b: int, small: int, seed: int) -> Non
     scores = [torch.rand(b, 5, generator=generator, requires_grad=True) for _ in range(2 + small)]
     codes = [losses.sinkhorn(each.detach()) for each in scores[:2]]
     assert_same(
-        losses.swapped_prediction(scores, codes, 0.1),
+        losses.swav_loss(scores, codes, 0.1),
         lightly.loss.SwaVLoss()(scores[:2], scores[2:]),
         scores,
     )
@@ -174,9 +174,9 @@ def test_swapped_prediction_equals_lightly(b: int, small: int, seed: int) -> Non
 
 def test_values_by_hand() -> None:
     # One other image: its two views are the negatives of each view, at a right angle, e^0 each.
-    assert losses.decoupled(torch.eye(2), torch.eye(2), 1.0).item() == pytest.approx(math.log(2) - 1)
+    assert losses.dcl_loss(torch.eye(2), torch.eye(2), 1.0).item() == pytest.approx(math.log(2) - 1)
     assert losses.negative_cosine(torch.eye(3), 2 * torch.eye(3)).item() == pytest.approx(-1)
     # Unit scale, no bias: two matches at cosine 1, two mismatches at cosine 0.
     expected = math.log(1 + math.exp(-1)) + math.log(2)
     one, zero = torch.tensor(1.0), torch.tensor(0.0)
-    assert losses.siglip(torch.eye(2), torch.eye(2), one, zero).item() == pytest.approx(expected)
+    assert losses.siglip_loss(torch.eye(2), torch.eye(2), one, zero).item() == pytest.approx(expected)

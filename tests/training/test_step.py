@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn.functional import cosine_similarity, cross_entropy, normalize
 
 import ranks
-from likewise.training.methods.base import Judged, Method, Shown
+from likewise.training.methods.base import Batch, LossOutput, Method
 from likewise.training.methods.contrastive import NNCLR, MoCo
 from likewise.training.methods.image_text import DeCLIP
 from likewise.training.methods.non_contrastive import SwAV
@@ -23,7 +23,9 @@ WIDTH = 8
 
 def build(name: str) -> Method:
     torch.manual_seed(0)
-    return build_method(ranks.VARIANTS[name], nn.Linear(4, WIDTH), WIDTH, queue=16, vector_width=6).train()
+    return build_method(
+        ranks.VARIANTS[name], nn.Linear(4, WIDTH), WIDTH, memory_bank_size=16, caption_embedding_dim=6
+    ).train()
 
 
 def rows(count: int, width: int = 12, b: int = 7) -> list[Tensor]:
@@ -31,9 +33,9 @@ def rows(count: int, width: int = 12, b: int = 7) -> list[Tensor]:
     return [torch.randn(b, width, generator=generator) for _ in range(count)]
 
 
-def judge(method: Method, outputs: Sequence[Tensor], **shown: object) -> Judged:
+def judge(method: Method, outputs: Sequence[Tensor], **shown: object) -> LossOutput:
     batch = {"views": [], "sizes": (len(outputs[0]),)} | shown
-    return method.judge(outputs, Shown(**batch))  # pyrefly: ignore[bad-argument-type]
+    return method.compute_loss(outputs, Batch(**batch))  # pyrefly: ignore[bad-argument-type]
 
 
 def test_simsiam_and_byol() -> None:
@@ -49,7 +51,7 @@ def test_nnclr_is_lightlys_on_the_neighbors_that_lightly_finds() -> None:
     method, (first, second, said_1, said_2) = build("nnclr"), rows(4)
     assert isinstance(method, NNCLR)
     bank = NNMemoryBankModule(size=(16, 12))
-    bank.bank = method.queue.rows.clone()  # pyrefly: ignore[bad-assignment]
+    bank.bank = method.memory_bank.bank.clone()  # pyrefly: ignore[bad-assignment]
     near_1, near_2 = (bank(each, update=False) for each in (first, second))
     own = torch.arange(7)
     expected = sum(
@@ -57,21 +59,21 @@ def test_nnclr_is_lightlys_on_the_neighbors_that_lightly_finds() -> None:
         for said, near in ((said_2, near_1), (said_1, near_2))
     )
     torch.testing.assert_close(judge(method, [first, second, said_1, said_2]).loss, expected)
-    torch.testing.assert_close(method.queue.rows[:7], normalize(second, dim=1))
+    torch.testing.assert_close(method.memory_bank.bank[:7], normalize(second, dim=1))
 
 
 def test_moco_takes_negatives_from_the_queue_as_it_was_and_fills_it() -> None:
     method, (queries, keys) = build("moco"), rows(2)
     assert isinstance(method, MoCo)
-    before = method.queue.rows.clone()
+    before = method.memory_bank.bank.clone()
     expected = []
     q, k = (normalize(each, dim=1) for each in (queries, keys))
     for i in range(7):
         scores = torch.cat([(q[i] @ k[i]).view(1), before @ q[i]]) / 0.2
         expected.append(cross_entropy(scores[None], torch.zeros(1, dtype=torch.long)))
     torch.testing.assert_close(judge(method, [queries, keys]).loss, torch.stack(expected).mean())
-    torch.testing.assert_close(method.queue.rows[:7], k)
-    torch.testing.assert_close(method.queue.rows[7:], before[7:])
+    torch.testing.assert_close(method.memory_bank.bank[:7], k)
+    torch.testing.assert_close(method.memory_bank.bank[7:], before[7:])
 
 
 def test_moco_v3_sums_both_directions() -> None:
@@ -89,16 +91,16 @@ def test_moco_v3_sums_both_directions() -> None:
 def test_swav_is_lightlys_with_the_queue_from_its_share_on(progress: float) -> None:
     method, outputs = build("swav"), [normalize(each, dim=1) for each in rows(3)]
     assert isinstance(method, SwAV)
-    assert method.queue_first is not None
-    assert method.queue_second is not None
+    assert method.memory_bank_1 is not None
+    assert method.memory_bank_2 is not None
     scores = [each @ normalize(method.prototypes, dim=1).T for each in outputs]
     remembered = [
-        q.rows @ normalize(method.prototypes, dim=1).T for q in (method.queue_first, method.queue_second)
+        q.bank @ normalize(method.prototypes, dim=1).T for q in (method.memory_bank_1, method.memory_bank_2)
     ]
     expected = lightly.loss.SwaVLoss()(scores[:2], scores[2:], remembered if progress > 0.15 else None)
     loss = judge(method, outputs, progress=progress).loss
     torch.testing.assert_close(loss, expected.reshape(()), atol=1e-5, rtol=1e-4)
-    torch.testing.assert_close(method.queue_second.rows[:7], outputs[1])
+    torch.testing.assert_close(method.memory_bank_2.bank[:7], outputs[1])
 
 
 def test_prototypes_stand_still_in_the_beginning() -> None:
@@ -142,13 +144,13 @@ def test_clip_learns_its_scale_and_holds_it_below_a_hundred() -> None:
 def test_declip_adds_a_fifth_of_the_nearest_captions_in_the_queue() -> None:
     method, (images, texts) = build("declip"), rows(2)
     assert isinstance(method, DeCLIP)
-    i, t, queue = normalize(images, dim=1), normalize(texts, dim=1), method.queue.rows.clone()
+    i, t, queue = normalize(images, dim=1), normalize(texts, dim=1), method.memory_bank.bank.clone()
     nearest = queue[(t @ queue.T).argmax(dim=1)]
     scale = torch.tensor(1 / 0.07)
     clip = open_clip.loss.ClipLoss()(i, t, scale)
     neighbors = cross_entropy(scale * i @ nearest.T, torch.arange(7))
     torch.testing.assert_close(judge(method, [images, texts]).loss, 0.8 * clip + 0.2 * neighbors)
-    torch.testing.assert_close(method.queue.rows[:7], t)
+    torch.testing.assert_close(method.memory_bank.bank[:7], t)
 
 
 def test_slip_is_the_sum_of_clip_and_simclr() -> None:
@@ -178,8 +180,8 @@ def test_frozen_texts_are_the_partners_or_ones_own_where_the_partner_has_none() 
 def test_vectors_of_slip_are_ones_own() -> None:
     from dataclasses import replace
 
-    settings = replace(ranks.VARIANTS["slip"], text="frozen", text_width=512, text_layers=12)
-    method = build_method(settings, nn.Linear(4, WIDTH), WIDTH, vector_width=6)
+    settings = replace(ranks.VARIANTS["slip"], text_tower="frozen", text_width=512, text_layers=12)
+    method = build_method(settings, nn.Linear(4, WIDTH), WIDTH, caption_embedding_dim=6)
     captions = normalize(torch.randn(2, 7, 6), dim=-1)
     outputs = [*rows(2), rows(1, 512)[0]]
     other = captions.clone()

@@ -8,21 +8,21 @@ from cyclopts import CycloptsError
 
 # Importing a module registers its verbs.
 from likewise.cli import data, evaluation, training  # noqa: F401
-from likewise.cli.common import app, fail
+from likewise.cli.common import app, print_error
 from likewise.errors import InterruptedRunError, LikewiseError
 
 
-def main(arguments: Sequence[str] | None = None) -> None:
+def main(argv: Sequence[str] | None = None) -> None:
     """Run the command line and leave with 0 (done), 1 (failed), 2 (bad usage) or 130 (interrupted)."""
-    tokens = list(sys.argv[1:] if arguments is None else arguments)
+    tokens = list(sys.argv[1:] if argv is None else argv)
     try:
-        code = _run(tokens, debug="--debug" in tokens)
+        exit_code = _run(tokens, debug="--debug" in tokens)
         sys.stdout.flush()
     except BrokenPipeError:
         # The reader, such as `head`, has seen enough; what is left must not be tried again at exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        code = 1
-    sys.exit(code)
+        exit_code = 1
+    sys.exit(exit_code)
 
 
 def _run(tokens: list[str], *, debug: bool) -> int:
@@ -31,17 +31,17 @@ def _run(tokens: list[str], *, debug: bool) -> int:
     except CycloptsError:
         return 2
     except KeyboardInterrupt:
-        return fail("interrupted; what is finished is kept, run the same command again to go on", 130)
-    except InterruptedRunError as fault:
-        return fail(str(fault), 130)
-    except LikewiseError as fault:
+        return print_error("interrupted; what is finished is kept, run the same command again to go on", 130)
+    except InterruptedRunError as error:
+        return print_error(str(error), 130)
+    except LikewiseError as error:
         if debug:
             raise
-        return fail(f"error: {fault}", 1)
-    except OSError as fault:
-        if debug or isinstance(fault, BrokenPipeError):
+        return print_error(f"error: {error}", 1)
+    except OSError as error:
+        if debug or isinstance(error, BrokenPipeError):
             raise
-        return fail(f"error: {fault.strerror or fault}: {fault.filename or 'no file named'}", 1)
+        return print_error(f"error: {error.strerror or error}: {error.filename or 'no file named'}", 1)
     return 0
 
 

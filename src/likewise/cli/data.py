@@ -5,17 +5,17 @@ from typing import Annotated, Any
 
 from cyclopts import Parameter
 
-from likewise.cli.common import COMMON, Common, app, import_lines, listed
-from likewise.data.audit.config import AuditSettings
+from likewise.cli.common import COMMON_OPTIONS, CommonOptions, app, import_summary, parse_list
+from likewise.data.audit.config import AuditConfig
 from likewise.embeddings.config import DEFAULT_OPTIONS, EncoderOptions
-from likewise.neighbors.config import TABLE_DEPTH, SearchRule
+from likewise.neighbors.config import DEFAULT_K, SearchConfig
 
-_SEARCH = SearchRule()
+_DEFAULT_SEARCH_CONFIG = SearchConfig()
 EncoderFlags = Annotated[EncoderOptions, Parameter(name="*", group="How the encoder is used")]
-SearchFlags = Annotated[SearchRule, Parameter(name="*", group="Who may be found")]
+SearchFlags = Annotated[SearchConfig, Parameter(name="*", group="Who may be found")]
 
 
-_ENCODER_KINDS = """Encoders, by example:
+_ENCODER_EXAMPLES = """Encoders, by example:
 
 - `all-mpnet-base-v2` (the paper's), `./folder`: a sentence-transformers model by hub name or folder
 - `hf:bert-base-uncased`, `hf:./folder`: any Hugging Face text model, with `--pooling`
@@ -28,89 +28,100 @@ _ENCODER_KINDS = """Encoders, by example:
 Example: `likewise embed photos.likewise --encoder all-MiniLM-L6-v2`"""
 
 
-@app.command(help_epilogue=_ENCODER_KINDS)
+@app.command(help_epilogue=_ENCODER_EXAMPLES)
 def embed(
-    collection: Path,
+    dataset: Path,
     /,
     *,
     encoder: str | None = None,
     options: EncoderFlags = DEFAULT_OPTIONS,
     batch_size: int = 64,
     device: str | None = None,
-    common: Common = COMMON,
+    common: CommonOptions = COMMON_OPTIONS,
 ) -> None:
     """Embed the captions of a collection with a pretrained language model, or its images.
 
     Args:
-        collection: A collection.
+        dataset: A collection.
         encoder: What turns captions into vectors (see below); by default the paper's, all-mpnet-base-v2.
         batch_size: Captions or images a forward pass, at most.
         device: `cpu`, `cuda`, …; chosen by itself.
     """
     from likewise.embeddings.embed import embed as embed_all
-    from likewise.embeddings.registry import PAPER_ENCODER
+    from likewise.embeddings.registry import DEFAULT_ENCODER
 
-    made = embed_all(
-        collection,
-        encoder or PAPER_ENCODER,
+    embeddings = embed_all(
+        dataset,
+        encoder or DEFAULT_ENCODER,
         options=options,
         batch_size=batch_size,
         device=device,
         progress=common.progress(),
     )
-    skipped = made.artifact.manifest.skipped
-    result = {"embeddings": str(made.path), made.modality: len(made), "dimension": made.dimension}
-    result |= {"without_direction": made.without_direction, "skipped": skipped}
+    skipped = embeddings.artifact.manifest.skipped
+    result = {
+        "embeddings": str(embeddings.path),
+        embeddings.modality: len(embeddings),
+        "dimension": embeddings.dim,
+    }
+    result |= {"without_direction": embeddings.num_zero_vectors, "skipped": skipped}
     notes = [f"{count:,} skipped ({reason})" for reason, count in skipped.items()]
-    if made.without_direction:
-        notes.insert(0, f"{made.without_direction:,} without direction (nothing in them is known)")
-    sentence = f"{len(made):,} {made.modality} in {made.dimension} dimensions: {made.path}"
-    common.tell(result, "\n  ".join([sentence, *notes]))
+    if embeddings.num_zero_vectors:
+        notes.insert(0, f"{embeddings.num_zero_vectors:,} without direction (nothing in them is known)")
+    summary = f"{len(embeddings):,} {embeddings.modality} in {embeddings.dim} dimensions: {embeddings.path}"
+    common.print_result(result, "\n  ".join([summary, *notes]))
 
 
 @app.command(help_epilogue="Example: `likewise neighbors photos.likewise -k 10 --distinct-captions`")
 def neighbors(
-    collection: Path,
+    dataset: Path,
     /,
     *,
     encoder: str | None = None,
-    k: Annotated[int, Parameter(name=["-k", "--k"])] = TABLE_DEPTH,
-    rule: SearchFlags = _SEARCH,
-    memory: int = 512,
+    k: Annotated[int, Parameter(name=["-k", "--k"])] = DEFAULT_K,
+    search_config: SearchFlags = _DEFAULT_SEARCH_CONFIG,
+    memory_mb: int = 512,
     device: str = "cpu",
-    common: Common = COMMON,
+    common: CommonOptions = COMMON_OPTIONS,
 ) -> None:
     """Find for each image those described most alike; training does so itself where it needs more.
 
     Args:
-        collection: A collection with embeddings.
+        dataset: A collection with embeddings.
         encoder: Whose embeddings to use; may be left out where there is only one. `image:…` compares looks.
         k: Neighbors an image.
-        memory: MiB that a block of similarities may take.
+        memory_mb: MiB that a block of similarities may take.
         device: Where blocks are compared.
     """
     from likewise.neighbors.index import find_neighbors
 
-    made = find_neighbors(
-        collection, encoder, k=k, rule=rule, memory_mb=memory, device=device, progress=common.progress()
+    neighbors = find_neighbors(
+        dataset,
+        encoder,
+        k=k,
+        search_config=search_config,
+        memory_mb=memory_mb,
+        device=device,
+        progress=common.progress(),
     )
-    counts = made.artifact.manifest.counts
-    result = {"neighbors": str(made.path), "k": made.k, **counts}
-    what = "captions" if rule.captions == "draw" else "images"
-    common.tell(
+    counts = neighbors.artifact.manifest.counts
+    result = {"neighbors": str(neighbors.path), "k": neighbors.k, **counts}
+    unit = "captions" if search_config.caption_pooling == "sample" else "images"
+    common.print_result(
         result,
-        f"up to {made.k} neighbors for {counts['with_neighbors']:,} of {len(made):,} {what}: {made.path}",
+        f"up to {neighbors.k} neighbors for {counts['with_neighbors']:,} of {len(neighbors):,} {unit}: "
+        f"{neighbors.path}",
     )
 
 
-_AUDIT = AuditSettings()
-AuditFlags = Annotated[AuditSettings, Parameter(name="*", group="Where lines are drawn")]
+_DEFAULT_AUDIT_CONFIG = AuditConfig()
+AuditFlags = Annotated[AuditConfig, Parameter(name="*", group="Where lines are drawn")]
 
 
 @app.command(name="import", help_epilogue="Example: `likewise import photos/ photos.likewise`")
 def import_(
     source: str,
-    collection: Path,
+    dataset: Path,
     /,
     *,
     image_column: str | None = None,
@@ -121,8 +132,8 @@ def import_(
     where: list[str] | None = None,
     images: Path | None = None,
     limit: int | None = None,
-    workers: int | None = None,
-    common: Common = COMMON,
+    num_workers: int | None = None,
+    common: CommonOptions = COMMON_OPTIONS,
 ) -> None:
     """Make a collection of captioned images; the images stay where they are.
 
@@ -130,7 +141,7 @@ def import_(
         source: A folder of images with `.json` or `.txt` beside them, a CSV, TSV, JSON Lines or Parquet
             table, WebDataset tars, COCO captions JSON, a Flickr8k/30k token file, or a Hugging Face set (a
             folder, or `hf:NAME`).
-        collection: The folder to make.
+        dataset: The folder to make.
         image_column: Column of image paths; guessed where its name is usual.
         caption_column: Column of captions, or several with commas between; guessed where the name is usual.
         label_column: Column of labels, for judging pairs later; never used in training.
@@ -139,14 +150,14 @@ def import_(
         where: Keep only rows with COLUMN=VALUE; may be given several times.
         images: Folder that image paths are relative to; the source's own by default.
         limit: Take the first so many images only.
-        workers: Threads that decode images.
+        num_workers: Threads that decode images.
     """
-    from likewise.data.importing import import_collection
+    from likewise.data.importing import import_dataset
     from likewise.data.readers.base import ImportOptions
 
     options = ImportOptions(
         image_column=image_column,
-        caption_column=listed(caption_column),
+        caption_column=parse_list(caption_column),
         label_column=label_column,
         group_column=group_column,
         id_column=id_column,
@@ -154,19 +165,19 @@ def import_(
         images=images,
         limit=limit,
     )
-    made = import_collection(source, collection, options, workers=workers, progress=common.progress())
-    summary = made.summary()
-    common.tell({"collection": str(collection), **summary}, "\n".join(import_lines(collection, summary)))
+    imported = import_dataset(source, dataset, options, num_workers=num_workers, progress=common.progress())
+    summary = imported.summary()
+    common.print_result({"collection": str(dataset), **summary}, "\n".join(import_summary(dataset, summary)))
 
 
 @app.command(help_epilogue="Example: `likewise audit photos.likewise`")
 def audit(
-    collection: Path,
+    dataset: Path,
     /,
     *,
-    lines: AuditFlags = _AUDIT,
-    workers: int | None = None,
-    common: Common = COMMON,
+    config: AuditFlags = _DEFAULT_AUDIT_CONFIG,
+    num_workers: int | None = None,
+    common: CommonOptions = COMMON_OPTIONS,
 ) -> None:
     """Tell what is wrong with the captions and images of a collection; nothing is deleted.
 
@@ -174,21 +185,21 @@ def audit(
     `--filter` of `neighbors` and `train`.
 
     Args:
-        collection: A collection.
-        workers: Threads that decode images.
+        dataset: A collection.
+        num_workers: Threads that decode images.
     """
-    from likewise.data.audit.audit import audit as look_for_faults
-    from likewise.data.dataset import Collection
-    from likewise.report.audit_report import audit_lines, write_audit_page
+    from likewise.data.audit.audit import audit_dataset as look_for_faults
+    from likewise.data.dataset import CaptionDataset
+    from likewise.report.audit_report import format_audit, write_audit_report
 
-    opened = Collection(collection)
-    made = look_for_faults(opened, lines, workers=workers, progress=common.progress())
-    page = write_audit_page(opened, made)
-    places = {"filter": str(made.filter), "page": str(page)}
-    common.tell(
-        made.summary() | places, "\n".join([str(collection), *audit_lines(made.report), *_places(places)])
+    caption_dataset = CaptionDataset(dataset)
+    result = look_for_faults(caption_dataset, config, num_workers=num_workers, progress=common.progress())
+    page = write_audit_report(caption_dataset, result)
+    paths = {"filter": str(result.filter_path), "page": str(page)}
+    common.print_result(
+        result.summary() | paths, "\n".join([str(dataset), *format_audit(result.report), *_path_lines(paths)])
     )
 
 
-def _places(places: dict[str, Any]) -> list[str]:
-    return [f"{name}: {path}" for name, path in places.items()]
+def _path_lines(paths: dict[str, Any]) -> list[str]:
+    return [f"{name}: {path}" for name, path in paths.items()]

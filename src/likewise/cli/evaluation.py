@@ -6,54 +6,65 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 from cyclopts import Parameter
 
-from likewise.cli.common import COMMON, Common, app, comparison_lines, listed, result_lines, table_lines
-from likewise.errors import InputError
+from likewise.cli.common import (
+    COMMON_OPTIONS,
+    CommonOptions,
+    app,
+    comparison_table,
+    format_table,
+    parse_list,
+    results_table,
+)
+from likewise.errors import InvalidInputError
 
 
 @app.command(
     help_epilogue="Example: `likewise diagnose photos.likewise --encoder all-MiniLM-L6-v2,tfidf --rule paper "
     "--rule k=3 --rule mutual=10,hubs=csls`"
 )
-def diagnose(
-    collection: Path,
+def analyze_pairs(
+    dataset: Path,
     /,
     *,
     encoder: str | None = None,
-    rule: list[str] | None = None,
+    pair_config: list[str] | None = None,
     out: Path | None = None,
-    common: Common = COMMON,
+    common: CommonOptions = COMMON_OPTIONS,
 ) -> None:
     """Judge pairs without training: encoders and rules side by side, as a table and as a page with pictures.
 
     Args:
-        collection: A collection with embeddings.
+        dataset: A collection with embeddings.
         encoder: Whose embeddings to compare, with commas between; `image:…` for those of images. All that
             the collection has by default.
-        rule: Settings of a rule with commas between, such as `k=3,mutual=10`, or `paper` for the nearest
+        pair_config: Settings of a rule with commas between, such as `k=3,mutual=10`, or `paper` for the
+            nearest
             caption; may be given several times. The usual ones by default.
         out: The HTML file, its data beside it; by default `diagnosis.html` in the collection.
     """
-    from likewise.data.dataset import Collection
-    from likewise.pairs.analyze import diagnose as diagnose_pairs
-    from likewise.report.pairs_report import text_lines, write_pairs_page
+    from likewise.data.dataset import CaptionDataset
+    from likewise.pairs.analyze import analyze_pairs as diagnose_pairs
+    from likewise.report.pairs_report import format_analysis, write_pairs_report
 
-    source = Collection.open(collection)
-    encoders = None if encoder is None else listed(encoder)
-    found = diagnose_pairs(source, encoders, rule, progress=common.progress())
-    page = write_pairs_page(found, source, out or source.path / "diagnosis.html")
-    common.tell({"page": str(page), **found.told()}, "\n".join([*text_lines(found), f"page: {page}"]))
+    caption_dataset = CaptionDataset.open(dataset)
+    encoders = None if encoder is None else parse_list(encoder)
+    analysis = diagnose_pairs(caption_dataset, encoders, pair_config, progress=common.progress())
+    page = write_pairs_report(analysis, caption_dataset, out or caption_dataset.path / "diagnosis.html")
+    common.print_result(
+        {"page": str(page), **analysis.to_dict()}, "\n".join([*format_analysis(analysis), f"page: {page}"])
+    )
 
 
 if TYPE_CHECKING:
-    from likewise.evaluation.protocols import ProtocolSettings
+    from likewise.evaluation.protocols import ProtocolConfig
 
 
 @app.command(help_epilogue="Example: `likewise evaluate run --on labelled/ --protocol linear,fewshot`")
 def evaluate(
-    target: str,
+    encoder: str,
     /,
     *,
-    on: str,
+    dataset: str,
     protocol: str = "linear,fewshot,knn",
     label_column: str = "label",
     split_column: str = "split",
@@ -61,27 +72,28 @@ def evaluate(
     ways: int | None = None,
     shots: int | None = None,
     episodes: int | None = None,
-    mean_per_class: bool = False,
-    tune: Annotated[bool, Parameter(negative="")] = False,
-    ignore: str = "255",
-    epochs: int | None = None,
-    rate: float | None = None,
-    template: Annotated[list[str] | None, Parameter(consume_multiple=True, negative="")] = None,
+    mean_class_accuracy: bool = False,
+    finetune_backbone: Annotated[bool, Parameter(negative="")] = False,
+    ignore_index: str = "255",
+    train_epochs: int | None = None,
+    finetune_lr: float | None = None,
+    prompt: Annotated[list[str] | None, Parameter(consume_multiple=True, negative="")] = None,
     backbone: str | None = None,
-    prefix: str = "",
-    drop: Annotated[list[str] | None, Parameter(consume_multiple=True, negative="")] = None,
-    size: int | None = None,
+    weights_prefix: str = "",
+    weights_exclude: Annotated[list[str] | None, Parameter(consume_multiple=True, negative="")] = None,
+    image_size: int | None = None,
     out: Path | None = None,
-    workers: int | None = None,
+    num_workers: int | None = None,
     device: str | None = None,
-    common: Common = COMMON,
+    common: CommonOptions = COMMON_OPTIONS,
 ) -> None:
     """Measure an image encoder on labelled or captioned images.
 
     Args:
-        target: A run; `timm:NAME`, `torchvision:NAME`, `hf:NAME`, `clip:ARCH/WEIGHTS` or
+        encoder: A run; `timm:NAME`, `torchvision:NAME`, `hf:NAME`, `clip:ARCH/WEIGHTS` or
             `hub:OWNER/REPO/ENTRY` (pretrained); `random:NAME` (untrained); or a file of weights.
-        on: Sets, with commas between: folders laid out as split/class/image or with a labels.csv, CSV files,
+        dataset: Sets, with commas between: folders laid out as split/class/image or with a labels.csv, CSV
+            files,
             or names that `likewise sets` lists; for image-text a CSV file or a folder with a captions.csv;
             for detection a boxes.csv, COCO, Pascal VOC or YOLO; for segmentation an index.csv or folders.
         protocol: With commas between: linear, fewshot, knn, knn-grid, retrieval, clustering, finetune,
@@ -92,85 +104,99 @@ def evaluate(
         ways: Classes a few-shot episode; 5 by default.
         shots: Labelled images a class; 5 by default.
         episodes: Few-shot episodes; 5,000 by default.
-        mean_per_class: Score classifiers by the mean of the classes' accuracies.
-        tune: Let detection and segmentation train the encoder, too; by default it stays as it is.
-        ignore: Numbers in masks that count neither way, with commas between.
-        epochs: Epochs of finetune (10 by default), detection (12) and segmentation (20).
-        rate: Peak learning rate of the encoder in finetune; 0.0001 by default.
-        template: Sentences for zeroshot with {} for the class; "a photo of a {}." by default.
+        mean_class_accuracy: Score classifiers by the mean of the classes' accuracies.
+        finetune_backbone: Let detection and segmentation train the encoder, too; by default it stays as it
+            is.
+        ignore_index: Numbers in masks that count neither way, with commas between.
+        train_epochs: Epochs of finetune (10 by default), detection (12) and segmentation (20).
+        finetune_lr: Peak learning rate of the encoder in finetune; 0.0001 by default.
+        prompt: Sentences for zeroshot with {} for the class; "a photo of a {}." by default.
         backbone: The timm model, or `torchvision:NAME`, that a plain file of weights is for.
-        prefix: What stands before the names of its weights, as in `module.encoder_q.`; others are left out.
-        drop: Beginnings of names of weights that are left out; everything else must fit.
-        size: Side of the input in pixels; by default what the model was trained with.
+        weights_prefix: What stands before the names of its weights, as in `module.encoder_q.`; others are
+            left out.
+        weights_exclude: Beginnings of names of weights that are left out; everything else must fit.
+        image_size: Side of the input in pixels; by default what the model was trained with.
         out: Where results go; by default `evaluation` in the run.
-        workers: Threads that read images.
+        num_workers: Threads that read images.
         device: Where features are computed.
     """
     from likewise.evaluation.evaluate import evaluate as evaluate_encoder
 
     results = evaluate_encoder(
-        target,
-        listed(on),
-        listed(protocol),
-        settings=_protocol_settings(
-            mean_per_class,
+        encoder,
+        parse_list(dataset),
+        parse_list(protocol),
+        config=_protocol_config(
+            mean_class_accuracy,
             fewshot={"ways": ways, "shots": shots, "episodes": episodes},
-            finetune={"epochs": epochs, "rate": rate},
-            zeroshot={"templates": tuple(template) if template else None},
-            detection={"backbone": "tuned" if tune else None, "epochs": epochs, "size": size},
-            segmentation={"backbone": "tuned" if tune else None, "epochs": epochs, "size": size},
+            finetune={"epochs": train_epochs, "lr": finetune_lr},
+            zeroshot={"prompts": tuple(prompt) if prompt else None},
+            detection={
+                "backbone": "tuned" if finetune_backbone else None,
+                "epochs": train_epochs,
+                "image_size": image_size,
+            },
+            segmentation={
+                "backbone": "tuned" if finetune_backbone else None,
+                "epochs": train_epochs,
+                "image_size": image_size,
+            },
         ),
         label_column=label_column,
         split_column=split_column,
         caption_column=caption_column,
-        ignored=_numbers(ignore),
+        ignore_index=_parse_ints(ignore_index),
         backbone=backbone,
-        prefix=prefix,
-        drop=drop or (),
-        size=size,
+        weights_prefix=weights_prefix,
+        weights_exclude=weights_exclude or (),
+        image_size=image_size,
         out=out,
-        workers=workers,
+        num_workers=num_workers,
         device=device,
         progress=common.progress(),
     )
-    common.tell({"results": results}, "\n".join(result_lines(results)))
+    common.print_result({"results": results}, "\n".join(results_table(results)))
 
 
-def _numbers(told: str) -> tuple[int, ...]:
-    if not all(each.isdecimal() for each in listed(told)):
-        raise InputError(f"--ignore {told}: give numbers with commas between, such as 11,255")
-    return tuple(map(int, listed(told)))
+def _parse_ints(text: str) -> tuple[int, ...]:
+    if not all(part.isdecimal() for part in parse_list(text)):
+        raise InvalidInputError(f"--ignore {text}: give numbers with commas between, such as 11,255")
+    return tuple(map(int, parse_list(text)))
 
 
-def _protocol_settings(mean_per_class: bool, **given: dict[str, Any]) -> "ProtocolSettings":
+def _protocol_config(mean_class_accuracy: bool, **overrides: dict[str, Any]) -> "ProtocolConfig":
     """Return the usual settings but for those that are given, by the protocol they belong to."""
-    from likewise.evaluation.protocols import ProtocolSettings
+    from likewise.evaluation.protocols import ProtocolConfig
 
-    usual = ProtocolSettings()
-    told = {
-        name: replace(getattr(usual, name), **{k: v for k, v in values.items() if v is not None})
-        for name, values in given.items()
+    defaults = ProtocolConfig()
+    configs = {
+        name: replace(getattr(defaults, name), **{k: v for k, v in values.items() if v is not None})
+        for name, values in overrides.items()
     }
-    return replace(usual, linear=replace(usual.linear, mean_per_class=mean_per_class), **told)
+    return replace(
+        defaults, linear=replace(defaults.linear, mean_class_accuracy=mean_class_accuracy), **configs
+    )
 
 
 @app.command(help_epilogue="Example: `likewise sets`, then `likewise evaluate run --on eurosat,dtd`")
-def sets(*, common: Common = COMMON) -> None:
+def datasets(*, common: CommonOptions = COMMON_OPTIONS) -> None:
     """List the well-known sets that `evaluate --on NAME` fetches, and which of them are here."""
-    from likewise.evaluation.datasets.download import is_here, place
-    from likewise.evaluation.datasets.registry import CATALOG
+    from likewise.evaluation.datasets.download import dataset_dir, is_downloaded
+    from likewise.evaluation.datasets.registry import DATASETS
 
-    rows = {name: asdict(told) | {"here": is_here(name)} for name, told in CATALOG.items()}
+    rows = {name: asdict(info) | {"here": is_downloaded(name)} for name, info in DATASETS.items()}
     lines = []
-    for name, told in CATALOG.items():
-        images = ", ".join(f"{count:,} {split}" for split, count in told.images.items())
-        where = f"in {place(name)}" if is_here(name) else f"about {told.megabytes:,} MB to fetch"
+    for name, info in DATASETS.items():
+        images = ", ".join(f"{count:,} {split}" for split, count in info.split_sizes.items())
+        location = (
+            f"in {dataset_dir(name)}" if is_downloaded(name) else f"about {info.download_mb:,} MB to fetch"
+        )
         lines += [
-            f"{name:<16}{told.title}: {told.classes} classes, {images}",
-            f"{'':<16}{told.metric}; {where}; licence: {told.licence}",
-            f"{'':<16}{told.homepage}",
+            f"{name:<16}{info.title}: {info.num_classes} classes, {images}",
+            f"{'':<16}{info.metric}; {location}; licence: {info.license}",
+            f"{'':<16}{info.homepage}",
         ]
-    common.tell({"sets": rows}, "\n".join(lines))
+    common.print_result({"sets": rows}, "\n".join(lines))
 
 
 @app.command(
@@ -181,7 +207,7 @@ def compare(
     /,
     *,
     out: Path | None = None,
-    common: Common = COMMON,
+    common: CommonOptions = COMMON_OPTIONS,
 ) -> None:
     """Lay encoders side by side: intervals, paired tests against the first, ranks over sets.
 
@@ -190,15 +216,21 @@ def compare(
             differ only in their seed, `NAME=` before them to call them so. All are compared with the first.
         out: A folder to write the table to as CSV, Markdown and LaTeX, with plots.
     """
-    from likewise.evaluation.results import read_entries, tabulate
-    from likewise.report.comparison import LEGEND, grid, write_comparison
+    from likewise.evaluation.results import compare_encoders, read_encoder_results
+    from likewise.report.comparison import LEGEND, to_rows, write_comparison
 
-    entries = read_entries(encoders)
-    table = tabulate(entries)
-    costs = [next(iter(entry.seeds[0].values())).operations for entry in entries]
-    files = [] if out is None else write_comparison(table, out, [c and c / 1e9 for c in costs])
-    text = [*table_lines(grid(table)), LEGEND, *(f"written: {file}" for file in files)]
-    common.tell({"table": asdict(table), "files": [str(file) for file in files]}, "\n".join(text))
+    encoder_results = read_encoder_results(encoders)
+    comparison = compare_encoders(encoder_results)
+    flops = [next(iter(result.rows_by_seed[0].values())).flops for result in encoder_results]
+    paths = (
+        []
+        if out is None
+        else write_comparison(comparison, out, [num_flops and num_flops / 1e9 for num_flops in flops])
+    )
+    lines = [*format_table(to_rows(comparison)), LEGEND, *(f"written: {path}" for path in paths)]
+    common.print_result(
+        {"table": asdict(comparison), "files": [str(path) for path in paths]}, "\n".join(lines)
+    )
 
 
 @app.command(help_epilogue="Example: `likewise report run-language run-self --out report.html`")
@@ -208,7 +240,7 @@ def report(
     *,
     out: Path | None = None,
     title: str | None = None,
-    common: Common = COMMON,
+    common: CommonOptions = COMMON_OPTIONS,
 ) -> None:
     """Write a page that shows pairs, curves and results of one or several runs.
 
@@ -220,7 +252,7 @@ def report(
     from likewise.report.run_report import write_report
 
     page = write_report(runs, out or runs[0] / "report.html", title=title)
-    common.tell({"report": str(page)}, f"report: {page}")
+    common.print_result({"report": str(page)}, f"report: {page}")
 
 
 @app.command(help_epilogue="Example: `likewise demo --quick`")
@@ -229,7 +261,7 @@ def demo(
     out: Path | None = None,
     quick: bool = False,
     device: str | None = None,
-    common: Common = COMMON,
+    common: CommonOptions = COMMON_OPTIONS,
 ) -> None:
     """Run the whole pipeline on real captioned images and write a report.
 
@@ -243,14 +275,14 @@ def demo(
     """
     from likewise.demo import run_demo
 
-    folder = out or Path("likewise-demo-quick" if quick else "likewise-demo")
-    page, rows = run_demo(folder, quick=quick, device=device, progress=common.progress())
-    common.tell(
-        {"report": str(page), "results": [row.told() for row in rows]},
+    out_dir = out or Path("likewise-demo-quick" if quick else "likewise-demo")
+    page, rows = run_demo(out_dir, quick=quick, device=device, progress=common.progress())
+    common.print_result(
+        {"report": str(page), "results": [row.to_dict() for row in rows]},
         "\n".join(
             [
                 "on held-out concepts, in %, with 95 % intervals:",
-                *comparison_lines(rows, ("self", "language", "untrained")),
+                *comparison_table(rows, ("self", "language", "untrained")),
                 f"report: {page.resolve()}",
             ]
         ),

@@ -12,12 +12,12 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from likewise.artifacts import Artifact, atomic, open_artifact, shard_name
+from likewise.artifacts import Artifact, atomic_write, open_artifact, shard_name
 from likewise.errors import ArtifactError
 
-KIND = "collection"
+ARTIFACT_KIND = "collection"
 SHARD_ROWS = 4096
-_ROW_GROUP = 512
+_ROW_GROUP_SIZE = 512
 
 SCHEMA = pa.schema(
     [
@@ -57,7 +57,7 @@ class ImageRef:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Record:
+class Sample:
     """One captioned image; `captions` may be empty."""
 
     id: str
@@ -69,39 +69,39 @@ class Record:
     height: int
 
 
-def write_records(path: Path, records: list[Record]) -> None:
+def write_samples(path: Path, samples: list[Sample]) -> None:
     """Write one shard of records, whole or not at all."""
     rows = [
         {
-            "id": record.id,
-            "image": vars(record.image),
-            "captions": list(record.captions),
-            "group": record.group,
-            "label": record.label,
-            "width": record.width,
-            "height": record.height,
+            "id": sample.id,
+            "image": vars(sample.image),
+            "captions": list(sample.captions),
+            "group": sample.group,
+            "label": sample.label,
+            "width": sample.width,
+            "height": sample.height,
         }
-        for record in records
+        for sample in samples
     ]
-    with atomic(path) as temporary:
-        pq.write_table(pa.Table.from_pylist(rows, schema=SCHEMA), temporary, row_group_size=_ROW_GROUP)
+    with atomic_write(path) as temporary:
+        pq.write_table(pa.Table.from_pylist(rows, schema=SCHEMA), temporary, row_group_size=_ROW_GROUP_SIZE)
 
 
-class Collection:
+class CaptionDataset:
     """A finished collection, read shard by shard; opening it reads no rows."""
 
     def __init__(self, path: str | Path) -> None:
         """Open the collection at `path`; raises ArtifactError where there is none."""
-        self.artifact: Artifact = open_artifact(Path(path), KIND)
+        self.artifact: Artifact = open_artifact(Path(path), ARTIFACT_KIND)
         self.path = self.artifact.path
 
     @classmethod
-    def open(cls, source: "str | Path | Collection") -> "Collection":
+    def open(cls, dataset: "str | Path | CaptionDataset") -> "CaptionDataset":
         """Return the collection itself, or the one at a path."""
-        return source if isinstance(source, Collection) else cls(source)
+        return dataset if isinstance(dataset, CaptionDataset) else cls(dataset)
 
     def __len__(self) -> int:
-        return self.starts[-1]
+        return self.shard_offsets[-1]
 
     def __repr__(self) -> str:
         return f"Collection({str(self.path)!r}, {len(self):,} images)"
@@ -117,46 +117,46 @@ class Collection:
         return Path(self.artifact.manifest.settings["root"])
 
     @cached_property
-    def shards(self) -> list[Path]:
+    def shard_paths(self) -> list[Path]:
         """The record files, in order."""
-        count = self.artifact.manifest.counts["shards"]
-        paths = [self.path / shard_name("records", i, "parquet") for i in range(count)]
+        num_shards = self.artifact.manifest.counts["shards"]
+        paths = [self.path / shard_name("records", i, "parquet") for i in range(num_shards)]
         for path in paths:
             if not path.is_file():
                 raise ArtifactError(f"{path} is missing; import the collection anew into another folder")
         return paths
 
     @cached_property
-    def starts(self) -> list[int]:
+    def shard_offsets(self) -> list[int]:
         """The index of each shard's first record, and last the number of records."""
-        starts = [0]
-        for path in self.shards:
-            starts.append(starts[-1] + pq.read_metadata(path).num_rows)
-        return starts
+        offsets = [0]
+        for path in self.shard_paths:
+            offsets.append(offsets[-1] + pq.read_metadata(path).num_rows)
+        return offsets
 
-    def columns(self, shard: int, names: list[str]) -> dict[str, list[Any]]:
+    def read_columns(self, shard: int, names: list[str]) -> dict[str, list[Any]]:
         """Read some columns of one shard as Python lists."""
-        return pq.read_table(self.shards[shard], columns=names).to_pydict()
+        return pq.read_table(self.shard_paths[shard], columns=names).to_pydict()
 
-    def records(self, shard: int) -> list[Record]:
+    def samples(self, shard: int) -> list[Sample]:
         """Read one shard of records."""
-        return [_record(row) for row in pq.read_table(self.shards[shard]).to_pylist()]
+        return [_to_sample(row) for row in pq.read_table(self.shard_paths[shard]).to_pylist()]
 
-    def __iter__(self) -> Iterator[Record]:
-        for shard in range(len(self.shards)):
-            yield from self.records(shard)
+    def __iter__(self) -> Iterator[Sample]:
+        for shard in range(len(self.shard_paths)):
+            yield from self.samples(shard)
 
-    def __getitem__(self, index: int) -> Record:
+    def __getitem__(self, index: int) -> Sample:
         """Read one record by its position, through a small cache of row groups."""
         if not 0 <= index < len(self):
             raise IndexError(f"record {index} of {len(self)}")
-        shard = bisect_right(self.starts, index) - 1
-        group, row = divmod(index - self.starts[shard], _ROW_GROUP)
-        return _row_group(str(self.shards[shard]), self.key, group)[row]
+        shard = bisect_right(self.shard_offsets, index) - 1
+        row_group, row = divmod(index - self.shard_offsets[shard], _ROW_GROUP_SIZE)
+        return _read_row_group(str(self.shard_paths[shard]), self.key, row_group)[row]
 
-    def skipped(self) -> Iterator[dict[str, str]]:
+    def skipped_entries(self) -> Iterator[dict[str, str]]:
         """Yield every entry that was left out, with its `id`, `where` and `reason`."""
-        return skipped_entries(self.path)
+        return read_skipped_entries(self.path)
 
     def summary(self) -> dict[str, Any]:
         """Return counts as the import found them: images, captions, and what was skipped, by reason."""
@@ -164,17 +164,17 @@ class Collection:
         return {"images": len(self), **manifest.counts, "skipped": dict(manifest.skipped)}
 
 
-def skipped_entries(path: Path) -> Iterator[dict[str, str]]:
+def read_skipped_entries(path: Path) -> Iterator[dict[str, str]]:
     """Yield what the shards of a collection, finished or not, say was left out."""
     for file in sorted(path.glob("skipped-*.jsonl")):
         with file.open(encoding="utf-8") as lines:
             yield from map(json.loads, lines)
 
 
-def _record(row: dict[str, Any]) -> Record:
-    return Record(**row | {"image": ImageRef(**row["image"]), "captions": tuple(row["captions"])})
+def _to_sample(row: dict[str, Any]) -> Sample:
+    return Sample(**row | {"image": ImageRef(**row["image"]), "captions": tuple(row["captions"])})
 
 
 @lru_cache(maxsize=4)  # rows may hold the images themselves
-def _row_group(path: str, _key: str, group: int) -> list[Record]:
-    return [_record(row) for row in pq.ParquetFile(path).read_row_group(group).to_pylist()]
+def _read_row_group(path: str, _key: str, row_group: int) -> list[Sample]:
+    return [_to_sample(row) for row in pq.ParquetFile(path).read_row_group(row_group).to_pylist()]

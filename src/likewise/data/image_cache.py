@@ -16,23 +16,31 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from likewise.artifacts import Artifact, begin, load_array, open_artifact, read_array, shard_name, write_array
-from likewise.data.dataset import Collection, Record
-from likewise.data.images import BadImageError, decode, read_bytes
+from likewise.artifacts import (
+    Artifact,
+    create_or_resume,
+    load_array,
+    mmap_array,
+    open_artifact,
+    shard_name,
+    write_array,
+)
+from likewise.data.dataset import CaptionDataset, Sample
+from likewise.data.images import UnreadableImageError, decode_image, read_image_bytes
 from likewise.errors import ArtifactError
-from likewise.parallel import default_workers, ordered_map
-from likewise.progress import SILENT, Progress
+from likewise.parallel import default_num_workers, prefetch_map
+from likewise.progress import NULL_PROGRESS, Progress
 
-KIND = "packed images"
+ARTIFACT_KIND = "packed images"
 RAW_LIMIT = 192
 RAW_BYTES = 4 * 2**30
-_ROWS = 1024  # images a shard, at most
+_MAX_SHARD_ROWS = 1024  # images a shard, at most
 _SHARD_BYTES = 2**27  # about what packing holds in memory
-_QUALITY = 90
-_OPEN_SHARDS = 256  # each mapped file holds a descriptor, of which a process usually has 1,024
+_JPEG_QUALITY = 90
+_MAX_OPEN_SHARDS = 256  # each mapped file holds a descriptor, of which a process usually has 1,024
 
 
-def shrink(pixels: np.ndarray, short_side: int) -> np.ndarray:
+def downscale(pixels: np.ndarray, short_side: int) -> np.ndarray:
     """Make the short side `short_side`, never enlarging: (h, w, 3) uint8 -> (h', w', 3) uint8."""
     height, width = pixels.shape[:2]
     scale = short_side / min(height, width)
@@ -42,123 +50,137 @@ def shrink(pixels: np.ndarray, short_side: int) -> np.ndarray:
     return np.asarray(Image.fromarray(pixels).resize(size, Image.Resampling.BICUBIC))
 
 
-def side_to_pack(view: int, images: int) -> int:
+def cache_resolution(view_size: int, num_images: int) -> int:
     """Return the short side in pixels at which to pack so many images for square views of a side.
 
     Half as large again as views where raw pixels fit, so that small crops keep detail. Else 8/7 of the view
     (256 for 224, as ImageNet is often kept), because a JPEG takes as long as it has pixels, or what always
     fits.
     """
-    roomy = math.ceil(1.5 * view)
-    return roomy if _fits_raw(roomy, images) else max(min(roomy, RAW_LIMIT), math.ceil(view * 8 / 7))
+    preferred = math.ceil(1.5 * view_size)
+    return (
+        preferred
+        if _fits_raw(preferred, num_images)
+        else max(min(preferred, RAW_LIMIT), math.ceil(view_size * 8 / 7))
+    )
 
 
-def _fits_raw(short_side: int, images: int) -> bool:
-    return short_side <= RAW_LIMIT or images * _raw_size(short_side) <= RAW_BYTES
+def _fits_raw(short_side: int, num_images: int) -> bool:
+    return short_side <= RAW_LIMIT or num_images * _raw_num_bytes(short_side) <= RAW_BYTES
 
 
-def _raw_size(short_side: int) -> int:
+def _raw_num_bytes(short_side: int) -> int:
     """Return the bytes of a raw image whose sides are as 4 to 3."""
     return 4 * short_side**2
 
 
-def pack_images(
-    collection: Collection, short_side: int, *, workers: int | None = None, progress: Progress = SILENT
-) -> "PackedImages":
+def build_image_cache(
+    dataset: CaptionDataset,
+    short_side: int,
+    *,
+    num_workers: int | None = None,
+    progress: Progress = NULL_PROGRESS,
+) -> "ImageCache":
     """Pack all images of a collection at a short side in pixels; finished shards are kept on a rerun.
 
     Raises:
         ArtifactError: where the disk is full or the folder of the images is gone.
     """
-    if not collection.root.is_dir():
-        raise ArtifactError(f"{collection.root}, which holds the images of {collection.path}, is not there")
-    raw = _fits_raw(short_side, len(collection))
+    if not dataset.root.is_dir():
+        raise ArtifactError(f"{dataset.root}, which holds the images of {dataset.path}, is not there")
+    is_raw = _fits_raw(short_side, len(dataset))
     # JPEGs are small: fewer of them a shard would only be more files, of which few are open at a time.
-    rows = max(1, min(_ROWS, _SHARD_BYTES // _raw_size(short_side))) if raw else _ROWS
-    codec = "rgb" if raw else f"jpeg-{_QUALITY}"
-    path = collection.path / "packed" / f"{short_side}px-{codec}"
-    settings = {"short_side": short_side, "codec": codec, "rows": rows}
-    artifact = begin(path, KIND, settings, {"collection": collection.key})
-    if artifact.complete:
-        return PackedImages(artifact)
+    shard_rows = (
+        max(1, min(_MAX_SHARD_ROWS, _SHARD_BYTES // _raw_num_bytes(short_side)))
+        if is_raw
+        else _MAX_SHARD_ROWS
+    )
+    codec = "rgb" if is_raw else f"jpeg-{_JPEG_QUALITY}"
+    path = dataset.path / "packed" / f"{short_side}px-{codec}"
+    settings = {"short_side": short_side, "codec": codec, "rows": shard_rows}
+    artifact = create_or_resume(path, ARTIFACT_KIND, settings, {"collection": dataset.key})
+    if artifact.is_complete:
+        return ImageCache(artifact)
 
-    shards = range(-(-len(collection) // rows))
-    ready = {i for i in shards if (path / shard_name("index", i, "npy")).is_file()}
-    done = sum(min(rows, len(collection) - i * rows) for i in ready)
-    with progress.task("packing", len(collection), "images", done) as task:
+    shards = range(-(-len(dataset) // shard_rows))
+    done_shards = {i for i in shards if (path / shard_name("index", i, "npy")).is_file()}
+    num_done = sum(min(shard_rows, len(dataset) - i * shard_rows) for i in done_shards)
+    with progress.task("packing", len(dataset), "images", num_done) as bar:
         for shard in shards:
-            if shard in ready:
+            if shard in done_shards:
                 continue
-            first, last = shard * rows, min((shard + 1) * rows, len(collection))
-            records = (collection[i] for i in range(first, last))
+            start, stop = shard * shard_rows, min((shard + 1) * shard_rows, len(dataset))
+            samples = (dataset[i] for i in range(start, stop))
             blobs = []
-            for blob in ordered_map(
-                lambda record: _encode(record, collection.root, short_side, raw=raw),
-                records,
-                default_workers() if workers is None else workers,
+            for blob in prefetch_map(
+                lambda sample: _encode_sample(sample, dataset.root, short_side, is_raw=is_raw),
+                samples,
+                default_num_workers() if num_workers is None else num_workers,
             ):
                 blobs.append(blob)
-                task.advance()
+                bar.update()
             _write_shard(path, shard, blobs)
-    packed = PackedImages(_finish(artifact, len(shards)))
-    lost = len(packed) - len(packed.usable)
-    if lost:
-        progress.say(f"warning: {lost:,} images could not be read any more and take no part")
-    return packed
+    cache = ImageCache(_finalize(artifact, len(shards)))
+    num_unreadable = len(cache) - len(cache.readable)
+    if num_unreadable:
+        progress.log(f"warning: {num_unreadable:,} images could not be read any more and take no part")
+    return cache
 
 
-def _encode(record: Record, root: Path, short_side: int, *, raw: bool) -> tuple[np.ndarray, int, int]:
+def _encode_sample(
+    sample: Sample, root: Path, short_side: int, *, is_raw: bool
+) -> tuple[np.ndarray, int, int]:
     """Return one image as flat bytes with its height and width; no bytes where it can no longer be read."""
     try:
-        pixels = shrink(decode(read_bytes(record.image, root), short_side), short_side)
-    except BadImageError:
+        pixels = downscale(decode_image(read_image_bytes(sample.image, root), short_side), short_side)
+    except UnreadableImageError:
         return np.empty(0, np.uint8), 0, 0
     height, width = pixels.shape[:2]
-    if raw:
+    if is_raw:
         return pixels.reshape(-1), height, width
     buffer = io.BytesIO()
-    Image.fromarray(pixels).save(buffer, "JPEG", quality=_QUALITY)
+    Image.fromarray(pixels).save(buffer, "JPEG", quality=_JPEG_QUALITY)
     return np.frombuffer(buffer.getvalue(), np.uint8), height, width
 
 
 def _write_shard(path: Path, shard: int, blobs: list[tuple[np.ndarray, int, int]]) -> None:
     lengths = np.array([len(blob) for blob, _, _ in blobs], np.int64)
-    sides = np.array([(height, width) for _, height, width in blobs], np.int64)
+    sizes = np.array([(height, width) for _, height, width in blobs], np.int64)
     offsets = np.concatenate([[0], np.cumsum(lengths)[:-1]])
     write_array(path / shard_name("bytes", shard, "npy"), np.concatenate([blob for blob, _, _ in blobs]))
     # The index comes last: where it exists, its bytes are whole.
-    write_array(path / shard_name("index", shard, "npy"), np.column_stack([offsets, lengths, sides]))
+    write_array(path / shard_name("index", shard, "npy"), np.column_stack([offsets, lengths, sizes]))
 
 
-def _finish(artifact: Artifact, shards: int) -> Artifact:
-    lengths = [load_array(artifact.path / shard_name("index", i, "npy"))[:, 1] for i in range(shards)]
-    lost = int(sum((column == 0).sum() for column in lengths))
-    images = sum(len(column) for column in lengths)
-    skipped = Counter({"no longer readable": lost}) if lost else {}
-    return artifact.finish({"images": images, "shards": shards}, skipped)
+def _finalize(artifact: Artifact, num_shards: int) -> Artifact:
+    lengths = [load_array(artifact.path / shard_name("index", i, "npy"))[:, 1] for i in range(num_shards)]
+    num_unreadable = int(sum((shard_lengths == 0).sum() for shard_lengths in lengths))
+    num_images = sum(len(shard_lengths) for shard_lengths in lengths)
+    skipped = Counter({"no longer readable": num_unreadable}) if num_unreadable else {}
+    return artifact.finish({"images": num_images, "shards": num_shards}, skipped)
 
 
-class PackedImages:
+class ImageCache:
     """Random access to packed pixels."""
 
-    def __init__(self, source: Artifact | Path) -> None:
+    def __init__(self, artifact: Artifact | Path) -> None:
         """Open a finished cache; raises ArtifactError where there is none."""
-        artifact = source if isinstance(source, Artifact) else open_artifact(source, KIND)
+        artifact = artifact if isinstance(artifact, Artifact) else open_artifact(artifact, ARTIFACT_KIND)
         self.path = artifact.path
-        self.raw = artifact.manifest.settings["codec"] == "rgb"
-        self.rows: int = artifact.manifest.settings["rows"]
+        self.is_raw = artifact.manifest.settings["codec"] == "rgb"
+        self.shard_rows: int = artifact.manifest.settings["rows"]
         self.key = artifact.manifest.key
-        shards = artifact.manifest.counts["shards"]
+        num_shards = artifact.manifest.counts["shards"]
         self.index = np.concatenate(
-            [load_array(self.path / shard_name("index", i, "npy")) for i in range(shards)]
+            [load_array(self.path / shard_name("index", i, "npy")) for i in range(num_shards)]
         )
-        self._bytes = lru_cache(maxsize=_OPEN_SHARDS)(self._open_bytes)
+        self._shard_bytes = lru_cache(maxsize=_MAX_OPEN_SHARDS)(self._mmap_shard)
 
     def __len__(self) -> int:
         return len(self.index)
 
     @property
-    def usable(self) -> np.ndarray:
+    def readable(self) -> np.ndarray:
         """The positions of the images that can be read: (m,) int64, ascending."""
         return np.flatnonzero(self.index[:, 1] > 0)
 
@@ -169,8 +191,8 @@ class PackedImages:
     def pixels(self, position: int) -> np.ndarray:
         """Return one image as (h, w, 3) uint8, read-only where it is mapped."""
         offset, length, height, width = self.index[position]
-        flat = self._bytes(int(position) // self.rows)[offset : offset + length]
-        return flat.reshape(height, width, 3) if self.raw else decode(flat.tobytes())
+        buffer = self._shard_bytes(int(position) // self.shard_rows)[offset : offset + length]
+        return buffer.reshape(height, width, 3) if self.is_raw else decode_image(buffer.tobytes())
 
-    def _open_bytes(self, shard: int) -> np.ndarray:
-        return read_array(self.path / shard_name("bytes", shard, "npy"))
+    def _mmap_shard(self, shard: int) -> np.ndarray:
+        return mmap_array(self.path / shard_name("bytes", shard, "npy"))

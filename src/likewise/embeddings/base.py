@@ -14,20 +14,20 @@ Corpus = Callable[[], Iterator[list[str]]]
 
 
 @dataclass(frozen=True)
-class EncoderChoice:
+class EncoderSpec:
     """An encoder by name, not loaded yet.
 
     Attributes:
         name: What tables call it: its scheme and what follows, and options that differ from the default.
-        source: Where it is loaded from: a hub name, a folder, a file.
-        identity: What identifies its weights in keys.
+        name_or_path: Where it is loaded from: a hub name, a folder, a file.
+        weights_id: What identifies its weights in keys.
         scheme: Its kind; empty for sentence-transformers models.
         options: How it is used.
     """
 
     name: str
-    source: str
-    identity: str
+    name_or_path: str
+    weights_id: str
     scheme: str = ""
     options: EncoderOptions = DEFAULT_OPTIONS
 
@@ -37,22 +37,22 @@ class EncoderChoice:
         return "images" if self.scheme == "image" else "captions"
 
 
-class CaptionEncoder(ABC):
+class TextEncoder(ABC):
     """Captions in, unit vectors out.
 
     Attributes:
-        dimension: Length of a vector.
+        dim: Length of a vector.
     """
 
-    dimension: int
+    dim: int
 
     @abstractmethod
     def encode(self, captions: Sequence[str], batch_size: int) -> Float[np.ndarray, "n d"]:
         """Embed captions: n strings -> (n, d) float32 of unit length, zero for one without direction."""
 
 
-def unit_rows(vectors: Float[np.ndarray, "n d"]) -> Float[np.ndarray, "n d"]:
+def l2_normalize(vectors: Float[np.ndarray, "n d"]) -> Float[np.ndarray, "n d"]:
     """Scale rows to unit length: (n, d) -> (n, d) float32; zero rows stay zero, NaN stays NaN."""
-    held = np.asarray(vectors, np.float32)
-    norms = np.linalg.norm(held, axis=1, keepdims=True)
-    return held / np.where(norms == 0, 1, norms)
+    vectors = np.asarray(vectors, np.float32)
+    norms = np.linalg.norm(vectors, axis=1, keepdims=True)
+    return vectors / np.where(norms == 0, 1, norms)

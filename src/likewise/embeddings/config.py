@@ -3,9 +3,9 @@
 from dataclasses import dataclass, fields
 from typing import Any, Literal
 
-from likewise.errors import InputError
+from likewise.errors import InvalidInputError
 
-PooledBy = Literal["cls", "mean", "last"]
+Pooling = Literal["cls", "mean", "last"]
 Backend = Literal["torch", "onnx"]
 Modality = Literal["captions", "images"]
 
@@ -21,7 +21,7 @@ class EncoderOptions:
         backend: What runs a transformer: `torch`, or ONNX Runtime on the CPU (`onnx`), often faster there.
     """
 
-    pooling: PooledBy | None = None
+    pooling: Pooling | None = None
     max_length: int | None = None
     backend: Backend = "torch"
 
@@ -32,12 +32,16 @@ class EncoderOptions:
             InputError: where `max_length` is below 1.
         """
         if self.max_length is not None and self.max_length < 1:
-            raise InputError(f"--max-length is {self.max_length}; at least 1 token is needed")
+            raise InvalidInputError(f"--max-length is {self.max_length}; at least 1 token is needed")
 
     @property
-    def given(self) -> dict[str, Any]:
+    def overrides(self) -> dict[str, Any]:
         """The options that differ from their defaults, by name."""
-        return {f.name: getattr(self, f.name) for f in fields(self) if getattr(self, f.name) != f.default}
+        return {
+            field.name: getattr(self, field.name)
+            for field in fields(self)
+            if getattr(self, field.name) != field.default
+        }
 
 
 DEFAULT_OPTIONS = EncoderOptions()

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, final
 
 import numpy as np
 
-from likewise.embeddings.base import CaptionEncoder, Corpus, EncoderChoice, unit_rows
+from likewise.embeddings.base import Corpus, EncoderSpec, TextEncoder, l2_normalize
 from likewise.errors import ModelError
 
 # Han characters and kana are written without spaces; each counts as a word.
@@ -28,85 +28,94 @@ def split_words(text: str) -> list[str]:
     A word is a run of letters, digits and combining marks (vowel signs of Indic scripts among them); of
     scripts written without spaces, Chinese and Japanese are cut into characters, others stay whole.
     """
-    return _pattern().findall(unicodedata.normalize("NFC", text))
+    return _word_pattern().findall(unicodedata.normalize("NFC", text))
 
 
 @lru_cache(maxsize=1)
-def _pattern() -> re.Pattern[str]:
-    marks = _marks()
+def _word_pattern() -> re.Pattern[str]:
+    marks = _combining_marks()
     return re.compile(rf"[{_UNSPACED}]|[^\W{_UNSPACED}]+(?:[{marks}]+[^\W{_UNSPACED}]*)*")
 
 
-def _marks() -> str:
+def _combining_marks() -> str:
     """Return all combining marks as ranges of a character class; Python's word characters lack them."""
-    codes = [c for c in range(sys.maxunicode + 1) if unicodedata.category(chr(c)).startswith("M")]
-    runs = [[c for _, c in run] for _, run in groupby(enumerate(codes), lambda at: at[1] - at[0])]
+    code_points = [
+        code_point
+        for code_point in range(sys.maxunicode + 1)
+        if unicodedata.category(chr(code_point)).startswith("M")
+    ]
+    runs = [
+        [code_point for _, code_point in run]
+        for _, run in groupby(enumerate(code_points), lambda item: item[1] - item[0])
+    ]
     return "".join(f"{chr(run[0])}-{chr(run[-1])}" for run in runs)
 
 
 @final
-class WordVectors(CaptionEncoder):
+class WordVectorEncoder(TextEncoder):
     """The mean of the vectors of a caption's words; a word is looked up as written, else in lower case.
 
     Only words that occur in the collection are kept in memory. A caption of which no word is known gets the
     zero vector.
     """
 
-    def __init__(self, choice: EncoderChoice, corpus: Corpus) -> None:
+    def __init__(self, spec: EncoderSpec, corpus: Corpus) -> None:
         """Read the vectors of the corpus's words; raises ModelError for a file that holds none."""
         words = {word for captions in corpus() for caption in captions for word in split_words(caption)}
-        self._places, self._vectors = _read(Path(choice.source), words | {word.lower() for word in words})
-        self.dimension = self._vectors.shape[1]
+        self._vocabulary, self._vectors = _read_word_vectors(
+            Path(spec.name_or_path), words | {word.lower() for word in words}
+        )
+        self.dim = self._vectors.shape[1]
 
     def encode(self, captions: Sequence[str], batch_size: int) -> np.ndarray:
         """Embed captions: n strings -> (n, d) float32 of unit length, zero where no word is known."""
-        sums = np.zeros((len(captions), self.dimension), np.float32)
+        vectors = np.zeros((len(captions), self.dim), np.float32)
         for row, caption in enumerate(captions):
-            known = [place for word in split_words(caption) if (place := self._place(word)) is not None]
-            if known:
-                sums[row] = self._vectors[known].mean(axis=0)
-        return unit_rows(sums)
+            indices = [index for word in split_words(caption) if (index := self._lookup(word)) is not None]
+            if indices:
+                vectors[row] = self._vectors[indices].mean(axis=0)
+        return l2_normalize(vectors)
 
-    def _place(self, word: str) -> int | None:
-        exact = self._places.get(word)
-        return self._places.get(word.lower()) if exact is None else exact
+    def _lookup(self, word: str) -> int | None:
+        exact = self._vocabulary.get(word)
+        return self._vocabulary.get(word.lower()) if exact is None else exact
 
 
-def _read(path: Path, wanted: set[str]) -> tuple[dict[str, int], np.ndarray]:
+def _read_word_vectors(path: Path, words: set[str]) -> tuple[dict[str, int], np.ndarray]:
     """Return the wanted words' places and their vectors, (m, d) float32."""
-    places: dict[str, int] = {}
-    rows: list[np.ndarray] = []
+    vocabulary: dict[str, int] = {}
+    vectors: list[np.ndarray] = []
     try:
-        with _open(path) as lines:
-            dimension, first = _begin(path, next(lines, ""))
-            for number, line in _numbered(first, lines):
+        with _open_text(path) as lines:
+            dim, first_line = _read_header(path, next(lines, ""))
+            for line_number, line in _enumerate_lines(first_line, lines):
                 word = line.partition(" ")[0]
-                if word not in wanted or word in places:
+                if word not in words or word in vocabulary:
                     continue
-                values = _values(line, dimension, f"{path}, line {number}")
+                values = _parse_vector(line, dim, f"{path}, line {line_number}")
                 if values is not None:
-                    places[word] = len(rows)
-                    rows.append(values)
-    except (OSError, EOFError) as fault:
-        raise ModelError(f"{path} cannot be read as word vectors: {fault}") from fault
-    if not rows:
+                    vocabulary[word] = len(vectors)
+                    vectors.append(values)
+    except (OSError, EOFError) as error:
+        raise ModelError(f"{path} cannot be read as word vectors: {error}") from error
+    if not vectors:
         raise ModelError(f"{path} has a vector for no word of this collection; is it of another language?")
-    return places, np.stack(rows)
+    return vocabulary, np.stack(vectors)
 
 
-def _open(path: Path) -> io.TextIOWrapper:
+def _open_text(path: Path) -> io.TextIOWrapper:
     # Lines end at "\n" alone: a vector's word may itself be another kind of line break.
     if path.suffix == ".gz":
         return gzip.open(path, "rt", encoding="utf-8", errors="replace", newline="\n")
     return path.open(encoding="utf-8", errors="replace", newline="\n")
 
 
-def _begin(path: Path, line: str) -> tuple[int, str | None]:
+def _read_header(path: Path, line: str) -> tuple[int, str | None]:
     """Return the dimension, and the first line unless it is fastText's header (words, dimension)."""
     fields = line.rstrip().split(" ")
     if len(fields) == 2 and all(field.isdigit() for field in fields):
         return int(fields[1]), None
-    if len(fields) < 3 or _floats(fields[1:]) is None:
+    if len(fields) < 3 or _parse_floats(fields[1:]) is None:
         raise ModelError(
             f"{path} holds no word vectors: its first line is neither `count dimension` nor a word and "
             "numbers"
@@ -114,24 +123,24 @@ def _begin(path: Path, line: str) -> tuple[int, str | None]:
     return len(fields) - 1, line
 
 
-def _numbered(first: str | None, rest: Iterator[str]) -> Iterator[tuple[int, str]]:
-    if first is not None:
-        yield 1, first
-    yield from enumerate(rest, start=2)
+def _enumerate_lines(first_line: str | None, lines: Iterator[str]) -> Iterator[tuple[int, str]]:
+    if first_line is not None:
+        yield 1, first_line
+    yield from enumerate(lines, start=2)
 
 
-def _values(line: str, dimension: int, where: str) -> np.ndarray | None:
+def _parse_vector(line: str, dim: int, location: str) -> np.ndarray | None:
     """Return the numbers of a line, or None where its key is a phrase of which the word is the beginning."""
     fields = line.rstrip().split(" ")
-    if len(fields) > dimension + 1:
+    if len(fields) > dim + 1:
         return None
-    values = _floats(fields[1:])
-    if values is None or len(values) != dimension:
-        raise ModelError(f"{where} does not hold {dimension} numbers after its word: the file is damaged")
+    values = _parse_floats(fields[1:])
+    if values is None or len(values) != dim:
+        raise ModelError(f"{location} does not hold {dim} numbers after its word: the file is damaged")
     return values
 
 
-def _floats(fields: list[str]) -> np.ndarray | None:
+def _parse_floats(fields: list[str]) -> np.ndarray | None:
     try:
         return np.array(fields, np.float32)
     except ValueError:
@@ -141,14 +150,14 @@ def _floats(fields: list[str]) -> np.ndarray | None:
 if TYPE_CHECKING:
     from scipy.sparse import csr_matrix
 
-COLUMNS = 4096
-_OWN = 2048
-_HALF = 1024
-_BUCKETS = _HALF**2
+NUM_COLUMNS = 4096
+_NUM_DIRECT_COLUMNS = 2048
+_SHARED_GROUP_SIZE = 1024
+_NUM_BUCKETS = _SHARED_GROUP_SIZE**2
 
 
 @final
-class HashedWords(CaptionEncoder):
+class BagOfWordsEncoder(TextEncoder):
     """Words counted in 2^20 signed hash buckets (Weinberger 2009, arXiv 0902.2206), then laid into columns.
 
     In one pass over the collection, n captions of which n_j fill bucket j give the weight
@@ -159,43 +168,49 @@ class HashedWords(CaptionEncoder):
     to 97 % when all are hashed into 4,096 columns. Stored rows are dense: 8 KB a caption as float16.
     """
 
-    def __init__(self, corpus: Corpus, *, weighted: bool) -> None:
+    def __init__(self, corpus: Corpus, *, use_idf: bool) -> None:
         """Count in how many captions of the corpus each bucket is filled."""
-        filled, n = np.zeros(_BUCKETS, np.int64), 0
+        doc_freq, num_docs = np.zeros(_NUM_BUCKETS, np.int64), 0
         for captions in filter(None, corpus()):  # scikit-learn refuses to count nothing
-            filled += np.bincount(bucket_counts(captions).indices, minlength=_BUCKETS)
-            n += len(captions)
-        self.dimension = COLUMNS
-        self.weights = np.log((1 + n) / (1 + filled)) + 1 if weighted else np.ones(_BUCKETS)
-        self._columns = _columns(filled, self.weights)
+            doc_freq += np.bincount(count_hashed_words(captions).indices, minlength=_NUM_BUCKETS)
+            num_docs += len(captions)
+        self.dim = NUM_COLUMNS
+        self.idf = np.log((1 + num_docs) / (1 + doc_freq)) + 1 if use_idf else np.ones(_NUM_BUCKETS)
+        self._projection = _bucket_projection(doc_freq, self.idf)
 
     def encode(self, captions: Sequence[str], batch_size: int) -> np.ndarray:
         """Embed captions: n strings -> (n, 4096) float32 of unit length, zero for one without words."""
-        return unit_rows((bucket_counts(captions) @ self._columns).toarray().astype(np.float32))
+        return l2_normalize((count_hashed_words(captions) @ self._projection).toarray().astype(np.float32))
 
 
-def bucket_counts(captions: Sequence[str]) -> "csr_matrix":
+def count_hashed_words(captions: Sequence[str]) -> "csr_matrix":
     """Count words in signed buckets: n strings -> sparse (n, 2^20) float64."""
     from sklearn.feature_extraction.text import HashingVectorizer
 
     # Its annotations forbid the norm None that its documentation offers.
-    settings: dict[str, Any] = {"n_features": _BUCKETS, "analyzer": _folded_words, "norm": None}
-    counts: Any = HashingVectorizer(**settings, alternate_sign=True).transform(captions)
+    options: dict[str, Any] = {"n_features": _NUM_BUCKETS, "analyzer": _tokenize, "norm": None}
+    counts: Any = HashingVectorizer(**options, alternate_sign=True).transform(captions)
     return counts
 
 
-def _folded_words(caption: str) -> list[str]:
+def _tokenize(caption: str) -> list[str]:
     return split_words(caption.casefold())
 
 
-def _columns(filled: np.ndarray, weights: np.ndarray) -> "csr_matrix":
+def _bucket_projection(doc_freq: np.ndarray, idf: np.ndarray) -> "csr_matrix":
     """Return what each bucket adds to each column, sparse (2^20, 4096) float64."""
     from scipy.sparse import csr_matrix
 
-    frequent = np.argsort(-filled, kind="stable")[:_OWN]
-    rare = np.setdiff1d(np.arange(_BUCKETS), frequent)
+    frequent = np.argsort(-doc_freq, kind="stable")[:_NUM_DIRECT_COLUMNS]
+    rare = np.setdiff1d(np.arange(_NUM_BUCKETS), frequent)
     # A bucket's low and high bits are two independent hashes of its words.
-    rows = np.concatenate([frequent, rare, rare])
-    columns = np.concatenate([np.arange(_OWN), _OWN + rare % _HALF, _OWN + _HALF + rare // _HALF])
-    shares = np.concatenate([np.ones(_OWN), np.full(2 * len(rare), np.sqrt(0.5))])
-    return csr_matrix((shares * weights[rows], (rows, columns)), shape=(_BUCKETS, COLUMNS))
+    buckets = np.concatenate([frequent, rare, rare])
+    columns = np.concatenate(
+        [
+            np.arange(_NUM_DIRECT_COLUMNS),
+            _NUM_DIRECT_COLUMNS + rare % _SHARED_GROUP_SIZE,
+            _NUM_DIRECT_COLUMNS + _SHARED_GROUP_SIZE + rare // _SHARED_GROUP_SIZE,
+        ]
+    )
+    scale = np.concatenate([np.ones(_NUM_DIRECT_COLUMNS), np.full(2 * len(rare), np.sqrt(0.5))])
+    return csr_matrix((scale * idf[buckets], (buckets, columns)), shape=(_NUM_BUCKETS, NUM_COLUMNS))

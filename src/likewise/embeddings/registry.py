@@ -5,21 +5,21 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from likewise.artifacts import fingerprint
-from likewise.embeddings.base import CaptionEncoder, Corpus, EncoderChoice
+from likewise.embeddings.base import Corpus, EncoderSpec, TextEncoder
 from likewise.embeddings.config import DEFAULT_OPTIONS, EncoderOptions
-from likewise.embeddings.image_encoders import choose_clip, choose_image
-from likewise.embeddings.lexical import COLUMNS, HashedWords, WordVectors
+from likewise.embeddings.image_encoders import resolve_clip, resolve_image
+from likewise.embeddings.lexical import NUM_COLUMNS, BagOfWordsEncoder, WordVectorEncoder
 from likewise.embeddings.text_encoders import (
-    ClipText,
+    ClipTextEncoder,
+    Model2VecEncoder,
     OnnxEncoder,
-    SentenceEncoder,
-    StaticTokens,
-    choose_folder_or_hub,
-    choose_sentence,
+    SentenceTransformerEncoder,
+    resolve_folder_or_hub,
+    resolve_sentence_transformer,
 )
-from likewise.errors import InputError, ModelError, close_matches
+from likewise.errors import InvalidInputError, ModelError, did_you_mean
 
-PAPER_ENCODER = "all-mpnet-base-v2"
+DEFAULT_ENCODER = "all-mpnet-base-v2"
 
 
 @dataclass(frozen=True)
@@ -28,57 +28,57 @@ class Scheme:
 
     Attributes:
         example: How one is named.
-        choose: What follows the scheme -> short name, source, identity; loads nothing.
+        resolve: What follows the scheme -> short name, source, identity; loads nothing.
         options: The options that mean something to it.
     """
 
     example: str
-    choose: Callable[[str], tuple[str, str, str]]
+    resolve: Callable[[str], tuple[str, str, str]]
     options: tuple[str, ...] = ()
 
 
-def _file(name: str) -> tuple[str, str, str]:
+def _resolve_word_vectors(name: str) -> tuple[str, str, str]:
     path = Path(name).expanduser()
     if not path.is_file():
         raise ModelError(f"there is no file of word vectors at {name}")
     return path.name, str(path), fingerprint(path)
 
 
-def _hashed(name: str) -> tuple[str, str, str]:
-    return name, name, f"{COLUMNS} columns"
+def _resolve_lexical(name: str) -> tuple[str, str, str]:
+    return name, name, f"{NUM_COLUMNS} columns"
 
 
 SCHEMES = {
-    "": Scheme(PAPER_ENCODER, choose_sentence, ("max_length", "backend")),
-    "hf": Scheme("hf:bert-base-uncased", choose_folder_or_hub, ("pooling", "max_length", "backend")),
-    "clip": Scheme("clip:ViT-B-32/openai", choose_clip),
-    "model2vec": Scheme("model2vec:minishlab/potion-base-8M", choose_folder_or_hub),
-    "words": Scheme("words:glove.6B.300d.txt", _file),
-    "tfidf": Scheme("tfidf", _hashed),
-    "bow": Scheme("bow", _hashed),
-    "image": Scheme("image:timm:resnet50", choose_image),
+    "": Scheme(DEFAULT_ENCODER, resolve_sentence_transformer, ("max_length", "backend")),
+    "hf": Scheme("hf:bert-base-uncased", resolve_folder_or_hub, ("pooling", "max_length", "backend")),
+    "clip": Scheme("clip:ViT-B-32/openai", resolve_clip),
+    "model2vec": Scheme("model2vec:minishlab/potion-base-8M", resolve_folder_or_hub),
+    "words": Scheme("words:glove.6B.300d.txt", _resolve_word_vectors),
+    "tfidf": Scheme("tfidf", _resolve_lexical),
+    "bow": Scheme("bow", _resolve_lexical),
+    "image": Scheme("image:timm:resnet50", resolve_image),
 }
 
 
-def _transformer(choice: EncoderChoice, device: str | None) -> CaptionEncoder:
-    encoders = {"torch": SentenceEncoder, "onnx": OnnxEncoder}
-    return encoders[choice.options.backend](choice, device)
+def _load_transformer(spec: EncoderSpec, device: str | None) -> TextEncoder:
+    encoder_types = {"torch": SentenceTransformerEncoder, "onnx": OnnxEncoder}
+    return encoder_types[spec.options.backend](spec, device)
 
 
-_ALONE = ("tfidf", "bow")
+_BARE_SCHEMES = ("tfidf", "bow")
 
-_LOADERS: dict[str, Callable[[EncoderChoice, str | None, Corpus], CaptionEncoder]] = {
-    "": lambda choice, device, _: _transformer(choice, device),
-    "hf": lambda choice, device, _: _transformer(choice, device),
-    "clip": lambda choice, device, _: ClipText(choice, device),
-    "model2vec": lambda choice, _, __: StaticTokens(choice),
-    "words": lambda choice, _, corpus: WordVectors(choice, corpus),
-    "tfidf": lambda _, __, corpus: HashedWords(corpus, weighted=True),
-    "bow": lambda _, __, corpus: HashedWords(corpus, weighted=False),
+_LOADERS: dict[str, Callable[[EncoderSpec, str | None, Corpus], TextEncoder]] = {
+    "": lambda spec, device, _: _load_transformer(spec, device),
+    "hf": lambda spec, device, _: _load_transformer(spec, device),
+    "clip": lambda spec, device, _: ClipTextEncoder(spec, device),
+    "model2vec": lambda spec, _, __: Model2VecEncoder(spec),
+    "words": lambda spec, _, corpus: WordVectorEncoder(spec, corpus),
+    "tfidf": lambda _, __, corpus: BagOfWordsEncoder(corpus, use_idf=True),
+    "bow": lambda _, __, corpus: BagOfWordsEncoder(corpus, use_idf=False),
 }
 
 
-def choose_encoder(name: str, options: EncoderOptions = DEFAULT_OPTIONS) -> EncoderChoice:
+def resolve_encoder(name: str, options: EncoderOptions = DEFAULT_OPTIONS) -> EncoderSpec:
     """Resolve the name of an encoder, without loading it.
 
     Args:
@@ -90,48 +90,56 @@ def choose_encoder(name: str, options: EncoderOptions = DEFAULT_OPTIONS) -> Enco
         InputError: for an unknown scheme, or an option that means nothing to the kind.
         ModelError: for a folder or file that is none.
     """
-    scheme, rest = _split(name)
-    kind = SCHEMES[scheme]
-    for option in options.given:
-        if option not in kind.options:
-            fitting = ", ".join(s.example for s in SCHEMES.values() if option in s.options)
-            raise InputError(
-                f"--{option.replace('_', '-')} means nothing to {name}; it goes with models such as {fitting}"
+    scheme, model_name = _split_scheme(name)
+    scheme_spec = SCHEMES[scheme]
+    for option in options.overrides:
+        if option not in scheme_spec.options:
+            examples = ", ".join(s.example for s in SCHEMES.values() if option in s.options)
+            raise InvalidInputError(
+                f"--{option.replace('_', '-')} means nothing to {name}; it goes with models such as "
+                f"{examples}"
             )
     if scheme == "hf" and options.pooling is None:
         options = replace(options, pooling="mean")
-    short, source, identity = kind.choose(rest)
-    label = short if scheme in ("", *_ALONE) else f"{scheme}:{short}"
-    told = [str(value) for key, value in options.given.items() if (key, value) != ("pooling", "mean")]
-    return EncoderChoice(
-        "+".join([label, *told]), source, identity if not scheme else f"{scheme}:{identity}", scheme, options
+    short_name, name_or_path, weights_id = scheme_spec.resolve(model_name)
+    label = short_name if scheme in ("", *_BARE_SCHEMES) else f"{scheme}:{short_name}"
+    suffixes = [str(value) for key, value in options.overrides.items() if (key, value) != ("pooling", "mean")]
+    return EncoderSpec(
+        "+".join([label, *suffixes]),
+        name_or_path,
+        weights_id if not scheme else f"{scheme}:{weights_id}",
+        scheme,
+        options,
     )
 
 
-def _split(name: str) -> tuple[str, str]:
+def _split_scheme(name: str) -> tuple[str, str]:
     """Return the scheme, empty for sentence-transformers models, and what follows it."""
-    if name in _ALONE:
+    if name in _BARE_SCHEMES:
         return name, name
-    scheme, colon, rest = name.partition(":")
-    if not colon or name.startswith((".", "/", "~")) or Path(name).is_dir():
+    scheme, separator, model_name = name.partition(":")
+    if not separator or name.startswith((".", "/", "~")) or Path(name).is_dir():
         return "", name
-    known = {key: kind for key, kind in SCHEMES.items() if key and key not in _ALONE}
-    if scheme not in known:
-        examples = ", ".join(kind.example for kind in SCHEMES.values())
-        raise InputError(
-            f"unknown kind of encoder {scheme + ':'!r} in {name!r}.{close_matches(scheme, list(known))} "
+    named_schemes = {
+        key: scheme_spec for key, scheme_spec in SCHEMES.items() if key and key not in _BARE_SCHEMES
+    }
+    if scheme not in named_schemes:
+        examples = ", ".join(scheme_spec.example for scheme_spec in SCHEMES.values())
+        raise InvalidInputError(
+            f"unknown kind of encoder {scheme + ':'!r} in "
+            f"{name!r}.{did_you_mean(scheme, list(named_schemes))} "
             f"Known are, by example: {examples}"
         )
-    if not rest:
-        raise InputError(f"{name} says no model; write it as in {known[scheme].example}")
-    return scheme, rest
+    if not model_name:
+        raise InvalidInputError(f"{name} says no model; write it as in {named_schemes[scheme].example}")
+    return scheme, model_name
 
 
-def load_encoder(choice: EncoderChoice, device: str | None, corpus: Corpus) -> CaptionEncoder:
+def load_text_encoder(spec: EncoderSpec, device: str | None, corpus: Corpus) -> TextEncoder:
     """Load an encoder of captions.
 
     Args:
-        choice: Which one.
+        spec: Which one.
         device: Where it runs; chosen by itself where not given.
         corpus: All captions of the collection, for encoders that are fitted to them.
 
@@ -139,4 +147,4 @@ def load_encoder(choice: EncoderChoice, device: str | None, corpus: Corpus) -> C
         ModelError: where it cannot be loaded.
         DependencyError: where a package that it needs is not installed.
     """
-    return _LOADERS[choice.scheme](choice, device, corpus)
+    return _LOADERS[spec.scheme](spec, device, corpus)

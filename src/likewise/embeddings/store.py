@@ -4,10 +4,10 @@ from pathlib import Path
 
 import numpy as np
 
-from likewise.artifacts import MANIFEST, load_array, open_artifact, read_array, shard_name
-from likewise.data.dataset import Collection
+from likewise.artifacts import MANIFEST, load_array, mmap_array, open_artifact, shard_name
+from likewise.data.dataset import CaptionDataset
 from likewise.embeddings.config import Modality
-from likewise.embeddings.registry import choose_encoder
+from likewise.embeddings.registry import resolve_encoder
 from likewise.errors import ArtifactError, LikewiseError
 
 
@@ -16,9 +16,9 @@ class Embeddings:
 
     def __init__(self, path: str | Path) -> None:
         """Open embeddings; raises ArtifactError where there are none."""
-        self.artifact = open_artifact(Path(path), KIND)
+        self.artifact = open_artifact(Path(path), ARTIFACT_KIND)
         self.path = self.artifact.path
-        self.dimension: int = self.artifact.manifest.counts["dimension"]
+        self.dim: int = self.artifact.manifest.counts["dimension"]
 
     def __len__(self) -> int:
         return self.artifact.manifest.counts[self.modality]
@@ -29,56 +29,56 @@ class Embeddings:
         return self.artifact.manifest.settings.get("modality", "captions")
 
     @property
-    def encoder(self) -> str:
+    def encoder_name(self) -> str:
         """The name of the encoder."""
         return self.artifact.manifest.settings["encoder"]
 
     @property
-    def without_direction(self) -> int:
+    def num_zero_vectors(self) -> int:
         """How many rows are zero, because the encoder knew nothing in them."""
         return self.artifact.manifest.counts.get("without_direction", 0)
 
     @property
-    def shards(self) -> int:
+    def num_shards(self) -> int:
         """The number of shards, equal to that of the collection."""
         return self.artifact.manifest.counts["shards"]
 
-    def vectors(self, index: int) -> np.ndarray:
+    def load_vectors(self, shard: int) -> np.ndarray:
         """Return the vectors of one shard, (n, d) float16, mapped from disk."""
-        return read_array(self.path / shard_name("vectors", index, "npy"))
+        return mmap_array(self.path / shard_name("vectors", shard, "npy"))
 
-    def ids(self, index: int) -> np.ndarray:
+    def load_image_ids(self, shard: int) -> np.ndarray:
         """Return the record positions of one shard's rows, (n,) int64, ascending."""
-        return load_array(self.path / shard_name("ids", index, "npy"))
+        return load_array(self.path / shard_name("ids", shard, "npy"))
 
-    def shard(self, index: int) -> tuple[np.ndarray, np.ndarray]:
+    def load_shard(self, shard: int) -> tuple[np.ndarray, np.ndarray]:
         """Return the vectors and record positions of one shard."""
-        return self.vectors(index), self.ids(index)
+        return self.load_vectors(shard), self.load_image_ids(shard)
 
-    def pooled(self, index: int) -> tuple[np.ndarray, np.ndarray]:
+    def load_mean_vectors(self, shard: int) -> tuple[np.ndarray, np.ndarray]:
         """Return one row a record: the mean of its rows' vectors, of unit length again.
 
         Returns:
             Vectors (m, d) float32 and record positions (m,) int64; records whose rows have no direction (all
             zero, or cancelling out) are left out.
         """
-        vectors, ids = self.shard(index)
-        positions, starts = np.unique(ids, return_index=True)
-        if not len(positions):
-            return np.empty((0, self.dimension), np.float32), positions
+        vectors, row_image_ids = self.load_shard(shard)
+        image_ids, starts = np.unique(row_image_ids, return_index=True)
+        if not len(image_ids):
+            return np.empty((0, self.dim), np.float32), image_ids
         sums = np.add.reduceat(vectors.astype(np.float32), starts, axis=0)
         norms = np.linalg.norm(sums, axis=1)
-        directed = norms > 1e-6
-        return sums[directed] / norms[directed, None], positions[directed]
+        is_nonzero = norms > 1e-6
+        return sums[is_nonzero] / norms[is_nonzero, None], image_ids[is_nonzero]
 
 
-def look_up_embeddings(
-    collection: Collection, encoder: str | None, *, modality: Modality = "captions"
+def find_embeddings(
+    dataset: CaptionDataset, encoder: str | None, *, modality: Modality = "captions"
 ) -> Embeddings:
     """Return the finished embeddings of a collection by an encoder, or the only ones there are.
 
     Args:
-        collection: The collection.
+        dataset: The collection.
         encoder: The encoder as it was named when embedding, the name that tables show (which tells options
             apart, as `hf:bert-base-uncased+cls`), or the name of the folder of its embeddings.
         modality: Whether embeddings of captions or of images are meant.
@@ -86,45 +86,60 @@ def look_up_embeddings(
     Raises:
         ArtifactError: where there are none, or several and no encoder is named.
     """
-    found = []
-    for path in sorted((collection.path / "embeddings").glob(f"*/{MANIFEST}")):
+    matches = []
+    for path in sorted((dataset.path / "embeddings").glob(f"*/{MANIFEST}")):
         try:
-            found.append(Embeddings(path.parent))
+            matches.append(Embeddings(path.parent))
         except ArtifactError:
             continue
-    found = [each for each in found if each.modality == modality]
+    matches = [embeddings for embeddings in matches if embeddings.modality == modality]
     if encoder is not None:
-        found = _by_encoder(found, encoder)
-    wanted = "" if encoder is None else f" by {encoder}"
-    if not found:
-        hint = {"captions": "", "images": " --encoder image:NAME"}[modality]
+        matches = _filter_by_encoder(matches, encoder)
+    by_encoder = "" if encoder is None else f" by {encoder}"
+    if not matches:
+        modality_flag = {"captions": "", "images": " --encoder image:NAME"}[modality]
         raise ArtifactError(
-            f"{collection.path} has no finished embeddings{wanted}{' of images' * (modality == 'images')}; "
-            f"run: likewise embed {collection.path}{hint if encoder is None else f' --encoder {encoder}'}"
+            f"{dataset.path} has no finished embeddings{by_encoder}{' of images' * (modality == 'images')}; "
+            f"run: likewise embed "
+            f"{dataset.path}{modality_flag if encoder is None else f' --encoder {encoder}'}"
         )
-    if len(found) > 1:
-        same = len({each.encoder for each in found}) < len(found)
-        names = ", ".join(each.path.name if same else each.encoder for each in found)
+    if len(matches) > 1:
+        has_same_names = len({embeddings.encoder_name for embeddings in matches}) < len(matches)
+        names = ", ".join(
+            embeddings.path.name if has_same_names else embeddings.encoder_name for embeddings in matches
+        )
         raise ArtifactError(
-            f"{collection.path} has embeddings by several encoders ({names}); name one with --encoder"
+            f"{dataset.path} has embeddings by several encoders ({names}); name one with --encoder"
         )
-    return found[0]
+    return matches[0]
 
 
-def _by_encoder(found: list[Embeddings], encoder: str) -> list[Embeddings]:
+def _filter_by_encoder(available: list[Embeddings], encoder: str) -> list[Embeddings]:
     """Keep those of an encoder: of the same weights, and where these differ in options, of the same name."""
     try:
-        choice = choose_encoder(encoder)
+        spec = resolve_encoder(encoder)
     except LikewiseError:
         # What it was made from may be gone; the embeddings still go by its name.
-        named = [each for each in found if encoder in (each.encoder, each.path.name)]
-        if named:
-            return named
+        same_name = [
+            embeddings
+            for embeddings in available
+            if encoder in (embeddings.encoder_name, embeddings.path.name)
+        ]
+        if same_name:
+            return same_name
         raise
-    same = [each for each in found if each.artifact.manifest.inputs["encoder"] == choice.identity]
-    named = [each for each in found if {each.encoder, each.path.name} & {encoder, choice.name}]
-    both = [each for each in same if each in named]
-    return both or same or named
+    same_weights = [
+        embeddings
+        for embeddings in available
+        if embeddings.artifact.manifest.inputs["encoder"] == spec.weights_id
+    ]
+    same_name = [
+        embeddings
+        for embeddings in available
+        if {embeddings.encoder_name, embeddings.path.name} & {encoder, spec.name}
+    ]
+    same_both = [embeddings for embeddings in same_weights if embeddings in same_name]
+    return same_both or same_weights or same_name
 
 
-KIND = "embeddings"
+ARTIFACT_KIND = "embeddings"

@@ -8,62 +8,71 @@ from typing import Any
 import numpy as np
 import torch
 
-from likewise.artifacts import Artifact, begin, key_of, read_json, slug, write_array, write_json
-from likewise.errors import InputError, LikewiseError
-from likewise.evaluation.datasets.captioned import CaptionedSet, open_captioned
-from likewise.evaluation.datasets.dense import UNLABELLED, open_boxes, open_masks
-from likewise.evaluation.datasets.download import fetch
-from likewise.evaluation.datasets.labeled import LabelledSet, open_set
-from likewise.evaluation.datasets.registry import CATALOG, PER_CLASS, check_known
+from likewise.artifacts import (
+    Artifact,
+    config_hash,
+    create_or_resume,
+    read_json,
+    slugify,
+    write_array,
+    write_json,
+)
+from likewise.errors import InvalidInputError, LikewiseError
+from likewise.evaluation.datasets.captioned import CaptionedDataset, open_captioned
+from likewise.evaluation.datasets.dense import DEFAULT_IGNORE_INDEX, open_detection, open_segmentation
+from likewise.evaluation.datasets.download import download_dataset
+from likewise.evaluation.datasets.labeled import LabeledDataset, open_labeled
+from likewise.evaluation.datasets.registry import DATASETS, MEAN_CLASS_ACCURACY, check_complete
 from likewise.evaluation.features import Features, extract_features
-from likewise.evaluation.protocols import PROTOCOLS, Kind, ProtocolSettings, check_protocols
-from likewise.evaluation.protocols.base import AnySet, Score, Task
-from likewise.models.encoders import ImageEncoder, open_encoder, operations
+from likewise.evaluation.protocols import PROTOCOLS, AnnotationType, ProtocolConfig, validate_protocols
+from likewise.evaluation.protocols.base import EvalContext, EvalDataset, Score
+from likewise.models.encoders import ImageEncoder, count_flops, load_encoder
 from likewise.parallel import resolve_device
-from likewise.progress import SILENT, Progress
+from likewise.progress import NULL_PROGRESS, Progress
 
-KIND = "evaluation"
-RESULTS = "results.json"
+ARTIFACT_KIND = "evaluation"
+RESULTS_FILE = "results.json"
 DEFAULT_PROTOCOLS = ("linear", "fewshot", "knn")
 
 
 def evaluate(
-    target: str | Path,
-    on: str | Path | LabelledSet | Sequence[str | Path | LabelledSet],
+    encoder: str | Path,
+    datasets: str | Path | LabeledDataset | Sequence[str | Path | LabeledDataset],
     protocols: Sequence[str] = DEFAULT_PROTOCOLS,
     *,
-    settings: ProtocolSettings | None = None,
+    config: ProtocolConfig | None = None,
     label_column: str = "label",
     split_column: str = "split",
     caption_column: str | None = None,
-    ignored: Sequence[int] = (UNLABELLED,),
+    ignore_index: Sequence[int] = (DEFAULT_IGNORE_INDEX,),
     backbone: str | None = None,
-    prefix: str = "",
-    drop: Sequence[str] = (),
-    size: int | None = None,
+    weights_prefix: str = "",
+    weights_exclude: Sequence[str] = (),
+    image_size: int | None = None,
     out: str | Path | None = None,
-    workers: int | None = None,
+    num_workers: int | None = None,
     device: str | None = None,
-    progress: Progress = SILENT,
+    progress: Progress = NULL_PROGRESS,
 ) -> list[dict[str, Any]]:
     """Measure a frozen encoder on labelled sets; what was measured before is taken from disk.
 
     Args:
-        target: A finished run, `timm:NAME`, `random:NAME`, a file of weights, … (see `open_encoder`).
-        on: One or several sets: folders, tables, names of the catalogue, or opened sets (see `open_set`,
+        encoder: A finished run, `timm:NAME`, `random:NAME`, a file of weights, … (see `open_encoder`).
+        datasets: One or several sets: folders, tables, names of the catalogue, or opened sets (see
+            `open_set`,
             `open_captioned` and `fetch`).
         protocols: Of `PROTOCOLS`; each reads of a set what it needs, labels or captions.
-        settings: Of the protocols; the paper's by default.
+        config: Of the protocols; the paper's by default.
         label_column: The tables' column of labels.
         split_column: The tables' column of splits.
         caption_column: The tables' column of captions.
-        ignored: Numbers in masks that count neither way.
+        ignore_index: Numbers in masks that count neither way.
         backbone: For a plain file of weights: the model they are for.
-        prefix: For the same: what stands before the names of the backbone's weights.
-        drop: For the same: beginnings of names that are left out.
-        size: Side of the input; by default what the model was trained with.
+        weights_prefix: For the same: what stands before the names of the backbone's weights.
+        weights_exclude: For the same: beginnings of names that are left out.
+        image_size: Side of the input; by default what the model was trained with.
         out: Where results go; by default `evaluation` in the run, or `evaluation-TARGET` here.
-        workers: Threads that read images.
+        num_workers: Threads that read images.
         device: Where features are computed.
         progress: Where to report.
 
@@ -74,188 +83,221 @@ def evaluate(
         InputError: for unknown protocols or sets that cannot be read.
         ModelError: where the encoder cannot be opened.
     """
-    check_protocols(tuple(protocols))
-    asked_for = [on] if isinstance(on, str | Path | LabelledSet) else list(on)
-    if not asked_for or not protocols:
-        raise InputError("nothing to evaluate: give at least one set and one protocol")
-    columns = Columns(label=label_column, split=split_column, caption=caption_column, ignored=tuple(ignored))
+    validate_protocols(tuple(protocols))
+    datasets = [datasets] if isinstance(datasets, str | Path | LabeledDataset) else list(datasets)
+    if not datasets or not protocols:
+        raise InvalidInputError("nothing to evaluate: give at least one set and one protocol")
+    columns = ColumnOptions(
+        label=label_column, split=split_column, caption=caption_column, ignore_index=tuple(ignore_index)
+    )
     # All are opened before anything is computed: a mistake in the last one shows at once.
-    sets = [
-        (kind, open_as(kind, each, columns, progress))
-        for each in asked_for
-        for kind in dict.fromkeys(PROTOCOLS[name].kind for name in protocols)
+    opened_datasets = [
+        (annotation_type, open_dataset(annotation_type, dataset, columns, progress))
+        for dataset in datasets
+        for annotation_type in dict.fromkeys(PROTOCOLS[name].requires for name in protocols)
     ]
-    place = torch.device(resolve_device(device))
-    encoder = open_encoder(str(target), backbone=backbone, size=size, prefix=prefix, drop=drop)
-    asked = {"target": str(target), "backbone": backbone, "prefix": prefix, "drop": list(drop), "size": size}
-    folder = Path(out) if out is not None else _default_out(target)
-    chosen = settings or ProtocolSettings()
-    parameters = sum(p.numel() for p in encoder.model.parameters())
-    told = encoder.told() | {"parameters": parameters, "operations": operations(encoder)}
+    torch_device = torch.device(resolve_device(device))
+    image_encoder = load_encoder(
+        str(encoder), backbone=backbone, image_size=image_size, prefix=weights_prefix, exclude=weights_exclude
+    )
+    encoder_args = {
+        "target": str(encoder),
+        "backbone": backbone,
+        "prefix": weights_prefix,
+        "drop": list(weights_exclude),
+        "size": image_size,
+    }
+    out_dir = Path(out) if out is not None else _default_out_dir(encoder)
+    config = config or ProtocolConfig()
+    num_parameters = sum(p.numel() for p in image_encoder.model.parameters())
+    encoder_info = image_encoder.to_dict() | {
+        "parameters": num_parameters,
+        "operations": count_flops(image_encoder),
+    }
     results = []
-    for kind, images in sets:
+    for annotation_type, dataset in opened_datasets:
         features = None
-        if isinstance(images, LabelledSet | CaptionedSet):
+        if isinstance(dataset, LabeledDataset | CaptionedDataset):
             features = extract_features(
-                encoder, images, folder / "features", workers=workers, device=device, progress=progress
+                image_encoder,
+                dataset,
+                out_dir / "features",
+                num_workers=num_workers,
+                device=device,
+                progress=progress,
             )
-            _require_readable(images, features)
-        task = Task(
-            encoder=encoder,
-            images=images,
-            features=features,
-            device=place,
-            workers=workers,
+            _check_readable(dataset, features)
+        context = EvalContext(
+            encoder=image_encoder,
+            dataset=dataset,
+            precomputed_features=features,
+            device=torch_device,
+            requested_workers=num_workers,
             progress=progress,
         )
-        fitting = _settings_for(images, chosen)
-        artifact = _begin(encoder, images, fitting, folder)
-        head = {"asked": asked, "encoder": told, "protocols": {}}
-        names = [name for name in protocols if PROTOCOLS[name].kind == kind]
-        results.append(_measure(task, names, fitting, artifact, head, progress))
+        dataset_config = _config_for(dataset, config)
+        artifact = _create_artifact(image_encoder, dataset, dataset_config, out_dir)
+        header = {"asked": encoder_args, "encoder": encoder_info, "protocols": {}}
+        protocol_names = [name for name in protocols if PROTOCOLS[name].requires == annotation_type]
+        results.append(_run_protocols(context, protocol_names, dataset_config, artifact, header, progress))
     return results
 
 
 @dataclass(frozen=True, kw_only=True)
-class Columns:
+class ColumnOptions:
     """Which columns of a table to read, and which numbers in masks count neither way."""
 
     label: str = "label"
     split: str = "split"
     caption: str | None = None
-    ignored: tuple[int, ...] = (UNLABELLED,)
+    ignore_index: tuple[int, ...] = (DEFAULT_IGNORE_INDEX,)
 
 
-def open_as(
-    kind: Kind, where: str | Path | LabelledSet, columns: Columns, progress: Progress = SILENT
-) -> AnySet:
+def open_dataset(
+    annotation_type: AnnotationType,
+    path: str | Path | LabeledDataset,
+    columns: ColumnOptions,
+    progress: Progress = NULL_PROGRESS,
+) -> EvalDataset:
     """Open a set for the protocols of a kind; a name of the catalogue is fetched first, and must be whole."""
-    if isinstance(where, LabelledSet):
-        if kind != "labels":
-            raise InputError(f"{where.name} has labels and no {kind}")
-        return where
-    if kind == "captions":
-        return open_captioned(where, caption_column=columns.caption)
-    if kind == "boxes":
-        return open_boxes(where)
-    if kind == "masks":
-        return open_masks(where, columns.ignored)
-    if str(where) in CATALOG and not Path(where).exists():
-        images = open_set(fetch(str(where), progress=progress))
-        check_known(str(where), images)
-        return replace(images, name=str(where))
-    return open_set(where, label_column=columns.label, split_column=columns.split)
+    if isinstance(path, LabeledDataset):
+        if annotation_type != "labels":
+            raise InvalidInputError(f"{path.name} has labels and no {annotation_type}")
+        return path
+    if annotation_type == "captions":
+        return open_captioned(path, caption_column=columns.caption)
+    if annotation_type == "boxes":
+        return open_detection(path)
+    if annotation_type == "masks":
+        return open_segmentation(path, columns.ignore_index)
+    if str(path) in DATASETS and not Path(path).exists():
+        dataset = open_labeled(download_dataset(str(path), progress=progress))
+        check_complete(str(path), dataset)
+        return replace(dataset, name=str(path))
+    return open_labeled(path, label_column=columns.label, split_column=columns.split)
 
 
-def _settings_for(images: AnySet, chosen: ProtocolSettings) -> ProtocolSettings:
+def _config_for(dataset: EvalDataset, config: ProtocolConfig) -> ProtocolConfig:
     """Return the settings with the measure that a well-known set is reported by."""
-    told = CATALOG.get(images.name)
-    if told is None or told.metric != PER_CLASS:
-        return chosen
-    return replace(chosen, linear=replace(chosen.linear, mean_per_class=True))
+    info = DATASETS.get(dataset.name)
+    if info is None or info.metric != MEAN_CLASS_ACCURACY:
+        return config
+    return replace(config, linear=replace(config.linear, mean_class_accuracy=True))
 
 
-def _require_readable(images: LabelledSet | CaptionedSet, features: Features) -> None:
+def _check_readable(dataset: LabeledDataset | CaptionedDataset, features: Features) -> None:
     """Refuse a set of which a part that is needed cannot be read at all."""
-    splits = images.splits[features.rows] if isinstance(images, LabelledSet) else np.array(["test"])
-    for split in ("train", "test") if isinstance(images, LabelledSet) else ("test",):
-        if split not in splits or not len(features.rows):
-            reasons = ", ".join(f"{n} {reason}" for reason, n in features.skipped.items())
-            raise InputError(f"no {split} image of {images.root} can be read: {reasons}")
+    splits = dataset.splits[features.indices] if isinstance(dataset, LabeledDataset) else np.array(["test"])
+    for split in ("train", "test") if isinstance(dataset, LabeledDataset) else ("test",):
+        if split not in splits or not len(features.indices):
+            reasons = ", ".join(f"{count} {reason}" for reason, count in features.skipped.items())
+            raise InvalidInputError(f"no {split} image of {dataset.root} can be read: {reasons}")
 
 
-def _default_out(target: str | Path) -> Path:
-    path = Path(target)
-    return path / "evaluation" if path.is_dir() else Path(f"evaluation-{slug(str(target).replace(':', '-'))}")
+def _default_out_dir(encoder: str | Path) -> Path:
+    path = Path(encoder)
+    return (
+        path / "evaluation"
+        if path.is_dir()
+        else Path(f"evaluation-{slugify(str(encoder).replace(':', '-'))}")
+    )
 
 
-def _begin(encoder: ImageEncoder, images: AnySet, chosen: ProtocolSettings, folder: Path) -> Artifact:
-    settings = {"set": images.name, "encoder": encoder.name, "transform": encoder.told()["transform"]}
+def _create_artifact(
+    encoder: ImageEncoder, dataset: EvalDataset, config: ProtocolConfig, out_dir: Path
+) -> Artifact:
+    settings = {"set": dataset.name, "encoder": encoder.name, "transform": encoder.to_dict()["transform"]}
     # Other settings get another folder: what was measured before is never overwritten.
-    settings["protocols"] = asdict(chosen)
-    inputs = {"weights": encoder.identity, "set": images.key}
-    key = key_of(KIND, {k: v for k, v in settings.items() if k != "encoder"}, inputs)
-    return begin(folder / f"{images.name}-{key[:8]}", KIND, settings, inputs, volatile=("encoder",))
+    settings["protocols"] = asdict(config)
+    inputs = {"weights": encoder.fingerprint, "set": dataset.key}
+    key = config_hash(ARTIFACT_KIND, {k: v for k, v in settings.items() if k != "encoder"}, inputs)
+    return create_or_resume(
+        out_dir / f"{dataset.name}-{key[:8]}", ARTIFACT_KIND, settings, inputs, non_hashed=("encoder",)
+    )
 
 
-def _measure(
-    task: Task,
+def _run_protocols(
+    context: EvalContext,
     protocols: Sequence[str],
-    settings: ProtocolSettings,
+    config: ProtocolConfig,
     artifact: Artifact,
-    head: dict[str, Any],
+    header: dict[str, Any],
     progress: Progress,
 ) -> dict[str, Any]:
     """Run the protocols that have not been run yet, writing the results after each."""
-    path = artifact.path / RESULTS
-    result = read_json(path) if path.is_file() else head | {"set": _about(task)}
-    if artifact.complete and all(name in result["protocols"] for name in protocols):
-        progress.say(f"{task.images.name} was measured before: {path}")
+    path = artifact.path / RESULTS_FILE
+    result = read_json(path) if path.is_file() else header | {"set": _describe_dataset(context)}
+    if artifact.is_complete and all(name in result["protocols"] for name in protocols):
+        progress.log(f"{context.dataset.name} was measured before: {path}")
         return result
-    with progress.task(f"probing {task.images.name}", len(protocols), "protocols") as bar:
+    with progress.task(f"probing {context.dataset.name}", len(protocols), "protocols") as bar:
         for name in protocols:
             if name not in result["protocols"]:
-                scores = _run(name, task, settings)
+                scores = _run_protocol(name, context, config)
                 result["protocols"][name] = {
-                    "settings": PROTOCOLS[name].settings(settings),
-                    "scores": [_keep(name, score, artifact.path) for score in scores],
+                    "settings": PROTOCOLS[name].config_dict(config),
+                    "scores": [_save_score(name, score, artifact.path) for score in scores],
                 }
                 write_json(path, result)
-            bar.advance(note=name)
+            bar.update(postfix=name)
     artifact.finish({"protocols": len(result["protocols"])}, result["set"]["skipped"])
     return read_json(path)
 
 
-def _run(name: str, task: Task, settings: ProtocolSettings) -> list[Score]:
+def _run_protocol(name: str, context: EvalContext, config: ProtocolConfig) -> list[Score]:
     try:
-        return PROTOCOLS[name].run(task, settings)
+        return PROTOCOLS[name].run(context, config)
     except LikewiseError:
         raise
-    except ValueError as fault:
-        raise InputError(f"{name} on {task.images.name}: {fault}") from fault
+    except ValueError as error:
+        raise InvalidInputError(f"{name} on {context.dataset.name}: {error}") from error
 
 
-def _about(task: Task) -> dict[str, Any]:
-    images = task.images
-    head = {"name": images.name, "path": str(images.source.resolve()), "key": images.key}
-    if isinstance(images, CaptionedSet):
-        left = {"without a file or a caption": images.without}
-        told = {
-            "caption_column": images.caption_column,
-            "captions": sum(map(len, images.captions)),
-            "images": {"test": len(images)},
+def _describe_dataset(context: EvalContext) -> dict[str, Any]:
+    dataset = context.dataset
+    header = {"name": dataset.name, "path": str(dataset.path.resolve()), "key": dataset.key}
+    if isinstance(dataset, CaptionedDataset):
+        excluded = {"without a file or a caption": dataset.num_skipped}
+        details = {
+            "caption_column": dataset.caption_column,
+            "captions": sum(map(len, dataset.captions)),
+            "images": {"test": len(dataset)},
         }
-    elif isinstance(images, LabelledSet):
-        left = images.faults
-        told = {
-            "label_column": images.label_column,
-            "split_column": images.split_column,
-            "classes": len(images.classes),
-            "images": images.counts(),
-            "classes_only_in_test": images.unseen(),
+    elif isinstance(dataset, LabeledDataset):
+        excluded = dataset.skipped
+        details = {
+            "label_column": dataset.label_column,
+            "split_column": dataset.split_column,
+            "classes": len(dataset.classes),
+            "images": dataset.split_counts(),
+            "classes_only_in_test": dataset.test_only_classes(),
         }
     else:
-        left = images.faults
-        counts = {split: int((images.splits == split).sum()) for split in ("train", "test")}
-        told = {"classes": len(images.classes), "images": counts}
-    skipped = {} if task.features is None else dict(task.features.skipped)
-    return head | told | {"skipped": skipped | {reason: count for reason, count in left.items() if count}}
+        excluded = dataset.skipped
+        counts = {split: int((dataset.splits == split).sum()) for split in ("train", "test")}
+        details = {"classes": len(dataset.classes), "images": counts}
+    skipped = {} if context.precomputed_features is None else dict(context.precomputed_features.skipped)
+    return (
+        header
+        | details
+        | {"skipped": skipped | {reason: count for reason, count in excluded.items() if count}}
+    )
 
 
-def _keep(protocol: str, score: Score, folder: Path) -> dict[str, Any]:
+def _save_score(protocol: str, score: Score, out_dir: Path) -> dict[str, Any]:
     """Write the items of a score beside the results and return what the results say of it."""
-    stem = f"{protocol}-{slug(score.metric.replace(' ', '-').replace('@', '-at-'))}"
-    write_array(folder / f"items-{stem}.npy", score.items)
-    told: dict[str, Any] = {
+    stem = f"{protocol}-{slugify(score.metric.replace(' ', '-').replace('@', '-at-'))}"
+    write_array(out_dir / f"items-{stem}.npy", score.per_item)
+    entry: dict[str, Any] = {
         "metric": score.metric,
         **asdict(score.estimate),
-        "n": len(score.items) if score.n is None else score.n,
+        "n": len(score.per_item) if score.n is None else score.n,
         "items": f"items-{stem}.npy",
         "groups": None,
-        "paired": "no" if score.metric == PER_CLASS else score.paired,
+        "paired": "no" if score.metric == MEAN_CLASS_ACCURACY else score.pairing,
         "details": score.details,
     }
     if score.groups is not None:
-        write_array(folder / f"groups-{stem}.npy", np.unique(score.groups, return_inverse=True)[1])
-        told["groups"] = f"groups-{stem}.npy"
-    return told
+        write_array(out_dir / f"groups-{stem}.npy", np.unique(score.groups, return_inverse=True)[1])
+        entry["groups"] = f"groups-{stem}.npy"
+    return entry

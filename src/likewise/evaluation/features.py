@@ -10,26 +10,26 @@ import torch
 
 from likewise.artifacts import (
     Artifact,
-    atomic,
-    begin,
-    key_of,
+    atomic_write,
+    config_hash,
+    create_or_resume,
     load_array,
-    read_array,
+    mmap_array,
     read_json,
     shard_name,
     write_array,
     write_json,
 )
 from likewise.data.dataset import ImageRef
-from likewise.data.images import BadImageError, decode, read_bytes
-from likewise.evaluation.datasets.labeled import ImageSet
+from likewise.data.images import UnreadableImageError, decode_image, read_image_bytes
+from likewise.evaluation.datasets.labeled import ImageDataset
 from likewise.models.encoders import ImageEncoder
-from likewise.parallel import default_workers, ordered_map, resolve_device
-from likewise.progress import SILENT, Progress
+from likewise.parallel import default_num_workers, prefetch_map, resolve_device
+from likewise.progress import NULL_PROGRESS, Progress
 
-KIND = "features"
-VECTORS = "features.npy"
-_ROWS = 2048
+ARTIFACT_KIND = "features"
+FEATURES_FILE = "features.npy"
+_SHARD_SIZE = 2048
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,116 +38,133 @@ class Features:
 
     Attributes:
         vectors: (n, d) float32, mapped from disk, one row an image of the set; NaN where it cannot be read.
-        rows: (m,) int64, the readable ones, ascending.
+        indices: (m,) int64, the readable ones, ascending.
         skipped: Images left out, by reason.
     """
 
     vectors: np.ndarray
-    rows: np.ndarray
+    indices: np.ndarray
     skipped: dict[str, int]
 
 
 def extract_features(
     encoder: ImageEncoder,
-    images: ImageSet,
-    folder: Path,
+    dataset: ImageDataset,
+    cache_dir: Path,
     *,
     batch_size: int | None = None,
-    workers: int | None = None,
+    num_workers: int | None = None,
     device: str | None = None,
-    progress: Progress = SILENT,
+    progress: Progress = NULL_PROGRESS,
 ) -> Features:
-    """Compute the features of all images of a set, or take those kept under `folder`.
+    """Compute the features of all images of a set, or take those kept under `cache_dir`.
 
     The key covers weights, structure, transform, precision and set; finished shards are kept on a rerun.
     """
-    on = torch.device(resolve_device(device))
+    torch_device = torch.device(resolve_device(device))
     # What graphics processors compute in half precision is not to the last digit what others do in float32.
-    settings = encoder.told() | {"set": images.name, "precision": "half" if on.type == "cuda" else "float32"}
-    inputs = {"weights": encoder.identity, "set": images.key}
+    settings = encoder.to_dict() | {
+        "set": dataset.name,
+        "precision": "half" if torch_device.type == "cuda" else "float32",
+    }
+    inputs = {"weights": encoder.fingerprint, "set": dataset.key}
     # What an encoder is called does not change what it sees.
-    key = key_of(KIND, {k: v for k, v in settings.items() if k != "name"}, inputs)
-    artifact = begin(folder / f"{images.name}-{key[:8]}", KIND, settings, inputs, volatile=("name",))
-    if not artifact.complete:
-        taken = encoder.at_once(on) if batch_size is None else batch_size
-        artifact = _extract_missing(encoder, images, artifact, taken, workers, on, progress)
-    vectors = read_array(artifact.path / VECTORS)
-    rows = np.concatenate([
-        start + np.flatnonzero(np.isfinite(vectors[start : start + _ROWS]).all(axis=1))
-        for start in range(0, len(vectors), _ROWS)
+    key = config_hash(ARTIFACT_KIND, {k: v for k, v in settings.items() if k != "name"}, inputs)
+    artifact = create_or_resume(
+        cache_dir / f"{dataset.name}-{key[:8]}", ARTIFACT_KIND, settings, inputs, non_hashed=("name",)
+    )
+    if not artifact.is_complete:
+        inference_batch_size = (
+            encoder.inference_batch_size(torch_device) if batch_size is None else batch_size
+        )
+        artifact = _extract_missing(
+            encoder, dataset, artifact, inference_batch_size, num_workers, torch_device, progress
+        )
+    vectors = mmap_array(artifact.path / FEATURES_FILE)
+    indices = np.concatenate([
+        start + np.flatnonzero(np.isfinite(vectors[start : start + _SHARD_SIZE]).all(axis=1))
+        for start in range(0, len(vectors), _SHARD_SIZE)
     ])  # fmt: skip
-    return Features(vectors=vectors, rows=rows, skipped=artifact.manifest.skipped)
+    return Features(vectors=vectors, indices=indices, skipped=artifact.manifest.skipped)
 
 
 def _extract_missing(
     encoder: ImageEncoder,
-    images: ImageSet,
+    dataset: ImageDataset,
     artifact: Artifact,
     batch_size: int,
-    workers: int | None,
+    num_workers: int | None,
     device: torch.device,
     progress: Progress,
 ) -> Artifact:
     encoder.model.to(device).to(memory_format=torch.channels_last)
-    starts = range(0, len(images), _ROWS)
+    starts = range(0, len(dataset), _SHARD_SIZE)
     paths = [artifact.path / shard_name("vectors", i, "npy") for i in range(len(starts))]
-    done = sum(min(_ROWS, len(images) - s) for s, p in zip(starts, paths, strict=True) if p.is_file())
-    threads = default_workers() if workers is None else workers
-    with progress.task(f"features {images.name}", len(images), "images", done) as task:
+    num_done = sum(
+        min(_SHARD_SIZE, len(dataset) - start)
+        for start, path in zip(starts, paths, strict=True)
+        if path.is_file()
+    )
+    num_workers = default_num_workers() if num_workers is None else num_workers
+    with progress.task(f"features {dataset.name}", len(dataset), "images", num_done) as bar:
         for index, (start, path) in enumerate(zip(starts, paths, strict=True)):
             if path.is_file():
                 continue
-            files = images.files[start : start + _ROWS]
+            files = dataset.files[start : start + _SHARD_SIZE]
             batches = [files[i : i + batch_size] for i in range(0, len(files), batch_size)]
-            vectors, faults = [], []
-            for crops, reasons in ordered_map(lambda b: _load(b, images.root, encoder), batches, threads):
+            vectors, shard_reasons = [], []
+            for crops, reasons in prefetch_map(
+                lambda batch: _load_crops(batch, dataset.root, encoder), batches, num_workers
+            ):
                 vectors.append(_forward(encoder, crops, device))
-                faults += reasons
-                task.advance(len(crops))
-            write_json(artifact.path / shard_name("skipped", index, "json"), faults)
-            write_array(path, _mark(np.concatenate(vectors), faults))
-    told = [read_json(artifact.path / shard_name("skipped", i, "json")) for i in range(len(starts))]
-    skipped = Counter(reason for faults in told for reason in faults if reason)
-    _join(artifact.path / VECTORS, paths, (len(images), encoder.width))
-    finished = artifact.finish({"images": len(images)}, skipped)
+                shard_reasons += reasons
+                bar.update(len(crops))
+            write_json(artifact.path / shard_name("skipped", index, "json"), shard_reasons)
+            write_array(path, _mark_unreadable(np.concatenate(vectors), shard_reasons))
+    reasons_by_shard = [
+        read_json(artifact.path / shard_name("skipped", i, "json")) for i in range(len(starts))
+    ]
+    skipped = Counter(reason for shard_reasons in reasons_by_shard for reason in shard_reasons if reason)
+    _merge_shards(artifact.path / FEATURES_FILE, paths, (len(dataset), encoder.feature_dim))
+    finished_artifact = artifact.finish({"images": len(dataset)}, skipped)
     # Only now: killed before, a rerun joins them again.
     for path in paths:
         path.unlink()
-    return finished
+    return finished_artifact
 
 
-def _load(files: tuple[str, ...], root: Path, encoder: ImageEncoder) -> tuple[np.ndarray, list[str]]:
+def _load_crops(files: tuple[str, ...], root: Path, encoder: ImageEncoder) -> tuple[np.ndarray, list[str]]:
     """Return the crops of files, (b, size, size, 3) uint8, and why each that is black could not be read."""
-    size = encoder.transform.size
-    crops, reasons = np.zeros((len(files), size, size, 3), np.uint8), []
-    for place, file in enumerate(files):
+    image_size = encoder.transform.image_size
+    crops, reasons = np.zeros((len(files), image_size, image_size, 3), np.uint8), []
+    for i, file in enumerate(files):
         try:
-            pixels = decode(read_bytes(ImageRef(path=file), root), encoder.transform.resize)
-            crops[place] = encoder.transform.crop(pixels)
+            pixels = decode_image(read_image_bytes(ImageRef(path=file), root), encoder.transform.resize_size)
+            crops[i] = encoder.transform.center_crop(pixels)
             reasons.append("")
-        except BadImageError as fault:
-            reasons.append(str(fault))
+        except UnreadableImageError as error:
+            reasons.append(str(error))
     return crops, reasons
 
 
 @torch.inference_mode()
 def _forward(encoder: ImageEncoder, crops: np.ndarray, device: torch.device) -> np.ndarray:
-    images = encoder.transform.standardise(torch.from_numpy(crops).to(device))
+    images = encoder.transform.normalize(torch.from_numpy(crops).to(device))
     with torch.autocast(device.type, enabled=device.type == "cuda"):
         features = encoder.model(images)
     return features.float().cpu().numpy()
 
 
-def _mark(vectors: np.ndarray, faults: list[str]) -> np.ndarray:
+def _mark_unreadable(vectors: np.ndarray, reasons: list[str]) -> np.ndarray:
     """Mark unreadable images by NaN, which no sound feature is."""
-    vectors[[bool(reason) for reason in faults]] = np.nan
+    vectors[[bool(reason) for reason in reasons]] = np.nan
     return vectors
 
 
-def _join(target: Path, shards: Sequence[Path], shape: tuple[int, int]) -> None:
+def _merge_shards(out_path: Path, shards: Sequence[Path], shape: tuple[int, int]) -> None:
     """Bring shards together in one file that can be mapped, one shard in memory at a time."""
-    with atomic(target) as temporary:
-        whole = np.lib.format.open_memmap(temporary, mode="w+", dtype=np.float32, shape=shape)
+    with atomic_write(out_path) as tmp_path:
+        merged = np.lib.format.open_memmap(tmp_path, mode="w+", dtype=np.float32, shape=shape)
         for index, shard in enumerate(shards):
-            whole[index * _ROWS : (index + 1) * _ROWS] = load_array(shard)
-        whole.flush()
+            merged[index * _SHARD_SIZE : (index + 1) * _SHARD_SIZE] = load_array(shard)
+        merged.flush()

@@ -9,152 +9,156 @@ from typing import Any
 import numpy as np
 from jaxtyping import Float
 
-from likewise.artifacts import read_array, read_json
-from likewise.errors import ArtifactError, InputError
-from likewise.evaluation.evaluate import RESULTS
-from likewise.evaluation.statistics import Difference, Estimate, drawn_difference, paired_difference
+from likewise.artifacts import mmap_array, read_json
+from likewise.errors import ArtifactError, InvalidInputError
+from likewise.evaluation.evaluate import RESULTS_FILE
+from likewise.evaluation.statistics import Difference, Estimate, bootstrap_difference, paired_difference
 
 
 @dataclass(frozen=True, kw_only=True)
-class Row:
+class ResultRow:
     """One measured figure of one encoder."""
 
-    set: str
-    set_key: str
+    dataset: str
+    dataset_key: str
     encoder_key: str
-    operations: int | None
+    flops: int | None
     protocol: str
     metric: str
     estimate: Estimate
     n: int
-    items: np.ndarray
+    per_item: np.ndarray
     groups: np.ndarray | None
-    paired: str
-    settings: dict[str, Any]
+    pairing: str
+    config: dict[str, Any]
     details: dict[str, Any]
 
     @property
-    def name(self) -> tuple[str, str, str, str]:
+    def key(self) -> tuple[str, str, str, str]:
         """What makes two rows comparable: set, protocol and its settings, and metric."""
-        return (self.set_key, self.protocol, json.dumps(self.settings, sort_keys=True), self.metric)
+        return (self.dataset_key, self.protocol, json.dumps(self.config, sort_keys=True), self.metric)
 
 
-def read_results(folder: str | Path) -> list[Row]:
+def read_results(path: str | Path) -> list[ResultRow]:
     """Read everything measured under a run or an evaluation folder.
 
     Raises:
         ArtifactError: where nothing was measured, or more than one encoder.
     """
-    base = Path(folder)
-    files = sorted(base.glob(f"evaluation/*/{RESULTS}")) or sorted(base.glob(f"*/{RESULTS}"))
-    if not files:
-        raise ArtifactError(f"{base} holds no evaluation; run: likewise evaluate {base} --on SET")
-    rows = [row for file in files for row in _rows(file)]
+    path = Path(path)
+    result_files = sorted(path.glob(f"evaluation/*/{RESULTS_FILE}")) or sorted(path.glob(f"*/{RESULTS_FILE}"))
+    if not result_files:
+        raise ArtifactError(f"{path} holds no evaluation; run: likewise evaluate {path} --on SET")
+    rows = [row for result_file in result_files for row in _read_rows(result_file)]
     if len({row.encoder_key for row in rows}) > 1:
         raise ArtifactError(
-            f"{base} holds results of several weights or input sizes; "
+            f"{path} holds results of several weights or input sizes; "
             "measure each into a folder of its own (--out)"
         )
     return rows
 
 
-def _rows(file: Path) -> list[Row]:
-    result = read_json(file)
+def _read_rows(path: Path) -> list[ResultRow]:
+    result = read_json(path)
     return [
-        Row(
-            set=result["set"]["name"],
-            set_key=result["set"]["key"],
+        ResultRow(
+            dataset=result["set"]["name"],
+            dataset_key=result["set"]["key"],
             encoder_key=f"{result['encoder']['weights']} {result['encoder']['transform']}",
-            operations=result["encoder"]["operations"],
+            flops=result["encoder"]["operations"],
             protocol=protocol,
             metric=score["metric"],
             estimate=Estimate(value=score["value"], low=score["low"], high=score["high"]),
             n=score["n"],
-            items=read_array(file.parent / score["items"]),
-            groups=None if score["groups"] is None else read_array(file.parent / score["groups"]),
-            paired=score["paired"],
-            settings=told["settings"],
+            per_item=mmap_array(path.parent / score["items"]),
+            groups=None if score["groups"] is None else mmap_array(path.parent / score["groups"]),
+            pairing=score["paired"],
+            config=protocol_result["settings"],
             details=score["details"],
         )
-        for protocol, told in result["protocols"].items()
-        for score in told["scores"]
+        for protocol, protocol_result in result["protocols"].items()
+        for score in protocol_result["scores"]
     ]
 
 
 @dataclass(frozen=True, kw_only=True)
-class Comparison:
+class MetricComparison:
     """One figure of several encoders, each but the first against the first, on the same items."""
 
-    row: Row
+    baseline: ResultRow
     estimates: list[Estimate]
     differences: list[Difference | None]
 
-    def told(self) -> dict[str, Any]:
+    def to_dict(self) -> dict[str, Any]:
         """Return it as plain values."""
         return {
-            "set": self.row.set,
-            "protocol": self.row.protocol,
-            "metric": self.row.metric,
-            "n": self.row.n,
-            "values": [asdict(e) for e in self.estimates],
-            "differences": [None if d is None else asdict(d) for d in self.differences],
+            "set": self.baseline.dataset,
+            "protocol": self.baseline.protocol,
+            "metric": self.baseline.metric,
+            "n": self.baseline.n,
+            "values": [asdict(estimate) for estimate in self.estimates],
+            "differences": [
+                None if difference is None else asdict(difference) for difference in self.differences
+            ],
         }
 
 
-def compare(results: Sequence[Sequence[Row]]) -> list[Comparison]:
+def compare(results: Sequence[Sequence[ResultRow]]) -> list[MetricComparison]:
     """Line up what all encoders were measured on, and test each against the first on the same items.
 
     The difference is None where the items are others (another number of readable images), and for means over
     classes, whose items do not add up to them.
     """
-    tables = [{row.name: row for row in rows} for rows in results]
-    shared = [row for row in results[0] if all(row.name in table for table in tables[1:])]
+    rows_by_encoder = [{row.key: row for row in rows} for rows in results]
+    shared = [
+        row for row in results[0] if all(row.key in encoder_rows for encoder_rows in rows_by_encoder[1:])
+    ]
     comparisons = []
-    for first in shared:
-        rows = [table[first.name] for table in tables]
+    for baseline in shared:
+        rows = [encoder_rows[baseline.key] for encoder_rows in rows_by_encoder]
         comparisons.append(
-            Comparison(
-                row=first,
+            MetricComparison(
+                baseline=baseline,
                 estimates=[row.estimate for row in rows],
-                differences=[item_difference(first, other) for other in rows[1:]],
+                differences=[test_difference(baseline, row) for row in rows[1:]],
             )
         )
     return comparisons
 
 
-def item_difference(first: Row, other: Row) -> Difference | None:
+def test_difference(a: ResultRow, b: ResultRow) -> Difference | None:
     """Test two encoders on the same items or draws; None where these are others, or do not give the value."""
-    if first.paired == "no" or first.n != other.n or len(first.items) != len(other.items):
+    if a.pairing == "no" or a.n != b.n or len(a.per_item) != len(b.per_item):
         return None
-    if first.paired == "draws":
-        change = other.estimate.value - first.estimate.value
-        return drawn_difference(change, np.asarray(other.items) - np.asarray(first.items))
-    return paired_difference(np.asarray(first.items), np.asarray(other.items), groups=first.groups)
+    if a.pairing == "draws":
+        difference = b.estimate.value - a.estimate.value
+        return bootstrap_difference(difference, np.asarray(b.per_item) - np.asarray(a.per_item))
+    return paired_difference(np.asarray(a.per_item), np.asarray(b.per_item), groups=a.groups)
 
 
-LEVEL = 0.05
-RowName = tuple[str, str, str, str]
+SIGNIFICANCE_LEVEL = 0.05
+RowKey = tuple[str, str, str, str]
 
 
 @dataclass(frozen=True, kw_only=True)
-class Entry:
+class EncoderResults:
     """An encoder, or several that differ in nothing but their seed.
 
     Attributes:
         name: What to call it.
-        seeds: What was measured of each, by what makes rows comparable.
+        rows_by_seed: What was measured of each, by what makes rows comparable.
     """
 
     name: str
-    seeds: tuple[dict[RowName, Row], ...]
+    rows_by_seed: tuple[dict[RowKey, ResultRow], ...]
 
-    def row(self, name: RowName) -> Row | None:
+    def first_row(self, key: RowKey) -> ResultRow | None:
         """Return the first seed's row, if all seeds have one."""
-        return self.seeds[0][name] if all(name in seed for seed in self.seeds) else None
+        return self.rows_by_seed[0][key] if all(key in rows for rows in self.rows_by_seed) else None
 
 
 @dataclass(frozen=True, kw_only=True)
-class Cell:
+class ComparisonCell:
     """A figure of an encoder, and how it differs from the first encoder's.
 
     Attributes:
@@ -171,24 +175,24 @@ class Cell:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Line:
+class ComparisonRow:
     """One figure on one set, for each encoder; None where it was not measured."""
 
-    set: str
+    dataset: str
     protocol: str
     metric: str
     n: int
-    cells: tuple[Cell | None, ...]
+    cells: tuple[ComparisonCell | None, ...]
 
 
 @dataclass(frozen=True, kw_only=True)
-class Average:
+class MeanRow:
     """A metric over all sets that every encoder was measured on.
 
     Attributes:
         protocol: The protocol.
         metric: Its metric.
-        sets: How many sets.
+        num_datasets: How many sets.
         values: The mean over sets for each encoder.
         ranks: The mean rank over sets for each encoder.
         p_value: Of Friedman's test that all rank alike; None with fewer than three encoders or sets.
@@ -196,170 +200,204 @@ class Average:
 
     protocol: str
     metric: str
-    sets: int
+    num_datasets: int
     values: tuple[float, ...]
     ranks: tuple[float, ...]
     p_value: float | None
 
 
 @dataclass(frozen=True, kw_only=True)
-class Table:
+class Comparison:
     """All figures of some encoders."""
 
-    names: tuple[str, ...]
-    lines: tuple[Line, ...]
-    averages: tuple[Average, ...]
+    encoder_names: tuple[str, ...]
+    rows: tuple[ComparisonRow, ...]
+    mean_rows: tuple[MeanRow, ...]
 
 
-def read_entries(asked: Sequence[str]) -> list[Entry]:
+def read_encoder_results(encoders: Sequence[str]) -> list[EncoderResults]:
     """Read what was measured of encoders.
 
     Args:
-        asked: Runs or evaluation folders; commas between those that differ only in their seed; `NAME=`
+        encoders: Runs or evaluation folders; commas between those that differ only in their seed; `NAME=`
             before them to call them so.
 
     Raises:
         ArtifactError: where nothing was measured.
         InputError: where two have one name.
     """
-    entries = []
-    for each in asked:
-        given, _, folders = each.rpartition("=")
-        paths = [Path(folder) for folder in folders.split(",") if folder]
-        found = tuple({row.name: row for row in read_results(path)} for path in paths)
-        entries.append(Entry(name=given or _called(paths), seeds=found))
-    names = [entry.name for entry in entries]
-    twice = sorted({name for name in names if names.count(name) > 1})
-    if twice:
-        raise InputError(f"two encoders are called {twice[0]!r}; give them names: NAME={twice[0]}")
-    return entries
+    encoder_results = []
+    for encoder in encoders:
+        name, _, folder_list = encoder.rpartition("=")
+        paths = [Path(folder) for folder in folder_list.split(",") if folder]
+        rows_by_seed = tuple({row.key: row for row in read_results(path)} for path in paths)
+        encoder_results.append(EncoderResults(name=name or _default_name(paths), rows_by_seed=rows_by_seed))
+    names = [result.name for result in encoder_results]
+    duplicates = sorted({name for name in names if names.count(name) > 1})
+    if duplicates:
+        raise InvalidInputError(
+            f"two encoders are called {duplicates[0]!r}; give them names: NAME={duplicates[0]}"
+        )
+    return encoder_results
 
 
-def _called(paths: Sequence[Path]) -> str:
+def _default_name(paths: Sequence[Path]) -> str:
     name = paths[0].resolve().name
     return name if len(paths) == 1 else f"{name} and {len(paths) - 1} more"
 
 
-def tabulate(entries: Sequence[Entry]) -> Table:
+def compare_encoders(encoder_results: Sequence[EncoderResults]) -> Comparison:
     """Lay out all figures, test each encoder against the first, and rank them.
 
     A difference is tested on the same items (see `paired_difference`); where both encoders have several
     seeds, by Welch's t-test over these, which also counts what another seed would change. Of all tests of
     the table together, the chance that any is marked without cause is at most 5 % (Holm 1979).
     """
-    names = list(dict.fromkeys(name for entry in entries for name in entry.seeds[0] if entry.row(name)))
-    plain = [_line(entries, name) for name in names]
-    tested = [
+    row_keys = list(
+        dict.fromkeys(
+            key for result in encoder_results for key in result.rows_by_seed[0] if result.first_row(key)
+        )
+    )
+    untested_rows = [_build_row(encoder_results, key) for key in row_keys]
+    p_values = [
         (i, j, cell.difference.p_value)
-        for i, line in enumerate(plain)
-        for j, cell in enumerate(line.cells)
+        for i, row in enumerate(untested_rows)
+        for j, cell in enumerate(row.cells)
         if cell is not None and cell.difference is not None
     ]
-    sure = holm([p for _, _, p in tested], LEVEL)
-    marked = {(i, j) for (i, j, _), holds in zip(tested, sure, strict=True) if holds}
-    lines = tuple(_finish(line, {j for i, j in marked if i == row}) for row, line in enumerate(plain))
-    return Table(names=tuple(entry.name for entry in entries), lines=lines, averages=tuple(_averages(lines)))
+    is_significant = holm_bonferroni([p for _, _, p in p_values], SIGNIFICANCE_LEVEL)
+    significant_cells = {
+        (i, j) for (i, j, _), significant in zip(p_values, is_significant, strict=True) if significant
+    }
+    rows = tuple(
+        _add_significance(row, {j for i, j in significant_cells if i == row_index})
+        for row_index, row in enumerate(untested_rows)
+    )
+    return Comparison(
+        encoder_names=tuple(result.name for result in encoder_results),
+        rows=rows,
+        mean_rows=tuple(_mean_rows(rows)),
+    )
 
 
-def _line(entries: Sequence[Entry], name: RowName) -> Line:
-    found = [None if entry.row(name) is None else [seed[name] for seed in entry.seeds] for entry in entries]
-    first = next(rows[0] for rows in found if rows is not None)
+def _build_row(encoder_results: Sequence[EncoderResults], key: RowKey) -> ComparisonRow:
+    rows_by_encoder = [
+        None if result.first_row(key) is None else [seed_rows[key] for seed_rows in result.rows_by_seed]
+        for result in encoder_results
+    ]
+    template = next(seed_results[0] for seed_results in rows_by_encoder if seed_results is not None)
     cells = tuple(
         None
-        if rows is None
-        else Cell(estimate=_estimate(rows), difference=None if place == 0 else _difference(found[0], rows))
-        for place, rows in enumerate(found)
+        if seed_results is None
+        else ComparisonCell(
+            estimate=_estimate(seed_results),
+            difference=None if column == 0 else _seed_difference(rows_by_encoder[0], seed_results),
+        )
+        for column, seed_results in enumerate(rows_by_encoder)
     )
-    return Line(set=first.set, protocol=first.protocol, metric=first.metric, n=first.n, cells=cells)
+    return ComparisonRow(
+        dataset=template.dataset,
+        protocol=template.protocol,
+        metric=template.metric,
+        n=template.n,
+        cells=cells,
+    )
 
 
-def _estimate(rows: Sequence[Row]) -> Estimate:
+def _estimate(rows: Sequence[ResultRow]) -> Estimate:
     if len(rows) == 1:
         return rows[0].estimate
     from scipy.stats import t
 
     values = np.array([row.estimate.value for row in rows])
-    margin = t.ppf(0.975, len(values) - 1) * values.std(ddof=1) / np.sqrt(len(values))
+    half_width = t.ppf(0.975, len(values) - 1) * values.std(ddof=1) / np.sqrt(len(values))
     mean = float(values.mean())
-    return Estimate(value=mean, low=mean - float(margin), high=mean + float(margin))
+    return Estimate(value=mean, low=mean - float(half_width), high=mean + float(half_width))
 
 
-def _difference(first: Sequence[Row] | None, other: Sequence[Row]) -> Difference | None:
-    if first is None:
+def _seed_difference(
+    baseline_rows: Sequence[ResultRow] | None, rows: Sequence[ResultRow]
+) -> Difference | None:
+    if baseline_rows is None:
         return None
-    if len(first) == len(other) == 1:
-        return item_difference(first[0], other[0])
-    if min(len(first), len(other)) < 2:
+    if len(baseline_rows) == len(rows) == 1:
+        return test_difference(baseline_rows[0], rows[0])
+    if min(len(baseline_rows), len(rows)) < 2:
         return None
-    return welch(*(np.array([row.estimate.value for row in rows]) for rows in (first, other)))
+    return welch_difference(
+        *(np.array([row.estimate.value for row in seed_rows]) for seed_rows in (baseline_rows, rows))
+    )
 
 
-def welch(a: Float[np.ndarray, " s"], b: Float[np.ndarray, " t"]) -> Difference:
+def welch_difference(a: Float[np.ndarray, " s"], b: Float[np.ndarray, " t"]) -> Difference:
     """Estimate mean(b) - mean(a) of independent values, and test that it is zero (Welch 1947)."""
     from scipy.stats import ttest_ind
 
-    change = float(b.mean() - a.mean())
+    difference = float(b.mean() - a.mean())
     if not (a.std() or b.std()):
-        return Difference(value=change, low=change, high=change, p_value=float(change == 0))
-    found = ttest_ind(b, a, equal_var=False)
-    interval = found.confidence_interval(0.95)
+        return Difference(value=difference, low=difference, high=difference, p_value=float(difference == 0))
+    test_result = ttest_ind(b, a, equal_var=False)
+    interval = test_result.confidence_interval(0.95)
     return Difference(
-        value=change, low=float(interval.low), high=float(interval.high), p_value=float(found.pvalue)
+        value=difference,
+        low=float(interval.low),
+        high=float(interval.high),
+        p_value=float(test_result.pvalue),
     )
 
 
-def holm(p_values: Sequence[float], level: float) -> list[bool]:
+def holm_bonferroni(p_values: Sequence[float], alpha: float) -> list[bool]:
     """Say which of several tests hold together: Holm's step-down procedure (1979)."""
-    held = [False] * len(p_values)
-    for passed, place in enumerate(np.argsort(p_values, kind="stable").tolist()):
-        if p_values[place] > level / (len(p_values) - passed):
+    is_rejected = [False] * len(p_values)
+    for num_rejected, index in enumerate(np.argsort(p_values, kind="stable").tolist()):
+        if p_values[index] > alpha / (len(p_values) - num_rejected):
             break
-        held[place] = True
-    return held
+        is_rejected[index] = True
+    return is_rejected
 
 
-def _finish(line: Line, marked: set[int]) -> Line:
+def _add_significance(row: ComparisonRow, significant_columns: set[int]) -> ComparisonRow:
     """Add marks and ranks to a line."""
     from scipy.stats import rankdata
 
-    values = [cell.estimate.value for cell in line.cells if cell is not None]
-    ranks = rankdata([-value for value in values]) if len(values) == len(line.cells) else None
+    values = [cell.estimate.value for cell in row.cells if cell is not None]
+    ranks = rankdata([-value for value in values]) if len(values) == len(row.cells) else None
     cells = tuple(
         None
         if cell is None
-        else Cell(
+        else ComparisonCell(
             estimate=cell.estimate,
             difference=cell.difference,
-            significant=place in marked,
-            rank=None if ranks is None else float(ranks[place]),
+            significant=column in significant_columns,
+            rank=None if ranks is None else float(ranks[column]),
         )
-        for place, cell in enumerate(line.cells)
+        for column, cell in enumerate(row.cells)
     )
-    return Line(set=line.set, protocol=line.protocol, metric=line.metric, n=line.n, cells=cells)
+    return ComparisonRow(dataset=row.dataset, protocol=row.protocol, metric=row.metric, n=row.n, cells=cells)
 
 
-def _averages(lines: Sequence[Line]) -> list[Average]:
+def _mean_rows(comparison_rows: Sequence[ComparisonRow]) -> list[MeanRow]:
     from scipy.stats import friedmanchisquare
 
-    groups: dict[tuple[str, str], list[list[Cell]]] = {}
-    for line in lines:
-        cells = [cell for cell in line.cells if cell is not None]
-        if len(cells) == len(line.cells):
-            groups.setdefault((line.protocol, line.metric), []).append(cells)
-    found = []
-    for (protocol, metric), rows in groups.items():
-        values = np.array([[cell.estimate.value for cell in row] for row in rows])
-        ranks = np.array([[cell.rank for cell in row] for row in rows], np.float64)
-        enough = len(rows) >= 3 and values.shape[1] >= 3
-        if len(rows) > 1:
-            found.append(
-                Average(
+    groups: dict[tuple[str, str], list[list[ComparisonCell]]] = {}
+    for comparison_row in comparison_rows:
+        cells = [cell for cell in comparison_row.cells if cell is not None]
+        if len(cells) == len(comparison_row.cells):
+            groups.setdefault((comparison_row.protocol, comparison_row.metric), []).append(cells)
+    mean_rows = []
+    for (protocol, metric), cell_rows in groups.items():
+        values = np.array([[cell.estimate.value for cell in group_cells] for group_cells in cell_rows])
+        ranks = np.array([[cell.rank for cell in group_cells] for group_cells in cell_rows], np.float64)
+        can_test = len(cell_rows) >= 3 and values.shape[1] >= 3
+        if len(cell_rows) > 1:
+            mean_rows.append(
+                MeanRow(
                     protocol=protocol,
                     metric=metric,
-                    sets=len(rows),
+                    num_datasets=len(cell_rows),
                     values=tuple(values.mean(axis=0).tolist()),
                     ranks=tuple(ranks.mean(axis=0).tolist()),
-                    p_value=float(friedmanchisquare(*values.T).pvalue) if enough else None,
+                    p_value=float(friedmanchisquare(*values.T).pvalue) if can_test else None,
                 )
             )
-    return found
+    return mean_rows

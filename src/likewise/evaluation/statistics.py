@@ -14,7 +14,7 @@ import numpy as np
 from jaxtyping import Float, Shaped
 
 # Cells of one block of draws: 32 MiB as 64-bit integers, whatever the number of items and resamples.
-_CELLS = 2**22
+_BLOCK_ELEMENTS = 2**22
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,7 +39,7 @@ class Difference:
 def bootstrap(
     scores: Shaped[np.ndarray, " n"],
     groups: Shaped[np.ndarray, " n"] | None = None,
-    resamples: int = 2000,
+    num_resamples: int = 2000,
     seed: int = 0,
 ) -> Estimate:
     """Estimate the mean score with a percentile bootstrap interval (Efron 1979).
@@ -48,22 +48,22 @@ def bootstrap(
         scores: one score an item, boolean or float.
         groups: the group of each item, any dtype. When given, whole groups are resampled (the cluster
             bootstrap: Field and Welsh 2007), which is right when items of one group resemble each other.
-        resamples: number of bootstrap resamples.
+        num_resamples: number of bootstrap resamples.
         seed: seed of the draws.
 
     Raises:
         ValueError: no scores, shapes that differ, or no resamples.
     """
-    sums, sizes = _grouped(_checked(scores, groups, resamples), groups)
-    means = _resampled_means(sums, sizes, resamples, np.random.default_rng(seed))
-    return _percentiles(sums.sum() / sizes.sum(), means)
+    sums, sizes = _group_sums(_validate_scores(scores, groups, num_resamples), groups)
+    means = _resampled_means(sums, sizes, num_resamples, np.random.default_rng(seed))
+    return _percentile_interval(sums.sum() / sizes.sum(), means)
 
 
 def paired_difference(
     a: Shaped[np.ndarray, " n"],
     b: Shaped[np.ndarray, " n"],
     groups: Shaped[np.ndarray, " n"] | None = None,
-    resamples: int = 2000,
+    num_resamples: int = 2000,
     seed: int = 0,
 ) -> Difference:
     """Estimate mean(b) - mean(a) for two systems scored on the same items, and test that it is zero.
@@ -76,40 +76,42 @@ def paired_difference(
         a: scores of the first system, boolean or float.
         b: scores of the second system on the same items in the same order.
         groups: the group of each item; whole groups are resampled and flipped.
-        resamples: number of bootstrap resamples, and of sign flips.
+        num_resamples: number of bootstrap resamples, and of sign flips.
         seed: seed of the draws.
 
     Raises:
         ValueError: no scores, shapes that differ, or no resamples.
     """
-    first, second = _checked(a, b, resamples), _checked(b, groups, resamples)
-    sums, sizes = _grouped(second - first, groups)
+    scores_a, scores_b = _validate_scores(a, b, num_resamples), _validate_scores(b, groups, num_resamples)
+    sums, sizes = _group_sums(scores_b - scores_a, groups)
     rng = np.random.default_rng(seed)
-    interval = _percentiles(sums.sum() / sizes.sum(), _resampled_means(sums, sizes, resamples, rng))
+    interval = _percentile_interval(
+        sums.sum() / sizes.sum(), _resampled_means(sums, sizes, num_resamples, rng)
+    )
     return Difference(
         value=interval.value,
         low=interval.low,
         high=interval.high,
-        p_value=_sign_flip_p_value(sums, resamples, rng),
+        p_value=_permutation_p_value(sums, num_resamples, rng),
     )
 
 
-def drawn_difference(value: float, changes: Float[np.ndarray, " r"]) -> Difference:
+def bootstrap_difference(value: float, differences: Float[np.ndarray, " r"]) -> Difference:
     """Tell a difference with the percentile interval of its changes on drawn test sets (Efron 1979).
 
     The p-value is twice the share of draws on the other side of zero, or on it, with one added above and
     below so that it is never zero.
     """
-    low, high = np.quantile(changes, [0.025, 0.975])
-    sides = min(np.count_nonzero(changes <= 0), np.count_nonzero(changes >= 0))
-    p_value = min(1.0, 2 * (1 + sides) / (1 + len(changes)))
+    low, high = np.quantile(differences, [0.025, 0.975])
+    num_opposite = min(np.count_nonzero(differences <= 0), np.count_nonzero(differences >= 0))
+    p_value = min(1.0, 2 * (1 + num_opposite) / (1 + len(differences)))
     return Difference(value=value, low=float(low), high=float(high), p_value=p_value)
 
 
 def mean_per_class(
     correct: Shaped[np.ndarray, " n"],
     labels: Shaped[np.ndarray, " n"],
-    resamples: int = 2000,
+    num_resamples: int = 2000,
     seed: int = 0,
 ) -> Estimate:
     """Estimate the mean over classes of each class's mean score; items are resampled inside their class.
@@ -120,20 +122,22 @@ def mean_per_class(
     Args:
         correct: one score an item, boolean or float.
         labels: the class of each item, any dtype.
-        resamples: number of bootstrap resamples.
+        num_resamples: number of bootstrap resamples.
         seed: seed of the draws.
 
     Raises:
         ValueError: no scores, shapes that differ, or no resamples.
     """
-    scores = _checked(correct, labels, resamples)
+    scores = _validate_scores(correct, labels, num_resamples)
     _, inverse, counts = np.unique(labels, return_inverse=True, return_counts=True)
-    members = np.split(scores[np.argsort(inverse, kind="stable")], np.cumsum(counts)[:-1])
+    scores_by_class = np.split(scores[np.argsort(inverse, kind="stable")], np.cumsum(counts)[:-1])
     rng = np.random.default_rng(seed)
-    means = np.zeros(resamples)
-    for member in members:
-        means += _resampled_means(member, np.ones_like(member), resamples, rng) / len(members)
-    return _percentiles(np.mean([member.mean() for member in members]), means)
+    means = np.zeros(num_resamples)
+    for class_scores in scores_by_class:
+        means += _resampled_means(class_scores, np.ones_like(class_scores), num_resamples, rng) / len(
+            scores_by_class
+        )
+    return _percentile_interval(np.mean([class_scores.mean() for class_scores in scores_by_class]), means)
 
 
 def normal_interval(values: Float[np.ndarray, " n"]) -> Estimate:
@@ -149,18 +153,18 @@ def normal_interval(values: Float[np.ndarray, " n"]) -> Estimate:
     return Estimate(value=float(mean), low=float(mean - margin), high=float(mean + margin))
 
 
-def _checked(
-    scores: Shaped[np.ndarray, "..."], other: Shaped[np.ndarray, "..."] | None, resamples: int
+def _validate_scores(
+    scores: Shaped[np.ndarray, "..."], reference: Shaped[np.ndarray, "..."] | None, num_resamples: int
 ) -> Float[np.ndarray, " n"]:
-    if scores.ndim != 1 or (other is not None and other.shape != scores.shape):
-        shapes = [array.shape for array in (scores, other) if array is not None]
+    if scores.ndim != 1 or (reference is not None and reference.shape != scores.shape):
+        shapes = [array.shape for array in (scores, reference) if array is not None]
         raise ValueError(f"expected arrays of one dimension and equal length, got shapes {shapes}")
-    if len(scores) == 0 or resamples < 1:
-        raise ValueError(f"expected items and resamples, got {len(scores)} items, {resamples} resamples")
+    if len(scores) == 0 or num_resamples < 1:
+        raise ValueError(f"expected items and resamples, got {len(scores)} items, {num_resamples} resamples")
     return scores.astype(np.float64)
 
 
-def _grouped(
+def _group_sums(
     scores: Float[np.ndarray, " n"], groups: Shaped[np.ndarray, " n"] | None
 ) -> tuple[Float[np.ndarray, " g"], Float[np.ndarray, " g"]]:
     """Sum and size of each group; without groups each item is its own."""
@@ -171,36 +175,41 @@ def _grouped(
 
 
 def _resampled_means(
-    sums: Float[np.ndarray, " g"], sizes: Float[np.ndarray, " g"], resamples: int, rng: np.random.Generator
+    sums: Float[np.ndarray, " g"],
+    sizes: Float[np.ndarray, " g"],
+    num_resamples: int,
+    rng: np.random.Generator,
 ) -> Float[np.ndarray, " r"]:
     """Mean score of each resample: multinomial counts of the distinct groups times their sums and sizes."""
-    kinds, occurrences = np.unique(np.stack([sums, sizes], axis=1), axis=0, return_counts=True)
-    totals = [
-        rng.multinomial(len(sums), occurrences / len(sums), size=rows) @ kinds
-        for rows in _blocks(resamples, len(kinds))
+    distinct, counts = np.unique(np.stack([sums, sizes], axis=1), axis=0, return_counts=True)
+    block_totals = [
+        rng.multinomial(len(sums), counts / len(sums), size=block_size) @ distinct
+        for block_size in _block_sizes(num_resamples, len(distinct))
     ]
-    total = np.concatenate(totals)
-    return total[:, 0] / total[:, 1]
+    totals = np.concatenate(block_totals)
+    return totals[:, 0] / totals[:, 1]
 
 
-def _sign_flip_p_value(sums: Float[np.ndarray, " g"], resamples: int, rng: np.random.Generator) -> float:
+def _permutation_p_value(
+    sums: Float[np.ndarray, " g"], num_resamples: int, rng: np.random.Generator
+) -> float:
     """Share of random signs with |sum| at least as large as observed; a group of size m stays one coin."""
-    sizes, occurrences = np.unique(np.abs(sums), return_counts=True)
+    magnitudes, counts = np.unique(np.abs(sums), return_counts=True)
     # A sum in another order differs in its last bits, and an outcome equal to the observed one must count.
-    observed = abs(sums.sum()) - 1e-9 * sizes @ occurrences
-    extreme = 0
-    for rows in _blocks(resamples, len(sizes)):
-        positive = rng.binomial(occurrences, 0.5, size=(rows, len(sizes)))
-        extreme += int(np.count_nonzero(np.abs((2 * positive - occurrences) @ sizes) >= observed))
-    return (1 + extreme) / (1 + resamples)
+    observed = abs(sums.sum()) - 1e-9 * magnitudes @ counts
+    num_extreme = 0
+    for block_size in _block_sizes(num_resamples, len(magnitudes)):
+        num_positive = rng.binomial(counts, 0.5, size=(block_size, len(magnitudes)))
+        num_extreme += int(np.count_nonzero(np.abs((2 * num_positive - counts) @ magnitudes) >= observed))
+    return (1 + num_extreme) / (1 + num_resamples)
 
 
-def _blocks(resamples: int, columns: int) -> list[int]:
+def _block_sizes(num_resamples: int, num_columns: int) -> list[int]:
     """Rows of each block of draws; the stream of draws, and so the result, does not depend on them."""
-    block = max(1, _CELLS // columns)
-    return [min(block, resamples - start) for start in range(0, resamples, block)]
+    block_size = max(1, _BLOCK_ELEMENTS // num_columns)
+    return [min(block_size, num_resamples - start) for start in range(0, num_resamples, block_size)]
 
 
-def _percentiles(value: float, means: Float[np.ndarray, " r"]) -> Estimate:
+def _percentile_interval(value: float, means: Float[np.ndarray, " r"]) -> Estimate:
     low, high = np.quantile(means, [0.025, 0.975])
     return Estimate(value=float(value), low=float(low), high=float(high))

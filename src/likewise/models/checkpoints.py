@@ -10,23 +10,23 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from likewise.artifacts import atomic
+from likewise.artifacts import atomic_write
 from likewise.errors import ArtifactError, ModelError
-from likewise.models.backbones import BackboneSpec, build_backbone
+from likewise.models.backbones import BackboneConfig, build_backbone
 
-LANGUAGE = "language."
-_META = "likewise"
+TEXT_PREFIX = "language."
+_METADATA_KEY = "likewise"
 
 
-def save_tensors(path: Path, tensors: dict[str, Tensor], meta: dict[str, Any]) -> None:
+def save_tensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, Any]) -> None:
     """Write tensors and a JSON-able note about them as safetensors, whole or not at all."""
-    held = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    cpu_tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
     try:
-        with atomic(path) as temporary:
-            save_file(held, temporary, metadata={_META: json.dumps(meta, sort_keys=True)})
-    except SafetensorError as fault:
+        with atomic_write(path) as tmp_path:
+            save_file(cpu_tensors, tmp_path, metadata={_METADATA_KEY: json.dumps(metadata, sort_keys=True)})
+    except SafetensorError as error:
         # It reports a full disk without the number that `atomic` knows it by.
-        raise ArtifactError(f"cannot write {path}: {fault}; is the disk full?") from fault
+        raise ArtifactError(f"cannot write {path}: {error}; is the disk full?") from error
 
 
 def load_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
@@ -37,63 +37,68 @@ def load_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """
     try:
         with safe_open(path, framework="pt") as file:
-            meta = json.loads((file.metadata() or {}).get(_META, "{}"))
-            return {name: file.get_tensor(name) for name in file.keys()}, meta  # noqa: SIM118  # no mapping
-    except FileNotFoundError as fault:
-        raise ModelError(f"there are no weights at {path}") from fault
-    except (SafetensorError, OSError, json.JSONDecodeError) as fault:
-        raise ModelError(f"{path} is no intact safetensors file: {fault}") from fault
+            metadata = json.loads((file.metadata() or {}).get(_METADATA_KEY, "{}"))
+            return {name: file.get_tensor(name) for name in file.keys()}, metadata  # noqa: SIM118  # no mapping
+    except FileNotFoundError as error:
+        raise ModelError(f"there are no weights at {path}") from error
+    except (SafetensorError, OSError, json.JSONDecodeError) as error:
+        raise ModelError(f"{path} is no intact safetensors file: {error}") from error
 
 
-def load_strictly(model: nn.Module, tensors: dict[str, Tensor], where: str) -> None:
+def load_state_dict_strict(model: nn.Module, state_dict: dict[str, Tensor], location: str) -> None:
     """Fill a model with tensors whose names and shapes must all match.
 
     Raises:
         ModelError: naming the first keys that are missing, unexpected, or of another shape.
     """
-    wanted = model.state_dict()
-    faults = {
-        "missing": [k for k in wanted if k not in tensors],
-        "unexpected": [k for k in tensors if k not in wanted],
-        "of another shape": [k for k in wanted if k in tensors and tensors[k].shape != wanted[k].shape],
+    expected = model.state_dict()
+    mismatches = {
+        "missing": [k for k in expected if k not in state_dict],
+        "unexpected": [k for k in state_dict if k not in expected],
+        "of another shape": [
+            k for k in expected if k in state_dict and state_dict[k].shape != expected[k].shape
+        ],
     }
-    told = [f"{len(keys)} {fault} ({', '.join(keys[:3])})" for fault, keys in faults.items() if keys]
-    if told:
-        raise ModelError(f"the weights in {where} do not fit this model: {'; '.join(told)}")
-    model.load_state_dict(tensors)
+    messages = [f"{len(keys)} {kind} ({', '.join(keys[:3])})" for kind, keys in mismatches.items() if keys]
+    if messages:
+        raise ModelError(f"the weights in {location} do not fit this model: {'; '.join(messages)}")
+    model.load_state_dict(state_dict)
 
 
 def save_encoder(
     path: Path,
     backbone: nn.Module,
-    spec: BackboneSpec,
-    language: tuple[dict[str, Tensor], dict[str, int]] | None = None,
+    config: BackboneConfig,
+    text_state: tuple[dict[str, Tensor], dict[str, int]] | None = None,
 ) -> None:
     """Write a trained backbone with all it takes to build and feed it again.
 
-    `language` is what `likewise.models.language` needs besides: its weights, and what its tower is made of.
+    `text_state` is what `likewise.models.language` needs besides: its weights, and what its tower is made of.
     """
-    tensors, tower = language or ({}, None)
-    meta = {"kind": "encoder", "backbone": asdict(spec), "language": tower}
-    save_tensors(path, backbone.state_dict() | tensors, meta)
+    tensors, tower_config = text_state or ({}, None)
+    metadata = {"kind": "encoder", "backbone": asdict(config), "language": tower_config}
+    save_tensors(path, backbone.state_dict() | tensors, metadata)
 
 
-def load_encoder(path: Path, size: int | None = None) -> tuple[nn.Module, BackboneSpec, int]:
+def load_backbone(path: Path, image_size: int | None = None) -> tuple[nn.Module, BackboneConfig, int]:
     """Read a backbone that `save_encoder` wrote: the model, its spec, and the width of its features.
 
-    `size` builds it for another side of the input than it was trained with, where its weights allow that.
+    `image_size` builds it for another side of the input than it was trained with, where its weights allow
+    that.
 
     Raises:
         ModelError: where the file is missing, damaged, or not written by `save_encoder`.
     """
-    tensors, meta = load_tensors(path)
-    if meta.get("kind") != "encoder":
+    tensors, metadata = load_tensors(path)
+    if metadata.get("kind") != "encoder":
         raise ModelError(f"{path} does not say which backbone it is for; name it with --backbone")
-    spec = BackboneSpec(**meta["backbone"])
-    spec = spec if size is None else replace(spec, size=size)
-    model, width = build_backbone(spec)
-    load_strictly(model, {k: v for k, v in tensors.items() if not k.startswith(LANGUAGE)}, str(path))
-    return model, spec, width
+    config = BackboneConfig(**metadata["backbone"])
+    config = config if image_size is None else replace(config, image_size=image_size)
+    model, feature_dim = build_backbone(config)
+    load_state_dict_strict(
+        model, {k: v for k, v in tensors.items() if not k.startswith(TEXT_PREFIX)}, str(path)
+    )
+    return model, config, feature_dim
 
 
 def load_state_dict(path: Path) -> dict[str, Tensor]:
@@ -109,14 +114,14 @@ def load_state_dict(path: Path) -> dict[str, Tensor]:
     if not path.is_file():
         raise ModelError(f"there are no weights at {path}")
     try:
-        loaded = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as fault:  # unpickling faults come in many types
+        state_dict = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # unpickling faults come in many types
         raise ModelError(
-            f"{path} holds no plain tensors that are safe to load ({type(fault).__name__})"
-        ) from fault
-    for name in ("state_dict", "model"):
-        if isinstance(loaded, dict) and isinstance(loaded.get(name), dict):
-            loaded = loaded[name]
-    if not isinstance(loaded, dict) or not all(isinstance(v, Tensor) for v in loaded.values()):
+            f"{path} holds no plain tensors that are safe to load ({type(error).__name__})"
+        ) from error
+    for key in ("state_dict", "model"):
+        if isinstance(state_dict, dict) and isinstance(state_dict.get(key), dict):
+            state_dict = state_dict[key]
+    if not isinstance(state_dict, dict) or not all(isinstance(v, Tensor) for v in state_dict.values()):
         raise ModelError(f"{path} holds no state dict: a mapping of names to tensors is needed")
-    return loaded
+    return state_dict

@@ -8,16 +8,18 @@ import torch
 import torchvision
 from torch import Tensor, nn
 
-from likewise.errors import ModelError, close_matches
-from likewise.models.text_tower import Language, embed_captions
-from likewise.models.transforms import Transform
+from likewise.errors import ModelError, did_you_mean
+from likewise.models.text_tower import TextAlignment, encode_captions
+from likewise.models.transforms import EvalTransform
 
-_HEADS = ("fc", "classifier", "heads", "head")
+_HEAD_NAMES = ("fc", "classifier", "heads", "head")
 # Pillow's numbers, which Hugging Face's configurations use.
-_RESAMPLE = {2: "bilinear", 3: "bicubic"}
+_PIL_INTERPOLATION = {2: "bilinear", 3: "bicubic"}
 
 
-def torchvision_model(name: str, size: int | None, *, pretrained: bool) -> tuple[nn.Module, Transform, str]:
+def load_torchvision_model(
+    name: str, image_size: int | None, *, pretrained: bool
+) -> tuple[nn.Module, EvalTransform, str]:
     """Build a torchvision classifier without its last layer.
 
     Returns:
@@ -26,42 +28,42 @@ def torchvision_model(name: str, size: int | None, *, pretrained: bool) -> tuple
     Raises:
         ModelError: for an unknown name, weights that cannot be fetched, or a model that is no classifier.
     """
-    known = torchvision.models.list_models(module=torchvision.models)
-    if name not in known:
-        raise ModelError(f"unknown torchvision model {name!r}.{close_matches(name, known)}")
+    model_names = torchvision.models.list_models(module=torchvision.models)
+    if name not in model_names:
+        raise ModelError(f"unknown torchvision model {name!r}.{did_you_mean(name, model_names)}")
     weights = torchvision.models.get_model_weights(name)["DEFAULT"]
     try:
         model = torchvision.models.get_model(name, weights=weights if pretrained else None)
-    except Exception as fault:  # the download raises a dozen types
-        raise ModelError(f"cannot load torchvision:{name}: {fault}") from fault
-    asked: Any = weights.transforms()
-    side = asked.crop_size[0] if size is None else size
-    transform = Transform(
-        size=side,
-        resize=round(side * asked.resize_size[0] / asked.crop_size[0]),
-        interpolation=asked.interpolation.value,
-        mean=tuple(asked.mean),
-        std=tuple(asked.std),
+    except Exception as error:  # the download raises a dozen types
+        raise ModelError(f"cannot load torchvision:{name}: {error}") from error
+    preset: Any = weights.transforms()
+    image_size = preset.crop_size[0] if image_size is None else image_size
+    transform = EvalTransform(
+        image_size=image_size,
+        resize_size=round(image_size * preset.resize_size[0] / preset.crop_size[0]),
+        interpolation=preset.interpolation.value,
+        mean=tuple(preset.mean),
+        std=tuple(preset.std),
     )
-    return model, transform, _behead(model, name)
+    return model, transform, _remove_classifier(model, name)
 
 
-def _behead(model: nn.Module, name: str) -> str:
+def _remove_classifier(model: nn.Module, name: str) -> str:
     """Put nothing in the place of a classifier's last layer, and return what that was called."""
-    for head in _HEADS:
-        part = getattr(model, head, None)
-        if isinstance(part, nn.Linear):
-            setattr(model, head, nn.Identity())
-            return head
-        if isinstance(part, nn.Sequential):
-            last = max(i for i, layer in enumerate(part) if isinstance(layer, nn.Linear))
-            inner = [key for key, _ in part.named_children()][last]
-            part.add_module(inner, nn.Identity())
-            return f"{head}.{inner}"
+    for head_name in _HEAD_NAMES:
+        module = getattr(model, head_name, None)
+        if isinstance(module, nn.Linear):
+            setattr(model, head_name, nn.Identity())
+            return head_name
+        if isinstance(module, nn.Sequential):
+            last_linear = max(i for i, layer in enumerate(module) if isinstance(layer, nn.Linear))
+            layer_name = [key for key, _ in module.named_children()][last_linear]
+            module.add_module(layer_name, nn.Identity())
+            return f"{head_name}.{layer_name}"
     raise ModelError(f"torchvision:{name} is no image classifier whose last layer can be taken off")
 
 
-def hub_model(name: str, size: int | None) -> tuple[nn.Module, Transform]:
+def load_torch_hub_model(name: str, image_size: int | None) -> tuple[nn.Module, EvalTransform]:
     """Load `OWNER/REPO/ENTRY` or `FOLDER/ENTRY` by torch.hub; this runs the code that stands there.
 
     Nothing in torch.hub says how a model is fed: unless it carries a timm configuration, it is fed as models
@@ -70,39 +72,42 @@ def hub_model(name: str, size: int | None) -> tuple[nn.Module, Transform]:
     Raises:
         ModelError: where there is no such entry, or it is no model.
     """
-    where, _, entry = name.rpartition("/")
-    source = "local" if Path(where).is_dir() else "github"
+    repo, _, entry_point = name.rpartition("/")
+    source = "local" if Path(repo).is_dir() else "github"
     try:
-        model: Any = torch.hub.load(where, entry, source=source, trust_repo=True)
-    except Exception as fault:  # somebody else's code
-        raise ModelError(f"cannot load {entry!r} from {where!r} by torch.hub: {fault}") from fault
+        model: Any = torch.hub.load(repo, entry_point, source=source, trust_repo=True)
+    except Exception as error:  # somebody else's code
+        raise ModelError(f"cannot load {entry_point!r} from {repo!r} by torch.hub: {error}") from error
     if not isinstance(model, nn.Module):
-        raise ModelError(f"{entry!r} of {where!r} gives {type(model).__name__}, no torch module")
-    side = 224 if size is None else size
-    return model, Transform(size=side, resize=round(side / 0.875))
+        raise ModelError(f"{entry_point!r} of {repo!r} gives {type(model).__name__}, no torch module")
+    image_size = 224 if image_size is None else image_size
+    return model, EvalTransform(image_size=image_size, resize_size=round(image_size / 0.875))
 
 
-class _Pooled(nn.Module):
+class PooledVisionModel(nn.Module):
     """A Hugging Face vision model that gives one vector an image."""
 
-    def __init__(self, model: Any, *, joint: bool, pooler: bool) -> None:
+    def __init__(self, model: Any, *, projected: bool, use_pooler: bool) -> None:
         super().__init__()
-        self.model, self.joint, self.pooler = model, joint, pooler
+        self.model, self.projected, self.use_pooler = model, projected, use_pooler
 
     def forward(self, images: Tensor) -> Tensor:
-        if self.joint:
-            found = self.model.get_image_features(pixel_values=images)
-            return found if isinstance(found, Tensor) else found.pooler_output
+        """Return the features (b, d) of images (b, 3, h, w)."""
+        if self.projected:
+            features = self.model.get_image_features(pixel_values=images)
+            return features if isinstance(features, Tensor) else features.pooler_output
         output = self.model(pixel_values=images)
         pooled = getattr(output, "pooler_output", None)
-        if pooled is not None and self.pooler:
+        if pooled is not None and self.use_pooler:
             return pooled.flatten(1)
-        last = output.last_hidden_state
+        hidden_states = output.last_hidden_state
         # The first token of a transformer stands for the whole image; maps are averaged.
-        return last[:, 0] if last.ndim == 3 else last.mean(dim=(2, 3))
+        return hidden_states[:, 0] if hidden_states.ndim == 3 else hidden_states.mean(dim=(2, 3))
 
 
-def huggingface_model(name: str, size: int | None) -> tuple[nn.Module, Transform, Language | None]:
+def load_huggingface_model(
+    name: str, image_size: int | None
+) -> tuple[nn.Module, EvalTransform, TextAlignment | None]:
     """Load a vision model of Hugging Face by its name or folder: pooled output, else first token, else mean.
 
     A model with an image and a text tower (CLIP, SigLIP) gives its projected image features, and its
@@ -115,60 +120,68 @@ def huggingface_model(name: str, size: int | None) -> tuple[nn.Module, Transform
 
     try:
         model: Any
-        model, told = AutoModel.from_pretrained(name, output_loading_info=True)
-    except Exception as fault:  # the hub raises a dozen types
-        raise ModelError(f"cannot load hf:{name}: {str(fault).splitlines()[0]}") from fault
+        model, loading_info = AutoModel.from_pretrained(name, output_loading_info=True)
+    except Exception as error:  # the hub raises a dozen types
+        raise ModelError(f"cannot load hf:{name}: {str(error).splitlines()[0]}") from error
     # What a file lacks is filled with random numbers and no error; only a pooling layer can be done without.
-    missing = [key for key in told["missing_keys"] if not key.startswith("pooler.")]
-    if missing:
-        raise ModelError(f"hf:{name} lacks {len(missing)} weights ({', '.join(sorted(missing)[:3])})")
-    joint = hasattr(model, "get_image_features") and hasattr(model, "get_text_features")
-    transform = _huggingface_transform(name, size)
+    missing_keys = [key for key in loading_info["missing_keys"] if not key.startswith("pooler.")]
+    if missing_keys:
+        raise ModelError(
+            f"hf:{name} lacks {len(missing_keys)} weights ({', '.join(sorted(missing_keys)[:3])})"
+        )
+    has_text_tower = hasattr(model, "get_image_features") and hasattr(model, "get_text_features")
+    transform = _huggingface_transform(name, image_size)
     return (
-        _Pooled(model, joint=joint, pooler=not told["missing_keys"]),
+        PooledVisionModel(model, projected=has_text_tower, use_pooler=not loading_info["missing_keys"]),
         transform,
-        _language(model, name) if joint else None,
+        _build_text_alignment(model, name) if has_text_tower else None,
     )
 
 
-def _huggingface_transform(name: str, size: int | None) -> Transform:
+def _huggingface_transform(name: str, image_size: int | None) -> EvalTransform:
     from transformers import ImageProcessingMixin
 
     try:
-        asked, _ = ImageProcessingMixin.get_image_processor_dict(name)
-    except OSError as fault:
-        raise ModelError(f"hf:{name} does not say how images are fed (preprocessor_config.json)") from fault
-    short = _side(asked.get("size"), 224)
-    side = _side(asked.get("crop_size"), short) if asked.get("do_center_crop", False) else short
-    given = side if size is None else size
-    default = Transform(size=given, resize=round(given * short / side))
-    return Transform(
-        size=default.size,
-        resize=default.resize,
-        interpolation=_RESAMPLE.get(asked.get("resample", 3), "bicubic"),
-        mean=tuple(asked.get("image_mean") or default.mean),
-        std=tuple(asked.get("image_std") or default.std),
+        processor_config, _ = ImageProcessingMixin.get_image_processor_dict(name)
+    except OSError as error:
+        raise ModelError(f"hf:{name} does not say how images are fed (preprocessor_config.json)") from error
+    short_side = _parse_size(processor_config.get("size"), 224)
+    crop_size = (
+        _parse_size(processor_config.get("crop_size"), short_side)
+        if processor_config.get("do_center_crop", False)
+        else short_side
+    )
+    image_size = crop_size if image_size is None else image_size
+    default = EvalTransform(image_size=image_size, resize_size=round(image_size * short_side / crop_size))
+    return EvalTransform(
+        image_size=default.image_size,
+        resize_size=default.resize_size,
+        interpolation=_PIL_INTERPOLATION.get(processor_config.get("resample", 3), "bicubic"),
+        mean=tuple(processor_config.get("image_mean") or default.mean),
+        std=tuple(processor_config.get("image_std") or default.std),
     )
 
 
-def _side(asked: int | dict[str, int] | None, usual: int) -> int:
-    if isinstance(asked, dict):
-        return asked.get("shortest_edge", asked.get("height", usual))
-    return usual if asked is None else asked
+def _parse_size(size: int | dict[str, int] | None, default: int) -> int:
+    if isinstance(size, dict):
+        return size.get("shortest_edge", size.get("height", default))
+    return default if size is None else size
 
 
-def _language(model: Any, name: str) -> Language:
+def _build_text_alignment(model: Any, name: str) -> TextAlignment:
     from transformers import AutoTokenizer
 
     tokenizer: Any = AutoTokenizer.from_pretrained(name)
 
-    def tower(tokens: Any) -> Tensor:
-        found = model.get_text_features(**tokens)
-        return found if isinstance(found, Tensor) else found.pooler_output
+    def encode_tokens(tokens: Any) -> Tensor:
+        features = model.get_text_features(**tokens)
+        return features if isinstance(features, Tensor) else features.pooler_output
 
-    def embed(captions: Sequence[str]) -> Tensor:
-        return embed_captions(
-            tower, lambda part: tokenizer(part, padding=True, truncation=True, return_tensors="pt"), captions
+    def encode_text(captions: Sequence[str]) -> Tensor:
+        return encode_captions(
+            encode_tokens,
+            lambda batch: tokenizer(batch, padding=True, truncation=True, return_tensors="pt"),
+            captions,
         )
 
-    return Language(embed=embed, project=lambda features: features)
+    return TextAlignment(encode_text=encode_text, project_image=lambda features: features)

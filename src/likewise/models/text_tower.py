@@ -12,31 +12,31 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from likewise.errors import DependencyError, ModelError
-from likewise.models.checkpoints import LANGUAGE, load_strictly, load_tensors
+from likewise.models.checkpoints import TEXT_PREFIX, load_state_dict_strict, load_tensors
 
-CONTEXT = 77
-VOCABULARY = 49_408
-_HEAD = 64
+CONTEXT_LENGTH = 77
+VOCAB_SIZE = 49_408
+_HEAD_DIM = 64
 
 
 class TextTower(nn.Module):
     """The transformer of CLIP (Radford et al. 2021, section 2.4), as open_clip builds it, untrained."""
 
-    def __init__(self, *, width: int, layers: int, joint: int) -> None:
-        """Make a tower of `layers` blocks of `width`, heads of 64, projected to `joint`.
+    def __init__(self, *, width: int, layers: int, embed_dim: int) -> None:
+        """Make a tower of `layers` blocks of `width`, heads of 64, projected to `embed_dim`.
 
         Raises:
             DependencyError: where open_clip is not installed.
         """
         super().__init__()
-        self.made_of = {"width": width, "layers": layers, "joint": joint}
-        self.transformer: Any = _open_clip("transformer").TextTransformer(
-            context_length=CONTEXT,
-            vocab_size=VOCABULARY,
+        self.config = {"width": width, "layers": layers, "embed_dim": embed_dim}
+        self.transformer: Any = _import_open_clip("transformer").TextTransformer(
+            context_length=CONTEXT_LENGTH,
+            vocab_size=VOCAB_SIZE,
             width=width,
-            heads=width // _HEAD,
+            heads=width // _HEAD_DIM,
             layers=layers,
-            output_dim=joint,
+            output_dim=embed_dim,
         )
 
     def forward(self, tokens: Tensor) -> Tensor:
@@ -45,93 +45,96 @@ class TextTower(nn.Module):
         open_clip's own forward wants all 77 places; what follows the end token changes nothing behind a
         causal mask, so a batch may be cut to its longest caption.
         """
-        tower, t = self.transformer, tokens.shape[1]
-        x = tower.token_embedding(tokens) + tower.positional_embedding[:t]
-        x = tower.ln_final(tower.transformer(x, attn_mask=tower.attn_mask[:t, :t]))
+        transformer, length = self.transformer, tokens.shape[1]
+        x = transformer.token_embedding(tokens) + transformer.positional_embedding[:length]
+        x = transformer.ln_final(
+            transformer.transformer(x, attn_mask=transformer.attn_mask[:length, :length])
+        )
         # The end token has the highest number.
-        ends = x[torch.arange(len(x), device=x.device), tokens.argmax(dim=1)]
-        return ends @ tower.text_projection
+        end_states = x[torch.arange(len(x), device=x.device), tokens.argmax(dim=1)]
+        return end_states @ transformer.text_projection
 
 
-def tokenise(captions: list[str]) -> Tensor:
+def tokenize(captions: list[str]) -> Tensor:
     """Turn captions into CLIP's tokens: (n, 77) int64, zero after the end token; long captions are cut.
 
     Raises:
         DependencyError: where open_clip is not installed.
     """
-    return _tokenizer()(captions, CONTEXT)
+    return _tokenizer()(captions, CONTEXT_LENGTH)
 
 
 @cache
 def _tokenizer() -> Any:
-    return _open_clip("tokenizer").SimpleTokenizer()
+    return _import_open_clip("tokenizer").SimpleTokenizer()
 
 
-def _open_clip(part: str) -> Any:
+def _import_open_clip(module: str) -> Any:
     try:
-        return import_module(f"open_clip.{part}")
-    except ImportError as fault:
+        return import_module(f"open_clip.{module}")
+    except ImportError as error:
         raise DependencyError(
             "a text tower needs open_clip: pip install 'likewise[clip]', or give --text frozen"
-        ) from fault
+        ) from error
 
 
 T = TypeVar("T")
-_AT_ONCE = 256
+_BATCH_SIZE = 256
 
 
 @dataclass(frozen=True, kw_only=True)
-class Language:
+class TextAlignment:
     """How captions and an encoder's features come into one space, where cosine similarity compares them.
 
     Attributes:
-        embed: Captions -> (n, joint) float32.
-        project: Features (m, width) -> (m, joint).
+        encode_text: Captions -> (n, joint) float32.
+        project_image: Features (m, width) -> (m, joint).
     """
 
-    embed: Callable[[Sequence[str]], Tensor]
-    project: Callable[[Tensor], Tensor]
+    encode_text: Callable[[Sequence[str]], Tensor]
+    project_image: Callable[[Tensor], Tensor]
 
 
-def language_tensors(tower: nn.Module, projection: nn.Module) -> dict[str, Tensor]:
+def text_state_dict(tower: nn.Module, projection: nn.Module) -> dict[str, Tensor]:
     """Return the weights of a text tower and of the projection of images, by the names they are kept."""
-    parts = {"tower": tower, "projection": projection}
+    modules = {"tower": tower, "projection": projection}
     return {
-        f"{LANGUAGE}{part}.{name}": tensor
-        for part, module in parts.items()
+        f"{TEXT_PREFIX}{module_name}.{name}": tensor
+        for module_name, module in modules.items()
         for name, tensor in module.state_dict().items()
     }
 
 
-def load_language(path: Path) -> Language | None:
+def load_text_alignment(path: Path) -> TextAlignment | None:
     """Read the language side from a file of `save_encoder`; None where it was trained without a text tower.
 
     Raises:
         ModelError: where the file is damaged.
         DependencyError: where open_clip is not installed.
     """
-    tensors, meta = load_tensors(path)
-    if meta.get("language") is None:
+    tensors, metadata = load_tensors(path)
+    if metadata.get("language") is None:
         return None
-    tower = TextTower(**meta["language"])
-    weight = tensors.get(f"{LANGUAGE}projection.weight")
-    if weight is None:
+    tower = TextTower(**metadata["language"])
+    projection_weight = tensors.get(f"{TEXT_PREFIX}projection.weight")
+    if projection_weight is None:
         raise ModelError(f"{path} has a text tower but no projection of images")
-    load_strictly(tower, _under(tensors, f"{LANGUAGE}tower."), str(path))
+    load_state_dict_strict(tower, _strip_prefix(tensors, f"{TEXT_PREFIX}tower."), str(path))
     tower.eval().requires_grad_(False)
-    return Language(
-        embed=lambda captions: embed_captions(tower, tokenise, captions), project=lambda x: x @ weight.T
+    return TextAlignment(
+        encode_text=lambda captions: encode_captions(tower, tokenize, captions),
+        project_image=lambda features: features @ projection_weight.T,
     )
 
 
-def _under(tensors: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
-    return {name.removeprefix(prefix): t for name, t in tensors.items() if name.startswith(prefix)}
+def _strip_prefix(tensors: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    return {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
 
 
 @torch.inference_mode()
-def embed_captions(
+def encode_captions(
     tower: Callable[[T], Tensor], tokenizer: Callable[[list[str]], T], captions: Sequence[str]
 ) -> Float[Tensor, "n j"]:
     """Embed captions, a few hundred at a time."""
-    parts = (list(captions[i : i + _AT_ONCE]) for i in range(0, len(captions), _AT_ONCE))
-    return torch.cat([tower(tokenizer(part)).float() for part in parts])
+    batches = (list(captions[i : i + _BATCH_SIZE]) for i in range(0, len(captions), _BATCH_SIZE))
+    return torch.cat([tower(tokenizer(batch)).float() for batch in batches])

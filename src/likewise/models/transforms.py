@@ -11,25 +11,25 @@ from likewise.models.backbones import IMAGENET_MEAN, IMAGENET_STD
 
 
 @dataclass(frozen=True, kw_only=True)
-class Transform:
+class EvalTransform:
     """How an image is fed: short side resized, centre cut out, channels standardised."""
 
-    size: int
-    resize: int
+    image_size: int
+    resize_size: int
     interpolation: str = "bicubic"
     mean: tuple[float, ...] = IMAGENET_MEAN
     std: tuple[float, ...] = IMAGENET_STD
 
-    def crop(self, pixels: np.ndarray) -> np.ndarray:
+    def center_crop(self, pixels: np.ndarray) -> np.ndarray:
         """Return the centre: (h, w, 3) uint8 -> (size, size, 3) uint8."""
         image = Image.fromarray(pixels)
-        scale = self.resize / min(image.size)
-        sides = [max(self.resize, round(side * scale)) for side in image.size]
-        resized = image.resize((sides[0], sides[1]), Image.Resampling[self.interpolation.upper()])
-        left, top = ((side - self.size) // 2 for side in resized.size)
-        return np.asarray(resized.crop((left, top, left + self.size, top + self.size)))
+        scale = self.resize_size / min(image.size)
+        new_size = [max(self.resize_size, round(side * scale)) for side in image.size]
+        resized = image.resize((new_size[0], new_size[1]), Image.Resampling[self.interpolation.upper()])
+        left, top = ((side - self.image_size) // 2 for side in resized.size)
+        return np.asarray(resized.crop((left, top, left + self.image_size, top + self.image_size)))
 
-    def standardise(self, crops: Tensor) -> Tensor:
+    def normalize(self, crops: Tensor) -> Tensor:
         """Turn crops (b, size, size, 3) uint8 into what a model takes: (b, 3, size, size) float32."""
         images = crops.permute(0, 3, 1, 2).float() / 255
         mean, std = (torch.tensor(v, device=images.device).view(3, 1, 1) for v in (self.mean, self.std))

@@ -17,65 +17,70 @@ from torch import Tensor
 
 # (n, d): an array of float32, or scipy's csr_array of float64, whose annotations lack indexing.
 Vectors = Any
-_SPARSE = 1 / 64  # nonzero share below which a sparse product is faster than a dense one
-_ROWS = 4096
+_MAX_SPARSE_DENSITY = 1 / 64  # nonzero share below which a sparse product is faster than a dense one
+_SPARSE_CHUNK_ROWS = 4096
 
 
 @dataclass(frozen=True)
-class Arithmetic:
+class MatmulPrecision:
     """How blocks are multiplied, and by how much that errs.
 
     Attributes:
         device: Where.
         dtype: What vectors are rounded to before.
-        inner: Relative error of a product beyond the rounding of what goes in.
-        outer: Relative error of rounding the result.
+        rel_error: Relative error of a product beyond the rounding of what goes in.
+        output_error: Relative error of rounding the result.
     """
 
     device: str
     dtype: torch.dtype
-    inner: float
-    outer: float
+    rel_error: float
+    output_error: float
 
 
-EXACT = Arithmetic("cpu", torch.float64, 0.0, 0.0)
+EXACT_PRECISION = MatmulPrecision("cpu", torch.float64, 0.0, 0.0)
 
 
-def compact(vectors: np.ndarray) -> Vectors:
+def to_sparse_if_sparse(vectors: np.ndarray) -> Vectors:
     """Return vectors (n, d) float32 as sparse float64 where nearly all of it is zero, as in word counts.
 
     Such vectors have few different similarities, many of them 0. Their fast product is the exact one, summed
     column by column in float64, so that ties need not be told apart by scoring each pair again.
     """
     sample = vectors[:: max(1, len(vectors) // 1000)]
-    if not len(vectors) or np.count_nonzero(sample) > _SPARSE * sample.size:
+    if not len(vectors) or np.count_nonzero(sample) > _MAX_SPARSE_DENSITY * sample.size:
         return vectors
-    starts = range(0, len(vectors), _ROWS)
-    return csr_array(vstack([csr_array(vectors[at : at + _ROWS], dtype=np.float64) for at in starts], "csr"))
+    starts = range(0, len(vectors), _SPARSE_CHUNK_ROWS)
+    return csr_array(
+        vstack(
+            [csr_array(vectors[start : start + _SPARSE_CHUNK_ROWS], dtype=np.float64) for start in starts],
+            "csr",
+        )
+    )
 
 
-def fast_arithmetic(device: str) -> Arithmetic:
+def fastest_precision(device: str) -> MatmulPrecision:
     """Choose the fastest multiplication whose error is known.
 
     bfloat16 (8 bits of precision, sums in float32) where the processor multiplies it; float32 elsewhere,
     which on a GPU may mean TensorFloat-32 of 11 bits, as the caller has set it.
     """
     if device != "cpu":
-        return Arithmetic(device, torch.float32, 2.0**-9, 0.0)
-    if _multiplies_bfloat16():
-        return Arithmetic(device, torch.bfloat16, 0.0, 2.0**-8)
-    return Arithmetic(device, torch.float32, 0.0, 0.0)
+        return MatmulPrecision(device, torch.float32, 2.0**-9, 0.0)
+    if _has_native_bf16():
+        return MatmulPrecision(device, torch.bfloat16, 0.0, 2.0**-8)
+    return MatmulPrecision(device, torch.float32, 0.0, 0.0)
 
 
 @cache
-def _multiplies_bfloat16() -> bool:
+def _has_native_bf16() -> bool:
     # Older releases of torch do not tell.
-    able = getattr(torch.cpu, "get_capabilities", dict)()
-    return bool(able.get("avx512_bf16") or able.get("amx_bf16"))
+    capabilities = getattr(torch.cpu, "get_capabilities", dict)()
+    return bool(capabilities.get("avx512_bf16") or capabilities.get("amx_bf16"))
 
 
 @dataclass(frozen=True)
-class Rounded:
+class QuantizedRows:
     """Vectors as they are multiplied, with what rounding did to them: norms of both, (n,) float64."""
 
     values: Tensor
@@ -83,37 +88,41 @@ class Rounded:
     errors: np.ndarray
 
 
-def rounded(vectors: np.ndarray, arithmetic: Arithmetic) -> Rounded:
+def quantize_rows(vectors: np.ndarray, precision: MatmulPrecision) -> QuantizedRows:
     """Make vectors (n, d) float32 ready to be multiplied."""
-    values = torch.from_numpy(vectors).to(arithmetic.dtype)
-    if arithmetic.dtype == torch.float32:
-        return Rounded(values.to(arithmetic.device), _norms(vectors), np.zeros(len(vectors)))
-    back = values.float().numpy()
-    return Rounded(values.to(arithmetic.device), _norms(back), _norms(vectors - back))
+    values = torch.from_numpy(vectors).to(precision.dtype)
+    if precision.dtype == torch.float32:
+        return QuantizedRows(values.to(precision.device), _norms(vectors), np.zeros(len(vectors)))
+    dequantized = values.float().numpy()
+    return QuantizedRows(values.to(precision.device), _norms(dequantized), _norms(vectors - dequantized))
 
 
 def _norms(vectors: np.ndarray) -> np.ndarray:
     return np.sqrt(np.einsum("nd,nd->n", vectors, vectors).astype(np.float64))
 
 
-def radius(queries: Rounded, columns: Rounded, arithmetic: Arithmetic) -> np.ndarray:
+def error_bound(queries: QuantizedRows, columns: QuantizedRows, precision: MatmulPrecision) -> np.ndarray:
     """Bound |x·y - fl(x̃·ỹ)| before the result is rounded, for each query and any of the columns: (m,).
 
     With x = x̃ + e and y = ỹ + f it is at most |e||y| + |x̃||f| by Cauchy and Schwarz, and summing d products
     in float32 adds at most d 2⁻²⁴ |x̃||ỹ|, doubled here for what hardware does with rounding and underflow.
     """
-    norm, error = columns.norms.max(), columns.errors.max()
-    relative = arithmetic.inner + columns.values.shape[1] * 2.0**-23
-    return 1.0001 * (queries.errors * (norm + error) + queries.norms * (error + relative * norm))
+    max_norm, max_error = columns.norms.max(), columns.errors.max()
+    rel_error = precision.rel_error + columns.values.shape[1] * 2.0**-23
+    return 1.0001 * (
+        queries.errors * (max_norm + max_error) + queries.norms * (max_error + rel_error * max_norm)
+    )
 
 
-def ends(value: np.ndarray, off: np.ndarray, arithmetic: Arithmetic) -> tuple[np.ndarray, np.ndarray]:
+def score_interval(
+    scores: np.ndarray, error: np.ndarray, precision: MatmulPrecision
+) -> tuple[np.ndarray, np.ndarray]:
     """Return the ends of intervals that hold the true products, from computed ones and their radius."""
-    away = off + arithmetic.outer * np.abs(value)
-    return value - away, value + away
+    margin = error + precision.output_error * np.abs(scores)
+    return scores - margin, scores + margin
 
 
-def multiply(queries: Rounded, columns: Rounded) -> Tensor:
+def matmul(queries: QuantizedRows, columns: QuantizedRows) -> Tensor:
     """Return the products of all pairs, (m, c) of the type that is multiplied."""
     if queries.values.device.type == "cpu" and queries.values.dtype == torch.float32:
         # No setting lowers the precision of numpy's product, as it may that of torch's.
@@ -121,207 +130,211 @@ def multiply(queries: Rounded, columns: Rounded) -> Tensor:
     return queries.values @ columns.values.T
 
 
-def reaches(similar: Tensor, least: np.ndarray) -> Tensor:
+def at_least(scores: Tensor, threshold: np.ndarray) -> Tensor:
     """Tell which places of a block reach their row's least value: (m, c) bool.
 
     The bound is rounded as the block was. Rounding is monotone, so what reached it before, reaches it after.
     """
-    bound = torch.from_numpy(least).to(similar.device, similar.dtype)[:, None]
-    if similar.dtype == torch.bfloat16 and similar.device.type == "cpu" and bool((bound > 0).all()):
+    bound = torch.from_numpy(threshold).to(scores.device, scores.dtype)[:, None]
+    if scores.dtype == torch.bfloat16 and scores.device.type == "cpu" and bool((bound > 0).all()):
         # Positive floats are ordered as their bits are, and numpy compares those four times as fast.
-        bits, least_bits = similar.view(torch.int16).numpy(), bound.view(torch.int16).numpy()
-        return torch.from_numpy(bits >= least_bits)
-    return similar >= bound
+        score_bits, bound_bits = scores.view(torch.int16).numpy(), bound.view(torch.int16).numpy()
+        return torch.from_numpy(score_bits >= bound_bits)
+    return scores >= bound
 
 
-def compare_with(
-    vectors: Vectors, rows: np.ndarray, arithmetic: Arithmetic
+def make_block_scorer(
+    vectors: Vectors, rows: np.ndarray, precision: MatmulPrecision
 ) -> Callable[[np.ndarray], tuple[Tensor, np.ndarray]]:
     """Return what multiplies some rows with others: (c,) -> products (m, c) and their radius (m,) float64."""
     if not isinstance(vectors, np.ndarray):
-        own, exact = vectors[rows], np.zeros(len(rows))
-        return lambda others: (torch.from_numpy((own @ vectors[others].T).toarray()), exact)
-    dense = rounded(vectors[rows], arithmetic)
+        query_vectors, zero_error = vectors[rows], np.zeros(len(rows))
+        return lambda columns: (torch.from_numpy((query_vectors @ vectors[columns].T).toarray()), zero_error)
+    queries = quantize_rows(vectors[rows], precision)
 
-    def compare(others: np.ndarray) -> tuple[Tensor, np.ndarray]:
-        block = rounded(_gather(vectors, others), arithmetic)
-        return multiply(dense, block), radius(dense, block, arithmetic)
+    def score_block(columns: np.ndarray) -> tuple[Tensor, np.ndarray]:
+        column_block = quantize_rows(_gather_rows(vectors, columns), precision)
+        return matmul(queries, column_block), error_bound(queries, column_block, precision)
 
-    return compare
+    return score_block
 
 
-def _gather(vectors: np.ndarray, rows: np.ndarray) -> np.ndarray:
+def _gather_rows(vectors: np.ndarray, rows: np.ndarray) -> np.ndarray:
     """Copy some rows, at once where they lie side by side."""
     if rows[-1] - rows[0] == len(rows) - 1 and (np.diff(rows) == 1).all():
         return np.array(vectors[rows[0] : rows[-1] + 1])
     return vectors[rows]
 
 
-_RESCORED_BYTES = 2**19
-_LEAST = -1e30  # below all similarities, and above what is struck out
-_HIT_BYTES = 120  # of a pair that is kept, with what sorting it takes
+_RESCORE_CHUNK_BYTES = 2**19
+_MIN_SCORE = -1e30  # below all similarities, and above what is struck out
+_BYTES_PER_HIT = 120  # of a pair that is kept, with what sorting it takes
 
 
 @dataclass(frozen=True)
-class Admission:
+class SearchConstraints:
     """Who may be whose neighbor, by row.
 
     Attributes:
-        differ: (n, m) int64; rows with an equal code >= 0 in any column are kept apart.
-        same: (n,) int64 or None; only rows with an equal code >= 0 come together.
+        exclude: (n, m) int64; rows with an equal code >= 0 in any column are kept apart.
+        require: (n,) int64 or None; only rows with an equal code >= 0 come together.
     """
 
-    differ: np.ndarray
-    same: np.ndarray | None
+    exclude: np.ndarray
+    require: np.ndarray | None
 
     @property
-    def open(self) -> bool:
+    def is_trivial(self) -> bool:
         """Whether anybody may be anybody's neighbor."""
-        return self.same is None and not self.differ.shape[1]
+        return self.require is None and not self.exclude.shape[1]
 
-    def pairs(self, rows: np.ndarray, others: np.ndarray) -> np.ndarray:
+    def admissible(self, rows: np.ndarray, columns: np.ndarray) -> np.ndarray:
         """Return which of some pairs are admissible: (p,), (p,) -> (p,) bool."""
-        kept = np.ones(len(rows), bool)
-        for codes in self.differ.T:
-            own = codes[rows]
-            kept &= (own != codes[others]) | (own < 0)
-        if self.same is not None:
-            own = self.same[rows]
-            kept &= (own == self.same[others]) & (own >= 0)
-        return kept
+        mask = np.ones(len(rows), bool)
+        for ids in self.exclude.T:
+            row_ids = ids[rows]
+            mask &= (row_ids != ids[columns]) | (row_ids < 0)
+        if self.require is not None:
+            row_ids = self.require[rows]
+            mask &= (row_ids == self.require[columns]) & (row_ids >= 0)
+        return mask
 
-    def strike(self, similar: Tensor, rows: np.ndarray, others: np.ndarray) -> None:
+    def mask_scores(self, scores: Tensor, rows: np.ndarray, columns: np.ndarray) -> None:
         """Set a block's inadmissible places to -inf: similar (m, c), rows (m,), others (c,)."""
-        for codes in self.differ.T:
-            own = np.where(codes[rows] < 0, -2, codes[rows])
-            similar.masked_fill_(_equal(own, codes[others], similar.device), -torch.inf)
-        if self.same is not None:
-            equal = _equal(
-                np.where(self.same[rows] < 0, -2, self.same[rows]), self.same[others], similar.device
+        for ids in self.exclude.T:
+            row_ids = np.where(ids[rows] < 0, -2, ids[rows])
+            scores.masked_fill_(_pairwise_equal(row_ids, ids[columns], scores.device), -torch.inf)
+        if self.require is not None:
+            is_equal = _pairwise_equal(
+                np.where(self.require[rows] < 0, -2, self.require[rows]), self.require[columns], scores.device
             )
-            similar.masked_fill_(equal.logical_not_(), -torch.inf)
+            scores.masked_fill_(is_equal.logical_not_(), -torch.inf)
 
 
-def _equal(rows: np.ndarray, columns: np.ndarray, device: torch.device) -> Tensor:
+def _pairwise_equal(rows: np.ndarray, columns: np.ndarray, device: torch.device) -> Tensor:
     return torch.from_numpy(rows).to(device)[:, None] == torch.from_numpy(columns).to(device)
 
 
-class Best:
+class TopKAccumulator:
     """The pairs that may still be among their row's k best, each with an interval that holds its score.
 
     Attributes:
-        floor: (m,) float64, what k of the row's columns are known to reach.
+        lower_bound: (m,) float64, what k of the row's columns are known to reach.
     """
 
-    def __init__(self, rows: int, k: int, exact: Callable[[np.ndarray, np.ndarray], np.ndarray]) -> None:
-        """Begin with nothing; `exact` scores pairs (rows, columns) in float64."""
+    def __init__(
+        self, num_rows: int, k: int, score_fn: Callable[[np.ndarray, np.ndarray], np.ndarray]
+    ) -> None:
+        """Begin with nothing; `score_fn` scores pairs (rows, columns) in float64."""
         self.k = k
-        self.floor = np.full(rows, -np.inf)
-        self._settled = np.full(rows, -np.inf)
-        self._exact = exact
+        self.lower_bound = np.full(num_rows, -np.inf)
+        self._rescored_bound = np.full(num_rows, -np.inf)
+        self._score_fn = score_fn
         # The k greatest lower ends that were seen of each row, rounded down: floors come from here.
-        self._reached = torch.full((rows, k), -torch.inf)
-        self._held = [(np.empty(0, np.int64), np.empty(0, np.int64), np.empty(0), np.empty(0))]
-        self._count = 0
+        self._top_lower_bounds = torch.full((num_rows, k), -torch.inf)
+        self._candidates = [(np.empty(0, np.int64), np.empty(0, np.int64), np.empty(0), np.empty(0))]
+        self._num_candidates = 0
 
     @property
-    def least(self) -> np.ndarray:
+    def threshold(self) -> np.ndarray:
         """What a later column must reach, (m,) float64: beyond k settled ones, as ties go to the earlier."""
-        return np.maximum(self.floor, np.nextafter(self._settled, np.inf))
+        return np.maximum(self.lower_bound, np.nextafter(self._rescored_bound, np.inf))
 
     def add(self, rows: np.ndarray, columns: np.ndarray, low: np.ndarray, high: np.ndarray) -> None:
         """Take new pairs on: (p,) int64 each, rows ascending; and their intervals' ends (p,) float64.
 
         Columns must come in ascending order of each row.
         """
-        self._raise(rows, low)
-        self._held.append((rows, columns, low, high))
-        self._count += len(rows)
-        if self._count > 6 * self.k * len(self.floor):
-            self._drop()
-            if self._count > 3 * self.k * len(self.floor):
-                self._settle()
+        self._raise_bounds(rows, low)
+        self._candidates.append((rows, columns, low, high))
+        self._num_candidates += len(rows)
+        if self._num_candidates > 6 * self.k * len(self.lower_bound):
+            self._prune()
+            if self._num_candidates > 3 * self.k * len(self.lower_bound):
+                self._rescore()
 
-    def _raise(self, rows: np.ndarray, low: np.ndarray) -> None:
+    def _raise_bounds(self, rows: np.ndarray, low: np.ndarray) -> None:
         """Raise floors by new pairs."""
-        begins = np.searchsorted(rows, np.arange(len(self.floor)))
-        place = np.arange(len(rows)) - begins[rows]
+        starts = np.searchsorted(rows, np.arange(len(self.lower_bound)))
+        rank = np.arange(len(rows)) - starts[rows]
         # A row's pairs beyond so many are passed over here, which leaves its floor lower and still true.
-        width = min(int(place.max(initial=-1)) + 1, 4 * self.k)
-        seen = np.full((len(self.floor), width), -np.inf, np.float32)
-        few = place < width
-        seen[rows[few], place[few]] = np.nextafter(low[few].astype(np.float32), np.float32(-np.inf))
-        both = torch.cat([self._reached, torch.from_numpy(seen)], dim=1)
-        self._reached = both.topk(self.k, dim=1, sorted=False).values
-        self.floor = np.maximum(self.floor, self._reached.amin(dim=1).numpy())
+        width = min(int(rank.max(initial=-1)) + 1, 4 * self.k)
+        new_bounds = np.full((len(self.lower_bound), width), -np.inf, np.float32)
+        is_within = rank < width
+        new_bounds[rows[is_within], rank[is_within]] = np.nextafter(
+            low[is_within].astype(np.float32), np.float32(-np.inf)
+        )
+        merged = torch.cat([self._top_lower_bounds, torch.from_numpy(new_bounds)], dim=1)
+        self._top_lower_bounds = merged.topk(self.k, dim=1, sorted=False).values
+        self.lower_bound = np.maximum(self.lower_bound, self._top_lower_bounds.amin(dim=1).numpy())
 
-    def _drop(self) -> None:
+    def _prune(self) -> None:
         """Let go of what can no longer be among the best."""
-        rows, columns, low, high = (np.concatenate(parts) for parts in zip(*self._held, strict=True))
-        kept = high >= self.floor[rows]
-        self._held = [(rows[kept], columns[kept], low[kept], high[kept])]
-        self._count = int(kept.sum())
+        rows, columns, low, high = (np.concatenate(parts) for parts in zip(*self._candidates, strict=True))
+        mask = high >= self.lower_bound[rows]
+        self._candidates = [(rows[mask], columns[mask], low[mask], high[mask])]
+        self._num_candidates = int(mask.sum())
 
-    def _settle(self) -> np.ndarray:
+    def _rescore(self) -> np.ndarray:
         """Score exactly what is left and keep k a row, in order; return each one's place in its row."""
-        rows, columns, low, high = self._held[0]
-        unsure = low < high
+        rows, columns, low, high = self._candidates[0]
+        is_uncertain = low < high
         score = low.copy()
-        if unsure.any():
-            score[unsure] = self._exact(rows[unsure], columns[unsure])
+        if is_uncertain.any():
+            score[is_uncertain] = self._score_fn(rows[is_uncertain], columns[is_uncertain])
         order = np.lexsort((columns, -score, rows))
         rows, columns, score = rows[order], columns[order], score[order]
-        place = np.arange(len(rows)) - np.searchsorted(rows, np.arange(len(self.floor)))[rows]
-        last = place == self.k - 1
-        self._settled[rows[last]] = score[last]
-        self.floor[rows[last]] = np.maximum(self.floor[rows[last]], score[last])
-        kept = place < self.k
-        self._held = [(rows[kept], columns[kept], score[kept], score[kept])]
-        self._count = int(kept.sum())
-        return place[kept]
+        rank = np.arange(len(rows)) - np.searchsorted(rows, np.arange(len(self.lower_bound)))[rows]
+        is_kth = rank == self.k - 1
+        self._rescored_bound[rows[is_kth]] = score[is_kth]
+        self.lower_bound[rows[is_kth]] = np.maximum(self.lower_bound[rows[is_kth]], score[is_kth])
+        mask = rank < self.k
+        self._candidates = [(rows[mask], columns[mask], score[mask], score[mask])]
+        self._num_candidates = int(mask.sum())
+        return rank[mask]
 
     def result(self) -> tuple[np.ndarray, np.ndarray]:
         """Return the k best columns of every row (m, k) int64, -1 padded, and scores (m, k) float64."""
-        self._drop()
-        place = self._settle()
-        rows, columns, score, _ = self._held[0]
-        best = np.full((len(self.floor), self.k), -1, np.int64)
-        scores = np.full((len(self.floor), self.k), -np.inf)
-        best[rows, place], scores[rows, place] = columns, score
+        self._prune()
+        rank = self._rescore()
+        rows, columns, score, _ = self._candidates[0]
+        best = np.full((len(self.lower_bound), self.k), -1, np.int64)
+        scores = np.full((len(self.lower_bound), self.k), -np.inf)
+        best[rows, rank], scores[rows, rank] = columns, score
         return best, scores
 
 
-def exact_scores(vectors: np.ndarray, rows: np.ndarray, others: np.ndarray) -> np.ndarray:
+def exact_scores(vectors: np.ndarray, rows: np.ndarray, columns: np.ndarray) -> np.ndarray:
     """Score pairs in float64; each pair's value depends on nothing but its two vectors."""
     scores = np.empty(len(rows))
-    step = max(1, _RESCORED_BYTES // (4 * max(1, vectors.shape[1])))
-    for start in range(0, len(rows), step):
-        part = slice(start, start + step)
-        scores[part] = (vectors[rows[part]].astype(np.float64) * vectors[others[part]]).sum(axis=1)
+    chunk_size = max(1, _RESCORE_CHUNK_BYTES // (4 * max(1, vectors.shape[1])))
+    for start in range(0, len(rows), chunk_size):
+        chunk = slice(start, start + chunk_size)
+        scores[chunk] = (vectors[rows[chunk]].astype(np.float64) * vectors[columns[chunk]]).sum(axis=1)
     return scores
 
 
-def block_sizes(dimension: int, k: int, memory: int) -> tuple[int, int]:
+def block_sizes(dim: int, k: int, memory_bytes: int) -> tuple[int, int]:
     """Return how many query rows and columns to compare at a time, within some bytes; at least 32 of each."""
     rows, columns = 4096, 1024
 
-    def size() -> int:
-        return (rows + columns) * dimension * 12 + rows * columns * 14 + rows * k * 8 * _HIT_BYTES
+    def num_bytes() -> int:
+        return (rows + columns) * dim * 12 + rows * columns * 14 + rows * k * 8 * _BYTES_PER_HIT
 
-    while size() > memory and max(rows, columns) > 32:
+    while num_bytes() > memory_bytes and max(rows, columns) > 32:
         rows, columns = (rows // 2, columns) if rows > columns else (rows, columns // 2)
     return rows, columns
 
 
 @torch.inference_mode()
-def best_columns(
+def topk_columns(
     vectors: Vectors,
     rows: np.ndarray,
     columns: np.ndarray,
     k: int,
-    admission: Admission,
-    arithmetic: Arithmetic,
-    width: int,
+    constraints: SearchConstraints,
+    precision: MatmulPrecision,
+    block_size: int,
 ) -> tuple[np.ndarray, np.ndarray]:
     """Return the k best admissible columns of each row.
 
@@ -330,57 +343,65 @@ def best_columns(
         rows: (m,) int64 rows of `vectors` to search for.
         columns: (c,) int64 rows of `vectors` to search among.
         k: How many.
-        admission: Who may be whose.
-        arithmetic: How to multiply blocks.
-        width: Columns a block.
+        constraints: Who may be whose.
+        precision: How to multiply blocks.
+        block_size: Columns a block.
 
     Returns:
         Indices into `columns` (m, k) int64, best first, ties to the lower, -1 where there are no more; and
         similarities (m, k) float64, -inf there.
     """
-    best = Best(len(rows), k, lambda mine, theirs: exact_scores(vectors, rows[mine], columns[theirs]))
-    compare = compare_with(vectors, rows, arithmetic)
-    if len(columns) > 4 * width:
+    accumulator = TopKAccumulator(
+        len(rows),
+        k,
+        lambda row_index, column_index: exact_scores(vectors, rows[row_index], columns[column_index]),
+    )
+    score_block = make_block_scorer(vectors, rows, precision)
+    if len(columns) > 4 * block_size:
         # A sample first: where like lies beside like, the first block alone would say little of the others.
-        sample = columns[:: len(columns) // width]
-        similar, off = compare(sample)
-        admission.strike(similar, rows, sample)
-        _raise_floors(similar, best, off, arithmetic)
-    for start in range(0, len(columns), width):
-        others = columns[start : start + width]
-        similar, off = compare(others)
-        places = _places(similar, best, off, arithmetic, admission, (rows, others))
-        for part in places.split(_crowd(best)):
-            value = similar.flatten()[part].double().cpu().numpy()
-            mine, theirs = np.divmod(part.cpu().numpy(), len(others))
-            best.add(mine, theirs + start, *ends(value, off[mine], arithmetic))
-    return best.result()
+        sample = columns[:: len(columns) // block_size]
+        scores, error = score_block(sample)
+        constraints.mask_scores(scores, rows, sample)
+        _raise_bounds_from_block(scores, accumulator, error, precision)
+    for start in range(0, len(columns), block_size):
+        block = columns[start : start + block_size]
+        scores, error = score_block(block)
+        hits = _select_hits(scores, accumulator, error, precision, constraints, (rows, block))
+        for chunk in hits.split(_dense_limit(accumulator)):
+            chunk_scores = scores.flatten()[chunk].double().cpu().numpy()
+            row_index, column_index = np.divmod(chunk.cpu().numpy(), len(block))
+            accumulator.add(
+                row_index, column_index + start, *score_interval(chunk_scores, error[row_index], precision)
+            )
+    return accumulator.result()
 
 
-def _crowd(best: Best) -> int:
+def _dense_limit(accumulator: TopKAccumulator) -> int:
     """Return how many pairs of a block are too many to look at one by one."""
-    return 2 * best.k * len(best.floor)
+    return 2 * accumulator.k * len(accumulator.lower_bound)
 
 
-def _count(chosen: Tensor) -> int:
-    return int(np.count_nonzero(chosen.numpy()) if chosen.device.type == "cpu" else chosen.count_nonzero())
+def _count_true(mask: Tensor) -> int:
+    return int(np.count_nonzero(mask.numpy()) if mask.device.type == "cpu" else mask.count_nonzero())
 
 
-def _raise_floors(similar: Tensor, best: Best, off: np.ndarray, arithmetic: Arithmetic) -> None:
+def _raise_bounds_from_block(
+    scores: Tensor, accumulator: TopKAccumulator, error: np.ndarray, precision: MatmulPrecision
+) -> None:
     """Raise each row's floor to what k columns of a block reach for certain."""
-    if best.k <= similar.shape[1]:
-        reached = similar.topk(best.k, dim=1, sorted=False).values.amin(dim=1).double().cpu().numpy()
-        full = np.isfinite(reached)
-        low, _ = ends(reached[full], off[full], arithmetic)
-        best.floor[full] = np.maximum(best.floor[full], low)
+    if accumulator.k <= scores.shape[1]:
+        kth_scores = scores.topk(accumulator.k, dim=1, sorted=False).values.amin(dim=1).double().cpu().numpy()
+        is_full = np.isfinite(kth_scores)
+        low, _ = score_interval(kth_scores[is_full], error[is_full], precision)
+        accumulator.lower_bound[is_full] = np.maximum(accumulator.lower_bound[is_full], low)
 
 
-def _places(
-    similar: Tensor,
-    best: Best,
-    off: np.ndarray,
-    arithmetic: Arithmetic,
-    admission: Admission,
+def _select_hits(
+    scores: Tensor,
+    accumulator: TopKAccumulator,
+    error: np.ndarray,
+    precision: MatmulPrecision,
+    constraints: SearchConstraints,
     block: tuple[np.ndarray, np.ndarray],
 ) -> Tensor:
     """Return the flat places of a block that are admissible and may belong to their row's best, ascending.
@@ -388,21 +409,23 @@ def _places(
     Where they crowd, the codes of the whole block are compared, and floors are raised by what it holds.
     """
 
-    def chosen() -> Tensor:
-        return reaches(similar, np.maximum(best.least - off, _LEAST))
+    def select() -> Tensor:
+        return at_least(scores, np.maximum(accumulator.threshold - error, _MIN_SCORE))
 
-    places, struck = chosen(), admission.open
-    if not struck and _count(places) > _crowd(best):
-        admission.strike(similar, *block)
-        places, struck = chosen(), True
-    if _count(places) > _crowd(best):
-        _raise_floors(similar, best, off, arithmetic)
-        places = chosen()
-    if places.device.type == "cpu":
-        places = torch.from_numpy(np.flatnonzero(places.numpy()))
+    hits, is_masked = select(), constraints.is_trivial
+    if not is_masked and _count_true(hits) > _dense_limit(accumulator):
+        constraints.mask_scores(scores, *block)
+        hits, is_masked = select(), True
+    if _count_true(hits) > _dense_limit(accumulator):
+        _raise_bounds_from_block(scores, accumulator, error, precision)
+        hits = select()
+    if hits.device.type == "cpu":
+        hits = torch.from_numpy(np.flatnonzero(hits.numpy()))
     else:
-        places = places.flatten().nonzero().flatten()
-    if struck:
-        return places
-    mine, theirs = np.divmod(places.cpu().numpy(), similar.shape[1])
-    return places[torch.from_numpy(admission.pairs(block[0][mine], block[1][theirs])).to(places.device)]
+        hits = hits.flatten().nonzero().flatten()
+    if is_masked:
+        return hits
+    row_index, column_index = np.divmod(hits.cpu().numpy(), scores.shape[1])
+    return hits[
+        torch.from_numpy(constraints.admissible(block[0][row_index], block[1][column_index])).to(hits.device)
+    ]

@@ -4,27 +4,29 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, get_args, get_type_hints
 
-from likewise.errors import InputError, close_matches
+from likewise.errors import InvalidInputError, did_you_mean
 
 
-def check_choices(settings: Any) -> None:
+def check_choices(config: Any) -> None:
     """Hold every setting whose values are a closed list against that list.
 
     Raises:
         InputError: listing what is known.
     """
-    for name, hint in get_type_hints(type(settings)).items():
-        known = [
-            value for part in (hint, *get_args(hint)) for value in get_args(part) if isinstance(value, str)
+    for name, hint in get_type_hints(type(config)).items():
+        choices = [
+            value for arg in (hint, *get_args(hint)) for value in get_args(arg) if isinstance(value, str)
         ]
-        value = getattr(settings, name)
-        if isinstance(value, str) and known and value not in known:
-            told = "source of pairs" if name == "pairs" else name.replace("_", " ")
-            near = close_matches(value, known)
-            raise InputError(f"unknown {told} {value!r}; known: {', '.join(known)}.{near}")
+        value = getattr(config, name)
+        if isinstance(value, str) and choices and value not in choices:
+            description = "source of pairs" if name == "source" else name.replace("_", " ")
+            suggestion = did_you_mean(value, choices)
+            raise InvalidInputError(
+                f"unknown {description} {value!r}; known: {', '.join(choices)}.{suggestion}"
+            )
 
 
-def check_between(name: str, value: int | float | None, low: int | float, high: int | float | None) -> None:
+def check_range(name: str, value: int | float | None, low: int | float, high: int | float | None) -> None:
     """Hold a number against its bounds.
 
     Raises:
@@ -33,43 +35,46 @@ def check_between(name: str, value: int | float | None, low: int | float, high: 
     if value is None or (value >= low and (high is None or value <= high)):
         return
     bounds = f"at least {low}" if high is None else f"between {low} and {high}"
-    raise InputError(f"{name.replace('_', ' ')} is {value}; it must be {bounds}")
+    raise InvalidInputError(f"{name.replace('_', ' ')} is {value}; it must be {bounds}")
 
 
-CaptionUse = Literal["mean", "best", "draw"]
+CaptionPooling = Literal["mean", "max", "sample"]
 
 
-Scope = Literal["any", "same", "other"]
+GroupScope = Literal["any", "same", "different"]
 
 
-IndexKind = Literal["auto", "exact", "ivf"]
+IndexType = Literal["auto", "exact", "ivf"]
 
 
 @dataclass(frozen=True, kw_only=True)
-class SearchRule:
+class SearchConfig:
     """Who may be found at all: decided before neighbors are searched for.
 
     Attributes:
-        captions: How an image with several captions is compared: by their `mean`, by the `best` match of any
+        caption_pooling: How an image with several captions is compared: by their `mean`, by the `best`
+            match of any
             two, or by one that is drawn anew each epoch (`draw`).
-        scope: Partners of `any` group, of the `same` one, or of any `other`; images without a group then
+        group_scope: Partners of `any` group, of the `same` one, or of any `other`; images without a group
+            then
             find nobody.
-        distinct_captions: Pass over images whose captions read the same but for case, spaces and
+        exclude_identical_captions: Pass over images whose captions read the same but for case, spaces and
             punctuation.
-        distinct_images: Pass over near-duplicate images (difference hashes at most 3 of 64 bits apart, and
+        exclude_near_duplicates: Pass over near-duplicate images (difference hashes at most 3 of 64 bits
+            apart, and
             the same colours).
         filter: A filter file as `likewise audit` writes it: images and captions that take no part.
         index: `exact`, or an approximate inverted file (`ivf`); `auto` is exact up to a million images.
-        index_recall: Share of the exact ten nearest that an approximate index must find on a sample.
+        target_recall: Share of the exact ten nearest that an approximate index must find on a sample.
     """
 
-    captions: CaptionUse = "mean"
-    scope: Scope = "any"
-    distinct_captions: bool = False
-    distinct_images: bool = False
+    caption_pooling: CaptionPooling = "mean"
+    group_scope: GroupScope = "any"
+    exclude_identical_captions: bool = False
+    exclude_near_duplicates: bool = False
     filter: Path | None = None
-    index: IndexKind = "auto"
-    index_recall: float = 0.95
+    index: IndexType = "auto"
+    target_recall: float = 0.95
 
     def __post_init__(self) -> None:
         """Refuse what no search can mean.
@@ -78,10 +83,10 @@ class SearchRule:
             InputError: naming the setting and what it may be.
         """
         check_choices(self)
-        check_between("index_recall", self.index_recall, 0, 1)
+        check_range("target_recall", self.target_recall, 0, 1)
 
 
-TABLE_DEPTH = 10  # neighbors an image that a search keeps where nobody asks for more
+DEFAULT_K = 10  # neighbors an image that a search keeps where nobody asks for more
 
 
-POOL_DEPTH = 50  # from how many a corrected or fused order is made
+NUM_RERANK_CANDIDATES = 50  # from how many a corrected or fused order is made

@@ -8,22 +8,31 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from likewise.artifacts import MANIFEST, Artifact, atomic, begin, key_of, open_artifact, shard_name, slug
-from likewise.data.dataset import Collection
+from likewise.artifacts import (
+    MANIFEST,
+    Artifact,
+    atomic_write,
+    config_hash,
+    create_or_resume,
+    open_artifact,
+    shard_name,
+    slugify,
+)
+from likewise.data.dataset import CaptionDataset
 from likewise.data.filters import read_filter
-from likewise.data.perceptual_hash import DIFFERENCE, DISTANCE
-from likewise.embeddings.store import Embeddings, look_up_embeddings
-from likewise.errors import ArtifactError, InputError
-from likewise.neighbors.config import TABLE_DEPTH, SearchRule
-from likewise.neighbors.faiss_index import IvfIndex
+from likewise.data.perceptual_hash import MAX_HAMMING, MAX_THUMBNAIL_RMS
+from likewise.embeddings.store import Embeddings, find_embeddings
+from likewise.errors import ArtifactError, InvalidInputError
+from likewise.neighbors.config import DEFAULT_K, SearchConfig
+from likewise.neighbors.faiss_index import IVFIndex
 from likewise.neighbors.search import ExactIndex, Index
-from likewise.neighbors.vectors import RecordVectors, Space, kept_captions, open_space
+from likewise.neighbors.vectors import ImageVectors, SearchCorpus, build_search_corpus, filtered_caption_mask
 from likewise.parallel import resolve_device
-from likewise.progress import SILENT, Progress
+from likewise.progress import NULL_PROGRESS, Progress
 
-KIND = "neighbors"
-EXACT_LIMIT = 1_000_000  # rows up to which `auto` compares everything with everything
-_STEP_ROWS = 4096  # an engine reads all columns once a call
+ARTIFACT_KIND = "neighbors"
+MAX_EXACT_ROWS = 1_000_000  # rows up to which `auto` compares everything with everything
+_QUERY_BATCH_SIZE = 4096  # an engine reads all columns once a call
 
 SCHEMA = pa.schema(
     [
@@ -39,26 +48,26 @@ class Neighbors:
 
     def __init__(self, path: str | Path) -> None:
         """Open neighbors; raises ArtifactError where there are none."""
-        self.artifact = open_artifact(Path(path), KIND)
+        self.artifact = open_artifact(Path(path), ARTIFACT_KIND)
         self.path = self.artifact.path
         self.k: int = self.artifact.manifest.settings["k"]
         self.encoder: str = self.artifact.manifest.settings["encoder"]
-        self.embeddings: str = self.artifact.manifest.inputs["embeddings"]
+        self.embeddings_key: str = self.artifact.manifest.inputs["embeddings"]
 
     @property
-    def identity(self) -> str:
+    def order_key(self) -> str:
         """A fingerprint of the order of neighbors; exact ones are the same however many are kept."""
         manifest = self.artifact.manifest
         if manifest.settings["index"] != "exact":
             return manifest.key
-        kept = {name: value for name, value in manifest.settings.items() if name != "k"}
-        return key_of(KIND, kept, manifest.inputs)
+        settings = {name: value for name, value in manifest.settings.items() if name != "k"}
+        return config_hash(ARTIFACT_KIND, settings, manifest.inputs)
 
     def __len__(self) -> int:
         """How many rows there are."""
         return self.artifact.manifest.counts["rows"]
 
-    def table(self, k: int | None = None) -> tuple[np.ndarray, np.ndarray]:
+    def topk(self, k: int | None = None) -> tuple[np.ndarray, np.ndarray]:
         """Return the first k neighbors of every row.
 
         Returns:
@@ -72,47 +81,50 @@ class Neighbors:
             )
         positions = np.full((len(self), width), -1, np.int64)
         similarity = np.full((len(self), width), -np.inf, np.float32)
-        row = 0
+        row_start = 0
         for shard in range(self.artifact.manifest.counts["shards"]):
             table = pq.read_table(self.path / shard_name("neighbors", shard, "parquet"))
-            lists = table["neighbors"].combine_chunks()
-            lengths = lists.value_lengths().to_numpy()
-            place = _places(lengths)
-            kept = place < width
-            at = row + np.repeat(np.arange(len(lengths)), lengths)[kept]
-            positions[at, place[kept]] = lists.flatten().to_numpy()[kept]
-            similarity[at, place[kept]] = table["similarity"].combine_chunks().flatten().to_numpy()[kept]
-            row += len(lengths)
+            neighbor_lists = table["neighbors"].combine_chunks()
+            lengths = neighbor_lists.value_lengths().to_numpy()
+            rank = _ranks_in_lists(lengths)
+            mask = rank < width
+            row_index = row_start + np.repeat(np.arange(len(lengths)), lengths)[mask]
+            positions[row_index, rank[mask]] = neighbor_lists.flatten().to_numpy()[mask]
+            similarity[row_index, rank[mask]] = (
+                table["similarity"].combine_chunks().flatten().to_numpy()[mask]
+            )
+            row_start += len(lengths)
         return positions, similarity
 
 
-def _places(lengths: np.ndarray) -> np.ndarray:
+def _ranks_in_lists(lengths: np.ndarray) -> np.ndarray:
     """Return the place in its list of every entry of concatenated lists of these lengths."""
     ends = np.cumsum(lengths)
     return np.arange(ends[-1] if len(ends) else 0) - np.repeat(ends - lengths, lengths)
 
 
 def find_neighbors(
-    collection: Collection | str | Path,
+    dataset: CaptionDataset | str | Path,
     encoder: str | None = None,
     *,
-    k: int = TABLE_DEPTH,
-    rule: SearchRule | None = None,
-    images: bool = False,
+    k: int = DEFAULT_K,
+    search_config: SearchConfig | None = None,
+    use_image_embeddings: bool = False,
     memory_mb: int = 512,
     device: str = "cpu",
-    progress: Progress = SILENT,
+    progress: Progress = NULL_PROGRESS,
 ) -> Neighbors:
     """Find the k images most alike to each, into `COLLECTION/neighbors/…`.
 
     Images without a caption take no part and get an empty list.
 
     Args:
-        collection: A collection or its path.
+        dataset: A collection or its path.
         encoder: Whose embeddings to use; may be left out where there is only one.
         k: Neighbors an image.
-        rule: Who may be found at all; everybody where not given.
-        images: Compare images by embeddings of themselves instead of their captions; so does an `encoder`
+        search_config: Who may be found at all; everybody where not given.
+        use_image_embeddings: Compare images by embeddings of themselves instead of their captions; so does
+            an `encoder`
             whose name begins with `image:`.
         memory_mb: MiB that a block of similarities may take; the vectors are mapped from disk.
         device: Where blocks are compared.
@@ -122,67 +134,87 @@ def find_neighbors(
         InputError: for a k that the collection cannot give.
         ArtifactError: where embeddings are missing.
     """
-    source, asked = Collection.open(collection), rule or SearchRule()
-    images = images or (encoder or "").startswith("image:")
-    embeddings = look_up_embeddings(source, encoder, modality="images" if images else "captions")
+    dataset, search_config = CaptionDataset.open(dataset), search_config or SearchConfig()
+    use_image_embeddings = use_image_embeddings or (encoder or "").startswith("image:")
+    embeddings = find_embeddings(dataset, encoder, modality="images" if use_image_embeddings else "captions")
     if k < 1:
-        raise InputError(f"-k is {k}; at least 1 neighbor is needed")
-    there = _comparable(source, embeddings, asked, images=images)
-    if there <= k:
-        raise InputError(f"{_those(source, asked, there, images=images)}; -k {k} needs at least {k + 1}")
-    return _find(source, embeddings, asked, k, memory_mb * 2**20, device, progress)
+        raise InvalidInputError(f"-k is {k}; at least 1 neighbor is needed")
+    num_comparable = _num_comparable(
+        dataset, embeddings, search_config, use_image_embeddings=use_image_embeddings
+    )
+    if num_comparable <= k:
+        description = _describe_corpus(
+            dataset, search_config, num_comparable, use_image_embeddings=use_image_embeddings
+        )
+        raise InvalidInputError(f"{description}; -k {k} needs at least {k + 1}")
+    return _compute_neighbors(dataset, embeddings, search_config, k, memory_mb * 2**20, device, progress)
 
 
-def _find(
-    source: Collection,
+def _compute_neighbors(
+    dataset: CaptionDataset,
     embeddings: Embeddings,
-    rule: SearchRule,
+    search_config: SearchConfig,
     k: int,
-    memory: int,
+    memory_bytes: int,
     device: str,
     progress: Progress,
 ) -> Neighbors:
-    on = resolve_device(device)
-    settings, inputs = _told(source, embeddings, rule)
+    device = resolve_device(device)
+    settings, inputs = _settings_and_inputs(dataset, embeddings, search_config)
     settings["k"] = k
-    folder = f"{slug(settings['encoder'])}-k{k}-{key_of(KIND, settings, inputs)[:8]}"
-    artifact = begin(source.path / "neighbors" / folder, KIND, settings, inputs)
-    if artifact.complete:
-        progress.say(f"neighbors by {settings['encoder']} exist: {artifact.path}")
+    folder_name = f"{slugify(settings['encoder'])}-k{k}-{config_hash(ARTIFACT_KIND, settings, inputs)[:8]}"
+    artifact = create_or_resume(dataset.path / "neighbors" / folder_name, ARTIFACT_KIND, settings, inputs)
+    if artifact.is_complete:
+        progress.log(f"neighbors by {settings['encoder']} exist: {artifact.path}")
         return Neighbors(artifact.path)
-    with open_space(source, embeddings, rule, artifact.path, progress=progress) as space:
-        index = _index(space, settings, memory, on, progress)
-        filled = _search_missing(source, artifact, space, index, progress)
-        rows = len(space.owner) if settings["captions"] == "draw" else len(source)
-    counts = {"images": len(source), "rows": rows, "shards": len(source.shards), "with_neighbors": filled}
-    if isinstance(index, IvfIndex):
+    with build_search_corpus(dataset, embeddings, search_config, artifact.path, progress=progress) as corpus:
+        index = _build_index(corpus, settings, memory_bytes, device, progress)
+        num_with_neighbors = _search_missing_shards(dataset, artifact, corpus, index, progress)
+        num_rows = len(corpus.all_image_ids) if settings["caption_pooling"] == "sample" else len(dataset)
+    counts = {
+        "images": len(dataset),
+        "rows": num_rows,
+        "shards": len(dataset.shard_paths),
+        "with_neighbors": num_with_neighbors,
+    }
+    if isinstance(index, IVFIndex):
         counts["recall_permille"] = round(1000 * index.recall)
     return Neighbors(artifact.finish(counts).path)
 
 
-def _comparable(source: Collection, embeddings: Embeddings, rule: SearchRule, *, images: bool) -> int:
+def _num_comparable(
+    dataset: CaptionDataset,
+    embeddings: Embeddings,
+    search_config: SearchConfig,
+    *,
+    use_image_embeddings: bool,
+) -> int:
     """Return how many images have a vector and are not left out."""
-    left_out = None if rule.filter is None else read_filter(rule.filter, source)
-    kept = None if images else kept_captions(source, left_out)
-    there = RecordVectors(embeddings, len(source), kept).count > 0
-    return int(there.sum() if left_out is None else (there & ~left_out.images).sum())
+    dataset_filter = None if search_config.filter is None else read_filter(search_config.filter, dataset)
+    caption_mask = None if use_image_embeddings else filtered_caption_mask(dataset, dataset_filter)
+    has_vector = ImageVectors(embeddings, len(dataset), caption_mask).captions_per_image > 0
+    return int(
+        has_vector.sum() if dataset_filter is None else (has_vector & ~dataset_filter.excluded_images).sum()
+    )
 
 
-def _those(source: Collection, rule: SearchRule, there: int, *, images: bool) -> str:
-    what = "a vector" if images else "a caption"
-    left = "" if rule.filter is None else f" that {rule.filter} leaves"
-    return f"{there} images of {source.path} have {what} to compare{left}"
+def _describe_corpus(
+    dataset: CaptionDataset, search_config: SearchConfig, num_comparable: int, *, use_image_embeddings: bool
+) -> str:
+    data_phrase = "a vector" if use_image_embeddings else "a caption"
+    filter_phrase = "" if search_config.filter is None else f" that {search_config.filter} leaves"
+    return f"{num_comparable} images of {dataset.path} have {data_phrase} to compare{filter_phrase}"
 
 
-def obtain_neighbors(
-    collection: Collection,
+def find_or_compute_neighbors(
+    dataset: CaptionDataset,
     encoder: str | None,
-    rule: SearchRule,
+    search_config: SearchConfig,
     k: int,
     *,
-    images: bool = False,
+    use_image_embeddings: bool = False,
     device: str = "cpu",
-    progress: Progress = SILENT,
+    progress: Progress = NULL_PROGRESS,
 ) -> Neighbors:
     """Return neighbors of at least k an image, searched for where there are none yet.
 
@@ -192,151 +224,184 @@ def obtain_neighbors(
         InputError: where the collection has fewer than two images to compare.
         ArtifactError: where the embeddings are missing.
     """
-    embeddings = look_up_embeddings(collection, encoder, modality="images" if images else "captions")
-    settings, inputs = _told(collection, embeddings, rule)
-    found = []
-    for path in sorted((collection.path / "neighbors").glob(f"*/{MANIFEST}")):
+    embeddings = find_embeddings(dataset, encoder, modality="images" if use_image_embeddings else "captions")
+    settings, inputs = _settings_and_inputs(dataset, embeddings, search_config)
+    matches = []
+    for path in sorted((dataset.path / "neighbors").glob(f"*/{MANIFEST}")):
         try:
             neighbors = Neighbors(path.parent)
         except ArtifactError:
             continue
-        same = {name: value for name, value in neighbors.artifact.manifest.settings.items() if name != "k"}
-        if same == settings and neighbors.artifact.manifest.inputs == inputs and neighbors.k >= k:
-            found.append(neighbors)
-    if found:
-        return min(found, key=lambda n: n.k)
-    there = _comparable(collection, embeddings, rule, images=images)
-    if there < 2:
-        raise InputError(f"{_those(collection, rule, there, images=images)}; pairs need at least 2")
-    return _find(collection, embeddings, rule, max(k, TABLE_DEPTH), 512 * 2**20, device, progress)
+        other_settings = {
+            name: value for name, value in neighbors.artifact.manifest.settings.items() if name != "k"
+        }
+        if other_settings == settings and neighbors.artifact.manifest.inputs == inputs and neighbors.k >= k:
+            matches.append(neighbors)
+    if matches:
+        return min(matches, key=lambda n: n.k)
+    num_comparable = _num_comparable(
+        dataset, embeddings, search_config, use_image_embeddings=use_image_embeddings
+    )
+    if num_comparable < 2:
+        description = _describe_corpus(
+            dataset, search_config, num_comparable, use_image_embeddings=use_image_embeddings
+        )
+        raise InvalidInputError(f"{description}; pairs need at least 2")
+    return _compute_neighbors(
+        dataset, embeddings, search_config, max(k, DEFAULT_K), 512 * 2**20, device, progress
+    )
 
 
-def _told(
-    source: Collection, embeddings: Embeddings, rule: SearchRule
+def _settings_and_inputs(
+    dataset: CaptionDataset, embeddings: Embeddings, search_config: SearchConfig
 ) -> tuple[dict[str, Any], dict[str, str]]:
     """Return the settings, all but k, and the inputs of neighbors."""
-    images = embeddings.modality == "images"
-    several = len(embeddings) if rule.captions != "mean" and not images else len(source)
-    kind = ("exact" if several <= EXACT_LIMIT else "ivf") if rule.index == "auto" else rule.index
-    settings: dict[str, Any] = {"encoder": embeddings.encoder, "metric": "cosine"}
+    use_image_embeddings = embeddings.modality == "images"
+    num_rows = (
+        len(embeddings)
+        if search_config.caption_pooling != "mean" and not use_image_embeddings
+        else len(dataset)
+    )
+    index_type = (
+        ("exact" if num_rows <= MAX_EXACT_ROWS else "ivf")
+        if search_config.index == "auto"
+        else search_config.index
+    )
+    settings: dict[str, Any] = {"encoder": embeddings.encoder_name, "metric": "cosine"}
     # A whole rule of pairs may be given; what it decides later is no part of the search.
-    settings |= {field.name: getattr(rule, field.name) for field in fields(SearchRule)}
-    settings |= {"index": kind, "captions": "none" if images else rule.captions}
+    settings |= {field.name: getattr(search_config, field.name) for field in fields(SearchConfig)}
+    settings |= {
+        "index": index_type,
+        "caption_pooling": "none" if use_image_embeddings else search_config.caption_pooling,
+    }
     del settings["filter"]
-    if kind == "exact":
-        del settings["index_recall"]
-    if rule.distinct_images:
-        settings["near_duplicates"] = [DISTANCE, DIFFERENCE]
+    if index_type == "exact":
+        del settings["target_recall"]
+    if search_config.exclude_near_duplicates:
+        settings["near_duplicates"] = [MAX_HAMMING, MAX_THUMBNAIL_RMS]
     inputs = {"embeddings": embeddings.artifact.manifest.key}
-    if rule.filter is not None:
-        inputs["filter"] = read_filter(rule.filter, source).key
+    if search_config.filter is not None:
+        inputs["filter"] = read_filter(search_config.filter, dataset).key
     return settings, inputs
 
 
-def _index(space: Space, settings: dict[str, Any], memory: int, device: str, progress: Progress) -> Index:
-    record = space.record if space.by_caption else None
+def _build_index(
+    corpus: SearchCorpus, settings: dict[str, Any], memory_bytes: int, device: str, progress: Progress
+) -> Index:
+    image_ids = corpus.image_ids if corpus.by_caption else None
     if settings["index"] == "exact":
         return ExactIndex(
-            space.vectors, differ=space.differ, same=space.same, record=record, memory=memory, device=device
+            corpus.vectors,
+            exclude=corpus.exclude,
+            require=corpus.require,
+            image_ids=image_ids,
+            memory_bytes=memory_bytes,
+            device=device,
         )
-    index = IvfIndex(
-        space.vectors,
-        differ=space.differ,
-        same=space.same,
-        record=record,
-        memory=memory,
-        recall=settings["index_recall"],
+    index = IVFIndex(
+        corpus.vectors,
+        exclude=corpus.exclude,
+        require=corpus.require,
+        image_ids=image_ids,
+        memory_bytes=memory_bytes,
+        target_recall=settings["target_recall"],
     )
-    progress.say(
+    progress.log(
         f"approximate index: {index.nlist:,} lists of which {index.nprobe:,} are searched; "
-        f"recall@10 {index.recall:.3f} on {index.sample:,} images searched exactly"
+        f"recall@10 {index.recall:.3f} on {index.sample_size:,} images searched exactly"
     )
     return index
 
 
-def _search_missing(
-    source: Collection, artifact: Artifact, space: Space, index: Index, progress: Progress
+def _search_missing_shards(
+    dataset: CaptionDataset, artifact: Artifact, corpus: SearchCorpus, index: Index, progress: Progress
 ) -> int:
     """Write the shards that are missing and return how many rows have a neighbor."""
     settings = artifact.manifest.settings
-    paths = [artifact.path / shard_name("neighbors", i, "parquet") for i in range(len(source.shards))]
-    bounds = np.searchsorted(space.record, source.starts)
-    done = sum(int(bounds[i + 1] - bounds[i]) for i, path in enumerate(paths) if path.is_file())
-    filled = 0
-    with progress.task("neighbors", len(space.record), "rows", done) as task:
+    paths = [artifact.path / shard_name("neighbors", i, "parquet") for i in range(len(dataset.shard_paths))]
+    row_bounds = np.searchsorted(corpus.image_ids, dataset.shard_offsets)
+    num_done = sum(int(row_bounds[i + 1] - row_bounds[i]) for i, path in enumerate(paths) if path.is_file())
+    num_with_neighbors = 0
+    with progress.task("neighbors", len(corpus.image_ids), "rows", num_done) as bar:
         for shard, path in enumerate(paths):
             if not path.is_file():
-                rows = np.arange(bounds[shard], bounds[shard + 1])
-                found = []
-                for start in range(0, len(rows), _STEP_ROWS):
-                    step = rows[start : start + _STEP_ROWS]
-                    found.append(index.search(step, settings["k"]))
-                    task.advance(len(step))
-                _write_shard(path, source, shard, space, settings, rows, found)
+                rows = np.arange(row_bounds[shard], row_bounds[shard + 1])
+                results = []
+                for start in range(0, len(rows), _QUERY_BATCH_SIZE):
+                    batch = rows[start : start + _QUERY_BATCH_SIZE]
+                    results.append(index.search(batch, settings["k"]))
+                    bar.update(len(batch))
+                _write_shard(path, dataset, shard, corpus, settings, rows, results)
             lengths = pq.read_table(path, columns=["neighbors"])["neighbors"].combine_chunks().value_lengths()
-            filled += int((lengths.to_numpy() > 0).sum())
-    return filled
+            num_with_neighbors += int((lengths.to_numpy() > 0).sum())
+    return num_with_neighbors
 
 
 def _write_shard(
     path: Path,
-    source: Collection,
+    dataset: CaptionDataset,
     shard: int,
-    space: Space,
+    corpus: SearchCorpus,
     settings: dict[str, Any],
     rows: np.ndarray,
-    found: list[tuple[np.ndarray, np.ndarray]],
+    results: list[tuple[np.ndarray, np.ndarray]],
 ) -> None:
     """Write one shard: a row an image, or a row a caption that counts where these are drawn from."""
     k = settings["k"]
-    near = np.concatenate([n for n, _ in found]) if found else np.empty((0, k), np.int64)
-    similarity = np.concatenate([s for _, s in found]) if found else np.empty((0, k), np.float32)
-    near = np.append(space.record, -1)[near]
-    first, last = source.starts[shard], source.starts[shard + 1]
-    ids = np.array(source.columns(shard, ["id"])["id"], object)
-    if settings["captions"] == "draw":
-        at, owner = _slots(space, first, last, rows)
-    elif settings["captions"] == "best":
-        near, similarity, images = _best_of_captions(near, similarity, space.record[rows], k)
-        at, owner = images - first, np.arange(last - first)
+    neighbors = np.concatenate([n for n, _ in results]) if results else np.empty((0, k), np.int64)
+    similarity = np.concatenate([s for _, s in results]) if results else np.empty((0, k), np.float32)
+    neighbors = np.append(corpus.image_ids, -1)[neighbors]
+    start, stop = dataset.shard_offsets[shard], dataset.shard_offsets[shard + 1]
+    ids = np.array(dataset.read_columns(shard, ["id"])["id"], object)
+    if settings["caption_pooling"] == "sample":
+        table_rows, image_index = _caption_rows(corpus, start, stop, rows)
+    elif settings["caption_pooling"] == "max":
+        neighbors, similarity, image_ids = _max_pool_captions(
+            neighbors, similarity, corpus.image_ids[rows], k
+        )
+        table_rows, image_index = image_ids - start, np.arange(stop - start)
     else:
-        at, owner = space.record[rows] - first, np.arange(last - first)
-    lengths = np.zeros(len(owner), np.int64)
-    lengths[at] = (near >= 0).sum(axis=1)
+        table_rows, image_index = corpus.image_ids[rows] - start, np.arange(stop - start)
+    lengths = np.zeros(len(image_index), np.int64)
+    lengths[table_rows] = (neighbors >= 0).sum(axis=1)
     offsets = pa.array(np.concatenate([[0], np.cumsum(lengths)]), pa.int32())
-    lists = pa.ListArray.from_arrays(offsets, pa.array(near[near >= 0]))
-    values = pa.ListArray.from_arrays(offsets, pa.array(similarity[near >= 0]))
-    table = pa.table({"id": ids[owner], "neighbors": lists, "similarity": values}, schema=SCHEMA)
-    with atomic(path) as temporary:
-        pq.write_table(table, temporary)
+    neighbor_lists = pa.ListArray.from_arrays(offsets, pa.array(neighbors[neighbors >= 0]))
+    similarity_lists = pa.ListArray.from_arrays(offsets, pa.array(similarity[neighbors >= 0]))
+    table = pa.table(
+        {"id": ids[image_index], "neighbors": neighbor_lists, "similarity": similarity_lists}, schema=SCHEMA
+    )
+    with atomic_write(path) as tmp_path:
+        pq.write_table(table, tmp_path)
 
 
-def _slots(space: Space, first: int, last: int, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+def _caption_rows(
+    corpus: SearchCorpus, first_image: int, last_image: int, rows: np.ndarray
+) -> tuple[np.ndarray, np.ndarray]:
     """Return where in a shard's table searched captions stand, and whose each row of the table is."""
-    start, stop = np.searchsorted(space.owner, [first, last])
-    return space.place[rows] - start, space.owner[start:stop] - first
+    start, stop = np.searchsorted(corpus.all_image_ids, [first_image, last_image])
+    return corpus.row_ids[rows] - start, corpus.all_image_ids[start:stop] - first_image
 
 
-def _best_of_captions(
-    near: np.ndarray, similarity: np.ndarray, record: np.ndarray, k: int
+def _max_pool_captions(
+    neighbors: np.ndarray, similarity: np.ndarray, image_ids: np.ndarray, k: int
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Merge the rows of each image's captions: the k best images by their best match, ties to the next."""
-    image = np.repeat(record, near.shape[1])
-    flat, value = near.ravel(), similarity.ravel()
-    order = np.lexsort((-value, flat, image))
-    order = order[flat[order] >= 0]
-    image, flat, value = image[order], flat[order], value[order]
-    fresh = np.ones(len(flat), bool)
-    fresh[1:] = (image[1:] != image[:-1]) | (flat[1:] != flat[:-1])
-    image, flat, value = image[fresh], flat[fresh], value[fresh]
-    turned = np.where(flat > image, 0, 1)
-    order = np.lexsort((flat, turned, -value, image))
-    image, flat, value = image[order], flat[order], value[order]
-    images, starts = np.unique(image, return_index=True)
-    place = np.arange(len(image)) - np.repeat(starts, np.diff(np.append(starts, len(image))))
-    kept = place < k
-    row = np.searchsorted(images, image[kept])
-    best = np.full((len(images), k), -1, np.int64)
-    values = np.full((len(images), k), -np.inf, np.float32)
-    best[row, place[kept]], values[row, place[kept]] = flat[kept], value[kept]
-    return best, values, images
+    query = np.repeat(image_ids, neighbors.shape[1])
+    neighbor, score = neighbors.ravel(), similarity.ravel()
+    order = np.lexsort((-score, neighbor, query))
+    order = order[neighbor[order] >= 0]
+    query, neighbor, score = query[order], neighbor[order], score[order]
+    is_first = np.ones(len(neighbor), bool)
+    is_first[1:] = (query[1:] != query[:-1]) | (neighbor[1:] != neighbor[:-1])
+    query, neighbor, score = query[is_first], neighbor[is_first], score[is_first]
+    wraps_around = np.where(neighbor > query, 0, 1)
+    order = np.lexsort((neighbor, wraps_around, -score, query))
+    query, neighbor, score = query[order], neighbor[order], score[order]
+    unique_queries, starts = np.unique(query, return_index=True)
+    rank = np.arange(len(query)) - np.repeat(starts, np.diff(np.append(starts, len(query))))
+    mask = rank < k
+    row = np.searchsorted(unique_queries, query[mask])
+    topk_neighbors = np.full((len(unique_queries), k), -1, np.int64)
+    topk_similarity = np.full((len(unique_queries), k), -np.inf, np.float32)
+    topk_neighbors[row, rank[mask]], topk_similarity[row, rank[mask]] = neighbor[mask], score[mask]
+    return topk_neighbors, topk_similarity, unique_queries

@@ -10,56 +10,56 @@ from typing import Any
 import numpy as np
 
 from likewise.artifacts import MANIFEST
-from likewise.data.dataset import Collection
+from likewise.data.dataset import CaptionDataset
 from likewise.data.filters import read_filter
-from likewise.data.perceptual_hash import image_hashes, near_duplicate_clusters
-from likewise.embeddings.store import Embeddings, look_up_embeddings
-from likewise.errors import ArtifactError, InputError
-from likewise.neighbors.config import SearchRule
-from likewise.neighbors.index import obtain_neighbors
-from likewise.neighbors.vectors import RecordVectors, caption_codes, column_codes, kept_captions
-from likewise.pairs.build import make_pairs
-from likewise.pairs.config import RANKED, PairRule, parse_rule
+from likewise.data.perceptual_hash import compute_perceptual_hashes, find_near_duplicate_clusters
+from likewise.embeddings.store import Embeddings, find_embeddings
+from likewise.errors import ArtifactError, InvalidInputError
+from likewise.neighbors.config import SearchConfig
+from likewise.neighbors.index import find_or_compute_neighbors
+from likewise.neighbors.vectors import ImageVectors, caption_hashes, encode_column, filtered_caption_mask
+from likewise.pairs.build import build_pairs
+from likewise.pairs.config import NEIGHBOR_SOURCES, PairConfig, parse_pair_config
 from likewise.pairs.sampling import Pairs
 from likewise.pairs.stats import (
-    Agreement,
-    Chance,
-    Draws,
-    Evidence,
-    Figures,
-    Nearest,
-    Spread,
-    agreement,
-    chance_of,
-    draws_of,
-    figures_of,
-    nearest_of,
+    EncoderAgreement,
+    PairDistribution,
+    PairSignals,
+    PairStats,
+    RandomBaseline,
+    SampledNeighbors,
+    SimilarityHistogram,
+    compute_agreement,
+    compute_pair_stats,
+    pair_distribution,
+    random_baseline,
+    sample_neighbors,
 )
-from likewise.progress import SILENT, Progress
-from likewise.rng import permutation
+from likewise.progress import NULL_PROGRESS, Progress
+from likewise.rng import epoch_permutation
 
 
 @dataclass(frozen=True, kw_only=True)
-class Row:
+class AnalysisRow:
     """One rule with one encoder.
 
     Attributes:
         encoder: Whose embeddings; two names for a hybrid, none for labels and files.
-        rule: The rule as it is typed.
+        pair_config: The rule as it is typed.
         summary: The rule in words, with how many images have a partner.
-        fault: Why there are no pairs, where there are none.
-        figures: What its pairs are worth, where there are some.
+        error: Why there are no pairs, where there are none.
+        stats: What its pairs are worth, where there are some.
     """
 
     encoder: str
-    rule: str
+    pair_config: str
     summary: str
-    fault: str | None = None
-    figures: Figures | None = None
+    error: str | None = None
+    stats: PairStats | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
-class Shown:
+class PartnerExample:
     """Whom a rule shows an image with in the first epoch of seed 0.
 
     Attributes:
@@ -74,45 +74,45 @@ class Shown:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Anchor:
+class AnchorExample:
     """An image picked by seed alone, with its partner under each rule that left pairs."""
 
     position: int
-    partners: tuple[Shown, ...]
+    partners: tuple[PartnerExample, ...]
 
 
 @dataclass(frozen=True, kw_only=True)
-class Diagnosis:
+class PairAnalysis:
     """Encoders and rules of pairing side by side.
 
     Attributes:
-        collection: The path of the collection.
-        images: How many images it has.
-        labelled: How many of them have a label.
-        looks: The image encoder that tells how alike pairs look, if there is one.
+        dataset: The path of the collection.
+        num_images: How many images it has.
+        num_labeled: How many of them have a label.
+        image_encoder: The image encoder that tells how alike pairs look, if there is one.
         rows: One an encoder and rule.
-        chance: The same for two images picked blindly.
-        spreads: How alike the nearest are, one an encoder.
+        random_baseline: The same for two images picked blindly.
+        similarity_histograms: How alike the nearest are, one an encoder.
         agreements: How far each two encoders agree.
         anchors: A few images with their partners.
     """
 
-    collection: str
-    images: int
-    labelled: int
-    looks: str | None
-    rows: tuple[Row, ...]
-    chance: Chance
-    spreads: tuple[Spread, ...]
-    agreements: tuple[Agreement, ...]
-    anchors: tuple[Anchor, ...]
+    dataset: str
+    num_images: int
+    num_labeled: int
+    image_encoder: str | None
+    rows: tuple[AnalysisRow, ...]
+    random_baseline: RandomBaseline
+    similarity_histograms: tuple[SimilarityHistogram, ...]
+    agreements: tuple[EncoderAgreement, ...]
+    anchors: tuple[AnchorExample, ...]
 
-    def told(self) -> dict[str, Any]:
+    def to_dict(self) -> dict[str, Any]:
         """Return everything as plain dictionaries, lists and numbers."""
         return asdict(self)
 
 
-LANGUAGE_RULES = (
+LANGUAGE_PAIR_CONFIGS = (
     "paper",
     "k=5",
     "distinct-captions",
@@ -121,36 +121,37 @@ LANGUAGE_RULES = (
     "hubs=mutual-proximity",
     "min-similarity=0.7",
 )
-SHOWN_ANCHORS = 6
+NUM_ANCHOR_EXAMPLES = 6
 _SEED = 0
-_IMAGES = "images"
+_IMAGE_MODALITY = "images"
 
 
 @dataclass(frozen=True)
-class _Encoders:
+class _EncoderNames:
     """Names of finished embeddings, of captions and of images."""
 
-    words: tuple[str, ...]
-    looks: tuple[str, ...]
+    caption_encoders: tuple[str, ...]
+    image_encoders: tuple[str, ...]
 
 
-def diagnose(
-    collection: Collection | str | Path,
+def analyze_pairs(
+    dataset: CaptionDataset | str | Path,
     encoders: Sequence[str] | None = None,
-    rules: Sequence[str | PairRule] | None = None,
+    pair_configs: Sequence[str | PairConfig] | None = None,
     *,
-    progress: Progress = SILENT,
-) -> Diagnosis:
+    progress: Progress = NULL_PROGRESS,
+) -> PairAnalysis:
     """Apply rules to a collection by several encoders and measure the pairs that they leave.
 
     Neighbors that are missing are searched for and kept. A rule that leaves nobody with a partner, or asks
     for what the collection does not have (groups, labels), is a row with the reason.
 
     Args:
-        collection: A collection or its path.
+        dataset: A collection or its path.
         encoders: Whose embeddings to compare; names that begin with `image:` are those of images. All
             finished ones where not given.
-        rules: Rules as `parse_rule` reads them, or as they are; a rule that names no encoder is applied with
+        pair_configs: Rules as `parse_rule` reads them, or as they are; a rule that names no encoder is
+            applied with
             each. Where not given, the usual ones, with labels as the oracle where there are any.
         progress: Where to report.
 
@@ -158,208 +159,282 @@ def diagnose(
         ArtifactError: where embeddings are missing.
         InputError: for a rule that cannot be read.
     """
-    source = Collection.open(collection)
-    asked = None if rules is None else [parse_rule(r) if isinstance(r, str) else r for r in rules]
-    there = _encoders(source, None)
-    chosen = there if encoders is None else _encoders(source, encoders)
-    labels = column_codes(source, "label")
-    if asked is None:
-        asked = [parse_rule(text) for text in _usual(chosen, labelled=bool((labels >= 0).any()))]
-    if not asked:
+    dataset = CaptionDataset.open(dataset)
+    available = _select_encoders(dataset, None)
+    selected = available if encoders is None else _select_encoders(dataset, encoders)
+    labels = encode_column(dataset, "label")
+    if pair_configs is None:
+        pair_configs = _default_configs(selected, has_labels=bool((labels >= 0).any()))
+    parsed = [parse_pair_config(config) if isinstance(config, str) else config for config in pair_configs]
+    if not pair_configs:
         raise ArtifactError(
-            f"{source.path} has neither finished embeddings nor labels; run: likewise embed {source.path}"
+            f"{dataset.path} has neither finished embeddings nor labels; run: likewise embed {dataset.path}"
         )
-    cases = list(dict.fromkeys(case for rule in asked for case in _cases(rule, chosen)))
-    cases.sort(key=lambda case: _order(case, chosen))
-    _search(source, cases, progress)
-    looks = next(iter(chosen.looks or there.looks), None)
-    evidence = _evidence(source, labels, looks, progress)
-    anchors = permutation(len(source), seed=_SEED, epoch=0)[:SHOWN_ANCHORS]
-    rows, shown = _measure(source, cases, evidence, anchors, progress)
-    nearest = _nearest(source, chosen, progress)
-    return Diagnosis(
-        collection=str(source.path),
-        images=len(source),
-        labelled=int((labels >= 0).sum()),
-        looks=looks,
+    configs = list(
+        dict.fromkeys(config for pair_config in parsed for config in _expand_encoders(pair_config, selected))
+    )
+    configs.sort(key=lambda case: _sort_key(case, selected))
+    _precompute_neighbors(dataset, configs, progress)
+    image_encoder = next(iter(selected.image_encoders or available.image_encoders), None)
+    signals = _load_signals(dataset, labels, image_encoder, progress)
+    anchors = epoch_permutation(len(dataset), seed=_SEED, epoch=0)[:NUM_ANCHOR_EXAMPLES]
+    rows, examples = _analyze_configs(dataset, configs, signals, anchors, progress)
+    sampled_neighbors = _sample_all_neighbors(dataset, selected, progress)
+    return PairAnalysis(
+        dataset=str(dataset.path),
+        num_images=len(dataset),
+        num_labeled=int((labels >= 0).sum()),
+        image_encoder=image_encoder,
         rows=tuple(rows),
-        chance=chance_of(evidence),
-        spreads=tuple(each.spread for each in nearest),
-        agreements=tuple(told for pair in combinations(nearest, 2) if (told := agreement(*pair)) is not None),
+        random_baseline=random_baseline(signals),
+        similarity_histograms=tuple(neighbors.histogram for neighbors in sampled_neighbors),
+        agreements=tuple(
+            result
+            for pair in combinations(sampled_neighbors, 2)
+            if (result := compute_agreement(*pair)) is not None
+        ),
         anchors=tuple(
-            Anchor(position=int(at), partners=tuple(partners))
-            for at, partners in zip(anchors, shown, strict=True)
+            AnchorExample(position=int(position), partners=tuple(partners))
+            for position, partners in zip(anchors, examples, strict=True)
         ),
     )
 
 
-def rule_text(rule: PairRule) -> str:
+def format_pair_config(pair_config: PairConfig) -> str:
     """Return a rule as it is typed, without its encoders; `paper` where nothing differs from it."""
-    told = [
+    parts = [
         field.name.replace("_", "-") + ("" if value is True else f"={value}")
-        for field in fields(rule)
-        if (value := getattr(rule, field.name)) != field.default
-        and field.name not in ("encoder", "image_encoder")
+        for field in fields(pair_config)
+        if (value := getattr(pair_config, field.name)) != field.default
+        and field.name not in ("caption_encoder", "image_encoder")
     ]
-    return ",".join(told) or "paper"
+    return ",".join(parts) or "paper"
 
 
-def encoder_text(rule: PairRule) -> str:
+def format_encoders(pair_config: PairConfig) -> str:
     """Return whose embeddings a rule goes by, or nothing where it needs none."""
-    words, looks = rule.encoder or "", rule.image_encoder or ""
-    return {"language": words, "vision": looks, "hybrid": f"{words} + {looks}"}.get(rule.pairs, "")
+    caption_encoder, image_encoder = pair_config.caption_encoder or "", pair_config.image_encoder or ""
+    return {
+        "language": caption_encoder,
+        "vision": image_encoder,
+        "hybrid": f"{caption_encoder} + {image_encoder}",
+    }.get(pair_config.source, "")
 
 
-def _encoders(collection: Collection, asked: Sequence[str] | None) -> _Encoders:
+def _select_encoders(dataset: CaptionDataset, requested: Sequence[str] | None) -> _EncoderNames:
     """Return the names of embeddings that are asked for, or of all that are finished."""
-    if asked is None:
-        found = _finished(collection)
+    if requested is None:
+        embeddings = _list_embeddings(dataset)
     else:
-        found = [
-            look_up_embeddings(
-                collection, name, modality=_IMAGES if name.startswith("image:") else "captions"
+        embeddings = [
+            find_embeddings(
+                dataset, name, modality=_IMAGE_MODALITY if name.startswith("image:") else "captions"
             )
-            for name in asked
+            for name in requested
         ]
     # Two of one name, of other weights, go by the names of their folders.
-    shared = Counter(name for name, _ in {(each.encoder, each.path) for each in found})
-    names = {each.path.name if shared[each.encoder] > 1 else each.encoder: each.modality for each in found}
-    return _Encoders(
-        tuple(name for name, modality in names.items() if modality != _IMAGES),
-        tuple(name for name, modality in names.items() if modality == _IMAGES),
+    name_counts = Counter(name for name, _ in {(item.encoder_name, item.path) for item in embeddings})
+    names = {
+        item.path.name if name_counts[item.encoder_name] > 1 else item.encoder_name: item.modality
+        for item in embeddings
+    }
+    return _EncoderNames(
+        tuple(name for name, modality in names.items() if modality != _IMAGE_MODALITY),
+        tuple(name for name, modality in names.items() if modality == _IMAGE_MODALITY),
     )
 
 
-def _finished(collection: Collection) -> list[Embeddings]:
-    found = []
-    for path in sorted((collection.path / "embeddings").glob(f"*/{MANIFEST}")):
+def _list_embeddings(dataset: CaptionDataset) -> list[Embeddings]:
+    embeddings = []
+    for path in sorted((dataset.path / "embeddings").glob(f"*/{MANIFEST}")):
         try:
-            found.append(Embeddings(path.parent))
+            embeddings.append(Embeddings(path.parent))
         except ArtifactError:
             continue
-    return found
+    return embeddings
 
 
-def _usual(encoders: _Encoders, *, labelled: bool) -> list[str]:
+def _default_configs(encoders: _EncoderNames, *, has_labels: bool) -> list[str]:
     return [
-        *(LANGUAGE_RULES if encoders.words else ()),
-        *(["pairs=vision"] if encoders.looks else []),
-        *(["pairs=hybrid"] if encoders.words and encoders.looks else []),
-        *(["pairs=label"] if labelled else []),
+        *(LANGUAGE_PAIR_CONFIGS if encoders.caption_encoders else ()),
+        *(["pairs=vision"] if encoders.image_encoders else []),
+        *(["pairs=hybrid"] if encoders.caption_encoders and encoders.image_encoders else []),
+        *(["pairs=label"] if has_labels else []),
     ]
 
 
-def _cases(rule: PairRule, encoders: _Encoders) -> list[PairRule]:
+def _expand_encoders(pair_config: PairConfig, encoders: _EncoderNames) -> list[PairConfig]:
     """Return a rule once for each encoder that it may go by and does not name."""
-    words: Sequence[str | None] = (rule.encoder,) if rule.encoder else encoders.words or (None,)
-    looks: Sequence[str | None] = (rule.image_encoder,) if rule.image_encoder else encoders.looks or (None,)
-    if rule.pairs == "language":
+    caption_encoders: Sequence[str | None] = (
+        (pair_config.caption_encoder,)
+        if pair_config.caption_encoder
+        else encoders.caption_encoders or (None,)
+    )
+    image_encoders: Sequence[str | None] = (
+        (pair_config.image_encoder,) if pair_config.image_encoder else encoders.image_encoders or (None,)
+    )
+    if pair_config.source == "language":
         # Looks stand in for missing captions only.
-        return [replace(rule, encoder=word, image_encoder=looks[0]) for word in words]
-    if rule.pairs == "vision":
-        return [replace(rule, image_encoder=look) for look in looks]
-    if rule.pairs == "hybrid":
-        return [replace(rule, encoder=w, image_encoder=i) for w, i in product(words, looks)]
-    return [rule]
+        return [
+            replace(pair_config, caption_encoder=caption_encoder, image_encoder=image_encoders[0])
+            for caption_encoder in caption_encoders
+        ]
+    if pair_config.source == "vision":
+        return [replace(pair_config, image_encoder=image_encoder) for image_encoder in image_encoders]
+    if pair_config.source == "hybrid":
+        return [
+            replace(pair_config, caption_encoder=caption_encoder, image_encoder=image_encoder)
+            for caption_encoder, image_encoder in product(caption_encoders, image_encoders)
+        ]
+    return [pair_config]
 
 
-def _order(case: PairRule, encoders: _Encoders) -> tuple[int, int, int]:
+def _sort_key(pair_config: PairConfig, encoders: _EncoderNames) -> tuple[int, int, int]:
     """Sort rows by what they go by, encoder by encoder; within one they stay as they were asked for."""
-    known = {name: place for place, name in enumerate((*encoders.words, *encoders.looks))}
-    kind = RANKED.index(case.pairs) if case.pairs in RANKED else len(RANKED)
-    words, looks = known.get(case.encoder or "", len(known)), known.get(case.image_encoder or "", len(known))
-    return (kind, looks, words) if case.pairs in ("vision", "hybrid") else (kind, words, 0)
+    rank = {name: i for i, name in enumerate((*encoders.caption_encoders, *encoders.image_encoders))}
+    source_rank = (
+        NEIGHBOR_SOURCES.index(pair_config.source)
+        if pair_config.source in NEIGHBOR_SOURCES
+        else len(NEIGHBOR_SOURCES)
+    )
+    caption_rank, image_rank = (
+        rank.get(pair_config.caption_encoder or "", len(rank)),
+        rank.get(pair_config.image_encoder or "", len(rank)),
+    )
+    return (
+        (source_rank, image_rank, caption_rank)
+        if pair_config.source in ("vision", "hybrid")
+        else (source_rank, caption_rank, 0)
+    )
 
 
-def _search(collection: Collection, cases: Sequence[PairRule], progress: Progress) -> None:
+def _precompute_neighbors(
+    dataset: CaptionDataset, pair_configs: Sequence[PairConfig], progress: Progress
+) -> None:
     """Search once for all rules that look for the same, as deep as the deepest of them needs."""
-    depths: dict[tuple[str | None, bool, SearchRule], int] = {}
-    for case in cases:
-        by_looks = case.pairs in ("vision", "hybrid") or case.uncaptioned in ("vision", "borrow")
-        wanted = [(case.encoder, False)] if case.pairs in ("language", "hybrid") else []
-        wanted += [(case.image_encoder, True)] if by_looks and case.pairs in RANKED else []
-        for encoder, images in wanted:
-            key = (encoder, images, case.search)
-            depths[key] = max(depths.get(key, 0), case.depth)
-    for (encoder, images, rule), depth in depths.items():
+    required_k: dict[tuple[str | None, bool, SearchConfig], int] = {}
+    for pair_config in pair_configs:
+        uses_images = pair_config.source in ("visual", "hybrid") or pair_config.missing_caption in (
+            "visual",
+            "borrow",
+        )
+        requested = (
+            [(pair_config.caption_encoder, False)] if pair_config.source in ("language", "hybrid") else []
+        )
+        requested += (
+            [(pair_config.image_encoder, True)]
+            if uses_images and pair_config.source in NEIGHBOR_SOURCES
+            else []
+        )
+        for encoder, use_image_embeddings in requested:
+            key = (encoder, use_image_embeddings, pair_config.search_config)
+            required_k[key] = max(required_k.get(key, 0), pair_config.num_candidates)
+    for (encoder, use_image_embeddings, search_config), k in required_k.items():
         try:
-            obtain_neighbors(collection, encoder, rule, depth, images=images, progress=progress)
-        except InputError:
+            find_or_compute_neighbors(
+                dataset,
+                encoder,
+                search_config,
+                k,
+                use_image_embeddings=use_image_embeddings,
+                progress=progress,
+            )
+        except InvalidInputError:
             continue  # the row says why
 
 
-def _evidence(collection: Collection, labels: np.ndarray, looks: str | None, progress: Progress) -> Evidence:
-    hashes = image_hashes(collection, progress=progress)
-    seen = None
-    if looks is not None:
-        seen = RecordVectors(look_up_embeddings(collection, looks, modality="images"), len(collection))
-    return Evidence(
-        captions=caption_codes(collection, each=False),
-        hashes=hashes.bits,
-        readable=hashes.readable,
-        copies=near_duplicate_clusters(hashes),
+def _load_signals(
+    dataset: CaptionDataset, labels: np.ndarray, image_encoder: str | None, progress: Progress
+) -> PairSignals:
+    hashes = compute_perceptual_hashes(dataset, progress=progress)
+    image_vectors = None
+    if image_encoder is not None:
+        image_vectors = ImageVectors(find_embeddings(dataset, image_encoder, modality="images"), len(dataset))
+    return PairSignals(
+        caption_hashes=caption_hashes(dataset, per_caption=False),
+        image_hashes=hashes.hashes,
+        is_readable=hashes.readable,
+        near_duplicate_ids=find_near_duplicate_clusters(hashes),
         labels=labels if (labels >= 0).any() else None,
-        looks=seen,
+        image_vectors=image_vectors,
     )
 
 
-def _measure(
-    collection: Collection,
-    cases: Sequence[PairRule],
-    evidence: Evidence,
+def _analyze_configs(
+    dataset: CaptionDataset,
+    pair_configs: Sequence[PairConfig],
+    signals: PairSignals,
     anchors: np.ndarray,
     progress: Progress,
-) -> tuple[list[Row], list[list[Shown]]]:
+) -> tuple[list[AnalysisRow], list[list[PartnerExample]]]:
     """Return a row a case, and for each anchor its partner under each case that leaves pairs."""
-    rows: list[Row] = []
-    shown: list[list[Shown]] = [[] for _ in anchors]
-    with progress.task("diagnosing", len(cases), "rules") as task:
-        for place, case in enumerate(cases):
-            named = {"encoder": encoder_text(case), "rule": rule_text(case)}
+    rows: list[AnalysisRow] = []
+    examples: list[list[PartnerExample]] = [[] for _ in anchors]
+    with progress.task("diagnosing", len(pair_configs), "rules") as bar:
+        for i, pair_config in enumerate(pair_configs):
+            names = {"encoder": format_encoders(pair_config), "pair_config": format_pair_config(pair_config)}
             try:
-                pairs = make_pairs(collection, case)
-                if not pairs.with_partner.any():
-                    raise InputError("no image has a partner other than itself")
-            except InputError as fault:
-                rows.append(Row(**named, summary=case.summary(), fault=str(fault)))
+                pairs = build_pairs(dataset, pair_config)
+                if not pairs.has_partner.any():
+                    raise InvalidInputError("no image has a partner other than itself")
+            except InvalidInputError as error:
+                rows.append(AnalysisRow(**names, summary=pair_config.summary(), error=str(error)))
             else:
-                draws = draws_of(pairs, _owner(collection, case))
-                figures = figures_of(draws, evidence, collection)
-                rows.append(Row(**named, summary=pairs.summary(), figures=figures))
-                for told, partner in zip(shown, _partners(pairs, draws, anchors, place), strict=True):
-                    told.append(partner)
-            task.advance(note=f"{named['encoder']} {named['rule']}".strip())
-    return rows, shown
+                distribution = pair_distribution(pairs, _candidate_image_ids(dataset, pair_config))
+                stats = compute_pair_stats(distribution, signals, dataset)
+                rows.append(AnalysisRow(**names, summary=pairs.summary(), stats=stats))
+                for anchor_examples, example in zip(
+                    examples, _partner_examples(pairs, distribution, anchors, i), strict=True
+                ):
+                    anchor_examples.append(example)
+            bar.update(postfix=f"{names['encoder']} {names['pair_config']}".strip())
+    return rows, examples
 
 
-def _owner(collection: Collection, rule: PairRule) -> np.ndarray:
+def _candidate_image_ids(dataset: CaptionDataset, pair_config: PairConfig) -> np.ndarray:
     """Return the image of each row of a rule's candidates: itself, or its captions' where these are drawn."""
-    n = len(collection)
-    if rule.pairs != "language" or rule.captions != "draw":
-        return np.arange(n)
-    left_out = None if rule.filter is None else read_filter(rule.filter, collection)
-    embeddings = look_up_embeddings(collection, rule.encoder, modality="captions")
-    return RecordVectors(embeddings, n, kept_captions(collection, left_out)).ids
+    num_images = len(dataset)
+    if pair_config.source != "language" or pair_config.caption_pooling != "sample":
+        return np.arange(num_images)
+    dataset_filter = None if pair_config.filter is None else read_filter(pair_config.filter, dataset)
+    embeddings = find_embeddings(dataset, pair_config.caption_encoder, modality="captions")
+    return ImageVectors(embeddings, num_images, filtered_caption_mask(dataset, dataset_filter)).image_ids
 
 
-def _partners(pairs: Pairs, draws: Draws, anchors: np.ndarray, row: int) -> list[Shown]:
-    drawn = pairs.partners(anchors, seed=_SEED, epoch=0)
-    found = []
-    for anchor, partner in zip(anchors, drawn, strict=True):
-        first, last = np.searchsorted(draws.anchor, [anchor, anchor + 1])
-        at = first + np.flatnonzero(draws.partner[first:last] == partner)
-        value = None if draws.similarity is None or not len(at) else float(draws.similarity[at[0]])
-        found.append(Shown(row=row, position=None if partner == anchor else int(partner), similarity=value))
-    return found
+def _partner_examples(
+    pairs: Pairs, distribution: PairDistribution, anchors: np.ndarray, row: int
+) -> list[PartnerExample]:
+    partners = pairs.sample_partners(anchors, seed=_SEED, epoch=0)
+    examples = []
+    for anchor, partner in zip(anchors, partners, strict=True):
+        start, stop = np.searchsorted(distribution.anchors, [anchor, anchor + 1])
+        match = start + np.flatnonzero(distribution.partners[start:stop] == partner)
+        similarity = (
+            None
+            if distribution.similarity is None or not len(match)
+            else float(distribution.similarity[match[0]])
+        )
+        examples.append(
+            PartnerExample(
+                row=row, position=None if partner == anchor else int(partner), similarity=similarity
+            )
+        )
+    return examples
 
 
-def _nearest(collection: Collection, encoders: _Encoders, progress: Progress) -> list[Nearest]:
+def _sample_all_neighbors(
+    dataset: CaptionDataset, encoders: _EncoderNames, progress: Progress
+) -> list[SampledNeighbors]:
     """Return the plain neighbors by each encoder that has any to compare."""
-    found = []
-    for images, names in ((False, encoders.words), (True, encoders.looks)):
+    results = []
+    for use_image_embeddings, names in ((False, encoders.caption_encoders), (True, encoders.image_encoders)):
         for name in names:
             try:
-                found.append(nearest_of(collection, name, images=images, progress=progress))
-            except InputError:
+                results.append(
+                    sample_neighbors(
+                        dataset, name, use_image_embeddings=use_image_embeddings, progress=progress
+                    )
+                )
+            except InvalidInputError:
                 continue  # fewer than two images; each row says so
-    return found
+    return results

@@ -5,74 +5,75 @@ from dataclasses import asdict, dataclass
 
 import numpy as np
 
-from likewise.artifacts import fingerprint, key_of
-from likewise.data.dataset import Collection
-from likewise.data.filters import Filter, read_filter
-from likewise.embeddings.store import look_up_embeddings
-from likewise.errors import InputError
-from likewise.neighbors.index import Neighbors, obtain_neighbors
-from likewise.neighbors.vectors import RecordVectors, column_codes, kept_captions
+from likewise.artifacts import config_hash, fingerprint
+from likewise.data.dataset import CaptionDataset
+from likewise.data.filters import DatasetFilter, read_filter
+from likewise.embeddings.store import find_embeddings
+from likewise.errors import InvalidInputError
+from likewise.neighbors.index import Neighbors, find_or_compute_neighbors
+from likewise.neighbors.vectors import ImageVectors, encode_column, filtered_caption_mask
 from likewise.pairs.candidates import (
     Candidates,
-    among,
-    at_least,
-    clearly_nearest,
     csls_scores,
-    mutual,
+    filter_min_similarity,
+    filter_mutual,
     mutual_proximity_scores,
-    read_pairs,
-    reciprocal_ranks,
+    ratio_test,
+    read_pairs_file,
+    reciprocal_rank_fusion,
+    restrict_to,
     union,
 )
-from likewise.pairs.config import PairRule
-from likewise.pairs.sampling import Choice, FromGroups, FromTable, Nobody, Pairs
-from likewise.progress import SILENT, Progress
+from likewise.pairs.config import PairConfig
+from likewise.pairs.sampling import CandidateSampler, LabelSampler, NullSampler, Pairs, PartnerSampler
+from likewise.progress import NULL_PROGRESS, Progress
 
 
 @dataclass(frozen=True)
-class _Place:
+class BuildContext:
     """Where a rule is applied: the collection, who takes part, and where to report."""
 
-    collection: Collection
+    dataset: CaptionDataset
     allowed: np.ndarray
-    left_out: Filter | None
+    dataset_filter: DatasetFilter | None
     device: str
     progress: Progress
 
 
 @dataclass(frozen=True)
-class _Found:
+class CandidateSet:
     """What a source gives.
 
     Attributes:
-        choice: The partners.
+        sampler: The partners.
         inputs: Fingerprints of what they were made from.
-        uncaptioned: Images that the source cannot compare, (n,) bool.
+        is_uncaptioned: Images that the source cannot compare, (n,) bool.
         neighbors: The folders of neighbors behind it.
-        notes: What to say of it beside the counts of partners.
+        messages: What to say of it beside the counts of partners.
     """
 
-    choice: Choice
+    sampler: PartnerSampler
     inputs: dict[str, str]
-    uncaptioned: np.ndarray
+    is_uncaptioned: np.ndarray
     neighbors: tuple[Neighbors, ...] = ()
-    notes: tuple[str, ...] = ()
+    messages: tuple[str, ...] = ()
 
 
-def make_pairs(
-    collection: Collection,
-    rule: PairRule,
-    usable: np.ndarray | None = None,
+def build_pairs(
+    dataset: CaptionDataset,
+    pair_config: PairConfig,
+    readable_positions: np.ndarray | None = None,
     *,
     device: str = "cpu",
-    progress: Progress = SILENT,
+    progress: Progress = NULL_PROGRESS,
 ) -> Pairs:
     """Apply a rule to a collection; neighbors that it needs and that are missing are searched for.
 
     Args:
-        collection: The images.
-        rule: Who may be paired with whom.
-        usable: Positions of the images whose pixels can be read, (m,) int64; no other becomes a partner.
+        dataset: The images.
+        pair_config: Who may be paired with whom.
+        readable_positions: Positions of the images whose pixels can be read, (m,) int64; no other becomes a
+            partner.
             All of them where not given.
         device: Where neighbors are searched for.
         progress: Where to report.
@@ -81,233 +82,317 @@ def make_pairs(
         ArtifactError: where the embeddings are missing.
         InputError: where the rule leaves nobody with a partner, or its files do not fit the collection.
     """
-    n = len(collection)
-    allowed = np.zeros(n, bool)
-    allowed[np.arange(n) if usable is None else usable] = True
-    left_out = None if rule.filter is None else read_filter(rule.filter, collection)
-    if left_out is not None:
-        allowed &= ~left_out.images
-    found = _SOURCES[rule.pairs](_Place(collection, allowed, left_out, device, progress), rule)
-    with_partner = found.choice.with_partner & allowed
-    if rule.pairs != "self" and not with_partner.any():
-        raise InputError(f"no image of {collection.path} has a partner ({rule.summary()}); loosen the rule")
-    alone = allowed & ~with_partner & (rule.pairs != "self")
-    dropped = ~allowed
-    dropped |= alone & np.where(found.uncaptioned, rule.uncaptioned == "drop", rule.fallback == "drop")
+    num_images = len(dataset)
+    allowed = np.zeros(num_images, bool)
+    allowed[np.arange(num_images) if readable_positions is None else readable_positions] = True
+    dataset_filter = None if pair_config.filter is None else read_filter(pair_config.filter, dataset)
+    if dataset_filter is not None:
+        allowed &= ~dataset_filter.excluded_images
+    candidate_set = _PAIR_SOURCES[pair_config.source](
+        BuildContext(dataset, allowed, dataset_filter, device, progress), pair_config
+    )
+    has_partner = candidate_set.sampler.has_partner & allowed
+    if pair_config.source != "self" and not has_partner.any():
+        raise InvalidInputError(
+            f"no image of {dataset.path} has a partner ({pair_config.summary()}); loosen the rule"
+        )
+    is_unpaired = allowed & ~has_partner & (pair_config.source != "self")
+    excluded = ~allowed
+    excluded |= is_unpaired & np.where(
+        candidate_set.is_uncaptioned, pair_config.missing_caption == "drop", pair_config.fallback == "drop"
+    )
     return Pairs(
-        rule,
-        found.choice,
-        _key(rule, found, left_out),
-        dropped=dropped,
-        neighbors=tuple(each.artifact for each in found.neighbors),
-        notes=_notes(rule, found, alone, dropped & allowed, left_out),
+        pair_config,
+        candidate_set.sampler,
+        _pairs_key(pair_config, candidate_set, dataset_filter),
+        excluded=excluded,
+        neighbors=tuple(neighbors.artifact for neighbors in candidate_set.neighbors),
+        messages=_collect_messages(
+            pair_config, candidate_set, is_unpaired, excluded & allowed, dataset_filter
+        ),
     )
 
 
-def _key(rule: PairRule, found: _Found, left_out: Filter | None) -> str:
+def _pairs_key(
+    pair_config: PairConfig, candidate_set: CandidateSet, dataset_filter: DatasetFilter | None
+) -> str:
     settings = {
-        k: v for k, v in asdict(rule).items() if k not in ("filter", "pairs_file", "encoder", "image_encoder")
+        name: value
+        for name, value in asdict(pair_config).items()
+        if name not in ("filter", "pairs_file", "caption_encoder", "image_encoder")
     }
-    inputs = found.inputs if left_out is None else found.inputs | {"filter": left_out.key}
-    return key_of("pairs", settings, inputs)
+    inputs = (
+        candidate_set.inputs
+        if dataset_filter is None
+        else candidate_set.inputs | {"filter": dataset_filter.key}
+    )
+    return config_hash("pairs", settings, inputs)
 
 
-def _notes(
-    rule: PairRule, found: _Found, alone: np.ndarray, dropped: np.ndarray, left_out: Filter | None
+def _collect_messages(
+    pair_config: PairConfig,
+    candidate_set: CandidateSet,
+    is_unpaired: np.ndarray,
+    excluded: np.ndarray,
+    dataset_filter: DatasetFilter | None,
 ) -> tuple[str, ...]:
     """Count in words who has no partner and why, and what else was asked for and is not there."""
-    told = list(found.notes)
-    if rule.k is not None and isinstance(found.choice, FromTable):
-        most = int(found.choice.candidates.found.sum(axis=1).max())
-        if most < rule.k:
-            told.append(f"none has more than {most:,} partners")
-    without = int((alone & found.uncaptioned).sum())
-    if without:
-        told.append(f"{without:,} of those without are not captioned")
-    if dropped.any():
-        told.append(f"{int(dropped.sum()):,} without a partner are no anchors")
-    if left_out is not None and left_out.images.any():
-        told.append(f"{int(left_out.images.sum()):,} left out by the filter")
-    return tuple(told)
+    messages = list(candidate_set.messages)
+    if pair_config.k is not None and isinstance(candidate_set.sampler, CandidateSampler):
+        max_partners = int(candidate_set.sampler.candidates.mask.sum(axis=1).max())
+        if max_partners < pair_config.k:
+            messages.append(f"none has more than {max_partners:,} partners")
+    num_uncaptioned = int((is_unpaired & candidate_set.is_uncaptioned).sum())
+    if num_uncaptioned:
+        messages.append(f"{num_uncaptioned:,} of those without are not captioned")
+    if excluded.any():
+        messages.append(f"{int(excluded.sum()):,} without a partner are no anchors")
+    if dataset_filter is not None and dataset_filter.excluded_images.any():
+        messages.append(f"{int(dataset_filter.excluded_images.sum()):,} left out by the filter")
+    return tuple(messages)
 
 
-def _itself(place: _Place, _: PairRule) -> _Found:
-    n = len(place.collection)
-    return _Found(Nobody(n), {}, np.zeros(n, bool))
+def _self_pairs(context: BuildContext, _: PairConfig) -> CandidateSet:
+    num_images = len(context.dataset)
+    return CandidateSet(NullSampler(num_images), {}, np.zeros(num_images, bool))
 
 
-def _labelled(place: _Place, _: PairRule) -> _Found:
-    labels = column_codes(place.collection, "label")
+def _label_pairs(context: BuildContext, _: PairConfig) -> CandidateSet:
+    labels = encode_column(context.dataset, "label")
     if (labels < 0).all():
-        raise InputError(f"no image of {place.collection.path} has a label; import with --label-column")
-    codes = np.where(place.allowed, labels, -1)
-    inputs = {"labels": place.collection.key, "allowed": _mask_key(place.allowed)}
-    holes = int((labels < 0).sum())
-    notes = (f"{holes:,} have no label",) if holes else ()
-    return _Found(FromGroups(codes), inputs, np.zeros(len(labels), bool), notes=notes)
+        raise InvalidInputError(f"no image of {context.dataset.path} has a label; import with --label-column")
+    allowed_labels = np.where(context.allowed, labels, -1)
+    inputs = {"labels": context.dataset.key, "allowed": _mask_key(context.allowed)}
+    num_unlabeled = int((labels < 0).sum())
+    messages = (f"{num_unlabeled:,} have no label",) if num_unlabeled else ()
+    return CandidateSet(LabelSampler(allowed_labels), inputs, np.zeros(len(labels), bool), messages=messages)
 
 
-def _given(place: _Place, rule: PairRule) -> _Found:
-    if rule.pairs_file is None:
-        raise InputError("--pairs file needs --pairs-file FILE")
-    candidates = read_pairs(rule.pairs_file, place.collection)
-    inputs = {"pairs": fingerprint(rule.pairs_file), "allowed": _mask_key(place.allowed)}
-    base = among(candidates, place.allowed)
-    chosen = _limited(_near(base, rule), base, rule)
-    return _Found(FromTable(chosen, rule.draw_temperature), inputs, np.zeros(len(place.collection), bool))
-
-
-def _described(place: _Place, rule: PairRule) -> _Found:
-    words = _neighbors(place, rule, images=False)
-    stored = _vectors(place, rule, images=False)
-    starts = np.concatenate([[0], np.cumsum(stored.count)]) if rule.captions == "draw" else None
-    uncaptioned = stored.count == 0
-    base = _table(place, rule, words)
-    inputs = {"neighbors": words.identity, "allowed": _mask_key(place.allowed)}
-    behind = [words]
-    looks = None
-    if rule.uncaptioned in ("vision", "borrow") and uncaptioned.any():
-        behind.append(_neighbors(place, rule, images=True))
-        inputs["looks"] = behind[1].identity
-        looks = among(Candidates(*behind[1].table()), place.allowed)
-        if rule.captions == "draw":
-            raise InputError(
-                "--captions draw has no row for images without caption: let them be self or drop"
-            )
-    if looks is not None and rule.uncaptioned == "borrow":
-        base = _borrowed(base, looks, uncaptioned)
-    chosen = _limited(_corrected(base, rule, stored), base, rule)
-    if looks is not None and rule.uncaptioned == "vision":
-        chosen = _by_looks(chosen, looks, uncaptioned)
-    uncaptioned = uncaptioned if starts is not None else uncaptioned & ~chosen.found.any(axis=1)
-    return _Found(FromTable(chosen, rule.draw_temperature, starts), inputs, uncaptioned, tuple(behind))
-
-
-def _alike(place: _Place, rule: PairRule) -> _Found:
-    looks = _neighbors(place, rule, images=True)
-    base = _table(place, rule, looks)
-    chosen = _limited(_corrected(base, rule, _vectors(place, rule, images=True)), base, rule)
-    inputs = {"neighbors": looks.identity, "allowed": _mask_key(place.allowed)}
-    return _Found(
-        FromTable(chosen, rule.draw_temperature), inputs, np.zeros(len(place.collection), bool), (looks,)
+def _file_pairs(context: BuildContext, pair_config: PairConfig) -> CandidateSet:
+    if pair_config.pairs_file is None:
+        raise InvalidInputError("--pairs file needs --pairs-file FILE")
+    candidates = read_pairs_file(pair_config.pairs_file, context.dataset)
+    inputs = {"pairs": fingerprint(pair_config.pairs_file), "allowed": _mask_key(context.allowed)}
+    base = restrict_to(candidates, context.allowed)
+    selected = _apply_limits(_apply_thresholds(base, pair_config), base, pair_config)
+    return CandidateSet(
+        CandidateSampler(selected, pair_config.sampling_temperature),
+        inputs,
+        np.zeros(len(context.dataset), bool),
     )
 
 
-def _both(place: _Place, rule: PairRule) -> _Found:
+def _language_pairs(context: BuildContext, pair_config: PairConfig) -> CandidateSet:
+    caption_neighbors = _find_neighbors(context, pair_config, use_image_embeddings=False)
+    vectors = _open_vectors(context, pair_config, use_image_embeddings=False)
+    row_starts = (
+        np.concatenate([[0], np.cumsum(vectors.captions_per_image)])
+        if pair_config.caption_pooling == "sample"
+        else None
+    )
+    is_uncaptioned = vectors.captions_per_image == 0
+    base = _nearest_candidates(context, pair_config, caption_neighbors)
+    inputs = {"neighbors": caption_neighbors.order_key, "allowed": _mask_key(context.allowed)}
+    used_neighbors = [caption_neighbors]
+    visual_candidates = None
+    if pair_config.missing_caption in ("visual", "borrow") and is_uncaptioned.any():
+        used_neighbors.append(_find_neighbors(context, pair_config, use_image_embeddings=True))
+        inputs["looks"] = used_neighbors[1].order_key
+        visual_candidates = restrict_to(Candidates(*used_neighbors[1].topk()), context.allowed)
+        if pair_config.caption_pooling == "sample":
+            raise InvalidInputError(
+                "--captions draw has no row for images without caption: let them be self or drop"
+            )
+    if visual_candidates is not None and pair_config.missing_caption == "borrow":
+        base = _borrow_captions(base, visual_candidates, is_uncaptioned)
+    selected = _apply_limits(_correct_hubness(base, pair_config, vectors), base, pair_config)
+    if visual_candidates is not None and pair_config.missing_caption == "visual":
+        selected = _fill_visual(selected, visual_candidates, is_uncaptioned)
+    is_uncaptioned = is_uncaptioned if row_starts is not None else is_uncaptioned & ~selected.mask.any(axis=1)
+    return CandidateSet(
+        CandidateSampler(selected, pair_config.sampling_temperature, row_starts),
+        inputs,
+        is_uncaptioned,
+        tuple(used_neighbors),
+    )
+
+
+def _vision_pairs(context: BuildContext, pair_config: PairConfig) -> CandidateSet:
+    image_neighbors = _find_neighbors(context, pair_config, use_image_embeddings=True)
+    base = _nearest_candidates(context, pair_config, image_neighbors)
+    selected = _apply_limits(
+        _correct_hubness(base, pair_config, _open_vectors(context, pair_config, use_image_embeddings=True)),
+        base,
+        pair_config,
+    )
+    inputs = {"neighbors": image_neighbors.order_key, "allowed": _mask_key(context.allowed)}
+    return CandidateSet(
+        CandidateSampler(selected, pair_config.sampling_temperature),
+        inputs,
+        np.zeros(len(context.dataset), bool),
+        (image_neighbors,),
+    )
+
+
+def _hybrid_pairs(context: BuildContext, pair_config: PairConfig) -> CandidateSet:
     """Fuse the neighbors of words and of looks; an image without caption has those of its looks alone."""
-    words, looks = (_neighbors(place, rule, images=images) for images in (False, True))
-    tables = (_table(place, rule, words), _table(place, rule, looks))
-    by_words, by_looks = (_vectors(place, rule, images=images) for images in (False, True))
-    n = np.arange(len(place.collection))
+    caption_neighbors, image_neighbors = (
+        _find_neighbors(context, pair_config, use_image_embeddings=use_image_embeddings)
+        for use_image_embeddings in (False, True)
+    )
+    tables = (
+        _nearest_candidates(context, pair_config, caption_neighbors),
+        _nearest_candidates(context, pair_config, image_neighbors),
+    )
+    caption_vectors, image_vectors = (
+        _open_vectors(context, pair_config, use_image_embeddings=use_image_embeddings)
+        for use_image_embeddings in (False, True)
+    )
+    anchors = np.arange(len(context.dataset))
     # Where one of two images has no caption, looks alone tell how alike they are.
-    w = np.where(by_words.count[:, None] > 0, rule.image_weight, 1.0)
-    if rule.fusion == "rank":
-        positions, _ = reciprocal_ranks(*tables, w, 2 * rule.depth)
+    image_weight = np.where(caption_vectors.captions_per_image[:, None] > 0, pair_config.image_weight, 1.0)
+    if pair_config.fusion == "rrf":
+        positions, _ = reciprocal_rank_fusion(*tables, image_weight, 2 * pair_config.num_candidates)
     else:
-        positions = union(*(table.positions for table in tables))
+        positions = union(*(candidates.positions for candidates in tables))
     # Whichever order is asked for, the similarity that limits and draws go by is the weighted one.
-    silent = np.append(by_words.count == 0, False)[positions]
-    w = np.where(silent, 1.0, w)
-    value = (1 - w) * by_words.similarity(n, positions) + w * by_looks.similarity(n, positions)
-    fused = Candidates(positions, np.where(positions < 0, -np.inf, value).astype(np.float32))
-    base = fused if rule.fusion == "rank" else fused.by(fused.similarity)
+    is_uncaptioned = np.append(caption_vectors.captions_per_image == 0, False)[positions]
+    image_weight = np.where(is_uncaptioned, 1.0, image_weight)
+    similarity = (1 - image_weight) * caption_vectors.similarity(
+        anchors, positions
+    ) + image_weight * image_vectors.similarity(anchors, positions)
+    fused = Candidates(positions, np.where(positions < 0, -np.inf, similarity).astype(np.float32))
+    base = fused if pair_config.fusion == "rrf" else fused.rerank(fused.similarity)
     inputs = {
-        "words": words.identity,
-        "looks": looks.identity,
-        "allowed": _mask_key(place.allowed),
+        "words": caption_neighbors.order_key,
+        "looks": image_neighbors.order_key,
+        "allowed": _mask_key(context.allowed),
     }
-    chosen = _limited(_corrected(base, rule, by_words), base, rule)
-    return _Found(FromTable(chosen, rule.draw_temperature), inputs, by_words.count == 0, (words, looks))
+    selected = _apply_limits(_correct_hubness(base, pair_config, caption_vectors), base, pair_config)
+    return CandidateSet(
+        CandidateSampler(selected, pair_config.sampling_temperature),
+        inputs,
+        caption_vectors.captions_per_image == 0,
+        (caption_neighbors, image_neighbors),
+    )
 
 
-_SOURCES: dict[str, Callable[[_Place, PairRule], _Found]] = {
-    "self": _itself,
-    "language": _described,
-    "vision": _alike,
-    "hybrid": _both,
-    "label": _labelled,
-    "file": _given,
+_PAIR_SOURCES: dict[str, Callable[[BuildContext, PairConfig], CandidateSet]] = {
+    "self": _self_pairs,
+    "language": _language_pairs,
+    "vision": _vision_pairs,
+    "hybrid": _hybrid_pairs,
+    "label": _label_pairs,
+    "file": _file_pairs,
 }
 
 
-def _neighbors(place: _Place, rule: PairRule, *, images: bool) -> Neighbors:
-    encoder = rule.image_encoder if images else rule.encoder
-    return obtain_neighbors(
-        place.collection,
+def _find_neighbors(
+    context: BuildContext, pair_config: PairConfig, *, use_image_embeddings: bool
+) -> Neighbors:
+    encoder = pair_config.image_encoder if use_image_embeddings else pair_config.caption_encoder
+    return find_or_compute_neighbors(
+        context.dataset,
         encoder,
-        rule.search,
-        rule.depth,
-        images=images,
-        device=place.device,
-        progress=place.progress,
+        pair_config.search_config,
+        pair_config.num_candidates,
+        use_image_embeddings=use_image_embeddings,
+        device=context.device,
+        progress=context.progress,
     )
 
 
-def _table(place: _Place, rule: PairRule, neighbors: Neighbors) -> Candidates:
+def _nearest_candidates(context: BuildContext, pair_config: PairConfig, neighbors: Neighbors) -> Candidates:
     """Return as many of the nearest as the rule looks at, those that take no part left out."""
-    return among(Candidates(*neighbors.table()), place.allowed).first(rule.depth)
+    return restrict_to(Candidates(*neighbors.topk()), context.allowed).topk(pair_config.num_candidates)
 
 
-def _vectors(place: _Place, rule: PairRule, *, images: bool) -> RecordVectors:
-    encoder, modality = (rule.image_encoder, "images") if images else (rule.encoder, "captions")
-    embeddings = look_up_embeddings(place.collection, encoder, modality=modality)
-    kept = None if images else kept_captions(place.collection, place.left_out)
-    return RecordVectors(embeddings, len(place.collection), kept)
+def _open_vectors(
+    context: BuildContext, pair_config: PairConfig, *, use_image_embeddings: bool
+) -> ImageVectors:
+    encoder, modality = (
+        (pair_config.image_encoder, "images")
+        if use_image_embeddings
+        else (pair_config.caption_encoder, "captions")
+    )
+    embeddings = find_embeddings(context.dataset, encoder, modality=modality)
+    caption_mask = (
+        None if use_image_embeddings else filtered_caption_mask(context.dataset, context.dataset_filter)
+    )
+    return ImageVectors(embeddings, len(context.dataset), caption_mask)
 
 
 def _mask_key(allowed: np.ndarray) -> str:
     """Return a fingerprint of who takes part: a run must not go on with other partners."""
-    return key_of("images", {}, {"allowed": np.packbits(allowed).tobytes().hex()})
+    return config_hash("images", {}, {"allowed": np.packbits(allowed).tobytes().hex()})
 
 
-def _borrowed(base: Candidates, looks: Candidates, uncaptioned: np.ndarray) -> Candidates:
+def _borrow_captions(
+    base: Candidates, visual_candidates: Candidates, is_uncaptioned: np.ndarray
+) -> Candidates:
     """Treat images without caption as if they had that of their nearest captioned image by looks.
 
     That image is then their nearest, with a similarity of 1, and its partners follow.
     """
-    captioned = np.append(~uncaptioned & base.found.any(axis=1), False)
-    near = looks.keep(captioned[looks.positions])
-    rows = np.flatnonzero(uncaptioned & near.found[:, 0])
-    lender = near.positions[rows, 0]
+    can_lend = np.append(~is_uncaptioned & base.mask.any(axis=1), False)
+    lender_candidates = visual_candidates.filter(can_lend[visual_candidates.positions])
+    rows = np.flatnonzero(is_uncaptioned & lender_candidates.mask[:, 0])
+    lenders = lender_candidates.positions[rows, 0]
     positions = np.concatenate([base.positions, np.full((len(base.positions), 1), -1)], axis=1)
     similarity = np.pad(base.similarity, ((0, 0), (0, 1)), constant_values=-np.inf)
-    positions[rows, 0], similarity[rows, 0] = lender, 1
-    positions[rows, 1:], similarity[rows, 1:] = base.positions[lender], base.similarity[lender]
-    table = Candidates(positions, similarity)
-    return table.keep(positions != np.arange(len(positions))[:, None]).first(base.positions.shape[1])
+    positions[rows, 0], similarity[rows, 0] = lenders, 1
+    positions[rows, 1:], similarity[rows, 1:] = base.positions[lenders], base.similarity[lenders]
+    candidates = Candidates(positions, similarity)
+    return candidates.filter(positions != np.arange(len(positions))[:, None]).topk(base.positions.shape[1])
 
 
-def _by_looks(chosen: Candidates, looks: Candidates, uncaptioned: np.ndarray) -> Candidates:
+def _fill_visual(
+    candidates: Candidates, visual_candidates: Candidates, is_uncaptioned: np.ndarray
+) -> Candidates:
     """Give images without caption their visual neighbor; limits on captions do not concern it."""
-    rows = uncaptioned & looks.found[:, 0]
-    positions, similarity = chosen.positions.copy(), chosen.similarity.copy()
-    positions[rows, 0], similarity[rows, 0] = looks.positions[rows, 0], looks.similarity[rows, 0]
+    rows = is_uncaptioned & visual_candidates.mask[:, 0]
+    positions, similarity = candidates.positions.copy(), candidates.similarity.copy()
+    positions[rows, 0], similarity[rows, 0] = (
+        visual_candidates.positions[rows, 0],
+        visual_candidates.similarity[rows, 0],
+    )
     return Candidates(positions, similarity)
 
 
-def _near(base: Candidates, rule: PairRule) -> Candidates:
+def _apply_thresholds(base: Candidates, pair_config: PairConfig) -> Candidates:
     """Apply the limits on similarity."""
-    near = base if rule.ratio is None else clearly_nearest(base, rule.ratio)
-    return near if rule.min_similarity is None else at_least(near, rule.min_similarity)
+    filtered = base if pair_config.ratio_threshold is None else ratio_test(base, pair_config.ratio_threshold)
+    return (
+        filtered
+        if pair_config.min_similarity is None
+        else filter_min_similarity(filtered, pair_config.min_similarity)
+    )
 
 
-def _corrected(base: Candidates, rule: PairRule, stored: RecordVectors) -> Candidates:
+def _correct_hubness(base: Candidates, pair_config: PairConfig, vectors: ImageVectors) -> Candidates:
     """Apply the limits on similarity and bring the rest into the order that the correction of hubs gives."""
-    near = _near(base, rule)
-    if rule.hubs == "csls":
-        return near.by(csls_scores(near, base))
-    if rule.hubs == "mutual-proximity":
-        return near.by(mutual_proximity_scores(near, *stored.moments()))
-    return near
+    filtered = _apply_thresholds(base, pair_config)
+    if pair_config.hubness_correction == "csls":
+        return filtered.rerank(csls_scores(filtered, base))
+    if pair_config.hubness_correction == "mutual-proximity":
+        return filtered.rerank(mutual_proximity_scores(filtered, *vectors.similarity_moments()))
+    return filtered
 
 
-def _limited(near: Candidates, base: Candidates, rule: PairRule) -> Candidates:
+def _apply_limits(candidates: Candidates, base: Candidates, pair_config: PairConfig) -> Candidates:
     """Apply mutual, k and the fallback to the nearest."""
-    kept = near if rule.mutual is None else mutual(near, rule.mutual)
-    kept = kept.first(1 if rule.k is None and rule.pairs != "file" else rule.k or kept.positions.shape[1])
-    if rule.fallback != "nearest":
-        return kept
-    empty = ~kept.found.any(axis=1)
-    positions, similarity = kept.positions.copy(), kept.similarity.copy()
-    positions[empty, 0], similarity[empty, 0] = base.positions[empty, 0], base.similarity[empty, 0]
+    limited = candidates if pair_config.mutual_k is None else filter_mutual(candidates, pair_config.mutual_k)
+    limited = limited.topk(
+        1
+        if pair_config.k is None and pair_config.source != "file"
+        else pair_config.k or limited.positions.shape[1]
+    )
+    if pair_config.fallback != "nearest":
+        return limited
+    is_empty = ~limited.mask.any(axis=1)
+    positions, similarity = limited.positions.copy(), limited.similarity.copy()
+    positions[is_empty, 0], similarity[is_empty, 0] = (
+        base.positions[is_empty, 0],
+        base.similarity[is_empty, 0],
+    )
     return Candidates(positions, similarity)

@@ -12,12 +12,12 @@ import pyarrow.csv as pa_csv
 import pyarrow.parquet as pq
 from scipy.special import log_ndtr
 
-from likewise.data.dataset import Collection
-from likewise.errors import InputError
+from likewise.data.dataset import CaptionDataset
+from likewise.errors import InvalidInputError
 
-ROUNDING = 1e-6  # equal unit vectors in float32 are this far from a cosine of 1
-_CSLS_NEIGHBORS = 10
-_MERGED_ROWS = 16_384
+FLOAT32_TOLERANCE = 1e-6  # equal unit vectors in float32 are this far from a cosine of 1
+_CSLS_K = 10
+_MERGE_CHUNK_ROWS = 16_384
 
 
 @dataclass(frozen=True)
@@ -33,45 +33,45 @@ class Candidates:
     similarity: np.ndarray
 
     @property
-    def found(self) -> np.ndarray:
+    def mask(self) -> np.ndarray:
         """Where there is a candidate: (n, k) bool."""
         return self.positions >= 0
 
-    def first(self, k: int) -> "Candidates":
+    def topk(self, k: int) -> "Candidates":
         """Return the best k of every row."""
         return Candidates(self.positions[:, :k], self.similarity[:, :k])
 
-    def keep(self, kept: np.ndarray) -> "Candidates":
-        """Return the candidates where `kept` (n, k) bool holds, in their order, closed up to the left."""
-        kept = kept & self.found
-        order = np.argsort(~kept, axis=1, kind="stable")
-        positions = np.where(kept, self.positions, -1)
-        similarity = np.where(kept, self.similarity, -np.inf).astype(np.float32)
+    def filter(self, mask: np.ndarray) -> "Candidates":
+        """Return the candidates where `mask` (n, k) bool holds, in their order, closed up to the left."""
+        mask = mask & self.mask
+        order = np.argsort(~mask, axis=1, kind="stable")
+        positions = np.where(mask, self.positions, -1)
+        similarity = np.where(mask, self.similarity, -np.inf).astype(np.float32)
         return Candidates(
             np.take_along_axis(positions, order, axis=1), np.take_along_axis(similarity, order, axis=1)
         )
 
-    def by(self, score: np.ndarray) -> "Candidates":
+    def rerank(self, scores: np.ndarray) -> "Candidates":
         """Return the candidates in the order of another score (n, k), best first, ties as they stood."""
-        order = np.argsort(-np.where(self.found, score, -np.inf), axis=1, kind="stable")
+        order = np.argsort(-np.where(self.mask, scores, -np.inf), axis=1, kind="stable")
         return Candidates(
             np.take_along_axis(self.positions, order, axis=1),
             np.take_along_axis(self.similarity, order, axis=1),
         )
 
 
-def among(candidates: Candidates, allowed: np.ndarray) -> Candidates:
+def restrict_to(candidates: Candidates, allowed: np.ndarray) -> Candidates:
     """Keep candidates that are allowed at all: `allowed` is (images,) bool."""
     allowed = np.append(allowed, False)  # the last place answers for -1
-    return candidates.keep(allowed[candidates.positions])
+    return candidates.filter(allowed[candidates.positions])
 
 
-def at_least(candidates: Candidates, similarity: float) -> Candidates:
+def filter_min_similarity(candidates: Candidates, min_similarity: float) -> Candidates:
     """Keep candidates of at least this cosine similarity, give or take what float32 rounds."""
-    return candidates.keep(candidates.similarity >= similarity - ROUNDING)
+    return candidates.filter(candidates.similarity >= min_similarity - FLOAT32_TOLERANCE)
 
 
-def clearly_nearest(candidates: Candidates, ratio: float) -> Candidates:
+def ratio_test(candidates: Candidates, ratio_threshold: float) -> Candidates:
     """Keep rows whose second candidate is farther than the first by a factor, as in Lowe's ratio test.
 
     The distance is 1 - cosine. A row with one candidate passes. (The LGSSL code reads such a ratio from its
@@ -80,23 +80,23 @@ def clearly_nearest(candidates: Candidates, ratio: float) -> Candidates:
     if candidates.positions.shape[1] < 2:
         return candidates
     distance = np.maximum(1 - candidates.similarity[:, :2].astype(np.float64), 0)
-    clear = distance[:, 1] >= ratio * distance[:, 0]
-    alone = candidates.positions[:, 1] < 0
-    return candidates.keep(np.broadcast_to((clear | alone)[:, None], candidates.positions.shape))
+    is_distinct = distance[:, 1] >= ratio_threshold * distance[:, 0]
+    is_single = candidates.positions[:, 1] < 0
+    return candidates.filter(np.broadcast_to((is_distinct | is_single)[:, None], candidates.positions.shape))
 
 
-def mutual(candidates: Candidates, m: int) -> Candidates:
+def filter_mutual(candidates: Candidates, mutual_k: int) -> Candidates:
     """Keep pairs that are among each other's first m; rows must be images, in order of position.
 
     What is kept is symmetric: with j in i's row, i is in j's.
     """
-    first = candidates.first(m)
-    n = len(first.positions)
-    rows, places = np.nonzero(first.found)
-    others = first.positions[rows, places]
-    both = np.zeros(candidates.positions.shape, bool)
-    both[rows, places] = np.isin(others * n + rows, rows * n + others)
-    return candidates.keep(both)
+    topk = candidates.topk(mutual_k)
+    n = len(topk.positions)
+    rows, columns = np.nonzero(topk.mask)
+    neighbors = topk.positions[rows, columns]
+    is_mutual = np.zeros(candidates.positions.shape, bool)
+    is_mutual[rows, columns] = np.isin(neighbors * n + rows, rows * n + neighbors)
+    return candidates.filter(is_mutual)
 
 
 def csls_scores(candidates: Candidates, base: Candidates) -> np.ndarray:
@@ -105,11 +105,11 @@ def csls_scores(candidates: Candidates, base: Candidates) -> np.ndarray:
     CSLS(x, y) = 2 cos(x, y) - r(x) - r(y), with r the mean similarity to the ten nearest in `base`, whose
     rows are images; r(x) does not change the order within a row and is left out. (n, k) float64.
     """
-    near = base.first(_CSLS_NEIGHBORS)
-    counts = near.found.sum(axis=1)
-    sums = np.where(near.found, near.similarity, 0).sum(axis=1, dtype=np.float64)
-    r = np.append(sums / np.maximum(counts, 1), 0)
-    return 2 * candidates.similarity.astype(np.float64) - r[candidates.positions]
+    nearest = base.topk(_CSLS_K)
+    counts = nearest.mask.sum(axis=1)
+    sums = np.where(nearest.mask, nearest.similarity, 0).sum(axis=1, dtype=np.float64)
+    mean_similarity = np.append(sums / np.maximum(counts, 1), 0)
+    return 2 * candidates.similarity.astype(np.float64) - mean_similarity[candidates.positions]
 
 
 def mutual_proximity_scores(candidates: Candidates, mean: np.ndarray, std: np.ndarray) -> np.ndarray:
@@ -119,14 +119,14 @@ def mutual_proximity_scores(candidates: Candidates, mean: np.ndarray, std: np.nd
     with `mean` and `std` (n,) and independent of S_y. The logarithm keeps apart what would round to 1.
     """
     mean, std = np.append(mean, 0), np.append(np.maximum(std, 1e-12), 1)
-    s = candidates.similarity.astype(np.float64)
-    own = (s - mean[:-1, None]) / std[:-1, None]
-    other = (s - mean[candidates.positions]) / std[candidates.positions]
-    return log_ndtr(own) + log_ndtr(other)
+    similarity = candidates.similarity.astype(np.float64)
+    anchor_z = (similarity - mean[:-1, None]) / std[:-1, None]
+    candidate_z = (similarity - mean[candidates.positions]) / std[candidates.positions]
+    return log_ndtr(anchor_z) + log_ndtr(candidate_z)
 
 
-def reciprocal_ranks(
-    words: Candidates, looks: Candidates, image_weight: np.ndarray, k: int
+def reciprocal_rank_fusion(
+    caption_candidates: Candidates, image_candidates: Candidates, image_weight: np.ndarray, k: int
 ) -> tuple[np.ndarray, np.ndarray]:
     """Fuse two tables by reciprocal rank (Cormack et al. 2009): sum of weight / (60 + rank), ranks from 1.
 
@@ -136,55 +136,55 @@ def reciprocal_ranks(
         The best k of both, (n, k) int64 (-1 where there are no more), and their scores (n, k) float64.
     """
     scores = []
-    for table, weight in ((words, 1 - image_weight), (looks, image_weight)):
-        ranks = np.arange(1, table.positions.shape[1] + 1, dtype=np.float64)
-        scores.append(np.where(table.found, weight / (60 + ranks), 0))
-    return merged(words.positions, looks.positions, scores[0], scores[1], k)
+    for candidates, weight in ((caption_candidates, 1 - image_weight), (image_candidates, image_weight)):
+        ranks = np.arange(1, candidates.positions.shape[1] + 1, dtype=np.float64)
+        scores.append(np.where(candidates.mask, weight / (60 + ranks), 0))
+    return merge_scores(caption_candidates.positions, image_candidates.positions, scores[0], scores[1], k)
 
 
-def union(first: np.ndarray, second: np.ndarray) -> np.ndarray:
+def union(a: np.ndarray, b: np.ndarray) -> np.ndarray:
     """Return who stands in either of two tables: (n, a), (n, b) -> (n, a + b) int64, -1 at the end."""
-    k = first.shape[1] + second.shape[1]
-    return merged(first, second, np.zeros(first.shape), np.zeros(second.shape), k)[0]
+    k = a.shape[1] + b.shape[1]
+    return merge_scores(a, b, np.zeros(a.shape), np.zeros(b.shape), k)[0]
 
 
-def merged(
-    first: np.ndarray, second: np.ndarray, score: np.ndarray, other: np.ndarray, k: int
+def merge_scores(
+    a: np.ndarray, b: np.ndarray, a_scores: np.ndarray, b_scores: np.ndarray, k: int
 ) -> tuple[np.ndarray, np.ndarray]:
     """Add up the scores of two tables, candidate by candidate, and return the best k of each row.
 
     Candidates (n, a) and (n, b) int64 with scores of the same shapes; ties go to the lower position.
     """
-    k = min(k, first.shape[1] + second.shape[1])
-    best, scores = np.empty((len(first), k), np.int64), np.empty((len(first), k))
-    for start in range(0, len(first), _MERGED_ROWS):
-        part = slice(start, start + _MERGED_ROWS)
-        best[part], scores[part] = _merged(
-            np.concatenate([first[part], second[part]], axis=1),
-            np.concatenate([score[part], other[part]], axis=1),
+    k = min(k, a.shape[1] + b.shape[1])
+    best, scores = np.empty((len(a), k), np.int64), np.empty((len(a), k))
+    for start in range(0, len(a), _MERGE_CHUNK_ROWS):
+        chunk = slice(start, start + _MERGE_CHUNK_ROWS)
+        best[chunk], scores[chunk] = _merge_rows(
+            np.concatenate([a[chunk], b[chunk]], axis=1),
+            np.concatenate([a_scores[chunk], b_scores[chunk]], axis=1),
             k,
         )
     return best, scores
 
 
-def _merged(positions: np.ndarray, scores: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
+def _merge_rows(positions: np.ndarray, scores: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
     order = np.argsort(positions, axis=1, kind="stable")
-    positions, scores = (np.take_along_axis(each, order, axis=1) for each in (positions, scores))
-    twin = np.zeros(positions.shape, bool)
-    twin[:, 1:] = positions[:, 1:] == positions[:, :-1]
+    positions, scores = (np.take_along_axis(array, order, axis=1) for array in (positions, scores))
+    is_duplicate = np.zeros(positions.shape, bool)
+    is_duplicate[:, 1:] = positions[:, 1:] == positions[:, :-1]
     # A candidate stands in each table at most once, so that twins come in twos.
-    scores[:, :-1] += np.where(twin[:, 1:], scores[:, 1:], 0)
-    gone = twin | (positions < 0)
-    positions, scores = np.where(gone, -1, positions), np.where(gone, -np.inf, scores)
-    best = np.argsort(-scores, axis=1, kind="stable")[:, :k]
-    return np.take_along_axis(positions, best, axis=1), np.take_along_axis(scores, best, axis=1)
+    scores[:, :-1] += np.where(is_duplicate[:, 1:], scores[:, 1:], 0)
+    is_removed = is_duplicate | (positions < 0)
+    positions, scores = np.where(is_removed, -1, positions), np.where(is_removed, -np.inf, scores)
+    top = np.argsort(-scores, axis=1, kind="stable")[:, :k]
+    return np.take_along_axis(positions, top, axis=1), np.take_along_axis(scores, top, axis=1)
 
 
-_MOST_PLACES = 2**28  # of 12 bytes each
+_MAX_TABLE_CELLS = 2**28  # of 12 bytes each
 _COLUMNS = ("anchor", "partner", "similarity")
 
 
-def read_pairs(path: Path, collection: Collection) -> Candidates:
+def read_pairs_file(path: Path, dataset: CaptionDataset) -> Candidates:
     """Read pairs of a collection's images from CSV, TSV or Parquet.
 
     Columns `anchor` and `partner` hold ids of the collection; `similarity`, if there, is a number and decides
@@ -197,76 +197,83 @@ def read_pairs(path: Path, collection: Collection) -> Candidates:
         InputError: for a missing file or column, an id that the collection does not have, an image paired
             with itself, or a similarity that is no number, with the row.
     """
-    table = _read(path)
+    table = _read_table(path)
     if table.num_rows == 0:
-        raise InputError(f"{path} holds no pairs")
-    anchors, partners = (_positions(path, table, name, collection) for name in _COLUMNS[:2])
-    itself = np.flatnonzero(anchors == partners)
-    if len(itself):
-        raise InputError(f"{path}, row {itself[0] + 1}: {table['anchor'][itself[0]]} is paired with itself")
-    similarity = _similarity(path, table)
+        raise InvalidInputError(f"{path} holds no pairs")
+    anchors, partners = (_lookup_positions(path, table, name, dataset) for name in _COLUMNS[:2])
+    self_pairs = np.flatnonzero(anchors == partners)
+    if len(self_pairs):
+        raise InvalidInputError(
+            f"{path}, row {self_pairs[0] + 1}: {table['anchor'][self_pairs[0]]} is paired with itself"
+        )
+    similarity = _read_similarity(path, table)
     order = np.lexsort((np.arange(len(anchors)), -similarity, anchors))
     anchors, partners, similarity = anchors[order], partners[order], similarity[order]
-    place = np.arange(len(anchors)) - np.searchsorted(anchors, anchors)
-    width = int(place.max()) + 1
-    if width * len(collection) > _MOST_PLACES:
-        most = table["anchor"][int(order[place.argmax()])]
-        raise InputError(
-            f"{path}: {most} has {width:,} partners, too many for a table of {len(collection):,} images; "
-            f"keep at most {_MOST_PLACES // len(collection):,} an image"
+    rank = np.arange(len(anchors)) - np.searchsorted(anchors, anchors)
+    max_partners = int(rank.max()) + 1
+    if max_partners * len(dataset) > _MAX_TABLE_CELLS:
+        anchor_id = table["anchor"][int(order[rank.argmax()])]
+        raise InvalidInputError(
+            f"{path}: {anchor_id} has {max_partners:,} partners, too many for a table of "
+            f"{len(dataset):,} images; "
+            f"keep at most {_MAX_TABLE_CELLS // len(dataset):,} an image"
         )
-    positions = np.full((len(collection), width), -1, np.int64)
-    values = np.full(positions.shape, -np.inf, np.float32)
-    positions[anchors, place], values[anchors, place] = partners, similarity
-    return Candidates(positions, values)
+    positions = np.full((len(dataset), max_partners), -1, np.int64)
+    similarity_table = np.full(positions.shape, -np.inf, np.float32)
+    positions[anchors, rank], similarity_table[anchors, rank] = partners, similarity
+    return Candidates(positions, similarity_table)
 
 
-def _read(path: Path) -> pa.Table:
+def _read_table(path: Path) -> pa.Table:
     if not path.is_file():
-        raise InputError(f"there is no file of pairs at {path}")
+        raise InvalidInputError(f"there is no file of pairs at {path}")
     try:
         if path.suffix == ".parquet":
             table = pq.read_table(path)
         else:
-            text = pa_csv.ConvertOptions(column_types=dict.fromkeys(_COLUMNS[:2], pa.string()))
-            parse = pa_csv.ParseOptions(delimiter="\t" if path.suffix == ".tsv" else ",")
-            table = pa_csv.read_csv(path, parse_options=parse, convert_options=text)
-    except pa.ArrowInvalid as fault:
-        raise InputError(f"{path} cannot be read as a table of pairs: {fault}") from fault
+            convert_options = pa_csv.ConvertOptions(column_types=dict.fromkeys(_COLUMNS[:2], pa.string()))
+            parse_options = pa_csv.ParseOptions(delimiter="\t" if path.suffix == ".tsv" else ",")
+            table = pa_csv.read_csv(path, parse_options=parse_options, convert_options=convert_options)
+    except pa.ArrowInvalid as error:
+        raise InvalidInputError(f"{path} cannot be read as a table of pairs: {error}") from error
     missing = [name for name in _COLUMNS[:2] if name not in table.column_names]
     if missing:
-        there = ", ".join(table.column_names)
-        raise InputError(f"{path} has no column {' and no column '.join(missing)}; its columns are: {there}")
+        column_names = ", ".join(table.column_names)
+        raise InvalidInputError(
+            f"{path} has no column {' and no column '.join(missing)}; its columns are: {column_names}"
+        )
     return table
 
 
-def _positions(path: Path, table: pa.Table, name: str, collection: Collection) -> np.ndarray:
-    known = {}
-    for shard, start in enumerate(collection.starts[:-1]):
-        ids = collection.columns(shard, ["id"])["id"]
-        known.update(zip(ids, range(start, start + len(ids)), strict=True))
-    found = np.array([known.get(str(each), -1) for each in table[name].to_pylist()], np.int64)
-    unknown = np.flatnonzero(found < 0)
+def _lookup_positions(path: Path, table: pa.Table, name: str, dataset: CaptionDataset) -> np.ndarray:
+    position_of = {}
+    for shard, start in enumerate(dataset.shard_offsets[:-1]):
+        ids = dataset.read_columns(shard, ["id"])["id"]
+        position_of.update(zip(ids, range(start, start + len(ids)), strict=True))
+    positions = np.array(
+        [position_of.get(str(image_id), -1) for image_id in table[name].to_pylist()], np.int64
+    )
+    unknown = np.flatnonzero(positions < 0)
     if len(unknown):
-        first = table[name][int(unknown[0])]
-        raise InputError(
-            f"{path}, row {unknown[0] + 1}: {name} {str(first)!r} is no image of {collection.path} "
+        unknown_id = table[name][int(unknown[0])]
+        raise InvalidInputError(
+            f"{path}, row {unknown[0] + 1}: {name} {str(unknown_id)!r} is no image of {dataset.path} "
             f"({len(unknown):,} such rows); ids are those of the collection"
         )
-    return found
+    return positions
 
 
-def _similarity(path: Path, table: pa.Table) -> np.ndarray:
+def _read_similarity(path: Path, table: pa.Table) -> np.ndarray:
     if "similarity" not in table.column_names:
         return np.ones(table.num_rows)
     column = table["similarity"].combine_chunks()
     if column.null_count:
         row = column.is_null().to_pylist().index(True) + 1
-        raise InputError(f"{path}, row {row}: the similarity is no number")
+        raise InvalidInputError(f"{path}, row {row}: the similarity is no number")
     if not (pa.types.is_floating(column.type) or pa.types.is_integer(column.type)):
-        raise InputError(f"{path}: the column similarity holds {column.type}, not numbers")
+        raise InvalidInputError(f"{path}: the column similarity holds {column.type}, not numbers")
     values = column.to_numpy(zero_copy_only=False).astype(np.float64)
-    wrong = np.flatnonzero(~np.isfinite(values))
-    if len(wrong):
-        raise InputError(f"{path}, row {wrong[0] + 1}: the similarity is no number")
+    invalid = np.flatnonzero(~np.isfinite(values))
+    if len(invalid):
+        raise InvalidInputError(f"{path}, row {invalid[0] + 1}: the similarity is no number")
     return values

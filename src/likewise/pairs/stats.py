@@ -8,207 +8,226 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from likewise.data.dataset import Collection
-from likewise.embeddings.store import look_up_embeddings
-from likewise.neighbors.config import SearchRule
-from likewise.neighbors.index import obtain_neighbors
-from likewise.neighbors.vectors import RecordVectors, block_rows
+from likewise.data.dataset import CaptionDataset
+from likewise.embeddings.store import find_embeddings
+from likewise.neighbors.config import SearchConfig
+from likewise.neighbors.index import find_or_compute_neighbors
+from likewise.neighbors.vectors import ImageVectors, rows_per_block
 from likewise.pairs.candidates import Candidates, union
-from likewise.pairs.sampling import FromTable, Pairs
-from likewise.progress import SILENT, Progress
-from likewise.rng import permutation, uniforms
+from likewise.pairs.sampling import CandidateSampler, Pairs
+from likewise.progress import NULL_PROGRESS, Progress
+from likewise.rng import epoch_permutation, uniform
 
-DEPTH = 10
-SAMPLE = 2_000
-_BINS = 60
+AGREEMENT_K = 10
+SAMPLE_SIZE = 2_000
+_NUM_BINS = 60
 
 
 @dataclass(frozen=True, kw_only=True)
-class Spread:
+class SimilarityHistogram:
     """How alike images are to their nearest, by one encoder: a histogram.
 
     Attributes:
         encoder: Whose.
-        edges: (b + 1,) bounds of the bins.
-        images: (b,) how many images have their nearest in each.
+        bin_edges: (b + 1,) bounds of the bins.
+        counts: (b,) how many images have their nearest in each.
         median: Their median, or None where no image has a neighbor.
     """
 
     encoder: str
-    edges: tuple[float, ...]
-    images: tuple[int, ...]
+    bin_edges: tuple[float, ...]
+    counts: tuple[int, ...]
     median: float | None
 
 
 @dataclass(frozen=True, kw_only=True)
-class Agreement:
+class EncoderAgreement:
     """How far two encoders agree; means over a sample of images that have neighbors by both.
 
     Attributes:
-        first: An encoder.
-        second: Another.
+        encoder_a: An encoder.
+        encoder_b: Another.
         overlap: Share of the ten nearest that are the same.
         correlation: Spearman's rank correlation of the two similarities, over all that are among the ten
             nearest by either; images where one of them does not vary are left out.
-        images: How many images are in the sample.
+        num_images: How many images are in the sample.
     """
 
-    first: str
-    second: str
+    encoder_a: str
+    encoder_b: str
     overlap: float
     correlation: float | None
-    images: int
+    num_images: int
 
 
 @dataclass(frozen=True, kw_only=True)
-class Nearest:
+class SampledNeighbors:
     """The plain nearest neighbors of a sample of images by one encoder.
 
     Attributes:
         encoder: Whose.
-        spread: Over all images of the collection.
-        sample: (s,) int64, the images.
-        positions: (s, 10) int64, their neighbors, -1 where there is none.
+        histogram: Over all images of the collection.
+        anchors: (s,) int64, the images.
+        neighbor_positions: (s, 10) int64, their neighbors, -1 where there is none.
         vectors: What they are compared by.
     """
 
     encoder: str
-    spread: Spread
-    sample: np.ndarray
-    positions: np.ndarray
-    vectors: RecordVectors
+    histogram: SimilarityHistogram
+    anchors: np.ndarray
+    neighbor_positions: np.ndarray
+    vectors: ImageVectors
 
 
-def sample_of(collection: Collection) -> np.ndarray:
+def sample_images(dataset: CaptionDataset) -> np.ndarray:
     """Return up to 2,000 images picked by seed: (s,) int64, ascending."""
-    return np.sort(permutation(len(collection), seed=0, epoch=0)[:SAMPLE])
+    return np.sort(epoch_permutation(len(dataset), seed=0, epoch=0)[:SAMPLE_SIZE])
 
 
-def nearest_of(collection: Collection, encoder: str, *, images: bool, progress: Progress = SILENT) -> Nearest:
+def sample_neighbors(
+    dataset: CaptionDataset, encoder: str, *, use_image_embeddings: bool, progress: Progress = NULL_PROGRESS
+) -> SampledNeighbors:
     """Look the plain nearest neighbors up, searching where there are none; one vector an image.
 
     Raises:
         ArtifactError: where the embeddings are missing.
         InputError: where fewer than two images can be compared.
     """
-    found = obtain_neighbors(collection, encoder, SearchRule(), DEPTH, images=images, progress=progress)
-    positions, similarity = found.table(min(DEPTH, found.k))
-    closest = similarity[positions[:, 0] >= 0, 0]
-    low = min(0.0, float(np.floor(closest.min(initial=0.0) * 10) / 10))
-    counts, edges = np.histogram(np.clip(closest, low, 1), bins=_BINS, range=(low, 1))
-    sample = sample_of(collection)
-    modality = "images" if images else "captions"
-    return Nearest(
+    neighbors = find_or_compute_neighbors(
+        dataset,
+        encoder,
+        SearchConfig(),
+        AGREEMENT_K,
+        use_image_embeddings=use_image_embeddings,
+        progress=progress,
+    )
+    positions, similarity = neighbors.topk(min(AGREEMENT_K, neighbors.k))
+    top1_similarity = similarity[positions[:, 0] >= 0, 0]
+    low = min(0.0, float(np.floor(top1_similarity.min(initial=0.0) * 10) / 10))
+    counts, edges = np.histogram(np.clip(top1_similarity, low, 1), bins=_NUM_BINS, range=(low, 1))
+    sample = sample_images(dataset)
+    modality = "images" if use_image_embeddings else "captions"
+    return SampledNeighbors(
         encoder=encoder,
-        spread=Spread(
+        histogram=SimilarityHistogram(
             encoder=encoder,
-            edges=tuple(edges.tolist()),
-            images=tuple(counts.tolist()),
-            median=float(np.median(closest)) if len(closest) else None,
+            bin_edges=tuple(edges.tolist()),
+            counts=tuple(counts.tolist()),
+            median=float(np.median(top1_similarity)) if len(top1_similarity) else None,
         ),
-        sample=sample,
-        positions=positions[sample],
-        vectors=RecordVectors(look_up_embeddings(collection, encoder, modality=modality), len(collection)),
+        anchors=sample,
+        neighbor_positions=positions[sample],
+        vectors=ImageVectors(find_embeddings(dataset, encoder, modality=modality), len(dataset)),
     )
 
 
-def agreement(first: Nearest, second: Nearest) -> Agreement | None:
+def compute_agreement(
+    neighbors_a: SampledNeighbors, neighbors_b: SampledNeighbors
+) -> EncoderAgreement | None:
     """Compare two encoders on the images of the sample that have neighbors by both; None without any."""
-    both = (first.positions >= 0).any(axis=1) & (second.positions >= 0).any(axis=1)
-    if not both.any():
+    has_neighbors = (neighbors_a.neighbor_positions >= 0).any(axis=1) & (
+        neighbors_b.neighbor_positions >= 0
+    ).any(axis=1)
+    if not has_neighbors.any():
         return None
-    a, b, rows = first.positions[both], second.positions[both], first.sample[both]
-    shared = ((a[:, :, None] == b[:, None, :]) & (a >= 0)[:, :, None]).sum(axis=(1, 2))
-    most = np.maximum((a >= 0).sum(axis=1), (b >= 0).sum(axis=1))
-    either = union(a, b)
+    a, b, anchors = (
+        neighbors_a.neighbor_positions[has_neighbors],
+        neighbors_b.neighbor_positions[has_neighbors],
+        neighbors_a.anchors[has_neighbors],
+    )
+    num_shared = ((a[:, :, None] == b[:, None, :]) & (a >= 0)[:, :, None]).sum(axis=(1, 2))
+    max_count = np.maximum((a >= 0).sum(axis=1), (b >= 0).sum(axis=1))
+    union_positions = union(a, b)
     correlation = rank_correlations(
-        first.vectors.similarity(rows, either), second.vectors.similarity(rows, either), either >= 0
+        neighbors_a.vectors.similarity(anchors, union_positions),
+        neighbors_b.vectors.similarity(anchors, union_positions),
+        union_positions >= 0,
     )
-    defined = correlation[np.isfinite(correlation)]
-    return Agreement(
-        first=first.encoder,
-        second=second.encoder,
-        overlap=float((shared / most).mean()),
-        correlation=float(defined.mean()) if len(defined) else None,
-        images=len(rows),
+    valid = correlation[np.isfinite(correlation)]
+    return EncoderAgreement(
+        encoder_a=neighbors_a.encoder,
+        encoder_b=neighbors_b.encoder,
+        overlap=float((num_shared / max_count).mean()),
+        correlation=float(valid.mean()) if len(valid) else None,
+        num_images=len(anchors),
     )
 
 
-def rank_correlations(first: np.ndarray, second: np.ndarray, there: np.ndarray) -> np.ndarray:
+def rank_correlations(a: np.ndarray, b: np.ndarray, mask: np.ndarray) -> np.ndarray:
     """Return Spearman's correlation of each row, ties at their mean rank: (n, k), (n, k) -> (n,) float64.
 
-    Only where `there` (n, k) holds; NaN for rows where either side does not vary.
+    Only where `mask` (n, k) holds; NaN for rows where either side does not vary.
     """
     ranks = []
-    for values in (first, second):
-        below = (values[:, None, :] < values[:, :, None]) & there[:, None, :]
-        equal = (values[:, None, :] == values[:, :, None]) & there[:, None, :]
-        rank = below.sum(axis=2) + equal.sum(axis=2) / 2
-        mean = np.where(there, rank, 0).sum(axis=1) / np.maximum(there.sum(axis=1), 1)
-        ranks.append(np.where(there, rank - mean[:, None], 0))
+    for values in (a, b):
+        num_below = (values[:, None, :] < values[:, :, None]) & mask[:, None, :]
+        num_equal = (values[:, None, :] == values[:, :, None]) & mask[:, None, :]
+        rank = num_below.sum(axis=2) + num_equal.sum(axis=2) / 2
+        mean = np.where(mask, rank, 0).sum(axis=1) / np.maximum(mask.sum(axis=1), 1)
+        ranks.append(np.where(mask, rank - mean[:, None], 0))
     x, y = ranks
-    spread = np.sqrt((x**2).sum(axis=1) * (y**2).sum(axis=1))
-    return np.divide((x * y).sum(axis=1), spread, out=np.full(len(x), np.nan), where=spread > 1e-9)
+    norm = np.sqrt((x**2).sum(axis=1) * (y**2).sum(axis=1))
+    return np.divide((x * y).sum(axis=1), norm, out=np.full(len(x), np.nan), where=norm > 1e-9)
 
 
-HUBS = 5
+MAX_HUBS = 5
 _STREAM = 102
-_STEP = 16_384
-_NORMAL = 1.959964  # 97.5 % of a normal distribution lie below
+_CHUNK_PAIRS = 16_384
+_Z_975 = 1.959964  # 97.5 % of a normal distribution lie below
 
 
 @dataclass(frozen=True, kw_only=True)
-class Draws:
+class PairDistribution:
     """The pairs that may be drawn, anchor by anchor.
 
     Attributes:
-        anchor: (e,) int64, ascending.
-        partner: (e,) int64.
-        weight: (e,) float64, how likely the anchor is shown this partner; sums to 1 an anchor.
-        first: (e,) float64, the same if only the best candidate of every row were drawn.
+        anchors: (e,) int64, ascending.
+        partners: (e,) int64.
+        prob: (e,) float64, how likely the anchor is shown this partner; sums to 1 an anchor.
+        top1_prob: (e,) float64, the same if only the best candidate of every row were drawn.
         similarity: (e,) float32 as the rule sees it, or None where the rule knows none.
-        chosen: (n,) float64, how many images are shown each image in an epoch, on average.
-        returned: (e,) bool, whether the partner may draw the anchor as well.
+        expected_in_degree: (n,) float64, how many images are shown each image in an epoch, on average.
+        is_mutual: (e,) bool, whether the partner may draw the anchor as well.
     """
 
-    anchor: np.ndarray
-    partner: np.ndarray
-    weight: np.ndarray
-    first: np.ndarray
+    anchors: np.ndarray
+    partners: np.ndarray
+    prob: np.ndarray
+    top1_prob: np.ndarray
     similarity: np.ndarray | None
-    chosen: np.ndarray
-    returned: np.ndarray
+    expected_in_degree: np.ndarray
+    is_mutual: np.ndarray
 
 
 @dataclass(frozen=True, kw_only=True)
-class Evidence:
+class PairSignals:
     """What a collection tells about its pairs.
 
     Attributes:
-        captions: (n,) int64 codes of what captions say, -1 without.
-        hashes: (n,) uint64 difference hashes.
-        readable: (n,) bool, where there is a hash.
-        copies: (n,) int64 codes of near-duplicate images, -1 for images without any.
+        caption_hashes: (n,) int64 codes of what captions say, -1 without.
+        image_hashes: (n,) uint64 difference hashes.
+        is_readable: (n,) bool, where there is a hash.
+        near_duplicate_ids: (n,) int64 codes of near-duplicate images, -1 for images without any.
         labels: (n,) int64, -1 without; None where no image has one.
-        looks: Embeddings of the images, if there are any.
+        image_vectors: Embeddings of the images, if there are any.
     """
 
-    captions: np.ndarray
-    hashes: np.ndarray
-    readable: np.ndarray
-    copies: np.ndarray
+    caption_hashes: np.ndarray
+    image_hashes: np.ndarray
+    is_readable: np.ndarray
+    near_duplicate_ids: np.ndarray
     labels: np.ndarray | None
-    looks: RecordVectors | None
+    image_vectors: ImageVectors | None
 
 
 @dataclass(frozen=True, kw_only=True)
-class Share:
+class Estimate:
     """A mean over images of a share of their partners, with its 95 % normal interval."""
 
     value: float
     low: float
     high: float
-    images: int
+    num_images: int
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -218,253 +237,290 @@ class Hub:
     position: int
     id: str
     caption: str
-    chosen: float
+    expected_in_degree: float
 
 
 @dataclass(frozen=True, kw_only=True)
-class Figures:
+class PairStats:
     """What a choice of partners is worth; shares are of 1, all means over draws.
 
     Attributes:
-        with_partner: Share of the collection's images that have a partner.
+        paired_fraction: Share of the collection's images that have a partner.
         similarity: 10th, 50th and 90th percentile over draws of the similarity that the rule goes by (the
             smallest value that this share of draws does not exceed); None where the rule knows none.
-        identical_captions: Share of draws whose captions read the same but for case, spaces and punctuation.
-        hub_skew: Skewness of how often images are drawn, over all images of the collection (Radovanović,
+        identical_caption_fraction: Share of draws whose captions read the same but for case, spaces and
+            punctuation.
+        hubness_skew: Skewness of how often images are drawn, over all images of the collection (Radovanović,
             Nanopoulos and Ivanović 2010, eq. 1: S = E(N - mean)^3 / deviation^3, N being the k-occurrence,
             here the expected number of draws an epoch). 0 where all are drawn equally often.
         hubs: The images drawn most, those alone that are drawn more than once an epoch.
-        reciprocal: Share of draws whose partner may draw the anchor as well.
-        reach: Share of the collection's images that are ever a partner.
+        reciprocity: Share of draws whose partner may draw the anchor as well.
+        coverage: Share of the collection's images that are ever a partner.
         hash_distance: Mean number of bits in which the 64-bit difference hashes of a pair differ (Krawetz
             2013), over draws whose both images can be read.
-        near_duplicates: Share of draws whose images are near-duplicates of each other, as the rule
+        near_duplicate_fraction: Share of draws whose images are near-duplicates of each other, as the rule
             `distinct_images` takes them.
-        looks: Mean cosine of the pair's image embeddings, where both have one.
-        precision_first: Share of partners of the anchor's label, if only the best candidate is drawn; a mean
+        image_similarity: Mean cosine of the pair's image embeddings, where both have one.
+        top1_precision: Share of partners of the anchor's label, if only the best candidate is drawn; a mean
             over the images that have a label and a partner with one.
-        precision: The same over all draws, by their weight.
+        label_precision: The same over all draws, by their weight.
     """
 
-    with_partner: float
+    paired_fraction: float
     similarity: tuple[float, float, float] | None
-    identical_captions: float
-    hub_skew: float
+    identical_caption_fraction: float
+    hubness_skew: float
     hubs: tuple[Hub, ...]
-    reciprocal: float
-    reach: float
+    reciprocity: float
+    coverage: float
     hash_distance: float | None
-    near_duplicates: float
-    looks: float | None
-    precision_first: Share | None
-    precision: Share | None
+    near_duplicate_fraction: float
+    image_similarity: float | None
+    top1_precision: Estimate | None
+    label_precision: Estimate | None
 
 
 @dataclass(frozen=True, kw_only=True)
-class Chance:
+class RandomBaseline:
     """The same figures for two images picked blindly: exact means over all pairs of different images."""
 
-    identical_captions: float
+    identical_caption_fraction: float
     hash_distance: float | None
-    near_duplicates: float
-    looks: float | None
-    precision: float | None
+    near_duplicate_fraction: float
+    image_similarity: float | None
+    label_precision: float | None
 
 
-def draws_of(pairs: Pairs, owner: np.ndarray) -> Draws:
+def pair_distribution(pairs: Pairs, image_ids: np.ndarray) -> PairDistribution:
     """List the pairs of a choice with their weights.
 
     Args:
         pairs: A rule that was applied.
-        owner: The image of each row of candidates, (rows,) int64, ascending; the positions themselves where
+        image_ids: The image of each row of candidates, (rows,) int64, ascending; the positions themselves
+            where
             each image has one row.
     """
-    n = len(pairs.with_partner)
-    if isinstance(pairs.choice, FromTable):
-        return _listed(pairs.choice, owner, pairs.with_partner)
-    anchor = np.flatnonzero(pairs.with_partner)
-    chance = uniforms(anchor, 2, seed=0, epoch=0, stream=_STREAM)
-    each = np.ones(len(anchor))
+    num_images = len(pairs.has_partner)
+    if isinstance(pairs.sampler, CandidateSampler):
+        return _candidate_distribution(pairs.sampler, image_ids, pairs.has_partner)
+    anchors = np.flatnonzero(pairs.has_partner)
+    u = uniform(anchors, 2, seed=0, epoch=0, stream=_STREAM)
+    ones = np.ones(len(anchors))
     # In a group of s, everybody is drawn by s - 1 others with probability 1 / (s - 1), and draws them.
-    return Draws(
-        anchor=anchor,
-        partner=pairs.choice.draw(anchor, chance),
-        weight=each,
-        first=each,
+    return PairDistribution(
+        anchors=anchors,
+        partners=pairs.sampler.sample(anchors, u),
+        prob=ones,
+        top1_prob=ones,
         similarity=None,
-        chosen=np.bincount(anchor, minlength=n).astype(np.float64),
-        returned=np.ones(len(anchor), bool),
+        expected_in_degree=np.bincount(anchors, minlength=num_images).astype(np.float64),
+        is_mutual=np.ones(len(anchors), bool),
     )
 
 
-def _listed(choice: FromTable, owner: np.ndarray, with_partner: np.ndarray) -> Draws:
-    found = choice.candidates.found & with_partner[owner][:, None]
-    filled = found.any(axis=1)
-    rows = np.bincount(owner[filled], minlength=len(with_partner))  # that an image's draw starts from
-    row, place = np.nonzero(found)
-    anchor, partner = owner[row], choice.candidates.positions[row, place]
-    weight = likelihoods(choice.candidates, choice.temperature)[row, place] / rows[anchor]
-    n = len(with_partner)
-    return Draws(
-        anchor=anchor,
-        partner=partner,
-        weight=weight,
-        first=np.where(place == 0, 1 / rows[anchor], 0.0),
-        similarity=choice.candidates.similarity[row, place],
-        chosen=np.bincount(partner, weight, minlength=n),
-        returned=_returned(anchor, partner, n),
+def _candidate_distribution(
+    sampler: CandidateSampler, image_ids: np.ndarray, has_partner: np.ndarray
+) -> PairDistribution:
+    mask = sampler.candidates.mask & has_partner[image_ids][:, None]
+    has_candidates = mask.any(axis=1)
+    rows_per_image = np.bincount(
+        image_ids[has_candidates], minlength=len(has_partner)
+    )  # that an image's draw starts from
+    row, rank = np.nonzero(mask)
+    anchors, partners = image_ids[row], sampler.candidates.positions[row, rank]
+    prob = sampling_probs(sampler.candidates, sampler.temperature)[row, rank] / rows_per_image[anchors]
+    num_images = len(has_partner)
+    return PairDistribution(
+        anchors=anchors,
+        partners=partners,
+        prob=prob,
+        top1_prob=np.where(rank == 0, 1 / rows_per_image[anchors], 0.0),
+        similarity=sampler.candidates.similarity[row, rank],
+        expected_in_degree=np.bincount(partners, prob, minlength=num_images),
+        is_mutual=_mutual_mask(anchors, partners, num_images),
     )
 
 
-def _returned(anchor: np.ndarray, partner: np.ndarray, n: int) -> np.ndarray:
+def _mutual_mask(anchors: np.ndarray, partners: np.ndarray, num_images: int) -> np.ndarray:
     """Tell of each directed pair (e,) whether the other direction is there too: (e,) bool."""
-    low, forth = np.minimum(anchor, partner), anchor < partner
-    either = low * n + np.maximum(anchor, partner)
-    order = np.argsort(either)
-    starts = np.flatnonzero(np.diff(either[order], prepend=-1))
+    smaller, is_forward = np.minimum(anchors, partners), anchors < partners
+    pair_ids = smaller * num_images + np.maximum(anchors, partners)
+    order = np.argsort(pair_ids)
+    starts = np.flatnonzero(np.diff(pair_ids[order], prepend=-1))
     lengths = np.diff(starts, append=len(order))
-    forward = np.add.reduceat(forth[order].astype(np.int64), starts) if len(starts) else starts
-    both = np.empty(len(order), bool)
-    both[order] = np.repeat((forward > 0) & (forward < lengths), lengths)
-    return both
+    num_forward = np.add.reduceat(is_forward[order].astype(np.int64), starts) if len(starts) else starts
+    is_mutual = np.empty(len(order), bool)
+    is_mutual[order] = np.repeat((num_forward > 0) & (num_forward < lengths), lengths)
+    return is_mutual
 
 
-def likelihoods(candidates: Candidates, temperature: float | None) -> np.ndarray:
+def sampling_probs(candidates: Candidates, temperature: float | None) -> np.ndarray:
     """Return how likely each candidate is drawn from its row: (n, k) float64, 0 where there is none.
 
     Evenly, or in proportion to exp(similarity / temperature).
     """
-    found = candidates.found
+    mask = candidates.mask
     if temperature is None:
-        weights = found.astype(np.float64)
+        weights = mask.astype(np.float64)
     else:
-        exponent = np.where(found, candidates.similarity.astype(np.float64), -np.inf) / temperature
-        highest = exponent.max(axis=1, keepdims=True, initial=-np.inf)
-        weights = np.where(found, np.exp(exponent - np.where(np.isfinite(highest), highest, 0)), 0)
+        logits = np.where(mask, candidates.similarity.astype(np.float64), -np.inf) / temperature
+        max_logit = logits.max(axis=1, keepdims=True, initial=-np.inf)
+        weights = np.where(mask, np.exp(logits - np.where(np.isfinite(max_logit), max_logit, 0)), 0)
     return weights / np.maximum(weights.sum(axis=1, keepdims=True), 1e-300)
 
 
-def figures_of(draws: Draws, evidence: Evidence, collection: Collection) -> Figures:
+def compute_pair_stats(
+    distribution: PairDistribution, signals: PairSignals, dataset: CaptionDataset
+) -> PairStats:
     """Measure pairs; there must be at least one."""
-    a, p, w = draws.anchor, draws.partner, draws.weight
-    labels = evidence.labels
-    return Figures(
-        with_partner=len(np.unique(a)) / len(evidence.captions),
-        similarity=_percentiles(draws),
-        identical_captions=_equal(draws, evidence.captions),
-        hub_skew=skewness(draws.chosen),
-        hubs=_hubs(draws.chosen, collection),
-        reciprocal=float(w[draws.returned].sum() / w.sum()),
-        reach=float((draws.chosen > 0).mean()),
-        hash_distance=_distance(draws, evidence),
-        near_duplicates=_equal(draws, evidence.copies),
-        looks=None if evidence.looks is None else _cosine(draws, evidence.looks),
-        precision_first=None if labels is None else precision(a, p, draws.first, labels),
-        precision=None if labels is None else precision(a, p, w, labels),
+    a, p, w = distribution.anchors, distribution.partners, distribution.prob
+    labels = signals.labels
+    return PairStats(
+        paired_fraction=len(np.unique(a)) / len(signals.caption_hashes),
+        similarity=_similarity_percentiles(distribution),
+        identical_caption_fraction=_equal_fraction(distribution, signals.caption_hashes),
+        hubness_skew=skewness(distribution.expected_in_degree),
+        hubs=_top_hubs(distribution.expected_in_degree, dataset),
+        reciprocity=float(w[distribution.is_mutual].sum() / w.sum()),
+        coverage=float((distribution.expected_in_degree > 0).mean()),
+        hash_distance=_mean_hash_distance(distribution, signals),
+        near_duplicate_fraction=_equal_fraction(distribution, signals.near_duplicate_ids),
+        image_similarity=None
+        if signals.image_vectors is None
+        else _mean_image_similarity(distribution, signals.image_vectors),
+        top1_precision=None if labels is None else label_precision(a, p, distribution.top1_prob, labels),
+        label_precision=None if labels is None else label_precision(a, p, w, labels),
     )
 
 
 def skewness(values: np.ndarray) -> float:
     """Return the third standardised moment of some values (n,), 0 where they are all equal."""
-    apart = values - values.mean()
-    deviation = np.sqrt((apart**2).mean())
-    return float((apart**3).mean() / deviation**3) if deviation > 1e-12 else 0.0
+    centered = values - values.mean()
+    std = np.sqrt((centered**2).mean())
+    return float((centered**3).mean() / std**3) if std > 1e-12 else 0.0
 
 
-def precision(
-    anchor: np.ndarray, partner: np.ndarray, weight: np.ndarray, labels: np.ndarray
-) -> Share | None:
+def label_precision(
+    anchors: np.ndarray, partners: np.ndarray, weights: np.ndarray, labels: np.ndarray
+) -> Estimate | None:
     """Return the share of partners of the same label: a mean over images, each by its own weights.
 
     Pairs (e,) with weights (e,); labels (n,) int64. Pairs with an image without label (-1) do not count.
     None where nothing is left.
     """
-    known = (labels[anchor] >= 0) & (labels[partner] >= 0)
-    a, p, w = anchor[known], partner[known], weight[known]
-    whole = np.bincount(a, w, minlength=len(labels))
-    right = np.bincount(a, w * (labels[a] == labels[p]), minlength=len(labels))
-    shares = right[whole > 0] / whole[whole > 0]
-    if not len(shares):
+    is_labeled = (labels[anchors] >= 0) & (labels[partners] >= 0)
+    a, p, w = anchors[is_labeled], partners[is_labeled], weights[is_labeled]
+    total_weight = np.bincount(a, w, minlength=len(labels))
+    correct_weight = np.bincount(a, w * (labels[a] == labels[p]), minlength=len(labels))
+    image_precision = correct_weight[total_weight > 0] / total_weight[total_weight > 0]
+    if not len(image_precision):
         return None
-    value = float(shares.mean())
-    half = _NORMAL * float(shares.std(ddof=1)) / len(shares) ** 0.5 if len(shares) > 1 else 1.0
-    return Share(value=value, low=max(0.0, value - half), high=min(1.0, value + half), images=len(shares))
+    value = float(image_precision.mean())
+    half_width = (
+        _Z_975 * float(image_precision.std(ddof=1)) / len(image_precision) ** 0.5
+        if len(image_precision) > 1
+        else 1.0
+    )
+    return Estimate(
+        value=value,
+        low=max(0.0, value - half_width),
+        high=min(1.0, value + half_width),
+        num_images=len(image_precision),
+    )
 
 
-def chance_of(evidence: Evidence) -> Chance:
+def random_baseline(signals: PairSignals) -> RandomBaseline:
     """Return what two different images have in common on average, exactly, from counts and sums alone."""
-    hashes = evidence.hashes[evidence.readable]
+    hashes = signals.image_hashes[signals.is_readable]
     distance = None
     if len(hashes) > 1:
         bits = np.unpackbits(hashes.view(np.uint8).reshape(-1, 8), axis=1)
         ones, m = bits.sum(axis=0, dtype=np.float64), len(hashes)
         distance = float((2 * ones * (m - ones)).sum() / (m * (m - 1)))
-    return Chance(
-        identical_captions=_equal_pairs(evidence.captions, len(evidence.captions)),
+    return RandomBaseline(
+        identical_caption_fraction=_random_equal_fraction(
+            signals.caption_hashes, len(signals.caption_hashes)
+        ),
         hash_distance=distance,
-        near_duplicates=_equal_pairs(evidence.copies, len(evidence.copies)),
-        looks=None if evidence.looks is None else _mean_cosine(evidence.looks),
-        precision=None
-        if evidence.labels is None
-        else _equal_pairs(evidence.labels, int((evidence.labels >= 0).sum())),
+        near_duplicate_fraction=_random_equal_fraction(
+            signals.near_duplicate_ids, len(signals.near_duplicate_ids)
+        ),
+        image_similarity=None
+        if signals.image_vectors is None
+        else _random_image_similarity(signals.image_vectors),
+        label_precision=None
+        if signals.labels is None
+        else _random_equal_fraction(signals.labels, int((signals.labels >= 0).sum())),
     )
 
 
-def _equal_pairs(codes: np.ndarray, n: int) -> float:
+def _random_equal_fraction(ids: np.ndarray, n: int) -> float:
     """Return the share of pairs among n images whose codes are equal and not -1."""
-    counts = np.unique(codes[codes >= 0], return_counts=True)[1].astype(np.float64)
+    counts = np.unique(ids[ids >= 0], return_counts=True)[1].astype(np.float64)
     return float((counts * (counts - 1)).sum() / max(1, n * (n - 1)))
 
 
-def _mean_cosine(looks: RecordVectors) -> float | None:
-    n = len(looks.count)
-    total, m = np.zeros(looks.dimension), 0
-    step = block_rows(looks.dimension)
-    for start in range(0, n, step):
-        vectors = looks.of(np.arange(start, min(start + step, n))).astype(np.float64)
-        total += vectors.sum(axis=0)
-        m += int(vectors.any(axis=1).sum())
-    return float((total @ total - m) / (m * (m - 1))) if m > 1 else None
-
-
-def _percentiles(draws: Draws) -> tuple[float, float, float] | None:
-    if draws.similarity is None:
-        return None
-    low, middle, high = np.quantile(
-        draws.similarity, (0.1, 0.5, 0.9), weights=draws.weight, method="inverted_cdf"
+def _random_image_similarity(image_vectors: ImageVectors) -> float | None:
+    n = len(image_vectors.captions_per_image)
+    vector_sum, num_vectors = np.zeros(image_vectors.dim), 0
+    block_size = rows_per_block(image_vectors.dim)
+    for start in range(0, n, block_size):
+        vectors = image_vectors.get(np.arange(start, min(start + block_size, n))).astype(np.float64)
+        vector_sum += vectors.sum(axis=0)
+        num_vectors += int(vectors.any(axis=1).sum())
+    return (
+        float((vector_sum @ vector_sum - num_vectors) / (num_vectors * (num_vectors - 1)))
+        if num_vectors > 1
+        else None
     )
-    return float(low), float(middle), float(high)
 
 
-def _hubs(chosen: np.ndarray, collection: Collection) -> tuple[Hub, ...]:
-    most = np.argsort(-chosen, kind="stable")[:HUBS]
+def _similarity_percentiles(distribution: PairDistribution) -> tuple[float, float, float] | None:
+    if distribution.similarity is None:
+        return None
+    low, median, high = np.quantile(
+        distribution.similarity, (0.1, 0.5, 0.9), weights=distribution.prob, method="inverted_cdf"
+    )
+    return float(low), float(median), float(high)
+
+
+def _top_hubs(expected_in_degree: np.ndarray, dataset: CaptionDataset) -> tuple[Hub, ...]:
+    top = np.argsort(-expected_in_degree, kind="stable")[:MAX_HUBS]
     return tuple(
-        Hub(position=int(at), id=record.id, caption=" · ".join(record.captions), chosen=float(chosen[at]))
-        for at in most[chosen[most] > 1 + 1e-9]
-        for record in (collection[int(at)],)
+        Hub(
+            position=int(position),
+            id=sample.id,
+            caption=" · ".join(sample.captions),
+            expected_in_degree=float(expected_in_degree[position]),
+        )
+        for position in top[expected_in_degree[top] > 1 + 1e-9]
+        for sample in (dataset[int(position)],)
     )
 
 
-def _equal(draws: Draws, codes: np.ndarray) -> float:
+def _equal_fraction(distribution: PairDistribution, ids: np.ndarray) -> float:
     """Return the share of draws whose images have the same code, -1 being no code."""
-    same = (codes[draws.anchor] >= 0) & (codes[draws.anchor] == codes[draws.partner])
-    return float(draws.weight[same].sum() / draws.weight.sum())
+    is_equal = (ids[distribution.anchors] >= 0) & (ids[distribution.anchors] == ids[distribution.partners])
+    return float(distribution.prob[is_equal].sum() / distribution.prob.sum())
 
 
-def _distance(draws: Draws, evidence: Evidence) -> float | None:
-    both = evidence.readable[draws.anchor] & evidence.readable[draws.partner]
-    if not both.any():
+def _mean_hash_distance(distribution: PairDistribution, signals: PairSignals) -> float | None:
+    is_readable = signals.is_readable[distribution.anchors] & signals.is_readable[distribution.partners]
+    if not is_readable.any():
         return None
-    first, second = evidence.hashes[draws.anchor[both]], evidence.hashes[draws.partner[both]]
-    return float(np.average(np.bitwise_count(first ^ second), weights=draws.weight[both]))
+    hashes_a, hashes_b = (
+        signals.image_hashes[distribution.anchors[is_readable]],
+        signals.image_hashes[distribution.partners[is_readable]],
+    )
+    return float(np.average(np.bitwise_count(hashes_a ^ hashes_b), weights=distribution.prob[is_readable]))
 
 
-def _cosine(draws: Draws, looks: RecordVectors) -> float | None:
-    total = counted = 0.0
-    for start in range(0, len(draws.anchor), _STEP):
-        part = slice(start, start + _STEP)
-        first, second = looks.of(draws.anchor[part]), looks.of(draws.partner[part])
-        weight = np.where(first.any(axis=1) & second.any(axis=1), draws.weight[part], 0)
-        total += float(((first * second).sum(axis=1) * weight).sum())
-        counted += float(weight.sum())
-    return total / counted if counted > 0 else None
+def _mean_image_similarity(distribution: PairDistribution, image_vectors: ImageVectors) -> float | None:
+    weighted_sum = weight_sum = 0.0
+    for start in range(0, len(distribution.anchors), _CHUNK_PAIRS):
+        chunk = slice(start, start + _CHUNK_PAIRS)
+        a, b = image_vectors.get(distribution.anchors[chunk]), image_vectors.get(distribution.partners[chunk])
+        weight = np.where(a.any(axis=1) & b.any(axis=1), distribution.prob[chunk], 0)
+        weighted_sum += float(((a * b).sum(axis=1) * weight).sum())
+        weight_sum += float(weight.sum())
+    return weighted_sum / weight_sum if weight_sum > 0 else None

@@ -6,172 +6,198 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from likewise.artifacts import atomic
-from likewise.evaluation.results import Cell, Table
+from likewise.artifacts import atomic_write
+from likewise.evaluation.results import Comparison, ComparisonCell
 from likewise.evaluation.statistics import Estimate
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-MARKS = {"higher": "▲", "lower": "▼"}
+DIRECTION_MARKS = {"higher": "▲", "lower": "▼"}
 LEGEND = (
     "in %, with 95 % intervals; ▲ ▼: higher or lower than the first, surely among all tests of this table "
     "(Holm, 5 %)"
 )
 
 
-def mark(cell: Cell) -> str:
+def significance_mark(cell: ComparisonCell) -> str:
     """Return a triangle where a cell differs from the first for sure, else nothing."""
     if not cell.significant or cell.difference is None:
         return ""
-    return MARKS["higher" if cell.difference.value > 0 else "lower"]
+    return DIRECTION_MARKS["higher" if cell.difference.value > 0 else "lower"]
 
 
-def grid(table: Table) -> list[list[str]]:
+def to_rows(comparison: Comparison) -> list[list[str]]:
     """Lay a table out as cells of text, the head first, and means and ranks over sets last."""
-    rows = [["set", "protocol", "metric", "n", *table.names]]
-    for line in table.lines:
+    rows = [["set", "protocol", "metric", "n", *comparison.encoder_names]]
+    for row in comparison.rows:
         cells = [
-            "" if cell is None else f"{_percent(cell.estimate)} {mark(cell)}".rstrip() for cell in line.cells
+            "" if cell is None else f"{_format_interval(cell.estimate)} {significance_mark(cell)}".rstrip()
+            for cell in row.cells
         ]
-        rows.append([line.set, line.protocol, line.metric, f"{line.n:,}", *cells])
-    for each in table.averages:
-        told = f"mean of {each.sets} sets"
-        rows.append([told, each.protocol, each.metric, "", *(f"{100 * value:.1f}" for value in each.values)])
-        known = "" if each.p_value is None else f"; Friedman p = {each.p_value:.3g}"
-        rows.append([f"mean rank{known}", each.protocol, each.metric, "", *(f"{r:.2f}" for r in each.ranks)])
+        rows.append([row.dataset, row.protocol, row.metric, f"{row.n:,}", *cells])
+    for mean_row in comparison.mean_rows:
+        label = f"mean of {mean_row.num_datasets} sets"
+        rows.append(
+            [
+                label,
+                mean_row.protocol,
+                mean_row.metric,
+                "",
+                *(f"{100 * value:.1f}" for value in mean_row.values),
+            ]
+        )
+        friedman_note = "" if mean_row.p_value is None else f"; Friedman p = {mean_row.p_value:.3g}"
+        rows.append(
+            [
+                f"mean rank{friedman_note}",
+                mean_row.protocol,
+                mean_row.metric,
+                "",
+                *(f"{rank:.2f}" for rank in mean_row.ranks),
+            ]
+        )
     return rows
 
 
-def _percent(estimate: Estimate) -> str:
-    value, low, high = (100 * part for part in (estimate.value, estimate.low, estimate.high))
+def _format_interval(estimate: Estimate) -> str:
+    value, low, high = (100 * x for x in (estimate.value, estimate.low, estimate.high))
     return f"{value:.1f} [{low:.1f}, {high:.1f}]"
 
 
-def markdown(table: Table) -> str:
+def to_markdown(comparison: Comparison) -> str:
     """Return a table as Markdown."""
-    head, *rows = ([cell.replace("|", "\\|") for cell in row] for row in grid(table))
-    lines = [head, ["---"] * len(head), *rows]
+    header, *rows = ([cell.replace("|", "\\|") for cell in row] for row in to_rows(comparison))
+    lines = [header, ["---"] * len(header), *rows]
     return "\n".join(f"| {' | '.join(line)} |" for line in lines) + f"\n\n{LEGEND[0].upper()}{LEGEND[1:]}.\n"
 
 
-def latex(table: Table) -> str:
+def to_latex(comparison: Comparison) -> str:
     """Return a table as LaTeX for booktabs; the best of a row is bold, an arrow marks sure differences."""
-    columns = "lllr" + "r" * len(table.names)
-    rows = [" & ".join(map(_tex, ["set", "protocol", "metric", "n", *table.names])) + r" \\ \midrule"]
-    for line in table.lines:
-        cells = ["" if cell is None else _tex_cell(cell) for cell in line.cells]
-        told = [_tex(part) for part in (line.set, line.protocol, line.metric)]
-        rows.append(" & ".join([*told, f"{line.n}", *cells]) + r" \\")
-    for each in table.averages:
-        told = [_tex(part) for part in ("mean rank", each.protocol, each.metric)]
-        rows.append(" & ".join([*told, "", *(f"{rank:.2f}" for rank in each.ranks)]) + r" \\")
+    column_spec = "lllr" + "r" * len(comparison.encoder_names)
+    rows = [
+        " & ".join(map(_escape_latex, ["set", "protocol", "metric", "n", *comparison.encoder_names]))
+        + r" \\ \midrule"
+    ]
+    for row in comparison.rows:
+        cells = ["" if cell is None else _latex_cell(cell) for cell in row.cells]
+        labels = [_escape_latex(label) for label in (row.dataset, row.protocol, row.metric)]
+        rows.append(" & ".join([*labels, f"{row.n}", *cells]) + r" \\")
+    for mean_row in comparison.mean_rows:
+        labels = [_escape_latex(label) for label in ("mean rank", mean_row.protocol, mean_row.metric)]
+        rows.append(" & ".join([*labels, "", *(f"{rank:.2f}" for rank in mean_row.ranks)]) + r" \\")
     body = "\n".join(rows)
-    return f"\\begin{{tabular}}{{{columns}}}\n\\toprule\n{body}\n\\bottomrule\n\\end{{tabular}}\n"
+    return f"\\begin{{tabular}}{{{column_spec}}}\n\\toprule\n{body}\n\\bottomrule\n\\end{{tabular}}\n"
 
 
-def _tex_cell(cell: Cell) -> str:
+def _latex_cell(cell: ComparisonCell) -> str:
     value = f"{100 * cell.estimate.value:.1f}"
-    margin = f"{100 * (cell.estimate.high - cell.estimate.low) / 2:.1f}"
-    arrow = {"▲": r"$^\uparrow$", "▼": r"$^\downarrow$", "": ""}[mark(cell)]
-    return (rf"\textbf{{{value}}}" if cell.rank == 1 else value) + rf" $\pm$ {margin}{arrow}"
+    half_width = f"{100 * (cell.estimate.high - cell.estimate.low) / 2:.1f}"
+    arrow = {"▲": r"$^\uparrow$", "▼": r"$^\downarrow$", "": ""}[significance_mark(cell)]
+    return (rf"\textbf{{{value}}}" if cell.rank == 1 else value) + rf" $\pm$ {half_width}{arrow}"
 
 
-def _tex(text: str) -> str:
-    for sign in "&%_#":
-        text = text.replace(sign, f"\\{sign}")
+def _escape_latex(text: str) -> str:
+    for char in "&%_#":
+        text = text.replace(char, f"\\{char}")
     return text
 
 
-def comma_separated(table: Table) -> str:
+def to_csv(comparison: Comparison) -> str:
     """Return a table as CSV, a row a figure and encoder, as fractions with all their digits."""
-    stream = io.StringIO()
-    writer = csv.writer(stream, lineterminator="\n")
+    buffer = io.StringIO()
+    writer = csv.writer(buffer, lineterminator="\n")
     writer.writerow([
         "set", "protocol", "metric", "n", "encoder", "value", "low", "high", "rank",
         "difference", "difference_low", "difference_high", "p_value", "significant",
     ])  # fmt: skip
-    for line in table.lines:
-        for name, cell in zip(table.names, line.cells, strict=True):
+    for row in comparison.rows:
+        for name, cell in zip(comparison.encoder_names, row.cells, strict=True):
             if cell is None:
                 continue
             e, d = cell.estimate, cell.difference
-            tested = ["", "", "", ""] if d is None else [d.value, d.low, d.high, d.p_value]
+            difference_values = ["", "", "", ""] if d is None else [d.value, d.low, d.high, d.p_value]
             rank = "" if cell.rank is None else cell.rank
-            start = [line.set, line.protocol, line.metric, line.n, name, e.value, e.low, e.high, rank]
-            writer.writerow([*start, *tested, int(cell.significant)])
-    return stream.getvalue()
+            row_values = [row.dataset, row.protocol, row.metric, row.n, name, e.value, e.low, e.high, rank]
+            writer.writerow([*row_values, *difference_values, int(cell.significant)])
+    return buffer.getvalue()
 
 
-def write_comparison(table: Table, folder: Path, costs: Sequence[float | None]) -> list[Path]:
+def write_comparison(comparison: Comparison, out: Path, gflops: Sequence[float | None]) -> list[Path]:
     """Write a comparison as CSV, Markdown, LaTeX and plots, and return the files.
 
-    `costs` are the encoders' operations an image, in units of 10^9; where all are known, a plot sets accuracy
+    `gflops` are the encoders' operations an image, in units of 10^9; where all are known, a plot sets
+    accuracy
     against them.
     """
-    folder.mkdir(parents=True, exist_ok=True)
-    texts = {"comparison.csv": comma_separated, "comparison.md": markdown, "comparison.tex": latex}
-    written = []
-    for name, make in texts.items():
-        with atomic(folder / name) as temporary:
-            temporary.write_text(make(table), encoding="utf-8")
-        written.append(folder / name)
-    written.append(_plot_intervals(table, folder / "comparison.svg"))
-    known = [cost for cost in costs if cost is not None]
-    if len(known) == len(costs) and len(set(known)) > 1:
-        written.append(_plot_costs(table, known, folder / "cost.svg"))
-    return written
+    out.mkdir(parents=True, exist_ok=True)
+    formatters = {"comparison.csv": to_csv, "comparison.md": to_markdown, "comparison.tex": to_latex}
+    paths = []
+    for name, formatter in formatters.items():
+        with atomic_write(out / name) as tmp_path:
+            tmp_path.write_text(formatter(comparison), encoding="utf-8")
+        paths.append(out / name)
+    paths.append(_plot_intervals(comparison, out / "comparison.svg"))
+    known_gflops = [x for x in gflops if x is not None]
+    if len(known_gflops) == len(gflops) and len(set(known_gflops)) > 1:
+        paths.append(_plot_flops(comparison, known_gflops, out / "cost.svg"))
+    return paths
 
 
-def _plot_intervals(table: Table, path: Path) -> Path:
+def _plot_intervals(comparison: Comparison, path: Path) -> Path:
     """Draw a dot with its interval for each figure and encoder."""
     from matplotlib.figure import Figure
 
-    lines = table.lines
-    figure = Figure(figsize=(8, 1.2 + 0.18 * len(lines) * (len(table.names) + 1)), layout="constrained")
+    rows = comparison.rows
+    figure = Figure(
+        figsize=(8, 1.2 + 0.18 * len(rows) * (len(comparison.encoder_names) + 1)), layout="constrained"
+    )
     axes = figure.add_subplot()
-    for place, name in enumerate(table.names):
-        shown = [(row, line.cells[place]) for row, line in enumerate(lines)]
-        kept = [(row, cell.estimate) for row, cell in shown if cell is not None]
-        y = [row + (place + 1) / (len(table.names) + 1) - 0.5 for row, _ in kept]
-        x = [100 * e.value for _, e in kept]
-        wide = [[100 * (e.value - e.low) for _, e in kept], [100 * (e.high - e.value) for _, e in kept]]
-        axes.errorbar(x, y, xerr=wide, fmt="osD^vP"[place % 6], label=name, markersize=4, capsize=2)
-    axes.set_yticks(range(len(lines)), [f"{line.set}: {line.protocol} {line.metric}" for line in lines])
-    axes.set_ylim(len(lines) - 0.5, -0.5)
+    for i, name in enumerate(comparison.encoder_names):
+        cells = [(j, row.cells[i]) for j, row in enumerate(rows)]
+        estimates = [(j, cell.estimate) for j, cell in cells if cell is not None]
+        y = [j + (i + 1) / (len(comparison.encoder_names) + 1) - 0.5 for j, _ in estimates]
+        x = [100 * e.value for _, e in estimates]
+        xerr = [
+            [100 * (e.value - e.low) for _, e in estimates],
+            [100 * (e.high - e.value) for _, e in estimates],
+        ]
+        axes.errorbar(x, y, xerr=xerr, fmt="osD^vP"[i % 6], label=name, markersize=4, capsize=2)
+    axes.set_yticks(range(len(rows)), [f"{row.dataset}: {row.protocol} {row.metric}" for row in rows])
+    axes.set_ylim(len(rows) - 0.5, -0.5)
     axes.set_xlabel("% with 95 % interval")
     axes.grid(visible=True, axis="x", alpha=0.4)
-    figure.legend(loc="outside lower center", ncols=min(4, len(table.names)), frameon=False)
-    return _save(figure, path)
+    figure.legend(loc="outside lower center", ncols=min(4, len(comparison.encoder_names)), frameon=False)
+    return _save_svg(figure, path)
 
 
-def _plot_costs(table: Table, costs: Sequence[float], path: Path) -> Path:
+def _plot_flops(comparison: Comparison, gflops: Sequence[float], path: Path) -> Path:
     """Draw each figure of each encoder over its operations an image."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(8, 5), layout="constrained")
     axes = figure.add_subplot()
-    for number, line in enumerate(table.lines):
-        kept = sorted(
-            (cost, 100 * cell.estimate.value)
-            for cost, cell in zip(costs, line.cells, strict=True)
+    for i, row in enumerate(comparison.rows):
+        points = sorted(
+            (x, 100 * cell.estimate.value)
+            for x, cell in zip(gflops, row.cells, strict=True)
             if cell is not None
         )
-        label = f"{line.set}: {line.protocol} {line.metric}"
-        axes.plot(*zip(*kept, strict=True), marker="osD^vP"[number % 6], label=label)
+        label = f"{row.dataset}: {row.protocol} {row.metric}"
+        axes.plot(*zip(*points, strict=True), marker="osD^vP"[i % 6], label=label)
     axes.set_xscale("log")
     axes.set_xlabel("operations an image, 10⁹")
     axes.set_ylabel("%")
     axes.grid(visible=True, alpha=0.4)
     figure.legend(loc="outside lower center", ncols=2, frameon=False, fontsize=7)
-    for name, cost in zip(table.names, costs, strict=True):
-        axes.annotate(name, (cost, 1), xycoords=("data", "axes fraction"), rotation=30, fontsize=8)
-    return _save(figure, path)
+    for name, x in zip(comparison.encoder_names, gflops, strict=True):
+        axes.annotate(name, (x, 1), xycoords=("data", "axes fraction"), rotation=30, fontsize=8)
+    return _save_svg(figure, path)
 
 
-def _save(figure: "Figure", path: Path) -> Path:
+def _save_svg(figure: "Figure", path: Path) -> Path:
     import matplotlib as mpl
 
-    with mpl.rc_context({"svg.hashsalt": path.name}), atomic(path) as temporary:
-        figure.savefig(temporary, format="svg", metadata={"Date": None})
+    with mpl.rc_context({"svg.hashsalt": path.name}), atomic_write(path) as tmp_path:
+        figure.savefig(tmp_path, format="svg", metadata={"Date": None})
     return path

@@ -10,19 +10,19 @@ from typing import Any
 
 import numpy as np
 
-from likewise.artifacts import MANIFEST, Manifest, open_artifact, read_array, read_json, read_lines, read_yaml
-from likewise.errors import InputError, LikewiseError
-from likewise.evaluation.results import Row, read_results
+from likewise.artifacts import MANIFEST, Manifest, mmap_array, open_artifact, read_json, read_jsonl, read_yaml
+from likewise.errors import InvalidInputError, LikewiseError
+from likewise.evaluation.results import ResultRow, read_results
 
-METRICS = "metrics.jsonl"
-UNTRAINED = "random:"
+METRICS_FILE = "metrics.jsonl"
+UNTRAINED_PREFIX = "random:"
 # What files that were damaged or written by other versions raise when they are read.
-FAULTS = (LikewiseError, OSError, ValueError, KeyError, TypeError, IndexError, AttributeError)
-_ALIKE = {"self": "pairs of views of one image", "language": "pairs by language"}
+READ_ERRORS = (LikewiseError, OSError, ValueError, KeyError, TypeError, IndexError, AttributeError)
+_PAIR_PHRASES = {"self": "pairs of views of one image", "language": "pairs by language"}
 
 
 @dataclass(frozen=True, kw_only=True)
-class Preview:
+class PairPreview:
     """The first pairs as the network was shown them: views (m, v, s, s, 3) uint8, and whose they are.
 
     v is 2, or 1 where a method shows an image with a caption.
@@ -31,30 +31,30 @@ class Preview:
     views: np.ndarray
     pairs: list[dict[str, Any]]
 
-    def of(self, anchor: str) -> np.ndarray | None:
+    def views_of(self, anchor_id: str) -> np.ndarray | None:
         """Return the views of an anchor's pair, (v, s, s, 3), or None where it is not among them."""
-        for row, pair in enumerate(self.pairs):
-            if pair["anchor"] == anchor:
-                return self.views[row]
+        for i, pair in enumerate(self.pairs):
+            if pair["anchor"] == anchor_id:
+                return self.views[i]
         return None
 
 
 @dataclass(frozen=True, kw_only=True)
-class Trained:
+class RunInfo:
     """A run's settings, curves and first pairs."""
 
     manifest: Manifest
-    settings: dict[str, Any]
+    config: dict[str, Any]
     derived: dict[str, Any]
     metrics: list[dict[str, float | int]]
-    preview: Preview | None
+    preview: PairPreview | None
 
     @property
-    def pairs(self) -> str:
+    def pair_source(self) -> str:
         """Who was shown with whom."""
-        return str(self.settings.get("pairs"))
+        return str(self.config.get("source"))
 
-    def column(self, name: str) -> tuple[np.ndarray, np.ndarray]:
+    def metric_series(self, name: str) -> tuple[np.ndarray, np.ndarray]:
         """Return the steps and values (m,) of a logged figure, where it is a number."""
         rows = [(row["step"], row[name]) for row in self.metrics if math.isfinite(row.get(name, math.nan))]
         steps, values = zip(*rows, strict=True) if rows else ((), ())
@@ -62,36 +62,36 @@ class Trained:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Entry:
+class ReportEntry:
     """One column of the page: a run, or an encoder that was only evaluated.
 
     Attributes:
         path: Its folder.
-        short: What it is called in a table's head.
+        label: What it is called in a table's head.
         detail: What is said below that.
         phrase: What it is called within a sentence.
         rows: What was measured of it.
         results: The same as stored, a mapping an evaluated set.
-        trained: What a run holds besides, or None.
-        fault: Why its results cannot be read, or None.
+        run: What a run holds besides, or None.
+        error: Why its results cannot be read, or None.
     """
 
     path: Path
-    short: str
+    label: str
     detail: str
     phrase: str
-    rows: list[Row] = field(default_factory=list)
+    rows: list[ResultRow] = field(default_factory=list)
     results: list[dict[str, Any]] = field(default_factory=list)
-    trained: Trained | None = None
-    fault: str | None = None
+    run: RunInfo | None = None
+    error: str | None = None
 
     @cached_property
     def name(self) -> str:
         """The whole name."""
-        return f"{self.short}, {self.detail}" if self.detail else self.short
+        return f"{self.label}, {self.detail}" if self.detail else self.label
 
 
-def read_entries(paths: Sequence[Path | str]) -> list[Entry]:
+def read_report_entries(paths: Sequence[Path | str]) -> list[ReportEntry]:
     """Read runs and evaluation folders, runs first, each once, and name them so that they can be told apart.
 
     Raises:
@@ -99,83 +99,92 @@ def read_entries(paths: Sequence[Path | str]) -> list[Entry]:
         InputError: where there is none, or a run's settings cannot be read.
     """
     if not paths:
-        raise InputError("there is nothing to report on: give at least one run")
-    unique = list(dict.fromkeys(Path(path).resolve() for path in paths))
-    entries = [_read_measured(path) if _only_measured(path) else _read_run(path) for path in unique]
-    return _told_apart(sorted(entries, key=lambda entry: entry.trained is None))
+        raise InvalidInputError("there is nothing to report on: give at least one run")
+    unique_paths = list(dict.fromkeys(Path(path).resolve() for path in paths))
+    entries = [
+        _read_evaluation(path) if _is_evaluation_only(path) else _read_run(path) for path in unique_paths
+    ]
+    return _disambiguate(sorted(entries, key=lambda entry: entry.run is None))
 
 
-def _only_measured(path: Path) -> bool:
+def _is_evaluation_only(path: Path) -> bool:
     return not (path / MANIFEST).is_file() and any(path.glob("*/results.json"))
 
 
-def _read_run(path: Path) -> Entry:
+def _read_run(path: Path) -> ReportEntry:
     manifest = open_artifact(path, "run").manifest
-    settings = read_yaml(path / "config.yaml")
-    derived = settings.pop("derived", None) or {}
-    trained = Trained(
+    config = read_yaml(path / "config.yaml")
+    derived = config.pop("derived", None) or {}
+    run = RunInfo(
         manifest=manifest,
-        settings=settings,
+        config=config,
         derived=derived,
-        metrics=read_lines(path / METRICS),
+        metrics=read_jsonl(path / METRICS_FILE),
         preview=_read_preview(path),
     )
-    entry = Entry(
+    entry = ReportEntry(
         path=path,
-        short=f"{trained.pairs} pairs",
-        detail=str(settings.get("method")),
-        phrase=_ALIKE.get(trained.pairs, f"{trained.pairs} pairs"),
-        trained=trained,
+        label=f"{run.pair_source} pairs",
+        detail=str(config.get("method")),
+        phrase=_PAIR_PHRASES.get(run.pair_source, f"{run.pair_source} pairs"),
+        run=run,
     )
-    return _with_results(entry, list(path.glob("evaluation/*/results.json")))
+    return _add_results(entry, list(path.glob("evaluation/*/results.json")))
 
 
-def _read_measured(path: Path) -> Entry:
-    found = _with_results(
-        Entry(path=path, short=path.name, detail="", phrase=path.name), list(path.glob("*/results.json"))
+def _read_evaluation(path: Path) -> ReportEntry:
+    entry = _add_results(
+        ReportEntry(path=path, label=path.name, detail="", phrase=path.name),
+        list(path.glob("*/results.json")),
     )
-    if not found.results:
-        return found
-    encoder = str(found.results[0]["encoder"]["name"])
-    if encoder.startswith(UNTRAINED):
-        kind = encoder.removeprefix(UNTRAINED)
-        return replace(found, short="untrained", detail=kind, phrase=f"an untrained {kind}")
-    return replace(found, short=encoder, phrase=encoder)
+    if not entry.results:
+        return entry
+    encoder = str(entry.results[0]["encoder"]["name"])
+    if encoder.startswith(UNTRAINED_PREFIX):
+        architecture = encoder.removeprefix(UNTRAINED_PREFIX)
+        return replace(entry, label="untrained", detail=architecture, phrase=f"an untrained {architecture}")
+    return replace(entry, label=encoder, phrase=encoder)
 
 
-def _with_results(entry: Entry, files: list[Path]) -> Entry:
-    if not files:
+def _add_results(entry: ReportEntry, paths: list[Path]) -> ReportEntry:
+    if not paths:
         return entry
     try:
         return replace(
-            entry, rows=read_results(entry.path), results=[read_json(file) for file in sorted(files)]
+            entry,
+            rows=read_results(entry.path),
+            results=[read_json(result_path) for result_path in sorted(paths)],
         )
-    except FAULTS as fault:
-        return replace(entry, fault=f"the results in {entry.path} cannot be read ({fault})")
+    except READ_ERRORS as error:
+        return replace(entry, error=f"the results in {entry.path} cannot be read ({error})")
 
 
-def _read_preview(path: Path) -> Preview | None:
+def _read_preview(path: Path) -> PairPreview | None:
     try:
-        views, pairs = read_array(path / "preview.npy"), read_json(path / "preview.json")
-    except FAULTS:
+        views, pairs = mmap_array(path / "preview.npy"), read_json(path / "preview.json")
+    except READ_ERRORS:
         return None
-    sound = views.ndim == 5 and views.shape[1] in (1, 2) and views.shape[4] == 3 and views.dtype == np.uint8
-    told = all(isinstance(pair, dict) and {"anchor", "position"} <= pair.keys() for pair in pairs)
-    return Preview(views=views, pairs=pairs) if sound and told and len(views) == len(pairs) else None
+    is_valid = (
+        views.ndim == 5 and views.shape[1] in (1, 2) and views.shape[4] == 3 and views.dtype == np.uint8
+    )
+    has_keys = all(isinstance(pair, dict) and {"anchor", "position"} <= pair.keys() for pair in pairs)
+    return (
+        PairPreview(views=views, pairs=pairs) if is_valid and has_keys and len(views) == len(pairs) else None
+    )
 
 
-def _told_apart(entries: list[Entry]) -> list[Entry]:
+def _disambiguate(entries: list[ReportEntry]) -> list[ReportEntry]:
     """Add folder names, as many parts as needed, to the names that several have."""
     for depth in range(1, 6):
-        common = {name for name, count in Counter(entry.name for entry in entries).items() if count > 1}
-        if not common:
+        duplicates = {name for name, count in Counter(entry.name for entry in entries).items() if count > 1}
+        if not duplicates:
             break
-        entries = [_located(entry, depth) if entry.name in common else entry for entry in entries]
+        entries = [_add_path_suffix(entry, depth) if entry.name in duplicates else entry for entry in entries]
     return entries
 
 
-def _located(entry: Entry, depth: int) -> Entry:
-    place = "/".join(entry.path.parts[-depth:])
-    usual = entry.detail.split(" · ")[0] if depth > 1 else entry.detail
+def _add_path_suffix(entry: ReportEntry, depth: int) -> ReportEntry:
+    suffix = "/".join(entry.path.parts[-depth:])
+    detail = entry.detail.split(" · ")[0] if depth > 1 else entry.detail
     phrase = entry.phrase.split(" (", maxsplit=1)[0]
-    return replace(entry, detail=f"{usual} · {place}" if usual else place, phrase=f"{phrase} ({place})")
+    return replace(entry, detail=f"{detail} · {suffix}" if detail else suffix, phrase=f"{phrase} ({suffix})")

@@ -4,59 +4,67 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
 from typing import Any
 
-from likewise.evaluation.results import Row, compare
+from likewise.evaluation.results import ResultRow, compare
 from likewise.evaluation.statistics import Difference, Estimate
-from likewise.pairs.config import PairRule
-from likewise.report.format import chance, counted, listed, percent, plain, points
-from likewise.report.load import Entry
+from likewise.pairs.config import PairConfig
+from likewise.report.format import (
+    count_noun,
+    format_p_value,
+    format_percent,
+    format_percentage_points,
+    format_value,
+    join_words,
+)
+from likewise.report.load import ReportEntry
 
 
 @dataclass(frozen=True, kw_only=True)
-class Words:
+class ProtocolText:
     """How to speak of a protocol.
 
     Attributes:
         title: What it is called.
         explain: One line on what is done, with its settings.
-        items: What one item of its test is called, once and several times.
-        doing: What an encoder does when it is right, as after `can`.
+        item_nouns: What one item of its test is called, once and several times.
+        success_phrase: What an encoder does when it is right, as after `can`.
     """
 
     title: str
-    explain: Callable[[Row], str]
-    items: tuple[str, str]
-    doing: Callable[[Row], str] = lambda _: "name the right class"
+    explain: Callable[[ResultRow], str]
+    item_nouns: tuple[str, str]
+    success_phrase: Callable[[ResultRow], str] = lambda _: "name the right class"
 
-    def metric(self, row: Row) -> str:
+    def metric_title(self, row: ResultRow) -> str:
         """Return what a figure is called in a table."""
         return f"{self.title} {row.metric}"
 
 
-def _linear(_: Row) -> str:
+def _explain_linear(_: ResultRow) -> str:
     return (
         "A linear classifier is fitted to the frozen features of the training images and names the class of "
         "every test image. How strongly it is regularised is chosen on images held out of training."
     )
 
 
-def _fewshot(row: Row) -> str:
-    told = row.settings
+def _explain_fewshot(row: ResultRow) -> str:
+    config = row.config
     return (
-        f"{row.n:,} small exams: {told['ways']} classes are drawn, {told['shots']} labelled training images "
+        f"{row.n:,} small exams: {config['ways']} classes are drawn, {config['shots']} labelled "
+        f"training images "
         "of each are given, and test images go to the class whose mean is nearest. Guessing is right "
-        f"{100 / told['ways']:.0f} % of the time. The interval covers which exams are drawn from these "
+        f"{100 / config['ways']:.0f} % of the time. The interval covers which exams are drawn from these "
         "images, not how another test set would come out, so it is narrower than the others."
     )
 
 
-def _knn(row: Row) -> str:
+def _explain_knn(row: ResultRow) -> str:
     return (
-        f"The {row.settings['k']} most similar training images vote on the class of a test image; nothing is "
+        f"The {row.config['k']} most similar training images vote on the class of a test image; nothing is "
         "fitted."
     )
 
 
-def _retrieval(_: Row) -> str:
+def _explain_retrieval(_: ResultRow) -> str:
     return (
         "Every test image is a query: which other test images (of other sources, where the set names "
         "sources) look most like it to the encoder? Recall@k is the share of queries with the same concept "
@@ -65,21 +73,21 @@ def _retrieval(_: Row) -> str:
     )
 
 
-def _finding(row: Row) -> str:
-    depth = row.metric.removeprefix("recall@")
-    place = {"1": " at the first try"}.get(depth, f" among the first {depth}" if depth.isdigit() else "")
-    return f"find another picture of the same concept{place}"
+def _retrieval_success(row: ResultRow) -> str:
+    k = row.metric.removeprefix("recall@")
+    rank_phrase = {"1": " at the first try"}.get(k, f" among the first {k}" if k.isdigit() else "")
+    return f"find another picture of the same concept{rank_phrase}"
 
 
-def _knn_grid(row: Row) -> str:
-    told = row.details
+def _explain_knn_grid(row: ResultRow) -> str:
+    details = row.details
     return (
         "The most similar training images vote on the class of a test image. How many, and how fast a vote "
-        f"fades with distance, was chosen on held-out images: {told['k']} and {told['temperature']:g}."
+        f"fades with distance, was chosen on held-out images: {details['k']} and {details['temperature']:g}."
     )
 
 
-def _clustering(row: Row) -> str:
+def _explain_clustering(row: ResultRow) -> str:
     return (
         "The test images are sorted into as many groups as there are classes without a look at labels, "
         f"{row.n} times from other starts. 100 % is full agreement with the classes; for ARI, 0 % is chance. "
@@ -87,271 +95,316 @@ def _clustering(row: Row) -> str:
     )
 
 
-def _finetune(row: Row) -> str:
+def _explain_finetune(row: ResultRow) -> str:
     return (
-        f"Encoder and classifier are trained together on the labelled images for {row.settings['epochs']} "
+        f"Encoder and classifier are trained together on the labelled images for {row.config['epochs']} "
         "epochs; the classifier then names the class of every test image."
     )
 
 
-def _localisation(_: Row) -> str:
+def _explain_localization(_: ResultRow) -> str:
     return (
         "A linear map from the frozen features predicts the box around the subject. Overlap is the shared "
         "area over the area of both boxes together."
     )
 
 
-def _zeroshot(row: Row) -> str:
-    sentences = ", ".join(f"“{each}”" for each in row.settings["templates"])
-    return f"No image is learned from: one gets the class whose name, put into {sentences}, is nearest."
+def _explain_zeroshot(row: ResultRow) -> str:
+    prompts = ", ".join(f"“{prompt}”" for prompt in row.config["prompts"])
+    return f"No image is learned from: one gets the class whose name, put into {prompts}, is nearest."
 
 
-def _image_text(_: Row) -> str:
+def _explain_image_text(_: ResultRow) -> str:
     return (
         "Each test image looks for its caption among all, and each caption for its image. Recall@k is the "
         "share that finds it among the first k answers."
     )
 
 
-def _detection(row: Row) -> str:
-    how = "as it is" if row.settings["backbone"] == "frozen" else "trained with it"
+def _explain_detection(row: ResultRow) -> str:
+    backbone_mode = "as it is" if row.config["backbone"] == "frozen" else "trained with it"
     return (
-        f"A Faster R-CNN on the encoder, which is {how}, learns to box objects for {row.settings['epochs']} "
+        f"A Faster R-CNN on the encoder, which is {backbone_mode}, learns to box objects for "
+        f"{row.config['epochs']} "
         "epochs. AP is COCO's average precision over overlaps of 50 to 95 %, AP50 and AP75 those at one."
     )
 
 
-def _segmentation(row: Row) -> str:
+def _explain_segmentation(row: ResultRow) -> str:
     head = (
-        "one linear layer on its maps"
-        if row.settings["backbone"] == "frozen"
-        else "a network trained with it"
+        "one linear layer on its maps" if row.config["backbone"] == "frozen" else "a network trained with it"
     )
     return (
         f"Every pixel gets a class, from the encoder and {head}. IoU is the overlap of given and true areas."
     )
 
 
-PROTOCOLS = {
-    "linear": Words(title="Linear probe", explain=_linear, items=("test image", "test images")),
-    "fewshot": Words(title="Few-shot", explain=_fewshot, items=("episode", "episodes")),
-    "knn": Words(title="kNN", explain=_knn, items=("test image", "test images")),
-    "retrieval": Words(
+PROTOCOL_TEXTS = {
+    "linear": ProtocolText(
+        title="Linear probe", explain=_explain_linear, item_nouns=("test image", "test images")
+    ),
+    "fewshot": ProtocolText(title="Few-shot", explain=_explain_fewshot, item_nouns=("episode", "episodes")),
+    "knn": ProtocolText(title="kNN", explain=_explain_knn, item_nouns=("test image", "test images")),
+    "retrieval": ProtocolText(
         title="Retrieval",
-        explain=_retrieval,
-        items=("query", "queries"),
-        doing=_finding,
+        explain=_explain_retrieval,
+        item_nouns=("query", "queries"),
+        success_phrase=_retrieval_success,
     ),
-    "knn-grid": Words(title="kNN, tuned", explain=_knn_grid, items=("test image", "test images")),
-    "clustering": Words(
-        title="Clustering", explain=_clustering, items=("start", "starts"), doing=lambda _: "be sorted"
+    "knn-grid": ProtocolText(
+        title="kNN, tuned", explain=_explain_knn_grid, item_nouns=("test image", "test images")
     ),
-    "finetune": Words(title="Fine-tuned", explain=_finetune, items=("test image", "test images")),
-    "localisation": Words(
+    "clustering": ProtocolText(
+        title="Clustering",
+        explain=_explain_clustering,
+        item_nouns=("start", "starts"),
+        success_phrase=lambda _: "be sorted",
+    ),
+    "finetune": ProtocolText(
+        title="Fine-tuned", explain=_explain_finetune, item_nouns=("test image", "test images")
+    ),
+    "localisation": ProtocolText(
         title="Localisation",
-        explain=_localisation,
-        items=("test image", "test images"),
-        doing=lambda _: "box the subject",
+        explain=_explain_localization,
+        item_nouns=("test image", "test images"),
+        success_phrase=lambda _: "box the subject",
     ),
-    "zeroshot": Words(title="Zero-shot", explain=_zeroshot, items=("test image", "test images")),
-    "image-text": Words(
+    "zeroshot": ProtocolText(
+        title="Zero-shot", explain=_explain_zeroshot, item_nouns=("test image", "test images")
+    ),
+    "image-text": ProtocolText(
         title="Image and text",
-        explain=_image_text,
-        items=("query", "queries"),
-        doing=lambda _: "find the other half",
+        explain=_explain_image_text,
+        item_nouns=("query", "queries"),
+        success_phrase=lambda _: "find the other half",
     ),
-    "detection": Words(
+    "detection": ProtocolText(
         title="Detection",
-        explain=_detection,
-        items=("test image", "test images"),
-        doing=lambda _: "box the objects",
+        explain=_explain_detection,
+        item_nouns=("test image", "test images"),
+        success_phrase=lambda _: "box the objects",
     ),
-    "segmentation": Words(
+    "segmentation": ProtocolText(
         title="Segmentation",
-        explain=_segmentation,
-        items=("test image", "test images"),
-        doing=lambda _: "name the pixels",
+        explain=_explain_segmentation,
+        item_nouns=("test image", "test images"),
+        success_phrase=lambda _: "name the pixels",
     ),
 }
 
 
-def protocol(row: Row) -> Words:
+def protocol_text(row: ResultRow) -> ProtocolText:
     """Return the words for a row's protocol; an unknown one is called by its own name."""
-    known = PROTOCOLS.get(row.protocol)
-    if known is not None:
-        return known
-    return Words(title=row.protocol, explain=lambda _: "", items=("item", "items"))
+    text = PROTOCOL_TEXTS.get(row.protocol)
+    if text is not None:
+        return text
+    return ProtocolText(title=row.protocol, explain=lambda _: "", item_nouns=("item", "items"))
 
 
-LEVEL = 0.05
-_ORDER = ("retrieval", "linear", "fewshot", "knn")
+SIGNIFICANCE_LEVEL = 0.05
+_PROTOCOL_ORDER = ("retrieval", "linear", "fewshot", "knn")
 
 
 @dataclass(frozen=True, kw_only=True)
-class Change:
+class BaselineDifference:
     """A paired difference from the baseline, in words and whether its interval excludes zero."""
 
-    told: Difference
+    stats: Difference
 
     @property
     def text(self) -> str:
         """The difference with its interval and p-value."""
-        told = self.told
-        return f"{points(told.value)} [{points(told.low)}, {points(told.high)}]"
+        stats = self.stats
+        value, low, high = (format_percentage_points(x) for x in (stats.value, stats.low, stats.high))
+        return f"{value} [{low}, {high}]"
 
     @property
-    def p_text(self) -> str:
+    def p_value_text(self) -> str:
         """The p-value."""
-        return chance(self.told.p_value)
+        return format_p_value(self.stats.p_value)
 
     @property
     def direction(self) -> str:
         """`higher` or `lower` where the interval excludes zero, else nothing."""
-        if self.told.low > 0:
+        if self.stats.low > 0:
             return "higher"
-        return "lower" if self.told.high < 0 else ""
+        return "lower" if self.stats.high < 0 else ""
 
     @property
-    def doubtful(self) -> bool:
+    def is_doubtful(self) -> bool:
         """Whether the interval excludes zero but the test of no difference does not agree."""
-        return bool(self.direction) and self.told.p_value >= LEVEL
+        return bool(self.direction) and self.stats.p_value >= SIGNIFICANCE_LEVEL
 
     @property
     def mark(self) -> str:
         """A triangle up or down, hollow where doubtful."""
         marks = {"higher": "△▲", "lower": "▽▼"}.get(self.direction)
-        return marks[not self.doubtful] if marks else ""
+        return marks[not self.is_doubtful] if marks else ""
 
 
 @dataclass(frozen=True, kw_only=True)
-class Cell:
+class ResultCell:
     """One encoder's figure; `note` says why it has no difference although it is not the baseline."""
 
     estimate: Estimate | None
-    change: Change | None = None
+    difference: BaselineDifference | None = None
     note: str = ""
 
     @property
     def value(self) -> str:
         """The value in percent."""
-        return percent(self.estimate.value) if self.estimate else ""
+        return format_percent(self.estimate.value) if self.estimate else ""
 
     @property
     def interval(self) -> str:
         """The interval in percent."""
-        return f"[{percent(self.estimate.low)}, {percent(self.estimate.high)}]" if self.estimate else ""
+        return (
+            f"[{format_percent(self.estimate.low)}, {format_percent(self.estimate.high)}]"
+            if self.estimate
+            else ""
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
-class Line:
+class TableRow:
     """One figure of all encoders."""
 
-    row: Row
+    result: ResultRow
     name: str
-    items: str
-    cells: list[Cell]
+    item_count: str
+    cells: list[ResultCell]
 
 
 @dataclass(frozen=True, kw_only=True)
-class SetTable:
+class DatasetTable:
     """Everything measured on one labelled set."""
 
     name: str
-    about: list[str]
-    lines: list[Line]
-    explained: list[tuple[str, str]]
+    description: list[str]
+    rows: list[TableRow]
+    explanations: list[tuple[str, str]]
 
 
 @dataclass(frozen=True, kw_only=True)
-class Results:
+class ResultTables:
     """The tables of all sets and what they come to."""
 
-    columns: list[Entry]
-    baseline: int
-    tables: list[SetTable]
+    columns: list[ReportEntry]
+    baseline_index: int
+    tables: list[DatasetTable]
 
 
-def tabulate(entries: Sequence[Entry]) -> Results | None:
+def build_result_tables(entries: Sequence[ReportEntry]) -> ResultTables | None:
     """Line up what was measured; None where nothing was."""
     columns = [entry for entry in entries if entry.rows]
     if not columns:
         return None
-    baseline = _baseline(columns)
-    first = columns[baseline]
-    changes = [
-        {} if entry is first else {c.row.name: c.differences[0] for c in compare([first.rows, entry.rows])}
+    baseline_index = _baseline_index(columns)
+    baseline_entry = columns[baseline_index]
+    differences = [
+        {}
+        if entry is baseline_entry
+        else {
+            comparison.baseline.key: comparison.differences[0]
+            for comparison in compare([baseline_entry.rows, entry.rows])
+        }
         for entry in columns
     ]
-    tables = [_table(key, columns, baseline, changes) for key in dict.fromkeys(_keys(columns))]
-    return Results(columns=columns, baseline=baseline, tables=tables)
+    tables = [
+        _build_table(key, columns, baseline_index, differences)
+        for key in dict.fromkeys(_dataset_keys(columns))
+    ]
+    return ResultTables(columns=columns, baseline_index=baseline_index, tables=tables)
 
 
-def _baseline(columns: Sequence[Entry]) -> int:
+def _baseline_index(columns: Sequence[ReportEntry]) -> int:
     """Return the place of the first run with `self` pairs, or 0."""
-    own = (i for i, entry in enumerate(columns) if entry.trained and entry.trained.pairs == "self")
-    return next(own, 0)
+    self_pair_indices = (
+        i for i, entry in enumerate(columns) if entry.run and entry.run.pair_source == "self"
+    )
+    return next(self_pair_indices, 0)
 
 
-def _keys(columns: Sequence[Entry]) -> list[str]:
-    return [row.set_key for entry in columns for row in entry.rows]
+def _dataset_keys(columns: Sequence[ReportEntry]) -> list[str]:
+    return [row.dataset_key for entry in columns for row in entry.rows]
 
 
-def _table(
-    key: str,
-    columns: Sequence[Entry],
-    baseline: int,
-    changes: Sequence[dict[Any, Difference | None]],
-) -> SetTable:
-    found = {row.name: row for entry in reversed(columns) for row in entry.rows if row.set_key == key}
-    rows = sorted(found.values(), key=_order)
-    lines = []
+def _build_table(
+    dataset_key: str,
+    columns: Sequence[ReportEntry],
+    baseline_index: int,
+    differences: Sequence[dict[Any, Difference | None]],
+) -> DatasetTable:
+    rows_by_name = {
+        row.key: row for entry in reversed(columns) for row in entry.rows if row.dataset_key == dataset_key
+    }
+    rows = sorted(rows_by_name.values(), key=_sort_key)
+    table_rows = []
     for row in rows:
-        how = protocol(row)
-        cells = [_cell(row, entry, i == baseline, changes[i]) for i, entry in enumerate(columns)]
-        items = counted(row.n, *how.items)
-        lines.append(Line(row=row, name=how.metric(row), items=items, cells=cells))
-    explained = {protocol(row).title: protocol(row).explain(row) for row in rows}
-    return SetTable(
-        name=rows[0].set, about=_about(key, columns), lines=lines, explained=list(explained.items())
+        text = protocol_text(row)
+        cells = [
+            _build_cell(row, entry, i == baseline_index, differences[i]) for i, entry in enumerate(columns)
+        ]
+        item_count = count_noun(row.n, *text.item_nouns)
+        table_rows.append(
+            TableRow(result=row, name=text.metric_title(row), item_count=item_count, cells=cells)
+        )
+    explanations = {protocol_text(row).title: protocol_text(row).explain(row) for row in rows}
+    return DatasetTable(
+        name=rows[0].dataset,
+        description=_describe_dataset(dataset_key, columns),
+        rows=table_rows,
+        explanations=list(explanations.items()),
     )
 
 
-def _order(row: Row) -> tuple[int, str]:
-    return (_ORDER.index(row.protocol) if row.protocol in _ORDER else len(_ORDER), row.protocol)
+def _sort_key(row: ResultRow) -> tuple[int, str]:
+    return (
+        _PROTOCOL_ORDER.index(row.protocol) if row.protocol in _PROTOCOL_ORDER else len(_PROTOCOL_ORDER),
+        row.protocol,
+    )
 
 
-def _cell(row: Row, entry: Entry, is_baseline: bool, changes: dict[Any, Difference | None]) -> Cell:
-    own = next((other for other in reversed(entry.rows) if other.name == row.name), None)
-    if own is None:
-        return Cell(estimate=None, note="not measured")
+def _build_cell(
+    row: ResultRow, entry: ReportEntry, is_baseline: bool, differences: dict[Any, Difference | None]
+) -> ResultCell:
+    result = next((candidate for candidate in reversed(entry.rows) if candidate.key == row.key), None)
+    if result is None:
+        return ResultCell(estimate=None, note="not measured")
     if is_baseline:
-        return Cell(estimate=own.estimate, note="baseline")
-    change = changes.get(row.name)
-    if change is None:
-        why = "no difference given: other items or settings" if row.name in changes else ""
-        return Cell(estimate=own.estimate, note=why)
-    return Cell(estimate=own.estimate, change=Change(told=change))
+        return ResultCell(estimate=result.estimate, note="baseline")
+    difference = differences.get(row.key)
+    if difference is None:
+        note = "no difference given: other items or settings" if row.key in differences else ""
+        return ResultCell(estimate=result.estimate, note=note)
+    return ResultCell(estimate=result.estimate, difference=BaselineDifference(stats=difference))
 
 
-def _about(key: str, columns: Sequence[Entry]) -> list[str]:
+def _describe_dataset(dataset_key: str, columns: Sequence[ReportEntry]) -> list[str]:
     """Say how large a set is, what was skipped, and which classes nobody can name."""
-    results = [(entry, r) for entry in columns for r in entry.results if r["set"]["key"] == key]
-    told = results[0][1]["set"]
-    images = [f"{counted(count, 'image')} to {split}" for split, count in told["images"].items()]
-    kind = (
-        counted(told["classes"], "class", "classes")
-        if "classes" in told
-        else counted(told["captions"], "caption", "captions")
+    entry_results = [
+        (entry, result)
+        for entry in columns
+        for result in entry.results
+        if result["set"]["key"] == dataset_key
+    ]
+    info = entry_results[0][1]["set"]
+    split_counts = [f"{count_noun(count, 'image')} to {split}" for split, count in info["images"].items()]
+    size_text = (
+        count_noun(info["classes"], "class", "classes")
+        if "classes" in info
+        else count_noun(info["captions"], "caption", "captions")
     )
-    lines = [f"{kind}; {listed(images)}."]
-    unseen = told.get("classes_only_in_test") or []
-    if unseen:
-        named = ", ".join(unseen[:8]) + (", …" if unseen[8:] else "")
+    lines = [f"{size_text}; {join_words(split_counts)}."]
+    test_only_classes = info.get("classes_only_in_test") or []
+    if test_only_classes:
+        class_names = ", ".join(test_only_classes[:8]) + (", …" if test_only_classes[8:] else "")
         lines.append(
-            f"In test only: {counted(len(unseen), 'class', 'classes')} ({named}), which linear and kNN can "
+            f"In test only: {count_noun(len(test_only_classes), 'class', 'classes')} "
+            f"({class_names}), which linear and kNN can "
             "never name."
         )
-    for entry, result in results:
+    for entry, result in entry_results:
         skipped = [f"{count:,} {reason}" for reason, count in sorted(result["set"]["skipped"].items())]
         if skipped:
             lines.append(f"Skipped with {entry.name}: {', '.join(skipped)}.")
@@ -359,7 +412,7 @@ def _about(key: str, columns: Sequence[Entry]) -> list[str]:
 
 
 # The figure that the first sentence is about is chosen by this order alone, never by how it came out.
-_FIRST = (
+_HEADLINE_METRICS = (
     ("retrieval", "recall@1"),
     ("linear", "accuracy"),
     ("linear", "mean per-class accuracy"),
@@ -367,105 +420,124 @@ _FIRST = (
     ("knn", "accuracy"),
     ("knn", "mean per-class accuracy"),
 )
-_NAMES = {"views": "the recipe of views", "precision": "precision"}
-_UNCOMPARED = {"seed"} | {field.name for field in fields(PairRule)}
+_SETTING_NAMES = {"augmentation": "the augmentation", "precision": "precision"}
+_IGNORED_SETTINGS = {"seed"} | {field.name for field in fields(PairConfig)}
 
 
-def sentences(results: Results) -> list[str]:
+def summary_sentences(results: ResultTables) -> list[str]:
     """Return the result in words: of each run against the baseline, or of the only run."""
-    columns, baseline = results.columns, results.baseline
-    lines = [line for table in results.tables for line in table.lines]
-    challengers = [i for i, entry in enumerate(columns) if i != baseline and entry.trained]
+    columns, baseline_index = results.columns, results.baseline_index
+    rows = [row for table in results.tables for row in table.rows]
+    challengers = [i for i, entry in enumerate(columns) if i != baseline_index and entry.run]
     if not challengers:
-        line = _first_line([line for line in lines if line.cells[baseline].estimate])
-        return [] if line is None else [_alone(columns, baseline, line)]
-    told = []
+        row = _headline_row([row for row in rows if row.cells[baseline_index].estimate])
+        return [] if row is None else [_describe_single_run(columns, baseline_index, row)]
+    sentences = []
     for i in challengers:
-        compared = [line for line in lines if line.cells[i].change]
-        line = _first_line(compared)
-        if line is not None:
-            told.append(_versus(columns[i], columns[baseline], line, line.cells[i].change))
-            told.append(_tally(columns[i], compared, i))
-    return [sentence for sentence in told if sentence]
+        compared_rows = [row for row in rows if row.cells[i].difference]
+        row = _headline_row(compared_rows)
+        if row is not None:
+            sentences.append(
+                _describe_difference(columns[i], columns[baseline_index], row, row.cells[i].difference)
+            )
+            sentences.append(_summarize_differences(columns[i], compared_rows, i))
+    return [sentence for sentence in sentences if sentence]
 
 
-def _first_line(lines: Sequence[Line]) -> Line | None:
-    by_name = {(line.row.protocol, line.row.metric): line for line in reversed(lines)}
-    return next((by_name[name] for name in _FIRST if name in by_name), lines[0] if lines else None)
+def _headline_row(rows: Sequence[TableRow]) -> TableRow | None:
+    by_name = {(row.result.protocol, row.result.metric): row for row in reversed(rows)}
+    return next((by_name[name] for name in _HEADLINE_METRICS if name in by_name), rows[0] if rows else None)
 
 
-def _alone(columns: Sequence[Entry], baseline: int, line: Line) -> str:
+def _describe_single_run(columns: Sequence[ReportEntry], baseline_index: int, row: TableRow) -> str:
     """Tell of the only run, and beside it of encoders that were only evaluated."""
-    entry, cell = columns[baseline], line.cells[baseline]
-    whom = f"an encoder trained on {entry.phrase}" if entry.trained else entry.phrase
-    others = [
-        f"; {other.phrase} {there.value} % {there.interval}"
-        for i, (other, there) in enumerate(zip(columns, line.cells, strict=True))
-        if i != baseline and there.estimate
+    entry, cell = columns[baseline_index], row.cells[baseline_index]
+    subject = f"an encoder trained on {entry.phrase}" if entry.run else entry.phrase
+    comparisons = [
+        f"; {other_entry.phrase} {other_cell.value} % {other_cell.interval}"
+        for i, (other_entry, other_cell) in enumerate(zip(columns, row.cells, strict=True))
+        if i != baseline_index and other_cell.estimate
     ]
-    doing = protocol(line.row).doing(line.row)
+    phrase = protocol_text(row.result).success_phrase(row.result)
     return (
-        f"On held-out images, {whom} can {doing} {cell.value} % of the time {cell.interval}{''.join(others)}."
+        f"On held-out images, {subject} can {phrase} {cell.value} % of the time "
+        f"{cell.interval}{''.join(comparisons)}."
     )
 
 
-def _versus(entry: Entry, baseline: Entry, line: Line, change: Change | None) -> str:
-    if change is None:
+def _describe_difference(
+    entry: ReportEntry, baseline: ReportEntry, row: TableRow, difference: BaselineDifference | None
+) -> str:
+    if difference is None:
         return ""
-    doing, told = protocol(line.row).doing(line.row), change.told
-    if not change.direction:
+    phrase, stats = protocol_text(row.result).success_phrase(row.result), difference.stats
+    if not difference.direction:
         return (
-            f"On held-out images, {entry.phrase} and {baseline.phrase} {doing} about equally often: "
-            f"{points(told.value)} percentage points [{points(told.low)}, {points(told.high)}] "
+            f"On held-out images, {entry.phrase} and {baseline.phrase} {phrase} about equally often: "
+            f"{format_percentage_points(stats.value)} percentage points "
+            f"[{format_percentage_points(stats.low)}, {format_percentage_points(stats.high)}] "
             "is no difference that this test set can show."
         )
-    sizes = [abs(100 * size) for size in (told.value, told.low, told.high)]
-    more = "more" if change.direction == "higher" else "less"
-    doubt = (
-        f"; the paired test is less sure ({change.p_text}), so take it as a hint" if change.doubtful else ""
+    magnitudes = [abs(100 * x) for x in (stats.value, stats.low, stats.high)]
+    direction = "more" if difference.direction == "higher" else "less"
+    caveat = (
+        f"; the paired test is less sure ({difference.p_value_text}), so take it as a hint"
+        if difference.is_doubtful
+        else ""
     )
     return (
-        f"On held-out images, {entry.phrase} {doing} {sizes[0]:.1f} percentage points "
-        f"[{min(sizes[1:]):.1f}, {max(sizes[1:]):.1f}] {more} often than {baseline.phrase}{doubt}."
+        f"On held-out images, {entry.phrase} {phrase} {magnitudes[0]:.1f} percentage points "
+        f"[{min(magnitudes[1:]):.1f}, {max(magnitudes[1:]):.1f}] {direction} often than "
+        f"{baseline.phrase}{caveat}."
     )
 
 
-def _tally(entry: Entry, lines: Sequence[Line], column: int) -> str:
+def _summarize_differences(entry: ReportEntry, rows: Sequence[TableRow], column: int) -> str:
     """Say how all figures came out, so that the first one is not taken for the whole."""
-    if len(lines) < 2:
+    if len(rows) < 2:
         return ""
-    found = [change for line in lines if (change := line.cells[column].change)]
-    sure = [change.direction for change in found if not change.doubtful]
-    up, down, none, hints = sure.count("higher"), sure.count("lower"), sure.count(""), len(found) - len(sure)
-    parts = [f"{up} higher", f"{down} lower", f"{none} not to be told from the baseline"]
-    if hints:
-        parts.append(f"{hints} in doubt (interval without 0, but p above {LEVEL})")
-    return f"All {len(found)} figures for {entry.phrase}: {listed(parts)}."
+    differences = [difference for row in rows if (difference := row.cells[column].difference)]
+    directions = [difference.direction for difference in differences if not difference.is_doubtful]
+    num_higher, num_lower, num_equal, num_doubtful = (
+        directions.count("higher"),
+        directions.count("lower"),
+        directions.count(""),
+        len(differences) - len(directions),
+    )
+    parts = [f"{num_higher} higher", f"{num_lower} lower", f"{num_equal} not to be told from the baseline"]
+    if num_doubtful:
+        parts.append(f"{num_doubtful} in doubt (interval without 0, but p above {SIGNIFICANCE_LEVEL})")
+    return f"All {len(differences)} figures for {entry.phrase}: {join_words(parts)}."
 
 
-def caveats(results: Results) -> list[str]:
+def caveats(results: ResultTables) -> list[str]:
     """Name what else differs between a run and the baseline: it may explain a difference too."""
-    columns, first = results.columns, results.columns[results.baseline].trained
-    if first is None:
+    columns, baseline_run = results.columns, results.columns[results.baseline_index].run
+    if baseline_run is None:
         return []
-    told = []
+    sentences = []
     for entry in columns:
-        if entry.trained is None or entry.trained is first:
+        if entry.run is None or entry.run is baseline_run:
             continue
-        ours, theirs = ({**t.settings, **_telling(t.derived)} for t in (entry.trained, first))
-        other = [
-            f"{_called(name)} ({plain(ours.get(name))}, not {plain(theirs.get(name))})"
-            for name in sorted(ours.keys() | theirs.keys())
-            if ours.get(name) != theirs.get(name) and name not in _UNCOMPARED
+        config, baseline_config = (
+            {**run.config, **_relevant_derived(run.derived)} for run in (entry.run, baseline_run)
+        )
+        changed = [
+            f"{_setting_name(name)} ({format_value(config.get(name))}, not "
+            f"{format_value(baseline_config.get(name))})"
+            for name in sorted(config.keys() | baseline_config.keys())
+            if config.get(name) != baseline_config.get(name) and name not in _IGNORED_SETTINGS
         ]
-        if other:
-            told.append(f"Besides the pairs, {entry.name} differs from the baseline in {listed(other)}.")
-    return told
+        if changed:
+            sentences.append(
+                f"Besides the pairs, {entry.name} differs from the baseline in {join_words(changed)}."
+            )
+    return sentences
 
 
-def _telling(derived: dict[str, Any]) -> dict[str, Any]:
-    return {name: derived[name] for name in ("views", "steps", "precision") if name in derived}
+def _relevant_derived(derived: dict[str, Any]) -> dict[str, Any]:
+    return {name: derived[name] for name in ("augmentation", "steps", "precision") if name in derived}
 
 
-def _called(name: str) -> str:
-    return _NAMES.get(name, name.replace("_", " "))
+def _setting_name(name: str) -> str:
+    return _SETTING_NAMES.get(name, name.replace("_", " "))

@@ -12,234 +12,270 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
 from likewise.artifacts import write_text
-from likewise.data.dataset import Collection
+from likewise.data.dataset import CaptionDataset
 from likewise.errors import ArtifactError
 from likewise.neighbors.index import Neighbors
 from likewise.report import format as figures
-from likewise.report.format import Picture, caption_of, picture, picture_of
-from likewise.report.load import FAULTS, Entry, Preview, Trained, read_entries
-from likewise.report.plots import Curve, Interval, curves, dots, histogram
-from likewise.report.results import Results, SetTable, caveats, sentences, tabulate
+from likewise.report.format import Thumbnail, format_captions, make_thumbnail, sample_thumbnail
+from likewise.report.load import READ_ERRORS, PairPreview, ReportEntry, RunInfo, read_report_entries
+from likewise.report.plots import Curve, IntervalMark, histogram, interval_plot, line_plot
+from likewise.report.results import (
+    DatasetTable,
+    ResultTables,
+    build_result_tables,
+    caveats,
+    summary_sentences,
+)
 
-SHOWN_ANCHORS = 8
-SHOWN_PARTNERS = 4
-_MOST_VIEWS = 40  # keeps the page small with many runs
+MAX_ANCHORS = 8
+MAX_PARTNERS = 4
+_MAX_VIEWS = 40  # keeps the page small with many runs
 
 
 @dataclass(frozen=True, kw_only=True)
-class Shown:
+class CaptionedThumbnail:
     """An image with its captions, and how alike its captions are to the anchor's."""
 
-    picture: Picture
+    thumbnail: Thumbnail
     caption: str
     similarity: float | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
-class Views:
+class ViewPair:
     """The views of a pair, two or one, as one run's network was shown them."""
 
-    run: str
-    pictures: list[Picture]
+    run_name: str
+    thumbnails: list[Thumbnail]
 
 
 @dataclass(frozen=True, kw_only=True)
-class Anchor:
+class AnchorExample:
     """An image with the images described most like it, and with what became of it in training."""
 
-    image: Shown
-    partners: list[Shown]
-    views: list[Views]
+    image: CaptionedThumbnail
+    partners: list[CaptionedThumbnail]
+    view_pairs: list[ViewPair]
 
 
 @dataclass(frozen=True, kw_only=True)
-class Guidance:
+class NeighborSource:
     """Neighbors by language with the collection they are about.
 
     Attributes:
         style: The place of the run that used them.
-        collection: The images.
+        dataset: The images.
         neighbors: The artifact.
         positions: (n, k) int64, -1 where there is none.
         similarity: (n, k) float32.
     """
 
     style: int
-    collection: Collection
+    dataset: CaptionDataset
     neighbors: Neighbors
     positions: np.ndarray
     similarity: np.ndarray
 
     @property
-    def nearest(self) -> np.ndarray:
+    def nearest_similarity(self) -> np.ndarray:
         """The similarity of every image to the one described most like it, where there is one: (m,)."""
-        first = self.similarity[:, 0]
-        return first[np.isfinite(first)]
+        top1 = self.similarity[:, 0]
+        return top1[np.isfinite(top1)]
 
 
 @dataclass(frozen=True, kw_only=True)
-class Found:
+class PairExamples:
     """What could be read, and sentences about what could not.
 
     Attributes:
-        collection: The images, or None.
-        lead: The place of the run whose collection that is and whose first pairs are shown.
-        guidance: Neighbors by language, each once; the first are of `collection`.
+        dataset: The images, or None.
+        lead_index: The place of the run whose collection that is and whose first pairs are shown.
+        neighbor_sources: Neighbors by language, each once; the first are of `dataset`.
         notes: What is missing.
     """
 
-    collection: Collection | None = None
-    lead: int = 0
-    guidance: list[Guidance] = field(default_factory=list)
+    dataset: CaptionDataset | None = None
+    lead_index: int = 0
+    neighbor_sources: list[NeighborSource] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
 
 
-def look_up(entries: Sequence[Entry]) -> Found:
+def load_pair_examples(entries: Sequence[ReportEntry]) -> PairExamples:
     """Open the collection and the neighbors that runs were trained with, each once."""
     notes: list[str] = []
-    opened: dict[int, Collection] = {}
-    guidance: dict[str, Guidance] = {}
-    for place, entry in enumerate(entries):
-        if entry.trained is None:
+    datasets: dict[int, CaptionDataset] = {}
+    neighbor_sources: dict[str, NeighborSource] = {}
+    for i, entry in enumerate(entries):
+        if entry.run is None:
             continue
         try:
-            opened[place] = open_collection(entry.trained)
-            used = entry.trained.derived.get("neighbors")
-            if used and used[0]["path"] not in guidance:
-                guidance[used[0]["path"]] = _open_guidance(place, opened[place], used[0])
-        except FAULTS as fault:
-            notes.append(f"{entry.name}: {fault}.")
-    if not guidance and not notes and opened:
+            datasets[i] = open_run_dataset(entry.run)
+            neighbor_refs = entry.run.derived.get("neighbors")
+            if neighbor_refs and neighbor_refs[0]["path"] not in neighbor_sources:
+                neighbor_sources[neighbor_refs[0]["path"]] = _open_neighbor_source(
+                    i, datasets[i], neighbor_refs[0]
+                )
+        except READ_ERRORS as error:
+            notes.append(f"{entry.name}: {error}.")
+    if not neighbor_sources and not notes and datasets:
         notes.append("No run used pairs by language, so there are no neighbors to show.")
-    lead = next((each.style for each in guidance.values()), next(iter(opened), 0))
-    return Found(collection=opened.get(lead), lead=lead, guidance=list(guidance.values()), notes=notes)
+    lead_index = next((source.style for source in neighbor_sources.values()), next(iter(datasets), 0))
+    return PairExamples(
+        dataset=datasets.get(lead_index),
+        lead_index=lead_index,
+        neighbor_sources=list(neighbor_sources.values()),
+        notes=notes,
+    )
 
 
-def open_collection(trained: Trained) -> Collection:
+def open_run_dataset(run: RunInfo) -> CaptionDataset:
     """Open the collection of a run.
 
     Raises:
         ArtifactError: where it is gone, or another has taken its place.
     """
-    place = trained.derived.get("collection")
-    if place is None:
+    path = run.derived.get("collection")
+    if path is None:
         raise ArtifactError("the run does not say which collection it was trained on")
-    found = Collection(Path(place))
-    if found.key != trained.manifest.inputs.get("collection") or len(found) == 0:
-        raise ArtifactError(f"the collection at {place} is no longer the one that the run was trained on")
-    return found
+    dataset = CaptionDataset(Path(path))
+    if dataset.key != run.manifest.inputs.get("collection") or len(dataset) == 0:
+        raise ArtifactError(f"the collection at {path} is no longer the one that the run was trained on")
+    return dataset
 
 
-def _open_guidance(style: int, collection: Collection, told: dict[str, str]) -> Guidance:
-    neighbors = Neighbors(Path(told["path"]))
-    if neighbors.artifact.manifest.key != told["key"]:
+def _open_neighbor_source(style: int, dataset: CaptionDataset, ref: dict[str, str]) -> NeighborSource:
+    neighbors = Neighbors(Path(ref["path"]))
+    if neighbors.artifact.manifest.key != ref["key"]:
         raise ArtifactError(
             f"the neighbors at {neighbors.path} are no longer those that the run was trained on"
         )
-    if len(neighbors) != len(collection):
+    if len(neighbors) != len(dataset):
         raise ArtifactError(f"the neighbors at {neighbors.path} are those of captions, not of images")
-    positions, similarity = neighbors.table(min(SHOWN_PARTNERS, neighbors.k))
-    return Guidance(
+    positions, similarity = neighbors.topk(min(MAX_PARTNERS, neighbors.k))
+    return NeighborSource(
         style=style,
-        collection=collection,
+        dataset=dataset,
         neighbors=neighbors,
         positions=positions,
         similarity=similarity,
     )
 
 
-def anchors(entries: Sequence[Entry], found: Found) -> list[Anchor]:
+def build_anchor_examples(entries: Sequence[ReportEntry], examples: PairExamples) -> list[AnchorExample]:
     """Show the first images of training, preferring those that the first pairs of every run hold."""
-    shown = [(e.name, e.trained.preview) for e in entries if e.trained and e.trained.preview]
-    leader = entries[found.lead].trained
-    if found.collection is None or leader is None or leader.preview is None:
+    previews = [(entry.name, entry.run.preview) for entry in entries if entry.run and entry.run.preview]
+    lead_run = entries[examples.lead_index].run
+    if examples.dataset is None or lead_run is None or lead_run.preview is None:
         return []
-    common = [{pair["anchor"] for pair in preview.pairs} for _, preview in shown]
-    order = sorted(leader.preview.pairs, key=lambda pair: -sum(pair["anchor"] in ids for ids in common))
-    count = max(2, min(SHOWN_ANCHORS, _MOST_VIEWS // len(shown)))
-    guidance = found.guidance[0] if found.guidance else None
-    return [_anchor(found.collection, guidance, pair["position"], shown) for pair in order[:count]]
+    anchor_ids = [{pair["anchor"] for pair in preview.pairs} for _, preview in previews]
+    pairs = sorted(lead_run.preview.pairs, key=lambda pair: -sum(pair["anchor"] in ids for ids in anchor_ids))
+    num_anchors = max(2, min(MAX_ANCHORS, _MAX_VIEWS // len(previews)))
+    source = examples.neighbor_sources[0] if examples.neighbor_sources else None
+    return [
+        _build_anchor_example(examples.dataset, source, pair["position"], previews)
+        for pair in pairs[:num_anchors]
+    ]
 
 
-def _anchor(
-    collection: Collection, guidance: Guidance | None, position: int, shown: Sequence[tuple[str, Preview]]
-) -> Anchor:
-    record = collection[position]
+def _build_anchor_example(
+    dataset: CaptionDataset,
+    source: NeighborSource | None,
+    position: int,
+    previews: Sequence[tuple[str, PairPreview]],
+) -> AnchorExample:
+    sample = dataset[position]
     partners = []
-    if guidance is not None:
-        for at, similar in zip(guidance.positions[position], guidance.similarity[position], strict=True):
-            if at >= 0:
-                partners.append(_shown(guidance.collection, int(at), float(similar)))
-    return Anchor(
-        image=_shown(collection, position),
+    if source is not None:
+        for index, similarity in zip(source.positions[position], source.similarity[position], strict=True):
+            if index >= 0:
+                partners.append(_captioned_thumbnail(source.dataset, int(index), float(similarity)))
+    return AnchorExample(
+        image=_captioned_thumbnail(dataset, position),
         partners=partners,
-        views=[_views(run, pair) for run, preview in shown if (pair := preview.of(record.id)) is not None],
+        view_pairs=[
+            _view_pair(run_name, views)
+            for run_name, preview in previews
+            if (views := preview.views_of(sample.id)) is not None
+        ],
     )
 
 
-def _shown(collection: Collection, position: int, similarity: float | None = None) -> Shown:
-    record = collection[position]
-    return Shown(picture=picture_of(collection, record), caption=caption_of(record), similarity=similarity)
+def _captioned_thumbnail(
+    dataset: CaptionDataset, position: int, similarity: float | None = None
+) -> CaptionedThumbnail:
+    sample = dataset[position]
+    return CaptionedThumbnail(
+        thumbnail=sample_thumbnail(dataset, sample), caption=format_captions(sample), similarity=similarity
+    )
 
 
-def _views(run: str, pair: np.ndarray) -> Views:
-    names = ("one", "the other") if len(pair) == 2 else ("the",)
-    told = [
-        picture(pixels, f"{which} view shown to {run}") for which, pixels in zip(names, pair, strict=True)
+def _view_pair(run_name: str, views: np.ndarray) -> ViewPair:
+    view_names = ("one", "the other") if len(views) == 2 else ("the",)
+    thumbnails = [
+        make_thumbnail(pixels, f"{view_name} view shown to {run_name}")
+        for view_name, pixels in zip(view_names, views, strict=True)
     ]
-    return Views(run=run, pictures=told)
+    return ViewPair(run_name=run_name, thumbnails=thumbnails)
 
 
-def facts(entries: Sequence[Entry], found: Found) -> list[tuple[str, str]]:
+def key_facts(entries: Sequence[ReportEntry], examples: PairExamples) -> list[tuple[str, str]]:
     """Return what the page is about in figures; a setting that differs between runs is told of each."""
     facts = []
-    if found.collection is not None:
-        facts.append(("images", f"{len(found.collection):,}"))
-        facts.append(("captions", f"{found.collection.artifact.manifest.counts['captions']:,}"))
-    runs = [entry.trained for entry in entries if entry.trained]
-    if found.collection is None and runs:
-        facts.append(("images", _each(f"{run.manifest.counts.get('images', 0):,}" for run in runs)))
+    if examples.dataset is not None:
+        facts.append(("images", f"{len(examples.dataset):,}"))
+        facts.append(("captions", f"{examples.dataset.artifact.manifest.counts['captions']:,}"))
+    runs = [entry.run for entry in entries if entry.run]
+    if examples.dataset is None and runs:
+        facts.append(("images", _join_distinct(f"{run.manifest.counts.get('images', 0):,}" for run in runs)))
     if runs:
         facts += [
-            ("backbone", _each(figures.plain(run.settings.get("backbone")) for run in runs)),
-            ("views", _each(f"{run.settings.get('size')} px" for run in runs)),
-            ("steps", _each(f"{run.manifest.counts.get('steps', 0):,}" for run in runs)),
-            ("pairs a step", _each(figures.plain(run.settings.get("batch_size")) for run in runs)),
+            ("backbone", _join_distinct(figures.format_value(run.config.get("backbone")) for run in runs)),
+            ("views", _join_distinct(f"{run.config.get('image_size')} px" for run in runs)),
+            ("steps", _join_distinct(f"{run.manifest.counts.get('steps', 0):,}" for run in runs)),
+            (
+                "pairs a step",
+                _join_distinct(figures.format_value(run.config.get("batch_size")) for run in runs),
+            ),
         ]
     return facts
 
 
-def _each(values: Iterable[str]) -> str:
+def _join_distinct(values: Iterable[str]) -> str:
     return " / ".join(dict.fromkeys(values))
 
 
-def pace(entry: Entry) -> dict[str, Any]:
+def throughput(entry: ReportEntry) -> dict[str, Any]:
     """Return how fast a run was, as the median of its rows, and how long it waited for data."""
-    if entry.trained is None:
+    if entry.run is None:
         return {}
-    speed, wait = _middle(entry, "images_per_second"), _middle(entry, "data_wait")
-    last = {name: entry.trained.column(name)[1][-1:] for name in ("loss", "effective_rank", "spread")}
+    images_per_second, data_wait = _median(entry, "images_per_second"), _median(entry, "data_time_fraction")
+    last_values = {
+        name: entry.run.metric_series(name)[1][-1:] for name in ("loss", "effective_rank", "feature_std")
+    }
     return {
         "entry": entry,
-        "pace": figures.ABSENT if speed is None else f"{speed:,.0f}",
-        "wait": figures.ABSENT if wait is None else f"{100 * wait:.1f} %",
-        "device": figures.plain(entry.trained.derived.get("device")),
-        **{name: f"{values[0]:.4g}" if len(values) else figures.ABSENT for name, values in last.items()},
+        "pace": figures.ABSENT if images_per_second is None else f"{images_per_second:,.0f}",
+        "wait": figures.ABSENT if data_wait is None else f"{100 * data_wait:.1f} %",
+        "device": figures.format_value(entry.run.derived.get("device")),
+        **{
+            name: f"{values[0]:.4g}" if len(values) else figures.ABSENT
+            for name, values in last_values.items()
+        },
     }
 
 
-def _middle(entry: Entry, name: str) -> float | None:
-    values = entry.trained.column(name)[1] if entry.trained else ()
+def _median(entry: ReportEntry, name: str) -> float | None:
+    values = entry.run.metric_series(name)[1] if entry.run else ()
     return float(np.median(values)) if len(values) else None
 
 
-def settings(entries: Sequence[Entry]) -> list[dict[str, Any]]:
+def config_rows(entries: Sequence[ReportEntry]) -> list[dict[str, Any]]:
     """Return the settings as given and what followed from them, a row a name, marked where runs differ."""
-    runs = [entry.trained for entry in entries if entry.trained]
+    runs = [entry.run for entry in entries if entry.run]
     rows = []
-    for kind, tables in (("given", [r.settings for r in runs]), ("derived", [r.derived for r in runs])):
+    for kind, tables in (("given", [run.config for run in runs]), ("derived", [run.derived for run in runs])):
         for name in dict.fromkeys(name for table in tables for name in table):
-            values = [figures.plain(table.get(name)) for table in tables]
+            values = [figures.format_value(table.get(name)) for table in tables]
             rows.append(
                 {
                     "kind": kind,
@@ -251,22 +287,24 @@ def settings(entries: Sequence[Entry]) -> list[dict[str, Any]]:
     return rows
 
 
-def skipped(entries: Sequence[Entry], found: Found) -> list[tuple[str, str, int]]:
+def skipped_counts(entries: Sequence[ReportEntry], examples: PairExamples) -> list[tuple[str, str, int]]:
     """Return what was left out: where, why, how many."""
-    told = []
-    if found.collection is not None:
-        told += [("import", why, n) for why, n in sorted(found.collection.artifact.manifest.skipped.items())]
+    rows = []
+    if examples.dataset is not None:
+        rows += [
+            ("import", reason, n) for reason, n in sorted(examples.dataset.artifact.manifest.skipped.items())
+        ]
     for entry in entries:
-        if entry.trained is not None:
-            told += [(entry.name, why, n) for why, n in sorted(entry.trained.manifest.skipped.items())]
-    return told
+        if entry.run is not None:
+            rows += [(entry.name, reason, n) for reason, n in sorted(entry.run.manifest.skipped.items())]
+    return rows
 
 
-def versions(entries: Sequence[Entry]) -> list[tuple[str, str]]:
+def library_versions(entries: Sequence[ReportEntry]) -> list[tuple[str, str]]:
     """Return the versions of libraries, several where runs differ."""
-    tables = [entry.trained.manifest.versions for entry in entries if entry.trained]
+    tables = [entry.run.manifest.versions for entry in entries if entry.run]
     names = sorted({name for table in tables for name in table})
-    return [(name, _each(table.get(name, figures.ABSENT) for table in tables)) for name in names]
+    return [(name, _join_distinct(table.get(name, figures.ABSENT) for table in tables)) for name in names]
 
 
 _IMPORT_FLAGS = (
@@ -281,104 +319,125 @@ _IMPORT_FLAGS = (
 )
 
 
-class Commands:
+class ReproductionCommands:
     """Writes commands with paths relative to a folder that holds all of them."""
 
-    def __init__(self, entries: Sequence[Entry], found: Found) -> None:
+    def __init__(self, entries: Sequence[ReportEntry], examples: PairExamples) -> None:
         """Choose the folder."""
-        self.entries, self.found = entries, found
-        collections = [] if found.collection is None else [found.collection.path.resolve()]
-        common = os.path.commonpath([e.path.parent for e in entries] + [c.parent for c in collections])
-        self.base = Path(common)
+        self.entries, self.examples = entries, examples
+        dataset_paths = [] if examples.dataset is None else [examples.dataset.path.resolve()]
+        common_path = os.path.commonpath(
+            [entry.path.parent for entry in entries] + [path.parent for path in dataset_paths]
+        )
+        self.base_dir = Path(common_path)
 
-    def lines(self) -> list[str]:
+    def command_lines(self) -> list[str]:
         """Return the chain from images to this page, one command a line."""
-        told = [f"cd {shlex.quote(str(self.base))}"]
-        if self.found.collection is not None:
-            told.append(self._import(self.found.collection))
-        told += [line for guidance in self.found.guidance for line in self._search(guidance)]
+        commands = [f"cd {shlex.quote(str(self.base_dir))}"]
+        if self.examples.dataset is not None:
+            commands.append(self._import_command(self.examples.dataset))
+        commands += [
+            command
+            for source in self.examples.neighbor_sources
+            for command in self._neighbor_commands(source)
+        ]
         for entry in self.entries:
-            if entry.trained is not None:
-                told.append(self._train(entry, entry.trained))
-            told += [self._evaluate(entry, result) for result in entry.results]
-        return [*told, _line("report", *(self._short(e.path) for e in self.entries), out="report.html")]
-
-    def _short(self, path: Path) -> str:
-        return str(path.relative_to(self.base)) if path.is_relative_to(self.base) else str(path)
-
-    def _import(self, collection: Collection) -> str:
-        settings = collection.artifact.manifest.settings
-        given = {name: settings.get(name) for name in _IMPORT_FLAGS}
-        columns = given["caption_column"]
-        given["caption_column"] = ",".join(columns) if columns else None
-        source = _source(str(settings.get("source")), collection.root)
-        place = self._short(Path(source)) if Path(source).is_absolute() else source
-        return _line("import", place, self._short(collection.path.resolve()), **given)
-
-    def _search(self, guidance: Guidance) -> list[str]:
-        collection = self._short(guidance.collection.path.resolve())
-        found = guidance.neighbors
+            if entry.run is not None:
+                commands.append(self._train_command(entry, entry.run))
+            commands += [self._evaluate_command(entry, result) for result in entry.results]
         return [
-            _line("embed", collection, encoder=found.encoder),
-            _line("neighbors", collection, encoder=found.encoder, k=found.k),
+            *commands,
+            _command_line(
+                "report", *(self._relative(entry.path) for entry in self.entries), out="report.html"
+            ),
         ]
 
-    def _train(self, entry: Entry, trained: Trained) -> str:
-        collection = self._short(Path(str(trained.derived.get("collection"))))
-        asked = trained.derived.get("asked", trained.settings)
-        return _line("train", collection, out=self._short(entry.path), **asked)
+    def _relative(self, path: Path) -> str:
+        return str(path.relative_to(self.base_dir)) if path.is_relative_to(self.base_dir) else str(path)
 
-    def _evaluate(self, entry: Entry, result: dict[str, Any]) -> str:
+    def _import_command(self, dataset: CaptionDataset) -> str:
+        config = dataset.artifact.manifest.settings
+        flags = {name: config.get(name) for name in _IMPORT_FLAGS}
+        columns = flags["caption_column"]
+        flags["caption_column"] = ",".join(columns) if columns else None
+        source = _resolve_source(str(config.get("source")), dataset.root)
+        source_path = self._relative(Path(source)) if Path(source).is_absolute() else source
+        return _command_line("import", source_path, self._relative(dataset.path.resolve()), **flags)
+
+    def _neighbor_commands(self, source: NeighborSource) -> list[str]:
+        dataset = self._relative(source.dataset.path.resolve())
+        neighbors = source.neighbors
+        return [
+            _command_line("embed", dataset, encoder=neighbors.encoder),
+            _command_line("neighbors", dataset, encoder=neighbors.encoder, k=neighbors.k),
+        ]
+
+    def _train_command(self, entry: ReportEntry, run: RunInfo) -> str:
+        dataset = self._relative(Path(str(run.derived.get("collection"))))
+        config = run.derived.get("asked", run.config)
+        return _command_line("train", dataset, out=self._relative(entry.path), **config)
+
+    def _evaluate_command(self, entry: ReportEntry, result: dict[str, Any]) -> str:
         protocols = result["protocols"]
-        few = protocols.get("fewshot", {}).get("settings", {})
-        given = {name: few.get(name) for name in ("ways", "shots", "episodes")}
-        given["mean_per_class"] = any(p["settings"].get("mean_per_class") for p in protocols.values()) or None
-        about, asked = result["set"], result["asked"]
-        for name, usual in (("label_column", "label"), ("split_column", "split")):
-            given[name] = None if about.get(name, usual) == usual else about[name]
-        given["caption_column"] = about.get("caption_column")
+        fewshot = protocols.get("fewshot", {}).get("settings", {})
+        overrides = {name: fewshot.get(name) for name in ("ways", "shots", "episodes")}
+        overrides["mean_class_accuracy"] = (
+            any(p["settings"].get("mean_class_accuracy") for p in protocols.values()) or None
+        )
+        dataset_info, requested = result["set"], result["asked"]
+        for name, default in (("label_column", "label"), ("split_column", "split")):
+            overrides[name] = None if dataset_info.get(name, default) == default else dataset_info[name]
+        overrides["caption_column"] = dataset_info.get("caption_column")
         epochs = [p["settings"]["epochs"] for p in protocols.values() if "epochs" in p["settings"]]
-        given["epochs"] = epochs[0] if len(set(epochs)) == 1 else None
-        tuned = [p for p in protocols.values() if p["settings"].get("backbone") == "tuned"]
-        given["tune"] = bool(tuned) or None
-        given |= {name: asked[name] or None for name in ("backbone", "prefix", "drop", "size")}
-        how = {"on": self._short(Path(about["path"])), "protocol": ",".join(protocols), **given}
-        if entry.trained is not None:
-            return _line("evaluate", self._short(entry.path), **how)
-        target = asked["target"] if ":" in asked["target"] else self._short(Path(asked["target"]).resolve())
-        return _line("evaluate", target, **how, out=self._short(entry.path))
+        overrides["epochs"] = epochs[0] if len(set(epochs)) == 1 else None
+        finetuned = [p for p in protocols.values() if p["settings"].get("backbone") == "tuned"]
+        overrides["tune"] = bool(finetuned) or None
+        overrides |= {name: requested[name] or None for name in ("backbone", "prefix", "drop", "size")}
+        flags = {
+            "on": self._relative(Path(dataset_info["path"])),
+            "protocol": ",".join(protocols),
+            **overrides,
+        }
+        if entry.run is not None:
+            return _command_line("evaluate", self._relative(entry.path), **flags)
+        encoder = (
+            requested["target"]
+            if ":" in requested["target"]
+            else self._relative(Path(requested["target"]).resolve())
+        )
+        return _command_line("evaluate", encoder, **flags, out=self._relative(entry.path))
 
 
-def _source(told: str, root: Path) -> str:
+def _resolve_source(source: str, root: Path) -> str:
     """Return the source as an absolute path where it was told as a relative one and can be found again."""
-    if Path(told).is_absolute():
-        return told
-    for guess in (root / Path(told).name, root):
-        if guess.name == Path(told).name and guess.exists():
-            return str(guess)
-    return told
+    if Path(source).is_absolute():
+        return source
+    for candidate in (root / Path(source).name, root):
+        if candidate.name == Path(source).name and candidate.exists():
+            return str(candidate)
+    return source
 
 
-def _line(verb: str, *places: str, **flags: Any) -> str:
-    words = ["likewise", verb, *places]
+def _command_line(command: str, *positionals: str, **flags: Any) -> str:
+    tokens = ["likewise", command, *positionals]
     for name, value in flags.items():
         if value is None:
             continue
-        flag = "-k" if verb == "neighbors" and name == "k" else f"--{name.replace('_', '-')}"
+        flag = "-k" if command == "neighbors" and name == "k" else f"--{name.replace('_', '-')}"
         if value is True:
-            words.append(flag)
+            tokens.append(flag)
             continue
-        for each in value if isinstance(value, list) else [value]:
-            words += [flag, str(each)]
-    return shlex.join(words)
+        for item in value if isinstance(value, list) else [value]:
+            tokens += [flag, str(item)]
+    return shlex.join(tokens)
 
 
-_HERE = Path(__file__).parent
+_TEMPLATE_DIR = Path(__file__).parent
 _CURVES = (
     ("loss", "Loss"),
     ("effective_rank", "Effective rank of the features"),
-    ("spread", "Spread of the features"),
-    ("rate", "Learning rate"),
+    ("feature_std", "Standard deviation of the features"),
+    ("lr", "Learning rate"),
 )
 
 
@@ -387,7 +446,7 @@ def write_report(
     out: Path | str,
     *,
     title: str | None = None,
-    credits: Sequence[str] = (),  # noqa: A002  # nobody misses the interpreter's own
+    image_credits: Sequence[str] = (),  # nobody misses the interpreter's own
 ) -> Path:
     """Write a page on one or several runs; the same files give the same bytes.
 
@@ -396,107 +455,117 @@ def write_report(
             compared with the first that has `self` pairs, or else with the first.
         out: The HTML file.
         title: What stands at the top.
-        credits: Whom the images are owed to, and their licences.
+        image_credits: Whom the images are owed to, and their licences.
 
     Raises:
         ArtifactError: where a folder is neither a finished run nor holds results.
         InputError: where no run is given.
     """
-    entries = read_entries(runs)
-    page, target = _render(entries, title or _title(entries), credits), Path(out)
-    target.parent.mkdir(parents=True, exist_ok=True)
+    entries = read_report_entries(runs)
+    page, path = _render(entries, title or _default_title(entries), image_credits), Path(out)
+    path.parent.mkdir(parents=True, exist_ok=True)
     # Names of files may hold bytes that are no text.
-    write_text(target, page.encode("utf-8", "replace").decode("utf-8"))
-    return target
+    write_text(path, page.encode("utf-8", "replace").decode("utf-8"))
+    return path
 
 
-def _title(entries: Sequence[Entry]) -> str:
-    return f"likewise: {figures.listed([entry.path.name for entry in entries])}"
+def _default_title(entries: Sequence[ReportEntry]) -> str:
+    return f"likewise: {figures.join_words([entry.path.name for entry in entries])}"
 
 
-def _render(entries: Sequence[Entry], title: str, credits: Sequence[str]) -> str:  # noqa: A002  # as in write_report
-    found, results = look_up(entries), tabulate(entries)
+def _render(
+    entries: Sequence[ReportEntry], title: str, image_credits: Sequence[str]
+) -> str:  # as in write_report
+    examples, results = load_pair_examples(entries), build_result_tables(entries)
     # Captions are anybody's text: everything is escaped but what this package drew itself.
-    pages = Environment(
-        loader=FileSystemLoader(_HERE),
+    env = Environment(
+        loader=FileSystemLoader(_TEMPLATE_DIR),
         autoescape=True,
         undefined=StrictUndefined,
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    pages.filters |= {"plain": figures.plain, "counted": figures.counted}
-    styles = {entry.path: place for place, entry in enumerate(entries)}
-    return pages.get_template("page.html").render(
+    env.filters |= {"plain": figures.format_value, "counted": figures.count_noun}
+    styles = {entry.path: i for i, entry in enumerate(entries)}
+    return env.get_template("page.html").render(
         title=title,
-        style=Markup((_HERE / "page.css").read_text(encoding="utf-8")),  # noqa: S704  # the package's own file
+        style=Markup((_TEMPLATE_DIR / "page.css").read_text(encoding="utf-8")),  # noqa: S704  # the package's own file
         entries=entries,
-        runs=[entry for entry in entries if entry.trained],
+        runs=[entry for entry in entries if entry.run],
         styles=styles,
         results=results,
-        sentences=[] if results is None else sentences(results),
+        sentences=[] if results is None else summary_sentences(results),
         caveats=[] if results is None else caveats(results),
-        dots=[] if results is None else [_dots(table, results, styles) for table in results.tables],
-        unmeasured=[e.fault or f"{e.name} has not been evaluated" for e in entries if not e.rows],
-        facts=facts(entries, found),
-        found=found,
-        anchors=anchors(entries, found),
-        alike=_alike(found),
-        curves=_curves(entries),
-        pace=[pace(entry) for entry in entries if entry.trained],
-        settings=settings(entries),
-        skipped=skipped(entries, found),
-        versions=versions(entries),
-        commands=Commands(entries, found).lines(),
-        credits=credits,
+        dots=[] if results is None else [_interval_plot(table, results, styles) for table in results.tables],
+        unmeasured=[
+            entry.error or f"{entry.name} has not been evaluated" for entry in entries if not entry.rows
+        ],
+        facts=key_facts(entries, examples),
+        found=examples,
+        anchors=build_anchor_examples(entries, examples),
+        alike=_similarity_summary(examples),
+        curves=_training_curves(entries),
+        pace=[throughput(entry) for entry in entries if entry.run],
+        settings=config_rows(entries),
+        skipped=skipped_counts(entries, examples),
+        versions=library_versions(entries),
+        commands=ReproductionCommands(entries, examples).command_lines(),
+        credits=image_credits,
     )
 
 
-def _dots(table: SetTable, results: Results, styles: dict[Path, int]) -> Markup:
+def _interval_plot(table: DatasetTable, results: ResultTables, styles: dict[Path, int]) -> Markup:
     rows = []
-    for line in table.lines:
-        told = [
-            (c.estimate, styles[e.path])
-            for c, e in zip(line.cells, results.columns, strict=True)
-            if c.estimate
+    for row in table.rows:
+        estimates = [
+            (cell.estimate, styles[estimate.path])
+            for cell, estimate in zip(row.cells, results.columns, strict=True)
+            if cell.estimate
         ]
-        marks = [
-            Interval(style=style, value=100 * e.value, low=100 * e.low, high=100 * e.high)
-            for e, style in told
+        intervals = [
+            IntervalMark(
+                style=style, value=100 * estimate.value, low=100 * estimate.low, high=100 * estimate.high
+            )
+            for estimate, style in estimates
         ]
-        rows.append((line.name, marks))
-    return dots(f"results {table.lines[0].row.set_key}", rows)
+        rows.append((row.name, intervals))
+    return interval_plot(f"results {table.rows[0].result.dataset_key}", rows)
 
 
-def _alike(found: Found) -> dict[str, Any] | None:
+def _similarity_summary(examples: PairExamples) -> dict[str, Any] | None:
     """Return the histogram of similarities, with shares in words."""
-    told = [(guidance, guidance.nearest) for guidance in found.guidance if len(guidance.nearest)]
-    if not told:
+    nearest = [
+        (source, source.nearest_similarity)
+        for source in examples.neighbor_sources
+        if len(source.nearest_similarity)
+    ]
+    if not nearest:
         return None
-    images = len(told[0][0].collection)
+    num_images = len(nearest[0][0].dataset)
     return {
-        "plot": histogram("similarity", [(guidance.style, values) for guidance, values in told]),
+        "plot": histogram("similarity", [(source.style, similarities) for source, similarities in nearest]),
         "sources": [
             {
-                "style": guidance.style,
-                "encoder": guidance.neighbors.encoder,
-                "median": f"{np.median(values):.2f}",
-                "near": figures.percent(float((values >= 0.8).mean())),
-                "same": figures.percent(float((values >= 0.9995).mean())),
+                "style": source.style,
+                "encoder": source.neighbors.encoder,
+                "median": f"{np.median(similarities):.2f}",
+                "near": figures.format_percent(float((similarities >= 0.8).mean())),
+                "same": figures.format_percent(float((similarities >= 0.9995).mean())),
             }
-            for guidance, values in told
+            for source, similarities in nearest
         ],
-        "images": images,
-        "without": images - len(told[0][1]),
-        "share": figures.percent((images - len(told[0][1])) / images),
+        "images": num_images,
+        "without": num_images - len(nearest[0][1]),
+        "share": figures.format_percent((num_images - len(nearest[0][1])) / num_images),
     }
 
 
-def _curves(entries: Sequence[Entry]) -> list[Markup]:
+def _training_curves(entries: Sequence[ReportEntry]) -> list[Markup]:
     """Draw what was logged, one small plot a figure."""
-    drawn = []
+    plots = []
     for name, title in _CURVES:
-        told = [(i, entry.trained.column(name)) for i, entry in enumerate(entries) if entry.trained]
-        lines = [Curve(style=i, x=x, y=y) for i, (x, y) in told if len(x)]
+        series = [(i, entry.run.metric_series(name)) for i, entry in enumerate(entries) if entry.run]
+        lines = [Curve(style=i, x=x, y=y) for i, (x, y) in series if len(x)]
         if lines:
-            drawn.append(curves(f"curve {name}", title, lines))
-    return drawn
+            plots.append(line_plot(f"curve {name}", title, lines))
+    return plots

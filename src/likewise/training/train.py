@@ -4,33 +4,46 @@ from pathlib import Path
 
 import torch
 
-from likewise.artifacts import open_artifact, read_lines
-from likewise.data.dataset import Collection
-from likewise.distributed import Processes, distributed, local_device, processes, share_batch_norms
+from likewise.artifacts import open_artifact, read_jsonl
+from likewise.data.dataset import CaptionDataset
+from likewise.distributed import (
+    DistributedContext,
+    convert_to_sync_batchnorm,
+    init_distributed,
+    local_device,
+    wrap_ddp,
+)
 from likewise.models.checkpoints import save_encoder
-from likewise.models.encoders import RUN_ENCODER
-from likewise.pairs.config import PairRule
+from likewise.models.encoders import ENCODER_FILE
+from likewise.pairs.config import PairConfig
 from likewise.pairs.sampling import Pairs
-from likewise.parallel import default_workers, resolve_device
-from likewise.progress import SILENT, Progress
-from likewise.training.checkpoint import BEST, Trainer, keep_encoder
-from likewise.training.config import TrainSettings, check_together
+from likewise.parallel import default_num_workers, resolve_device
+from likewise.progress import NULL_PROGRESS, Progress
+from likewise.training.checkpoint import BEST_ENCODER_FILE, TrainState, save_method_encoder
+from likewise.training.config import TrainConfig, validate_combination
 from likewise.training.methods.base import Method
 from likewise.training.methods.registry import build_method
 from likewise.training.optim import build_optimizer
 from likewise.training.run_dir import (
-    CONFIG,
-    METRICS,
-    PRECISIONS,
-    SCORES,
-    describe,
-    say_if_precision_changed,
+    CONFIG_FILE,
+    DTYPES,
+    METRICS_FILE,
+    VALIDATION_FILE,
+    warn_precision_change,
+    write_config,
     write_preview,
 )
-from likewise.training.trainer import KIND, Work, initial_backbone, prepare, run_training, spec_of
+from likewise.training.trainer import (
+    ARTIFACT_KIND,
+    TrainSetup,
+    fit,
+    get_backbone_config,
+    init_backbone,
+    setup_training,
+)
 from likewise.training.validation import best_step
 
-LAST = "encoder-last.safetensors"
+LAST_ENCODER_FILE = "encoder-last.safetensors"
 
 
 class Run:
@@ -38,38 +51,38 @@ class Run:
 
     def __init__(self, path: str | Path) -> None:
         """Open a run; raises ArtifactError where there is none or it is unfinished."""
-        self.artifact = open_artifact(Path(path), KIND)
+        self.artifact = open_artifact(Path(path), ARTIFACT_KIND)
         self.path = self.artifact.path
 
     @property
-    def encoder(self) -> Path:
+    def encoder_path(self) -> Path:
         """The file with the trained backbone."""
-        return self.path / RUN_ENCODER
+        return self.path / ENCODER_FILE
 
     def metrics(self) -> list[dict[str, int | float]]:
         """Return what was logged, in the order of steps."""
-        return read_lines(self.path / METRICS)
+        return read_jsonl(self.path / METRICS_FILE)
 
-    def scores(self) -> list[dict[str, int | float]]:
+    def validation_metrics(self) -> list[dict[str, int | float]]:
         """Return the scores on held-out pairs, in the order of steps; none where nothing was held out."""
-        return read_lines(self.path / SCORES)
+        return read_jsonl(self.path / VALIDATION_FILE)
 
     @property
-    def kept_step(self) -> int:
+    def best_step(self) -> int:
         """The step whose encoder was kept: that of the best score, or the last one."""
-        return best_step(self.scores()) or self.artifact.manifest.counts["steps"]
+        return best_step(self.validation_metrics()) or self.artifact.manifest.counts["steps"]
 
 
 def train(
-    collection: Collection | str | Path,
+    dataset: CaptionDataset | str | Path,
     out: str | Path,
-    settings: TrainSettings | None = None,
-    rule: PairRule | None = None,
+    config: TrainConfig | None = None,
+    pair_config: PairConfig | None = None,
     *,
-    workers: int | None = None,
+    num_workers: int | None = None,
     device: str | None = None,
     checkpoint_minutes: float = 2.0,
-    progress: Progress = SILENT,
+    progress: Progress = NULL_PROGRESS,
 ) -> Run:
     """Train an image encoder on a collection; an interrupted run goes on where its checkpoint stands.
 
@@ -77,11 +90,11 @@ def train(
     result is that of one process but for rounding. A run may go on with another number of processes.
 
     Args:
-        collection: A collection or its path.
+        dataset: A collection or its path.
         out: The run's folder.
-        settings: What is trained and how; the paper's recipe where not given.
-        rule: Who is shown with whom; `PairRule()` where not given. Missing neighbors are searched for.
-        workers: Threads that make batches; half the processors by default. Does not change the result.
+        config: What is trained and how; the paper's recipe where not given.
+        pair_config: Who is shown with whom; `PairRule()` where not given. Missing neighbors are searched for.
+        num_workers: Threads that make batches; half the processors by default. Does not change the result.
         device: `cpu`, `cuda`, …; chosen by itself where not given.
         checkpoint_minutes: A kill loses at most this much work; 0 writes a checkpoint every step.
         progress: Where to report.
@@ -94,129 +107,149 @@ def train(
         TrainingError: where there are too few images or the loss stops being a number.
         InterruptedRunError: after Ctrl-C, with a checkpoint written.
     """
-    chosen, shown = settings or TrainSettings(), rule or PairRule()
-    check_together(chosen, shown)
-    on = local_device(torch.device(resolve_device(device)))
-    with processes(on) as among:
-        aloud = progress if among.leads else SILENT
-        source = Collection.open(collection)
-        if not among.leads:
+    config, pair_config = config or TrainConfig(), pair_config or PairConfig()
+    validate_combination(config, pair_config)
+    torch_device = local_device(torch.device(resolve_device(device)))
+    with init_distributed(torch_device) as dist:
+        progress = progress if dist.is_main_process else NULL_PROGRESS
+        dataset = CaptionDataset.open(dataset)
+        if not dist.is_main_process:
             # The one that leads has packed, searched and begun the run: everything is found there.
-            among.wait()
-        work = prepare(source, Path(out), chosen, shown, among, workers, on, aloud)
-        if among.leads:
-            if not work.artifact.complete and not (work.artifact.path / CONFIG).is_file():
-                write_preview(work.artifact.path, source, work.batches)
-            among.wait()
-        if work.artifact.complete:
-            aloud.say(f"{work.artifact.path} is finished; nothing to do")
-            return Run(work.artifact.path)
-        return _train(work, source, chosen, among, workers, checkpoint_minutes, on, aloud)
+            dist.barrier()
+        setup = setup_training(
+            dataset, Path(out), config, pair_config, dist, num_workers, torch_device, progress
+        )
+        if dist.is_main_process:
+            if not setup.artifact.is_complete and not (setup.artifact.path / CONFIG_FILE).is_file():
+                write_preview(setup.artifact.path, dataset, setup.loader)
+            dist.barrier()
+        if setup.artifact.is_complete:
+            progress.log(f"{setup.artifact.path} is finished; nothing to do")
+            return Run(setup.artifact.path)
+        return _run_training(
+            setup, dataset, config, dist, num_workers, checkpoint_minutes, torch_device, progress
+        )
 
 
-def _train(
-    work: Work,
-    source: Collection,
-    chosen: TrainSettings,
-    among: Processes,
-    workers: int | None,
+def _run_training(
+    setup: TrainSetup,
+    dataset: CaptionDataset,
+    config: TrainConfig,
+    dist: DistributedContext,
+    num_workers: int | None,
     checkpoint_minutes: float,
-    on: torch.device,
+    device: torch.device,
     progress: Progress,
 ) -> Run:
-    run, steps = work.artifact.path, work.plan
-    progress.say(_who(work.pairs, chosen))
-    dtype = choose_dtype(chosen.precision, on)
-    if (run / CONFIG).is_file():
-        say_if_precision_changed(run, dtype, progress)
-    elif among.leads:
-        describe(run, chosen, work.spec, steps, work.pairs, on, dtype, source, among.count)
-    torch.set_rng_state(work.state)
-    vectors = work.words.vectors
+    run_dir, schedule = setup.artifact.path, setup.schedule
+    progress.log(_pairing_summary(setup.pairs, config))
+    dtype = choose_dtype(config.precision, device)
+    if (run_dir / CONFIG_FILE).is_file():
+        warn_precision_change(run_dir, dtype, progress)
+    elif dist.is_main_process:
+        write_config(
+            run_dir,
+            config,
+            setup.backbone_config,
+            schedule,
+            setup.pairs,
+            device,
+            dtype,
+            dataset,
+            dist.world_size,
+        )
+    torch.set_rng_state(setup.rng_state)
+    vectors = setup.caption_inputs.vectors
     method = build_method(
-        chosen,
-        work.backbone,
-        work.width,
-        queue=steps.queue or 0,
-        vector_width=0 if vectors is None else vectors.dimension,
+        config,
+        setup.backbone,
+        setup.feature_dim,
+        memory_bank_size=schedule.memory_bank_size or 0,
+        caption_embedding_dim=0 if vectors is None else vectors.dim,
     )
-    if among.count > 1:
-        share_batch_norms(method, on)
-    method.to(on).to(memory_format=torch.channels_last)
-    stepper = distributed(method) if among.count > 1 else method
-    trainer = Trainer(
-        run=run,
+    if dist.world_size > 1:
+        convert_to_sync_batchnorm(method, device)
+    method.to(device).to(memory_format=torch.channels_last)
+    ddp_method = wrap_ddp(method) if dist.world_size > 1 else method
+    train_state = TrainState(
+        run_dir=run_dir,
         method=method,
-        spec=work.spec,
-        stepper=stepper,
+        backbone_config=setup.backbone_config,
+        ddp_method=ddp_method,
         optimizer=build_optimizer(
-            chosen.optimizer, method, rate=steps.peak_rate, weight_decay=chosen.weight_decay
+            config.optimizer, method, lr=schedule.peak_lr, weight_decay=config.weight_decay
         ),
-        batches=work.batches,
-        plan=steps,
-        device=on,
+        loader=setup.loader,
+        schedule=schedule,
+        device=device,
         dtype=dtype,
-        seed=chosen.seed,
-        workers=max(1, default_workers() // (2 * among.here)) if workers is None else workers,
+        seed=config.seed,
+        num_workers=max(1, default_num_workers() // (2 * dist.local_world_size))
+        if num_workers is None
+        else num_workers,
         checkpoint_minutes=checkpoint_minutes,
-        among=among,
-        scorer=work.scorer if among.leads else None,
-        patience=chosen.patience,
-        name=lambda position: source[position].id,
+        dist=dist,
+        evaluator=setup.evaluator if dist.is_main_process else None,
+        early_stopping_patience=config.early_stopping_patience,
+        image_id=lambda position: dataset[position].id,
     )
-    taken, skipped = run_training(trainer, progress)
-    if among.leads:
-        _finish(work, method, taken, skipped)
-    among.wait()
-    return Run(run)
+    num_steps, num_skipped = fit(train_state, progress)
+    if dist.is_main_process:
+        _finalize(setup, method, num_steps, num_skipped)
+    dist.barrier()
+    return Run(run_dir)
 
 
-def initial_encoder(settings: TrainSettings, file: Path) -> Path:
+def save_untrained_encoder(config: TrainConfig, path: Path) -> Path:
     """Write the encoder that a run with these settings starts from: the floor for what it learns."""
-    spec = spec_of(settings)
-    save_encoder(file, initial_backbone(settings, spec)[0], spec)
-    return file
+    backbone_config = get_backbone_config(config)
+    save_encoder(path, init_backbone(config, backbone_config)[0], backbone_config)
+    return path
 
 
-def _who(pairs: Pairs, settings: TrainSettings) -> str:
+def _pairing_summary(pairs: Pairs, config: TrainConfig) -> str:
     """Say who is compared with whom."""
-    if settings.in_batch:
+    if config.mine_in_batch:
         return (
             f"images of a batch are compared with each other: the same where captions are at least "
-            f"{settings.alike} alike, different where at most {settings.unlike}"
+            f"{config.positive_threshold} alike, different where at most {config.negative_threshold}"
         )
-    told = pairs.summary()
-    if settings.needs.shown != "anchor":
-        return told
-    whose = "its own" if pairs.rule.pairs == "self" else "its partner's"
-    return f"each image is compared with {whose} caption; {told}"
+    summary = pairs.summary()
+    if config.method_options.inputs != "anchor":
+        return summary
+    caption_source = "its own" if pairs.pair_config.source == "self" else "its partner's"
+    return f"each image is compared with {caption_source} caption; {summary}"
 
 
 def choose_dtype(precision: str, device: torch.device) -> torch.dtype:
     """Return the type that matrix products run in."""
     if precision != "auto":
-        return PRECISIONS[precision]
+        return DTYPES[precision]
     if device.type == "cpu":
-        able = torch.cpu.get_capabilities()
-        return torch.bfloat16 if able.get("avx512_bf16") or able.get("amx_bf16") else torch.float32
+        capabilities = torch.cpu.get_capabilities()
+        return (
+            torch.bfloat16
+            if capabilities.get("avx512_bf16") or capabilities.get("amx_bf16")
+            else torch.float32
+        )
     if device.type != "cuda":
         return torch.float32
     return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
 
 
-def _finish(work: Work, method: Method, taken: int, skipped: int) -> None:
+def _finalize(setup: TrainSetup, method: Method, num_steps: int, num_skipped: int) -> None:
     """Keep the last encoder, or the best one beside it, and close the run."""
-    run = work.artifact.path
-    best = run / BEST
-    if work.scorer is None:
-        keep_encoder(run / RUN_ENCODER, method, work.spec)
+    run_dir = setup.artifact.path
+    best_path = run_dir / BEST_ENCODER_FILE
+    if setup.evaluator is None:
+        save_method_encoder(run_dir / ENCODER_FILE, method, setup.backbone_config)
     else:
-        keep_encoder(run / LAST, method, work.spec)
-        if best.is_file():
-            best.replace(run / RUN_ENCODER)
-    lost = len(work.images) - len(work.images.usable)
-    left = {"no longer readable": lost, "batches without a positive or a negative": skipped}
-    work.artifact.finish(
-        {"steps": taken, "images": len(work.images.usable)},
-        {reason: count for reason, count in left.items() if count},
+        save_method_encoder(run_dir / LAST_ENCODER_FILE, method, setup.backbone_config)
+        if best_path.is_file():
+            best_path.replace(run_dir / ENCODER_FILE)
+    num_unreadable = len(setup.image_cache) - len(setup.image_cache.readable)
+    skipped = {"no longer readable": num_unreadable, "batches without a positive or a negative": num_skipped}
+    setup.artifact.finish(
+        {"steps": num_steps, "images": len(setup.image_cache.readable)},
+        {reason: count for reason, count in skipped.items() if count},
     )

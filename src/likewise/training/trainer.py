@@ -13,194 +13,247 @@ import numpy as np
 import torch
 from torch import nn
 
-from likewise.artifacts import Artifact, begin, fingerprint
-from likewise.data.dataset import Collection
+from likewise.artifacts import Artifact, create_or_resume, fingerprint
+from likewise.data.dataset import CaptionDataset
 from likewise.data.filters import read_filter
-from likewise.data.image_cache import PackedImages, pack_images, side_to_pack
-from likewise.distributed import Processes
-from likewise.embeddings.store import look_up_embeddings
-from likewise.errors import InputError, InterruptedRunError, ModelError, TrainingError
-from likewise.models.backbones import BackboneSpec, build_backbone, check_side, default_stem
-from likewise.models.checkpoints import load_state_dict, load_strictly
-from likewise.models.encoders import RUN_ENCODER
-from likewise.neighbors.vectors import RecordVectors, kept_captions
-from likewise.pairs.build import make_pairs
-from likewise.pairs.config import PairRule
+from likewise.data.image_cache import ImageCache, build_image_cache, cache_resolution
+from likewise.distributed import DistributedContext
+from likewise.embeddings.store import find_embeddings
+from likewise.errors import InterruptedRunError, InvalidInputError, ModelError, TrainingError
+from likewise.models.backbones import BackboneConfig, build_backbone, check_input_size, default_stem
+from likewise.models.checkpoints import load_state_dict, load_state_dict_strict
+from likewise.models.encoders import ENCODER_FILE
+from likewise.neighbors.vectors import ImageVectors, filtered_caption_mask
+from likewise.pairs.build import build_pairs
+from likewise.pairs.config import PairConfig
 from likewise.pairs.sampling import Pairs
-from likewise.progress import Progress, Task
+from likewise.progress import Progress, ProgressBar
 from likewise.training.checkpoint import (
-    BEST,
-    Sums,
-    Trainer,
-    checkpoints,
-    keep_encoder,
-    last_good,
+    BEST_ENCODER_FILE,
+    RunningTotals,
+    TrainState,
+    describe_last_checkpoint,
+    list_checkpoints,
     load_checkpoint,
     save_checkpoint,
+    save_method_encoder,
 )
-from likewise.training.config import Plan, TrainSettings, plan, showings
-from likewise.training.loader import Batch, PairBatches, Words, make_tokens
-from likewise.training.methods.base import Step
-from likewise.training.optim import scheduled_rate
-from likewise.training.run_dir import SCORES, MetricsLog, effective_rank, has_collapsed, spread, told
-from likewise.training.validation import SCORE, PairScorer, best_step, hold_out, is_exhausted
+from likewise.training.config import TrainConfig, TrainSchedule, build_schedule, build_view_specs
+from likewise.training.loader import CaptionInputs, HostBatch, PairLoader, tokenize_captions
+from likewise.training.methods.base import StepOutput
+from likewise.training.optim import warmup_cosine_lr
+from likewise.training.run_dir import (
+    VALIDATION_FILE,
+    MetricsLogger,
+    effective_rank,
+    feature_std,
+    has_collapsed,
+    pair_config_to_dict,
+)
+from likewise.training.validation import (
+    PRIMARY_METRIC,
+    PairRetrievalEvaluator,
+    best_step,
+    should_stop,
+    split_validation,
+)
 
-KIND = "run"
-_NAMES = ("encoder", "image_encoder", "filter", "pairs_file", "index")
+ARTIFACT_KIND = "run"
+_NON_HASHED = ("caption_encoder", "image_encoder", "filter", "pairs_file", "index")
 
 
 @dataclass(frozen=True)
-class Work:
+class TrainSetup:
     """What is ready before the first step."""
 
     artifact: Artifact
     backbone: nn.Module
-    width: int
-    spec: BackboneSpec
-    state: torch.Tensor
-    images: PackedImages
+    feature_dim: int
+    backbone_config: BackboneConfig
+    rng_state: torch.Tensor
+    image_cache: ImageCache
     pairs: Pairs
-    batches: PairBatches
-    words: Words
-    scorer: PairScorer | None
-    plan: Plan
+    loader: PairLoader
+    caption_inputs: CaptionInputs
+    evaluator: PairRetrievalEvaluator | None
+    schedule: TrainSchedule
 
 
-def prepare(
-    source: Collection,
-    run: Path,
-    chosen: TrainSettings,
-    shown: PairRule,
-    among: Processes,
-    workers: int | None,
-    on: torch.device,
+def setup_training(
+    dataset: CaptionDataset,
+    run_dir: Path,
+    config: TrainConfig,
+    pair_config: PairConfig,
+    dist: DistributedContext,
+    num_workers: int | None,
+    device: torch.device,
     progress: Progress,
-) -> Work:
+) -> TrainSetup:
     """Make or find everything that training needs; what can fail fails before what takes long."""
-    spec = spec_of(chosen)
-    backbone, width, state = initial_backbone(chosen, spec)
-    views = showings(chosen, shown)
-    for side in {each.size for each in views} - {chosen.size}:
-        check_side(backbone, spec.name, side)
-    plan(chosen, len(source), source.path)
-    words = _words(source, chosen, shown, progress)
-    pairs = make_pairs(source, shown, device=on.type, progress=progress)
-    images = pack_images(source, side_to_pack(chosen.size, len(source)), workers=workers, progress=progress)
-    if len(images.usable) < len(source):
-        pairs = make_pairs(source, shown, images.usable, device=on.type, progress=progress)
-    scorer = None
-    if chosen.held_out:
-        held, whole = hold_out(pairs, chosen.held_out, seed=chosen.seed), pairs
-        pairs = make_pairs(source, shown, held.rest(images.usable), device=on.type, progress=progress)
-        labels = _labels(source, held.anchors)
-        scorer = PairScorer(images, whole, held, views[0], labels, seed=chosen.seed)
-    batches = PairBatches(
-        images, pairs, views, batch_size=chosen.batch_size, seed=chosen.seed, words=words, among=among
+    backbone_config = get_backbone_config(config)
+    backbone, feature_dim, rng_state = init_backbone(config, backbone_config)
+    view_specs = build_view_specs(config, pair_config)
+    for image_size in {view.image_size for view in view_specs} - {config.image_size}:
+        check_input_size(backbone, backbone_config.name, image_size)
+    build_schedule(config, len(dataset), dataset.path)
+    caption_inputs = _open_caption_inputs(dataset, config, pair_config, progress)
+    pairs = build_pairs(dataset, pair_config, device=device.type, progress=progress)
+    image_cache = build_image_cache(
+        dataset, cache_resolution(config.image_size, len(dataset)), num_workers=num_workers, progress=progress
     )
-    steps = plan(chosen, len(batches.anchors), source.path)
-    inputs = _inputs(source, images, pairs, words, chosen)
+    if len(image_cache.readable) < len(dataset):
+        pairs = build_pairs(dataset, pair_config, image_cache.readable, device=device.type, progress=progress)
+    evaluator = None
+    if config.num_val_pairs:
+        split, all_pairs = split_validation(pairs, config.num_val_pairs, seed=config.seed), pairs
+        pairs = build_pairs(
+            dataset,
+            pair_config,
+            split.training_positions(image_cache.readable),
+            device=device.type,
+            progress=progress,
+        )
+        labels = _label_ids(dataset, split.anchors)
+        evaluator = PairRetrievalEvaluator(
+            image_cache, all_pairs, split, view_specs[0], labels, seed=config.seed
+        )
+    loader = PairLoader(
+        image_cache,
+        pairs,
+        view_specs,
+        batch_size=config.batch_size,
+        seed=config.seed,
+        caption_inputs=caption_inputs,
+        dist=dist,
+    )
+    schedule = build_schedule(config, len(loader.anchors), dataset.path)
+    inputs = _input_keys(dataset, image_cache, pairs, caption_inputs, config)
     # Where partners come from is told by the inputs, however it was named.
-    artifact = begin(run, KIND, told(shown) | asdict(chosen), inputs, volatile=_NAMES)
-    return Work(artifact, backbone, width, spec, state, images, pairs, batches, words, scorer, steps)
+    artifact = create_or_resume(
+        run_dir,
+        ARTIFACT_KIND,
+        pair_config_to_dict(pair_config) | asdict(config),
+        inputs,
+        non_hashed=_NON_HASHED,
+    )
+    return TrainSetup(
+        artifact,
+        backbone,
+        feature_dim,
+        backbone_config,
+        rng_state,
+        image_cache,
+        pairs,
+        loader,
+        caption_inputs,
+        evaluator,
+        schedule,
+    )
 
 
-def spec_of(settings: TrainSettings) -> BackboneSpec:
+def get_backbone_config(config: TrainConfig) -> BackboneConfig:
     """Return what it takes to build the settings' backbone."""
-    stem = settings.stem or default_stem(settings.size)
-    return BackboneSpec(name=settings.backbone, size=settings.size, stem=stem)
+    stem = config.stem or default_stem(config.image_size)
+    return BackboneConfig(name=config.backbone, image_size=config.image_size, stem=stem)
 
 
-def initial_backbone(settings: TrainSettings, spec: BackboneSpec) -> tuple[nn.Module, int, torch.Tensor]:
+def init_backbone(
+    config: TrainConfig, backbone_config: BackboneConfig
+) -> tuple[nn.Module, int, torch.Tensor]:
     """Return the backbone with its initial weights, its width, and the generator's state for the heads."""
-    torch.manual_seed(settings.seed)
-    backbone, width = build_backbone(spec, pretrained=settings.init == "pretrained")
-    state = torch.get_rng_state()
-    if settings.init not in ("scratch", "pretrained"):
-        weights = initial_weights(settings.init)
-        load_strictly(backbone, load_state_dict(weights), str(weights))
-    return backbone, width, state
+    torch.manual_seed(config.seed)
+    backbone, feature_dim = build_backbone(backbone_config, pretrained=config.init == "pretrained")
+    rng_state = torch.get_rng_state()
+    if config.init not in ("scratch", "pretrained"):
+        weights_path = resolve_init_weights(config.init)
+        load_state_dict_strict(backbone, load_state_dict(weights_path), str(weights_path))
+    return backbone, feature_dim, rng_state
 
 
-def initial_weights(init: str) -> Path:
+def resolve_init_weights(init: str) -> Path:
     """Return the file that `--init` names: a file, or the encoder of a run.
 
     Raises:
         ModelError: where there is neither.
     """
     path = Path(init)
-    found = path / RUN_ENCODER if path.is_dir() else path
-    if not found.is_file():
+    weights_path = path / ENCODER_FILE if path.is_dir() else path
+    if not weights_path.is_file():
         raise ModelError(
             f"--init {init}: no such weights; give scratch, pretrained, a file, or a finished run"
         )
-    return found
+    return weights_path
 
 
-def _inputs(
-    source: Collection,
-    images: PackedImages,
+def _input_keys(
+    dataset: CaptionDataset,
+    image_cache: ImageCache,
     pairs: Pairs,
-    words: Words,
-    settings: TrainSettings,
+    caption_inputs: CaptionInputs,
+    config: TrainConfig,
 ) -> dict[str, str]:
-    inputs = {"collection": source.key, "images": images.key, "pairs": pairs.key}
-    if words.vectors is not None:
-        inputs["captions"] = words.vectors.key
-    if words.tokens is not None:
-        inputs["tokens"] = words.tokens.key
-    if settings.init not in ("scratch", "pretrained"):
-        inputs["init"] = fingerprint(initial_weights(settings.init))
-    return inputs
+    keys = {"collection": dataset.key, "images": image_cache.key, "pairs": pairs.key}
+    if caption_inputs.vectors is not None:
+        keys["captions"] = caption_inputs.vectors.key
+    if caption_inputs.tokens is not None:
+        keys["tokens"] = caption_inputs.tokens.key
+    if config.init not in ("scratch", "pretrained"):
+        keys["init"] = fingerprint(resolve_init_weights(config.init))
+    return keys
 
 
-def _words(source: Collection, settings: TrainSettings, rule: PairRule, progress: Progress) -> Words:
+def _open_caption_inputs(
+    dataset: CaptionDataset, config: TrainConfig, pair_config: PairConfig, progress: Progress
+) -> CaptionInputs:
     """Open what the method wants to know of captions.
 
     Raises:
         InputError: where an image is to be compared with its caption and no image has one.
     """
-    if not (settings.uses_caption_vectors or settings.uses_tokens):
-        return Words()
-    left_out = None if rule.filter is None else read_filter(rule.filter, source)
-    kept = kept_captions(source, left_out)
-    vectors = tokens = captioned = None
-    if settings.uses_caption_vectors:
-        vectors = RecordVectors(look_up_embeddings(source, rule.encoder), len(source), kept)
-        captioned = vectors.count > 0
-    if settings.uses_tokens:
-        tokens = make_tokens(source, kept, progress=progress)
-        captioned = tokens.captioned
-    if not settings.needs.text:
-        return Words(vectors=vectors)
-    if captioned is None or not captioned.any():
-        raise InputError(
-            f"--method {settings.method} compares images with captions, and {source.path} has none; import "
+    if not (config.uses_caption_embeddings or config.uses_tokens):
+        return CaptionInputs()
+    excluded = None if pair_config.filter is None else read_filter(pair_config.filter, dataset)
+    caption_mask = filtered_caption_mask(dataset, excluded)
+    vectors = tokens = has_caption = None
+    if config.uses_caption_embeddings:
+        vectors = ImageVectors(
+            find_embeddings(dataset, pair_config.caption_encoder), len(dataset), caption_mask
+        )
+        has_caption = vectors.captions_per_image > 0
+    if config.uses_tokens:
+        tokens = tokenize_captions(dataset, caption_mask, progress=progress)
+        has_caption = tokens.has_caption
+    if not config.method_options.needs_text:
+        return CaptionInputs(vectors=vectors)
+    if has_caption is None or not has_caption.any():
+        raise InvalidInputError(
+            f"--method {config.method} compares images with captions, and {dataset.path} has none; import "
             "it with --caption-column, or use a method without text"
         )
-    lost = int((~captioned).sum())
-    if lost:
-        progress.say(f"{lost:,} of {len(source):,} images have no caption and take no part")
-    return Words(
+    num_missing = int((~has_caption).sum())
+    if num_missing:
+        progress.log(f"{num_missing:,} of {len(dataset):,} images have no caption and take no part")
+    return CaptionInputs(
         vectors=vectors,
         tokens=tokens,
-        of_partners=settings.needs.shown == "anchor",
-        captioned=captioned,
+        use_partner_caption=config.method_options.inputs == "anchor",
+        has_caption=has_caption,
     )
 
 
-def _labels(source: Collection, positions: np.ndarray) -> np.ndarray | None:
+def _label_ids(dataset: CaptionDataset, positions: np.ndarray) -> np.ndarray | None:
     """Return the labels of some images by number, -1 without one; None where there are not two."""
-    names = [source[int(position)].label for position in positions]
-    known = {name: number for number, name in enumerate(sorted({n for n in names if n is not None}))}
-    if len(known) < 2:
+    names = [dataset[int(position)].label for position in positions]
+    label_ids = {name: i for i, name in enumerate(sorted({n for n in names if n is not None}))}
+    if len(label_ids) < 2:
         return None
-    return np.array([-1 if name is None else known[name] for name in names], np.int64)
+    return np.array([-1 if name is None else label_ids[name] for name in names], np.int64)
 
 
-__all__ = ["checkpoints", "run_training", "save_checkpoint"]
+__all__ = ["fit", "list_checkpoints", "save_checkpoint"]
 
 
-def run_training(trainer: Trainer, progress: Progress) -> tuple[int, int]:
+def fit(train_state: TrainState, progress: Progress) -> tuple[int, int]:
     """Train from the newest checkpoint, or the start, to the last step of the plan or of patience.
 
     Returns:
@@ -210,205 +263,238 @@ def run_training(trainer: Trainer, progress: Progress) -> tuple[int, int]:
         InterruptedRunError: after SIGINT or SIGTERM, with a checkpoint written.
         TrainingError: where the loss stops being a number; the last good checkpoint is kept.
     """
-    scaler = torch.amp.GradScaler(trainer.device.type, enabled=trainer.dtype == torch.float16)
-    start, sums = load_checkpoint(trainer, scaler)
+    scaler = torch.amp.GradScaler(train_state.device.type, enabled=train_state.dtype == torch.float16)
+    start, totals = load_checkpoint(train_state, scaler)
     if start:
-        progress.say(f"going on from step {start:,} of {trainer.plan.steps:,}")
+        progress.log(f"going on from step {start:,} of {train_state.schedule.steps:,}")
     with (
-        _stop_signals() as stop,
-        _logs(trainer, start) as (log, scores),
-        progress.task("training", trainer.plan.steps, "steps", start) as task,
+        _catch_stop_signals() as stop_event,
+        _open_loggers(train_state, start) as (metrics_logger, validation_logger),
+        progress.task("training", train_state.schedule.steps, "steps", start) as progress_bar,
     ):
-        loop = _Loop(trainer, scaler, log, scores, task, progress, sums)
-        return loop.run(start, stop), int(loop.sums.skipped)
+        trainer = Trainer(
+            train_state, scaler, metrics_logger, validation_logger, progress_bar, progress, totals
+        )
+        return trainer.fit(start, stop_event), int(trainer.totals.num_skipped)
 
 
 @contextmanager
-def _logs(trainer: Trainer, start: int) -> Iterator[tuple[MetricsLog | None, MetricsLog | None]]:
+def _open_loggers(
+    train_state: TrainState, start: int
+) -> Iterator[tuple[MetricsLogger | None, MetricsLogger | None]]:
     """Open the metrics and, with held-out pairs, the scores, in the process that leads."""
-    if not trainer.among.leads:
+    if not train_state.dist.is_main_process:
         yield None, None
         return
-    log = MetricsLog(trainer.run, start)
-    scores = None if trainer.scorer is None else MetricsLog(trainer.run, start, SCORES)
+    metrics_logger = MetricsLogger(train_state.run_dir, start)
+    validation_logger = (
+        None if train_state.evaluator is None else MetricsLogger(train_state.run_dir, start, VALIDATION_FILE)
+    )
     try:
-        yield log, scores
+        yield metrics_logger, validation_logger
     finally:
-        log.close()
-        if scores is not None:
-            scores.close()
+        metrics_logger.close()
+        if validation_logger is not None:
+            validation_logger.close()
 
 
-class _Loop:
+class Trainer:
     """One pass from a step to the end, with what is logged now and then."""
 
     def __init__(
         self,
-        trainer: Trainer,
+        train_state: TrainState,
         scaler: torch.amp.GradScaler,
-        log: MetricsLog | None,
-        scores: MetricsLog | None,
-        task: Task,
+        metrics_logger: MetricsLogger | None,
+        validation_logger: MetricsLogger | None,
+        progress_bar: ProgressBar,
         progress: Progress,
-        sums: Sums,
+        totals: RunningTotals,
     ) -> None:
-        self.trainer, self.scaler, self.log, self.scores = trainer, scaler, log, scores
-        self.task, self.progress, self.sums = task, progress, sums
-        self.warned = False
-        self._restart_clock()
-
-    def run(self, start: int, stop: threading.Event) -> int:
-        """Go on until a step is the last one, and return how many have been taken."""
-        trainer, saved_at = self.trainer, time.monotonic()
-        trainer.method.train()
-        done, (enough,) = start, trainer.among.agree(self._has_enough())
-        batches = trainer.batches.stream(start, trainer.plan.steps, trainer.workers)
-        while done < trainer.plan.steps and not enough:
-            asked = time.monotonic()
-            batch = next(batches)
-            self.waited += time.monotonic() - asked
-            step = self._step(done, batch)
-            done += 1
-            self._note(done, step)
-            self._score(done)
-            due = time.monotonic() - saved_at >= 60 * trainer.checkpoint_minutes
-            stopped, due, enough = trainer.among.agree(stop.is_set(), due, self._has_enough())
-            last = enough or done == trainer.plan.steps
-            if last or due or stopped:
-                self._require_finite()
-                if trainer.among.leads:
-                    save_checkpoint(trainer, self.scaler, done, self.sums)
-                saved_at = time.monotonic()
-            if stopped and not last:
-                raise InterruptedRunError(
-                    f"stopped after step {done:,} of {trainer.plan.steps:,}; "
-                    f"run the same command again to go on from there ({trainer.run})"
-                )
-        return done
-
-    def _step(self, number: int, batch: Batch) -> Step:
-        """Take one optimizer step; the generator is set by the step, for whatever draws in it."""
-        trainer = self.trainer
-        torch.manual_seed(trainer.seed * 1_000_003 + number)
-        self.rate = scheduled_rate(
-            number, steps=trainer.plan.steps, warmup=trainer.plan.warmup, peak=trainer.plan.peak_rate
+        self.train_state, self.scaler, self.metrics_logger, self.validation_logger = (
+            train_state,
+            scaler,
+            metrics_logger,
+            validation_logger,
         )
-        for group in trainer.optimizer.param_groups:
-            group["lr"] = self.rate
-        shown = batch.shown(trainer.batches.recipes, trainer.device, number / trainer.plan.steps)
-        mixed = trainer.dtype != torch.float32
-        with torch.autocast(trainer.device.type, trainer.dtype, enabled=mixed):
-            step = trainer.stepper(shown)
-        trainer.optimizer.zero_grad(set_to_none=True)
-        self.scaler.scale(step.loss).backward()
-        if not self.scaler.is_enabled():
-            _hold_still(trainer.optimizer, step)
-        self.scaler.step(trainer.optimizer)
-        self.scaler.update()
-        self.sums = self.sums.add(step.loss.detach(), step.skip, number + 1)
+        self.progress_bar, self.progress, self.totals = progress_bar, progress, totals
+        self.warned_of_collapse = False
+        self._reset_timers()
+
+    def fit(self, start: int, stop_event: threading.Event) -> int:
+        """Go on until a step is the last one, and return how many have been taken."""
+        train_state, saved_at = self.train_state, time.monotonic()
+        train_state.method.train()
+        step, (early_stop,) = start, train_state.dist.any_rank(self._early_stop())
+        batches = train_state.loader.iterate(start, train_state.schedule.steps, train_state.num_workers)
+        while step < train_state.schedule.steps and not early_stop:
+            wait_started = time.monotonic()
+            batch = next(batches)
+            self.data_wait += time.monotonic() - wait_started
+            output = self._train_step(step, batch)
+            step += 1
+            self._log(step, output)
+            self._validate(step)
+            checkpoint_due = time.monotonic() - saved_at >= 60 * train_state.checkpoint_minutes
+            interrupted, checkpoint_due, early_stop = train_state.dist.any_rank(
+                stop_event.is_set(), checkpoint_due, self._early_stop()
+            )
+            is_last = early_stop or step == train_state.schedule.steps
+            if is_last or checkpoint_due or interrupted:
+                self._check_finite()
+                if train_state.dist.is_main_process:
+                    save_checkpoint(train_state, self.scaler, step, self.totals)
+                saved_at = time.monotonic()
+            if interrupted and not is_last:
+                raise InterruptedRunError(
+                    f"stopped after step {step:,} of {train_state.schedule.steps:,}; "
+                    f"run the same command again to go on from there ({train_state.run_dir})"
+                )
         return step
 
-    def _note(self, done: int, step: Step) -> None:
-        self.here += 1
-        every = self.trainer.plan.log_every
-        if done % every and done != self.trainer.plan.steps:
-            self.task.advance()
+    def _train_step(self, step: int, host_batch: HostBatch) -> StepOutput:
+        """Take one optimizer step; the generator is set by the step, for whatever draws in it."""
+        train_state = self.train_state
+        torch.manual_seed(train_state.seed * 1_000_003 + step)
+        self.lr = warmup_cosine_lr(
+            step,
+            total_steps=train_state.schedule.steps,
+            warmup_steps=train_state.schedule.warmup_steps,
+            peak_lr=train_state.schedule.peak_lr,
+        )
+        for group in train_state.optimizer.param_groups:
+            group["lr"] = self.lr
+        batch = host_batch.to_device(
+            train_state.loader.augmentations, train_state.device, step / train_state.schedule.steps
+        )
+        use_amp = train_state.dtype != torch.float32
+        with torch.autocast(train_state.device.type, train_state.dtype, enabled=use_amp):
+            output = train_state.ddp_method(batch)
+        train_state.optimizer.zero_grad(set_to_none=True)
+        self.scaler.scale(output.loss).backward()
+        if not self.scaler.is_enabled():
+            skip_update_where(train_state.optimizer, output)
+        self.scaler.step(train_state.optimizer)
+        self.scaler.update()
+        self.totals = self.totals.add(output.loss.detach(), output.skip_update, step + 1)
+        return output
+
+    def _log(self, step: int, output: StepOutput) -> None:
+        self.steps_since_log += 1
+        log_every = self.train_state.schedule.log_every
+        if step % log_every and step != self.train_state.schedule.steps:
+            self.progress_bar.update()
             return
-        self._require_finite()
-        row = self._row(done, step)
-        if self.log is not None:
-            self.log.write(row)
-        self._warn_of_collapse(row)
-        self.task.advance(
-            note=f"loss {row['loss']:.3f} · rank {row['effective_rank']:.0f} · "
+        self._check_finite()
+        row = self._metrics_row(step, output)
+        if self.metrics_logger is not None:
+            self.metrics_logger.write(row)
+        self._warn_if_collapsed(row)
+        self.progress_bar.update(
+            postfix=f"loss {row['loss']:.3f} · rank {row['effective_rank']:.0f} · "
             f"{row['images_per_second']:,.0f} images/s"
         )
-        self.sums = self.sums.next_row()
-        self._restart_clock()
+        self.totals = self.totals.reset_window()
+        self._reset_timers()
 
-    def _row(self, done: int, step: Step) -> dict[str, int | float]:
-        elapsed = time.monotonic() - self.since
-        images = len(self.trainer.batches.showings) * self.trainer.batches.batch_size * self.here
+    def _metrics_row(self, step: int, output: StepOutput) -> dict[str, int | float]:
+        elapsed = time.monotonic() - self.log_started
+        num_images = (
+            len(self.train_state.loader.view_specs)
+            * self.train_state.loader.batch_size
+            * self.steps_since_log
+        )
         row: dict[str, int | float] = {
-            "step": done,
-            "epoch": done / self.trainer.plan.steps_per_epoch,
-            "loss": float(self.sums.loss) / max(1.0, float(self.sums.taught)),
-            "rate": self.rate,
-            "effective_rank": float(effective_rank(step.features)),
-            "spread": float(spread(step.features)),
-            **{name: float(value) for name, value in step.logs.items()},
-            "images_per_second": images / elapsed,
-            "data_wait": self.waited / elapsed,
+            "step": step,
+            "epoch": step / self.train_state.schedule.steps_per_epoch,
+            "loss": float(self.totals.loss) / max(1.0, float(self.totals.num_updates)),
+            "lr": self.lr,
+            "effective_rank": float(effective_rank(output.features)),
+            "feature_std": float(feature_std(output.features)),
+            **{name: float(value) for name, value in output.logs.items()},
+            "images_per_second": num_images / elapsed,
+            "data_time_fraction": self.data_wait / elapsed,
         }
-        return row if step.skip is None else row | {"skipped": float(self.sums.skipped)}
+        return row if output.skip_update is None else row | {"skipped": float(self.totals.num_skipped)}
 
-    def _score(self, done: int) -> None:
+    def _validate(self, step: int) -> None:
         """Score the encoder on held-out pairs when it is time, and keep it if it is the best so far."""
-        trainer = self.trainer
-        every, last = trainer.plan.score_every, trainer.plan.steps
-        if self.scores is None or trainer.scorer is None or (done % every and done != last):
+        train_state = self.train_state
+        val_every, total_steps = train_state.schedule.val_every, train_state.schedule.steps
+        if (
+            self.validation_logger is None
+            or train_state.evaluator is None
+            or (step % val_every and step != total_steps)
+        ):
             return
-        row = trainer.scorer.score(trainer.method.backbone, trainer.device, trainer.dtype)
-        self.scores.write({"step": done, **row})
-        if best_step(self.scores.rows) == done:
-            keep_encoder(trainer.run / BEST, trainer.method, trainer.spec)
-        self.task.advance(0, note=f"held-out pairs: {SCORE} {row[SCORE]:.3f}")
+        metrics = train_state.evaluator.evaluate(
+            train_state.method.backbone, train_state.device, train_state.dtype
+        )
+        self.validation_logger.write({"step": step, **metrics})
+        if best_step(self.validation_logger.rows) == step:
+            save_method_encoder(
+                train_state.run_dir / BEST_ENCODER_FILE, train_state.method, train_state.backbone_config
+            )
+        self.progress_bar.update(0, postfix=f"held-out pairs: {PRIMARY_METRIC} {metrics[PRIMARY_METRIC]:.3f}")
 
-    def _has_enough(self) -> bool:
-        return self.scores is not None and is_exhausted(self.scores.rows, self.trainer.patience)
-
-    def _require_finite(self) -> None:
-        number = int(self.sums.bad)
-        if not number:
-            return
-        trainer = self.trainer
-        anchors = trainer.batches.batch(number - 1).anchors
-        ids = ", ".join(trainer.name(position) for position in anchors[:5].tolist())
-        raise TrainingError(
-            f"the loss is no longer a number, at step {number:,} (images {ids} and {len(anchors) - 5:,} "
-            f"more); {last_good(trainer.run)}. A lower --rate or --precision float32 often helps"
+    def _early_stop(self) -> bool:
+        return self.validation_logger is not None and should_stop(
+            self.validation_logger.rows, self.train_state.early_stopping_patience
         )
 
-    def _warn_of_collapse(self, row: dict[str, int | float]) -> None:
-        if not self.warned and has_collapsed(rank=row["effective_rank"], spread=row["spread"]):
-            self.warned = True
-            self.progress.say(
+    def _check_finite(self) -> None:
+        step = int(self.totals.first_nonfinite)
+        if not step:
+            return
+        train_state = self.train_state
+        anchors = train_state.loader.batch_at(step - 1).anchors
+        ids = ", ".join(train_state.image_id(position) for position in anchors[:5].tolist())
+        raise TrainingError(
+            f"the loss is no longer a number, at step {step:,} (images {ids} and {len(anchors) - 5:,} "
+            f"more); {describe_last_checkpoint(train_state.run_dir)}. A lower --rate or --precision "
+            f"float32 often helps"
+        )
+
+    def _warn_if_collapsed(self, row: dict[str, int | float]) -> None:
+        if not self.warned_of_collapse and has_collapsed(rank=row["effective_rank"], std=row["feature_std"]):
+            self.warned_of_collapse = True
+            self.progress.log(
                 f"warning: the features have collapsed at step {row['step']:,} (effective rank "
-                f"{row['effective_rank']:.1f}, spread {row['spread']:.3f}): images are hardly told apart"
+                f"{row['effective_rank']:.1f}, spread {row['feature_std']:.3f}): images are hardly told apart"
             )
 
-    def _restart_clock(self) -> None:
-        self.here, self.waited, self.since = 0, 0.0, time.monotonic()
+    def _reset_timers(self) -> None:
+        self.steps_since_log, self.data_wait, self.log_started = 0, 0.0, time.monotonic()
 
 
-def _hold_still(optimizer: torch.optim.Optimizer, step: Step) -> None:
+def skip_update_where(optimizer: torch.optim.Optimizer, output: StepOutput) -> None:
     """Let no weight move for a batch that teaches nothing or whose loss is no number.
 
     Fused optimizers look for this attribute, by which GradScaler tells them the same, and skip the step on
     the device: no step waits to be told.
     """
-    fault = (~torch.isfinite(step.loss.detach())).float()
-    held = fault if step.skip is None else torch.maximum(fault, step.skip)
-    optimizer.__dict__["found_inf"] = held
+    nonfinite = (~torch.isfinite(output.loss.detach())).float()
+    skip_update = nonfinite if output.skip_update is None else torch.maximum(nonfinite, output.skip_update)
+    optimizer.__dict__["found_inf"] = skip_update
 
 
 @contextmanager
-def _stop_signals() -> Iterator[threading.Event]:
+def _catch_stop_signals() -> Iterator[threading.Event]:
     """Turn the first SIGINT or SIGTERM into a flag; a second one has its usual effect."""
-    stop = threading.Event()
+    stop_event = threading.Event()
     if threading.current_thread() is not threading.main_thread():
-        yield stop
+        yield stop_event
         return
-    usual = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    previous_handlers = {signum: signal.getsignal(signum) for signum in (signal.SIGINT, signal.SIGTERM)}
 
-    def ask(number: int, _: FrameType | None) -> None:
-        stop.set()
-        signal.signal(number, usual[signal.Signals(number)])
+    def request_stop(signum: int, _: FrameType | None) -> None:
+        stop_event.set()
+        signal.signal(signum, previous_handlers[signal.Signals(signum)])
 
-    for number in usual:
-        signal.signal(number, ask)
+    for signum in previous_handlers:
+        signal.signal(signum, request_stop)
     try:
-        yield stop
+        yield stop_event
     finally:
-        for number, handler in usual.items():
-            signal.signal(number, handler)
+        for signum, handler in previous_handlers.items():
+            signal.signal(signum, handler)

@@ -7,61 +7,76 @@ from typing import Any
 
 import numpy as np
 
-from likewise.artifacts import begin, read_json, write_json
+from likewise.artifacts import create_or_resume, read_json, write_json
 from likewise.data.audit.captions import (
-    IMAGES,
-    caption_findings,
+    MIN_TEMPLATE_IMAGES,
+    detect_languages,
+    find_caption_issues,
     find_templates,
-    language_mix,
-    lengths_told,
-    repeated_texts,
+    repeated_captions,
+    summarize_lengths,
 )
-from likewise.data.audit.config import AuditSettings
-from likewise.data.audit.images import Copies, finding_of, group_sizes, single_members
-from likewise.data.audit.scan import Finding, Survey, emptiness_of, rows_of, survey, telling
-from likewise.data.dataset import Collection
+from likewise.data.audit.config import AuditConfig
+from likewise.data.audit.images import (
+    NearDuplicates,
+    image_finding,
+    singleton_group_finding,
+    summarize_groups,
+)
+from likewise.data.audit.scan import (
+    CaptionScan,
+    Finding,
+    iter_rows,
+    scan_dataset,
+    top_phrases,
+    uninformative_reason,
+)
+from likewise.data.dataset import CaptionDataset
 from likewise.data.filters import FilterRow, write_filter
-from likewise.data.perceptual_hash import ImageHashes, check_distance, image_hashes
+from likewise.data.perceptual_hash import PerceptualHashes, compute_perceptual_hashes, validate_max_hamming
 from likewise.errors import ArtifactError
-from likewise.progress import SILENT, Progress
+from likewise.progress import NULL_PROGRESS, Progress
 
-KIND = "audit"
+ARTIFACT_KIND = "audit"
 BOILERPLATE = "boilerplate"
-COPY = "copy of an image with the same captions"
-_OPENINGS_SHARE = 0.01
-_SHOWN_OPENINGS = 12
-_SHOWN_TEMPLATES = 12
-_USUAL = AuditSettings()
+NEAR_DUPLICATE = "copy of an image with the same captions"
+_MIN_PHRASE_FRACTION = 0.01
+_NUM_PHRASES = 12
+_NUM_TEMPLATES = 12
+_DEFAULT_CONFIG = AuditConfig()
 
 
 @dataclass(frozen=True, kw_only=True)
-class Audit:
+class AuditReport:
     """A finished audit: its folder, with `report.json` and `filter.csv`, and the report as JSON values."""
 
     path: Path
     report: dict[str, Any]
 
     @property
-    def filter(self) -> Path:
+    def filter_path(self) -> Path:
         """The filter that it wrote; people may edit it."""
         return self.path / "filter.csv"
 
     def summary(self) -> dict[str, Any]:
         """Return the counts of the report without examples."""
-        shown = ("count", "total", "unit", "share", "filtered")
-        findings = {f["name"]: {name: f[name] for name in shown} for f in self.report["findings"]}
-        kept = ("images", "captions", "lengths", "languages", "groups", "labels")
-        rows = {"findings": findings, "left_out": self.report["filter"]}
-        return {"audit": str(self.path), **{name: self.report[name] for name in kept}, **rows}
+        finding_fields = ("count", "total", "unit", "share", "filtered")
+        findings = {
+            finding["name"]: {name: finding[name] for name in finding_fields}
+            for finding in self.report["findings"]
+        }
+        report_fields = ("images", "captions", "lengths", "languages", "groups", "labels")
+        counts = {"findings": findings, "left_out": self.report["filter"]}
+        return {"audit": str(self.path), **{name: self.report[name] for name in report_fields}, **counts}
 
 
-def audit(
-    collection: Collection | str | Path,
-    settings: AuditSettings = _USUAL,
+def audit_dataset(
+    dataset: CaptionDataset | str | Path,
+    config: AuditConfig = _DEFAULT_CONFIG,
     *,
-    workers: int | None = None,
-    progress: Progress = SILENT,
-) -> Audit:
+    num_workers: int | None = None,
+    progress: Progress = NULL_PROGRESS,
+) -> AuditReport:
     """Look for what is wrong with captions and images, into `COLLECTION/audit/`; nothing is deleted.
 
     The filter leaves out captions that say nothing (no letters, a web address or file name, filler words,
@@ -73,96 +88,114 @@ def audit(
         ArtifactError: where the images are gone, or another audit was made with other settings.
         DependencyError: where py3langid is missing.
     """
-    settings.check()
-    check_distance(settings.distance)
-    source = Collection.open(collection)
-    artifact = begin(source.path / "audit", KIND, asdict(settings), {"collection": source.key})
-    told = artifact.path / "report.json"
-    if artifact.complete:
-        _require(told)
-        progress.say(f"{source.path} was audited before; delete {artifact.path} to do it anew")
-        return Audit(path=artifact.path, report=read_json(told))
-    report = _audit(source, settings, artifact.path / "filter.csv", workers, progress)
-    write_json(told, report)
+    config.validate()
+    validate_max_hamming(config.max_hamming)
+    dataset = CaptionDataset.open(dataset)
+    artifact = create_or_resume(
+        dataset.path / "audit", ARTIFACT_KIND, asdict(config), {"collection": dataset.key}
+    )
+    report_path = artifact.path / "report.json"
+    if artifact.is_complete:
+        _require_file(report_path)
+        progress.log(f"{dataset.path} was audited before; delete {artifact.path} to do it anew")
+        return AuditReport(path=artifact.path, report=read_json(report_path))
+    report = _build_report(dataset, config, artifact.path / "filter.csv", num_workers, progress)
+    write_json(report_path, report)
     artifact.finish({"images": report["images"], "captions": report["captions"]})
-    return Audit(path=artifact.path, report=read_json(told))
+    return AuditReport(path=artifact.path, report=read_json(report_path))
 
 
-def _require(path: Path) -> None:
+def _require_file(path: Path) -> None:
     if not path.is_file():
         raise ArtifactError(f"{path} is missing; delete {path.parent} to audit anew")
 
 
-def _audit(
-    source: Collection, settings: AuditSettings, target: Path, workers: int | None, progress: Progress
+def _build_report(
+    dataset: CaptionDataset,
+    config: AuditConfig,
+    filter_path: Path,
+    num_workers: int | None,
+    progress: Progress,
 ) -> dict[str, Any]:
-    hashes = image_hashes(source, workers, progress)
-    found = survey(source, settings, progress)
-    copies = Copies(hashes, found, settings.distance)
-    templates = find_templates(source, found, hashes)
-    empty = {template.code for template in templates if template.boilerplate}
-    rows = write_filter(target, _filter_rows(source, found, copies, empty))
-    captions = len(found.texts)
+    hashes = compute_perceptual_hashes(dataset, num_workers, progress)
+    scan = scan_dataset(dataset, config, progress)
+    near_duplicates = NearDuplicates(hashes, scan, config.max_hamming)
+    templates = find_templates(dataset, scan, hashes)
+    boilerplate_hashes = {template.template_hash for template in templates if template.is_boilerplate}
+    reason_counts = write_filter(
+        filter_path, _iter_filter_rows(dataset, scan, near_duplicates, boilerplate_hashes)
+    )
+    num_captions = len(scan.caption_hashes)
     findings = [
-        *caption_findings(source, found, templates),
-        *_image_findings(source, found, hashes, copies, settings),
+        *find_caption_issues(dataset, scan, templates),
+        *_image_findings(dataset, scan, hashes, near_duplicates, config),
     ]
     return {
-        "images": len(source),
-        "captions": captions,
-        "empty_captions": source.artifact.manifest.counts.get("empty_captions", 0),
-        "settings": asdict(settings),
-        "findings": [finding.told() for finding in findings],
-        "filter": rows,
-        "lengths": lengths_told(found.lengths),
-        "languages": language_mix(source, captions, progress),
-        "repeated": repeated_texts(source, found),
-        "templates": [template.told(source) for template in templates[:_SHOWN_TEMPLATES]],
-        "openings": _openings(found),
-        "clusters": copies.shown(source),
-        "groups": group_sizes(source, found),
+        "images": len(dataset),
+        "captions": num_captions,
+        "empty_captions": dataset.artifact.manifest.counts.get("empty_captions", 0),
+        "settings": asdict(config),
+        "findings": [finding.to_dict() for finding in findings],
+        "filter": reason_counts,
+        "lengths": summarize_lengths(scan.length_counts),
+        "languages": detect_languages(dataset, num_captions, progress),
+        "repeated": repeated_captions(dataset, scan),
+        "templates": [template.to_dict(dataset) for template in templates[:_NUM_TEMPLATES]],
+        "openings": _frequent_phrases(scan),
+        "clusters": near_duplicates.largest_clusters(dataset),
+        "groups": summarize_groups(dataset, scan),
         "labels": {
-            "images": int((found.labels != 0).sum()),
-            "labels": len(np.unique(found.labels[found.labels != 0])),
+            "images": int((scan.label_hashes != 0).sum()),
+            "labels": len(np.unique(scan.label_hashes[scan.label_hashes != 0])),
         },
     }
 
 
 def _image_findings(
-    source: Collection, found: Survey, hashes: ImageHashes, copies: Copies, settings: AuditSettings
+    dataset: CaptionDataset,
+    scan: CaptionScan,
+    hashes: PerceptualHashes,
+    near_duplicates: NearDuplicates,
+    config: AuditConfig,
 ) -> list[Finding]:
-    images, tally = len(source), found.tally
+    num_images, counter = len(dataset), scan.counter
     findings = [
-        copies.finding(source),
-        finding_of(source, np.flatnonzero(hashes.flat), name="flat", title="images of one colour"),
-        finding_of(
-            source, np.flatnonzero(~hashes.readable), name="unreadable", title="images no longer readable"
+        near_duplicates.to_finding(dataset),
+        image_finding(dataset, np.flatnonzero(hashes.uniform), name="flat", title="images of one colour"),
+        image_finding(
+            dataset, np.flatnonzero(~hashes.readable), name="unreadable", title="images no longer readable"
         ),
-        tally.finding("tiny", f"images with a side under {settings.min_side} px", images, "images"),
-        tally.finding("stretched", f"images with sides over {settings.max_aspect:g} to 1", images, "images"),
+        counter.to_finding("tiny", f"images with a side under {config.min_side} px", num_images, "images"),
+        counter.to_finding(
+            "stretched", f"images with sides over {config.max_aspect:g} to 1", num_images, "images"
+        ),
     ]
-    return [*findings, single_members(source, found)] if found.groups.any() else findings
+    return [*findings, singleton_group_finding(dataset, scan)] if scan.group_hashes.any() else findings
 
 
-def _openings(found: Survey) -> list[dict[str, Any]]:
-    least = max(IMAGES, int(np.ceil(_OPENINGS_SHARE * len(found.texts))))
-    told = telling(found.openings.counts, least)[:_SHOWN_OPENINGS]
-    return [{"end": phrase.end, "words": phrase.words, "captions": count} for phrase, count in told]
+def _frequent_phrases(scan: CaptionScan) -> list[dict[str, Any]]:
+    min_count = max(MIN_TEMPLATE_IMAGES, int(np.ceil(_MIN_PHRASE_FRACTION * len(scan.caption_hashes))))
+    phrases = top_phrases(scan.frequent_phrases.counts, min_count)[:_NUM_PHRASES]
+    return [{"end": phrase.end, "words": phrase.text, "captions": count} for phrase, count in phrases]
 
 
-def _filter_rows(
-    source: Collection, found: Survey, copies: Copies, boilerplate: set[int]
+def _iter_filter_rows(
+    dataset: CaptionDataset, scan: CaptionScan, near_duplicates: NearDuplicates, boilerplate_hashes: set[int]
 ) -> Iterator[FilterRow]:
     """Yield what is left out, in the order of records; each text of a record once."""
-    row = 0
-    for shard in range(len(source.shards)):
-        for position, record in rows_of(source, shard, ["id", "captions"]):
-            if copies.surplus[position]:
-                yield FilterRow(id=record["id"], caption="", reason=COPY)
-            told = set()
-            for caption in record["captions"]:
-                reason = BOILERPLATE if int(found.templates[row]) in boilerplate else emptiness_of(caption)
-                row += 1
-                if reason is not None and caption not in told and not copies.surplus[position]:
-                    told.add(caption)
-                    yield FilterRow(id=record["id"], caption=caption, reason=reason)
+    caption_index = 0
+    for shard in range(len(dataset.shard_paths)):
+        for position, sample in iter_rows(dataset, shard, ["id", "captions"]):
+            if near_duplicates.redundant[position]:
+                yield FilterRow(id=sample["id"], caption="", reason=NEAR_DUPLICATE)
+            seen = set()
+            for caption in sample["captions"]:
+                reason = (
+                    BOILERPLATE
+                    if int(scan.template_hashes[caption_index]) in boilerplate_hashes
+                    else uninformative_reason(caption)
+                )
+                caption_index += 1
+                if reason is not None and caption not in seen and not near_duplicates.redundant[position]:
+                    seen.add(caption)
+                    yield FilterRow(id=sample["id"], caption=caption, reason=reason)

@@ -8,32 +8,32 @@ import numpy as np
 
 from likewise.data.audit import scan as words
 from likewise.data.audit.scan import (
-    EXAMPLES,
-    LONG,
-    SHORT,
+    LONG_CAPTION_WORDS,
+    MAX_EXAMPLES,
+    SHORT_CAPTION_WORDS,
+    CaptionScan,
     Finding,
-    Survey,
-    caption_of_code,
-    example,
-    holders_of,
-    normalised,
-    rows_of,
-    template_of,
+    canonicalize_caption,
+    caption_for_hash,
+    group_by_caption,
+    iter_rows,
+    make_example,
+    mask_digits,
 )
-from likewise.data.dataset import Collection
-from likewise.data.perceptual_hash import ImageHashes
+from likewise.data.dataset import CaptionDataset
+from likewise.data.perceptual_hash import PerceptualHashes
 from likewise.errors import DependencyError
 from likewise.progress import Progress
 
-IMAGES = 20  # fewer images are no evidence
-SHARE = 0.001
-WORDS = 5  # shorter texts may be labels: `dog` is on many unlike images and says all
-LOOKS = 0.9
-WORDING = 0.5
-LABELS = 0.9
-_CANDIDATES = 500
-_SAMPLE = 64
-_RANDOM_PAIRS = 4096
+MIN_TEMPLATE_IMAGES = 20  # fewer images are no evidence
+MIN_TEMPLATE_FRACTION = 0.001
+MIN_TEMPLATE_WORDS = 5  # shorter texts may be labels: `dog` is on many unlike images and says all
+MIN_IMAGE_DIVERSITY = 0.9
+MIN_WORD_SPECIFICITY = 0.5
+MAX_LABEL_AGREEMENT = 0.9
+_MAX_TEMPLATES = 500
+_NUM_SAMPLED_IMAGES = 64
+_NUM_RANDOM_PAIRS = 4096
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -41,53 +41,58 @@ class Template:
     """One wording.
 
     Attributes:
-        code: Its 64 bits.
+        template_hash: Its 64 bits.
         text: Its words, numbers as `#`.
         images: The positions of the images with it, ascending.
-        looks: Mean difference of the thumbnails of two of its images, relative to two images at random.
-        wording: The median over its words of the share that it has of all captions with that word.
-        agreed: The share of its most frequent label; 0 where there are no labels.
+        image_diversity: Mean difference of the thumbnails of two of its images, relative to two images at
+            random.
+        word_specificity: The median over its words of the share that it has of all captions with that word.
+        label_agreement: The share of its most frequent label; 0 where there are no labels.
     """
 
-    code: int
+    template_hash: int
     text: str
     images: np.ndarray
-    looks: float | None
-    wording: float
-    agreed: float
+    image_diversity: float | None
+    word_specificity: float
+    label_agreement: float
 
     @property
-    def boilerplate(self) -> bool:
+    def is_boilerplate(self) -> bool:
         """Whether it says nothing: long, in words of its own, on images as unlike as any, of no one label."""
-        unlike = self.looks is not None and self.looks >= LOOKS
-        own = self.wording >= WORDING and len(self.text.split()) >= WORDS
-        return unlike and own and self.agreed < LABELS
+        is_diverse = self.image_diversity is not None and self.image_diversity >= MIN_IMAGE_DIVERSITY
+        is_specific = (
+            self.word_specificity >= MIN_WORD_SPECIFICITY and len(self.text.split()) >= MIN_TEMPLATE_WORDS
+        )
+        return is_diverse and is_specific and self.label_agreement < MAX_LABEL_AGREEMENT
 
-    def examples(self, collection: Collection, most: int) -> list[dict[str, Any]]:
+    def examples(self, dataset: CaptionDataset, max_examples: int) -> list[dict[str, Any]]:
         """Return some of its images, taken evenly, with the caption that is meant."""
-        spread = self.images[np.linspace(0, len(self.images) - 1, most).astype(int)]
-        return [_example(collection, int(position), self.text) for position in np.unique(spread)]
+        positions = self.images[np.linspace(0, len(self.images) - 1, max_examples).astype(int)]
+        return [_template_example(dataset, int(position), self.text) for position in np.unique(positions)]
 
-    def told(self, collection: Collection) -> dict[str, Any]:
+    def to_dict(self, dataset: CaptionDataset) -> dict[str, Any]:
         """Return the template as JSON values."""
         return {
             "text": self.text,
             "images": len(self.images),
-            "looks": self.looks,
-            "wording": self.wording,
-            "label_agreement": self.agreed,
-            "boilerplate": self.boilerplate,
-            "examples": self.examples(collection, EXAMPLES),
+            "looks": self.image_diversity,
+            "wording": self.word_specificity,
+            "label_agreement": self.label_agreement,
+            "boilerplate": self.is_boilerplate,
+            "examples": self.examples(dataset, MAX_EXAMPLES),
         }
 
 
-def _example(collection: Collection, position: int, template: str) -> dict[str, Any]:
-    record = collection[position]
-    meant = (caption for caption in record.captions if template_of(normalised(caption)) == template)
-    return example(position, record.id, next(meant, None))
+def _template_example(dataset: CaptionDataset, position: int, template_text: str) -> dict[str, Any]:
+    sample = dataset[position]
+    matches = (
+        caption for caption in sample.captions if mask_digits(canonicalize_caption(caption)) == template_text
+    )
+    return make_example(position, sample.id, next(matches, None))
 
 
-def find_templates(collection: Collection, found: Survey, hashes: ImageHashes) -> list[Template]:
+def find_templates(dataset: CaptionDataset, scan: CaptionScan, hashes: PerceptualHashes) -> list[Template]:
     """Return the wordings on at least 20 images and 0.1 % of all, the most frequent first.
 
     A wording is boilerplate where all of this holds: it has at least 5 words; two of its images differ on
@@ -97,81 +102,99 @@ def find_templates(collection: Collection, found: Survey, hashes: ImageHashes) -
 
     Thumbnails tell outlines and colours, not things: that is why looks alone decide nothing.
     """
-    least = max(IMAGES, int(np.ceil(SHARE * len(collection))))
-    holders = _holders(found.templates, found.owners, least)
-    told = ((code, caption_of_code(collection, found.templates, found.owners, code)) for code in holders)
-    texts = {code: template_of(normalised(caption)) for code, caption in told}
-    words = _document_frequencies(collection, {word for text in texts.values() for word in text.split()})
-    captions = Counter(found.templates[np.isin(found.templates, list(holders))].tolist())
-    usual = _usual_difference(hashes)
+    min_images = max(MIN_TEMPLATE_IMAGES, int(np.ceil(MIN_TEMPLATE_FRACTION * len(dataset))))
+    images_by_template = _frequent_templates(scan.template_hashes, scan.image_indices, min_images)
+    first_captions = (
+        (template_hash, caption_for_hash(dataset, scan.template_hashes, scan.image_indices, template_hash))
+        for template_hash in images_by_template
+    )
+    texts = {
+        template_hash: mask_digits(canonicalize_caption(caption)) for template_hash, caption in first_captions
+    }
+    document_frequencies = _document_frequencies(
+        dataset, {word for text in texts.values() for word in text.split()}
+    )
+    template_counts = Counter(
+        scan.template_hashes[np.isin(scan.template_hashes, list(images_by_template))].tolist()
+    )
+    random_difference = _random_pair_difference(hashes)
     return [
         Template(
-            code=code,
-            text=texts[code],
+            template_hash=template_hash,
+            text=texts[template_hash],
             images=images,
-            looks=_looks(hashes, images, usual),
-            wording=float(np.median([captions[code] / words[w] for w in set(texts[code].split())])),
-            agreed=_agreement(found.labels[images]),
+            image_diversity=_image_diversity(hashes, images, random_difference),
+            word_specificity=float(
+                np.median(
+                    [
+                        template_counts[template_hash] / document_frequencies[word]
+                        for word in set(texts[template_hash].split())
+                    ]
+                )
+            ),
+            label_agreement=_label_agreement(scan.label_hashes[images]),
         )
-        for code, images in holders.items()
+        for template_hash, images in images_by_template.items()
     ]
 
 
-def _holders(codes: np.ndarray, owners: np.ndarray, least: int) -> dict[int, np.ndarray]:
+def _frequent_templates(
+    template_hashes: np.ndarray, image_indices: np.ndarray, min_images: int
+) -> dict[int, np.ndarray]:
     """Return the images of every text that enough of them share, most frequent first, ties by position."""
-    shared = holders_of(codes, owners)
-    chosen = shared.most_frequent(least, _CANDIDATES)
-    return {int(shared.codes[i]): shared.images(i) for i in chosen}
+    shared_captions = group_by_caption(template_hashes, image_indices)
+    frequent = shared_captions.most_frequent(min_images, _MAX_TEMPLATES)
+    return {int(shared_captions.hashes[i]): shared_captions.images(i) for i in frequent}
 
 
-def _document_frequencies(collection: Collection, wanted: set[str]) -> Counter[str]:
+def _document_frequencies(dataset: CaptionDataset, vocabulary: set[str]) -> Counter[str]:
     """Count the captions that hold each of some words."""
     counts: Counter[str] = Counter()
-    for shard in range(len(collection.shards) if wanted else 0):
-        for _, row in rows_of(collection, shard, ["captions"]):
+    for shard in range(len(dataset.shard_paths) if vocabulary else 0):
+        for _, row in iter_rows(dataset, shard, ["captions"]):
             for caption in row["captions"]:
-                counts.update(wanted.intersection(template_of(normalised(caption)).split()))
+                counts.update(vocabulary.intersection(mask_digits(canonicalize_caption(caption)).split()))
     return counts
 
 
-def _usual_difference(hashes: ImageHashes) -> float:
+def _random_pair_difference(hashes: PerceptualHashes) -> float:
     """Return the mean difference of two images drawn at random (fixed draws), 0 where there are too few."""
     readable = np.flatnonzero(hashes.readable)
-    if len(readable) < IMAGES:
+    if len(readable) < MIN_TEMPLATE_IMAGES:
         return 0.0
-    pairs = np.random.default_rng(0).choice(readable, (2, _RANDOM_PAIRS))
-    return _difference(hashes, *pairs[:, pairs[0] != pairs[1]])
+    pairs = np.random.default_rng(0).choice(readable, (2, _NUM_RANDOM_PAIRS))
+    return _mean_rms_difference(hashes, *pairs[:, pairs[0] != pairs[1]])
 
 
-def _looks(hashes: ImageHashes, images: np.ndarray, usual: float) -> float | None:
+def _image_diversity(hashes: PerceptualHashes, images: np.ndarray, random_difference: float) -> float | None:
     images = images[hashes.readable[images]]
-    if usual == 0 or len(images) < 2:
+    if random_difference == 0 or len(images) < 2:
         return None
-    sample = images[np.unique(np.linspace(0, len(images) - 1, _SAMPLE).astype(int))]
-    first, second = np.triu_indices(len(sample), 1)
-    return _difference(hashes, sample[first], sample[second]) / usual
+    sampled = images[np.unique(np.linspace(0, len(images) - 1, _NUM_SAMPLED_IMAGES).astype(int))]
+    first, second = np.triu_indices(len(sampled), 1)
+    return _mean_rms_difference(hashes, sampled[first], sampled[second]) / random_difference
 
 
-def _difference(hashes: ImageHashes, first: np.ndarray, second: np.ndarray) -> float:
+def _mean_rms_difference(hashes: PerceptualHashes, first: np.ndarray, second: np.ndarray) -> float:
     """Return the mean over pairs of the RMS difference of thumbnails."""
-    squares = (hashes.thumbnails(first).astype(np.int32) - hashes.thumbnails(second)) ** 2
-    return float(np.sqrt(squares.reshape(len(squares), -1).mean(1)).mean())
+    squared_error = (hashes.thumbnails(first).astype(np.int32) - hashes.thumbnails(second)) ** 2
+    return float(np.sqrt(squared_error.reshape(len(squared_error), -1).mean(1)).mean())
 
 
-def _agreement(labels: np.ndarray) -> float:
+def _label_agreement(label_hashes: np.ndarray) -> float:
     """Return the share of the most frequent label among those that have one."""
-    given = labels[labels != 0]
-    return float(np.unique(given, return_counts=True)[1].max() / len(given)) if len(given) else 0.0
+    known = label_hashes[label_hashes != 0]
+    return float(np.unique(known, return_counts=True)[1].max() / len(known)) if len(known) else 0.0
 
 
-SHORTEST = 20
-SURE = 0.5
-SAMPLE = 20_000
+MIN_LANGUAGE_CHARS = 20
+MIN_LANGUAGE_PROB = 0.5
+MAX_LANGUAGE_SAMPLES = 20_000
 TOO_SHORT = "too short to tell"
 UNSURE = "unsure"
 
 
-def language_mix(collection: Collection, captions: int, progress: Progress) -> dict[str, Any]:
+def detect_languages(dataset: CaptionDataset, num_captions: int, progress: Progress) -> dict[str, Any]:
     """Guess the language of up to 20,000 captions, taken evenly from all.
 
     Captions under 20 characters are not guessed, and guesses that py3langid holds for less than half
@@ -180,148 +203,161 @@ def language_mix(collection: Collection, captions: int, progress: Progress) -> d
     Raises:
         DependencyError: where py3langid is missing.
     """
-    every = max(1, -(-captions // SAMPLE))
+    stride = max(1, -(-num_captions // MAX_LANGUAGE_SAMPLES))
     counts: Counter[str] = Counter()
-    identify = _identifier() if captions else None
-    number = 0
-    with progress.task("languages", -(-captions // every), "captions") as task:
-        for shard in range(len(collection.shards)):
-            for _, row in rows_of(collection, shard, ["captions"]):
+    identifier = _load_language_identifier() if num_captions else None
+    caption_index = 0
+    with progress.task("languages", -(-num_captions // stride), "captions") as bar:
+        for shard in range(len(dataset.shard_paths)):
+            for _, row in iter_rows(dataset, shard, ["captions"]):
                 for caption in row["captions"]:
-                    if number % every == 0:
-                        counts[_language(identify, caption)] += 1
-                        task.advance()
-                    number += 1
+                    if caption_index % stride == 0:
+                        counts[_detect_language(identifier, caption)] += 1
+                        bar.update()
+                    caption_index += 1
     return {
         "captions": counts.total(),
-        "of": captions,
+        "of": num_captions,
         "counts": [list(entry) for entry in counts.most_common()],
     }
 
 
-def _identifier() -> Any:
+def _load_language_identifier() -> Any:
     try:
         from py3langid.langid import MODEL_FILE, LanguageIdentifier
-    except ImportError as fault:
+    except ImportError as error:
         raise DependencyError(
             "the audit needs py3langid 0.4 or later: pip install 'py3langid>=0.4'"
-        ) from fault
+        ) from error
     return LanguageIdentifier.from_model_file(MODEL_FILE, norm_probs=True)
 
 
-def _language(identify: Any, caption: str) -> str:
-    if len(caption) < SHORTEST:
+def _detect_language(identifier: Any, caption: str) -> str:
+    if len(caption) < MIN_LANGUAGE_CHARS:
         return TOO_SHORT
-    language, probability = identify.classify(caption)
-    return str(language) if probability >= SURE else UNSURE
+    language, probability = identifier.classify(caption)
+    return str(language) if probability >= MIN_LANGUAGE_PROB else UNSURE
 
 
-_EMPTY = (
+_UNINFORMATIVE = (
     (words.NO_LETTERS, "captions without a letter"),
-    (words.WEB_ADDRESS, "captions: only a web address"),
-    (words.FILE_NAME, "captions: only a file name"),
+    (words.URL_ONLY, "captions: only a web address"),
+    (words.FILE_NAME_ONLY, "captions: only a file name"),
     (words.FILLER_ONLY, "captions: only filler words"),
 )
-_SHOWN_REPEATED = 12
+_NUM_REPEATED = 12
 
 
-def caption_findings(collection: Collection, found: Survey, templates: list[Template]) -> list[Finding]:
+def find_caption_issues(
+    dataset: CaptionDataset, scan: CaptionScan, templates: list[Template]
+) -> list[Finding]:
     """Return what is wrong with the captions, the filtered kinds first."""
-    tally, captions, images = found.tally, len(found.texts), len(collection)
-    dropped = int(collection.artifact.manifest.counts.get("empty_captions", 0))
-    empty = [
-        tally.finding(name, title, captions, "captions", filtered=tally.counts.get(name, 0))
-        for name, title in _EMPTY
+    counter, num_captions, num_images = scan.counter, len(scan.caption_hashes), len(dataset)
+    num_dropped = int(dataset.artifact.manifest.counts.get("empty_captions", 0))
+    uninformative = [
+        counter.to_finding(name, title, num_captions, "captions", filtered=counter.counts.get(name, 0))
+        for name, title in _UNINFORMATIVE
     ]
     return [
-        tally.finding(
+        counter.to_finding(
             "without_caption",
             "images without a caption",
-            images,
+            num_images,
             "images",
-            note=f"the import dropped {dropped:,} empty captions" if dropped else "",
+            note=f"the import dropped {num_dropped:,} empty captions" if num_dropped else "",
         ),
-        *empty,
-        _boilerplate(collection, found, templates),
-        tally.finding("file_names", "captions that are file names", captions, "captions"),
-        tally.finding("with_address", "captions with a web address", captions, "captions"),
-        tally.finding("with_markup", "captions with remnants of HTML", captions, "captions"),
-        _shared(collection, found),
-        tally.finding("repeated_within", "images with one caption twice", images, "images"),
-        tally.finding("short", f"captions of at most {SHORT} words", captions, "captions"),
-        tally.finding(
+        *uninformative,
+        _boilerplate_finding(dataset, scan, templates),
+        counter.to_finding("file_names", "captions that are file names", num_captions, "captions"),
+        counter.to_finding("with_address", "captions with a web address", num_captions, "captions"),
+        counter.to_finding("with_markup", "captions with remnants of HTML", num_captions, "captions"),
+        _shared_finding(dataset, scan),
+        counter.to_finding("repeated_within", "images with one caption twice", num_images, "images"),
+        counter.to_finding(
+            "short", f"captions of at most {SHORT_CAPTION_WORDS} words", num_captions, "captions"
+        ),
+        counter.to_finding(
             "long",
-            f"captions of more than {LONG} words",
-            captions,
+            f"captions of more than {LONG_CAPTION_WORDS} words",
+            num_captions,
             "captions",
             note="over the 77 tokens that CLIP reads",
         ),
     ]
 
 
-def _boilerplate(collection: Collection, found: Survey, templates: list[Template]) -> Finding:
-    empty = [template for template in templates if template.boilerplate]
-    codes = np.array([template.code for template in empty], np.uint64)
-    count = int(np.isin(found.templates, codes).sum())
+def _boilerplate_finding(dataset: CaptionDataset, scan: CaptionScan, templates: list[Template]) -> Finding:
+    boilerplate = [template for template in templates if template.is_boilerplate]
+    template_hashes = np.array([template.template_hash for template in boilerplate], np.uint64)
+    count = int(np.isin(scan.template_hashes, template_hashes).sum())
     return Finding(
         name="boilerplate",
         title="captions that are boilerplate",
         count=count,
-        total=len(found.texts),
+        total=len(scan.caption_hashes),
         unit="captions",
         filtered=count,
-        note=_counted(len(codes), "wording"),
-        examples=tuple(shown for template in empty for shown in template.examples(collection, 2))[:EXAMPLES],
+        note=_count_noun(len(template_hashes), "wording"),
+        examples=tuple(example for template in boilerplate for example in template.examples(dataset, 2))[
+            :MAX_EXAMPLES
+        ],
     )
 
 
-def _counted(number: int, noun: str) -> str:
-    return f"{number:,} {noun}{'' if number == 1 else 's'}" if number else ""
+def _count_noun(count: int, noun: str) -> str:
+    return f"{count:,} {noun}{'' if count == 1 else 's'}" if count else ""
 
 
-def _shared(collection: Collection, found: Survey) -> Finding:
+def _shared_finding(dataset: CaptionDataset, scan: CaptionScan) -> Finding:
     """Return how many captions read like one of another image, but for case, spaces and punctuation."""
-    shared = holders_of(found.texts, found.owners)
-    often = np.flatnonzero(shared.counts > 1)
-    tops = shared.most_frequent(2, EXAMPLES)
+    shared_captions = group_by_caption(scan.caption_hashes, scan.image_indices)
+    repeated = np.flatnonzero(shared_captions.counts > 1)
+    most_frequent = shared_captions.most_frequent(2, MAX_EXAMPLES)
     examples = [
-        example(int(owner), collection[int(owner)].id, _text(collection, found, int(shared.codes[i])))
-        for i, owner in ((i, shared.images(i)[0]) for i in tops)
+        make_example(
+            int(position),
+            dataset[int(position)].id,
+            _caption_text(dataset, scan, int(shared_captions.hashes[i])),
+        )
+        for i, position in ((i, shared_captions.images(i)[0]) for i in most_frequent)
     ]
     return Finding(
         name="shared",
         title="captions that other images have too",
-        count=int(np.isin(found.texts, shared.codes[often]).sum()),
-        total=len(found.texts),
+        count=int(np.isin(scan.caption_hashes, shared_captions.hashes[repeated]).sum()),
+        total=len(scan.caption_hashes),
         unit="captions",
-        note=_counted(len(often), "text"),
+        note=_count_noun(len(repeated), "text"),
         examples=tuple(examples),
     )
 
 
-def _text(collection: Collection, found: Survey, code: int) -> str:
-    return caption_of_code(collection, found.texts, found.owners, code)
+def _caption_text(dataset: CaptionDataset, scan: CaptionScan, caption_hash: int) -> str:
+    return caption_for_hash(dataset, scan.caption_hashes, scan.image_indices, caption_hash)
 
 
-def repeated_texts(collection: Collection, found: Survey) -> list[dict[str, Any]]:
+def repeated_captions(dataset: CaptionDataset, scan: CaptionScan) -> list[dict[str, Any]]:
     """Return the captions that most images share, with the number of images."""
-    shared = holders_of(found.texts, found.owners)
+    shared_captions = group_by_caption(scan.caption_hashes, scan.image_indices)
     return [
-        {"caption": _text(collection, found, int(shared.codes[i])), "images": int(shared.counts[i])}
-        for i in shared.most_frequent(2, _SHOWN_REPEATED)
+        {
+            "caption": _caption_text(dataset, scan, int(shared_captions.hashes[i])),
+            "images": int(shared_captions.counts[i]),
+        }
+        for i in shared_captions.most_frequent(2, _NUM_REPEATED)
     ]
 
 
-def lengths_told(lengths: np.ndarray) -> dict[str, Any] | None:
+def summarize_lengths(length_counts: np.ndarray) -> dict[str, Any] | None:
     """Return the distribution of lengths in words from counts by length, None where there are no captions."""
-    total = int(lengths.sum())
+    total = int(length_counts.sum())
     if not total:
         return None
-    present, below = np.flatnonzero(lengths), np.cumsum(lengths)
+    observed, cumulative = np.flatnonzero(length_counts), np.cumsum(length_counts)
     return {
-        "min": int(present[0]),
-        "median": int(np.searchsorted(below, (total + 1) // 2)),
-        "p95": int(np.searchsorted(below, np.ceil(0.95 * total))),
-        "max": int(present[-1]),
-        "counts": [[int(length), int(lengths[length])] for length in present],
+        "min": int(observed[0]),
+        "median": int(np.searchsorted(cumulative, (total + 1) // 2)),
+        "p95": int(np.searchsorted(cumulative, np.ceil(0.95 * total))),
+        "max": int(observed[-1]),
+        "counts": [[int(length), int(length_counts[length])] for length in observed],
     }

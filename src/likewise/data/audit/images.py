@@ -4,106 +4,123 @@ from typing import Any
 
 import numpy as np
 
-from likewise.data.audit.scan import EXAMPLES, Finding, Survey, example
-from likewise.data.dataset import Collection
-from likewise.data.perceptual_hash import ImageHashes, near_duplicate_clusters
+from likewise.data.audit.scan import MAX_EXAMPLES, CaptionScan, Finding, make_example
+from likewise.data.dataset import CaptionDataset
+from likewise.data.perceptual_hash import PerceptualHashes, find_near_duplicate_clusters
 
-_SHOWN_CLUSTERS = 12
+_NUM_CLUSTERS = 12
 
 
-class Copies:
+class NearDuplicates:
     """The near-duplicate images of a collection."""
 
-    def __init__(self, hashes: ImageHashes, found: Survey, distance: int) -> None:
+    def __init__(self, hashes: PerceptualHashes, scan: CaptionScan, max_hamming: int) -> None:
         """Find them."""
-        self.clusters = near_duplicate_clusters(hashes, distance)
-        members = np.flatnonzero(self.clusters >= 0)
-        pairs = np.stack([self.clusters[members].astype(np.uint64), found.told[members]])
-        _, firsts = np.unique(pairs, axis=1, return_index=True)
-        self.surplus = self.clusters >= 0
-        self.surplus[members[firsts]] = False
+        self.cluster_ids = find_near_duplicate_clusters(hashes, max_hamming)
+        duplicates = np.flatnonzero(self.cluster_ids >= 0)
+        cluster_caption_keys = np.stack(
+            [self.cluster_ids[duplicates].astype(np.uint64), scan.caption_set_hashes[duplicates]]
+        )
+        _, first_indices = np.unique(cluster_caption_keys, axis=1, return_index=True)
+        self.redundant = self.cluster_ids >= 0
+        self.redundant[duplicates[first_indices]] = False
 
-    def finding(self, collection: Collection) -> Finding:
+    def to_finding(self, dataset: CaptionDataset) -> Finding:
         """Return how many images have copies."""
-        groups = int(self.clusters.max(initial=-1)) + 1
-        return finding_of(
-            collection,
-            np.flatnonzero(self.clusters >= 0),
+        num_clusters = int(self.cluster_ids.max(initial=-1)) + 1
+        return image_finding(
+            dataset,
+            np.flatnonzero(self.cluster_ids >= 0),
             name="near_duplicates",
             title="near-duplicate images",
-            filtered=int(self.surplus.sum()),
-            note=f"{groups:,} groups; copies with the same captions are left out" if groups else "",
+            filtered=int(self.redundant.sum()),
+            note=f"{num_clusters:,} groups; copies with the same captions are left out"
+            if num_clusters
+            else "",
         )
 
-    def shown(self, collection: Collection) -> list[dict[str, Any]]:
+    def largest_clusters(self, dataset: CaptionDataset) -> list[dict[str, Any]]:
         """Return the largest groups, with some of their images."""
-        sizes = np.bincount(self.clusters[self.clusters >= 0])
-        told = []
-        for code in np.argsort(-sizes, kind="stable")[:_SHOWN_CLUSTERS]:
-            members = np.flatnonzero(self.clusters == code)
-            told.append({"images": len(members), "examples": examples_at(collection, members)})
-        return told
+        sizes = np.bincount(self.cluster_ids[self.cluster_ids >= 0])
+        clusters = []
+        for cluster_id in np.argsort(-sizes, kind="stable")[:_NUM_CLUSTERS]:
+            members = np.flatnonzero(self.cluster_ids == cluster_id)
+            clusters.append({"images": len(members), "examples": make_examples(dataset, members)})
+        return clusters
 
 
-def examples_at(collection: Collection, positions: np.ndarray) -> list[dict[str, Any]]:
+def make_examples(dataset: CaptionDataset, positions: np.ndarray) -> list[dict[str, Any]]:
     """Return the first few of some records as examples."""
-    records = [(int(position), collection[int(position)]) for position in positions[:EXAMPLES]]
-    return [example(at, record.id, record.captions[0] if record.captions else None) for at, record in records]
+    samples = [(int(position), dataset[int(position)]) for position in positions[:MAX_EXAMPLES]]
+    return [
+        make_example(index, sample.id, sample.captions[0] if sample.captions else None)
+        for index, sample in samples
+    ]
 
 
-def finding_of(
-    collection: Collection, positions: np.ndarray, *, name: str, title: str, filtered: int = 0, note: str = ""
+def image_finding(
+    dataset: CaptionDataset,
+    positions: np.ndarray,
+    *,
+    name: str,
+    title: str,
+    filtered: int = 0,
+    note: str = "",
 ) -> Finding:
     """Return a finding on images at some positions."""
     return Finding(
         name=name,
         title=title,
         count=len(positions),
-        total=len(collection),
+        total=len(dataset),
         unit="images",
         filtered=filtered,
         note=note,
-        examples=tuple(examples_at(collection, positions)),
+        examples=tuple(make_examples(dataset, positions)),
     )
 
 
-def group_sizes(collection: Collection, found: Survey) -> dict[str, Any] | None:
+def summarize_groups(dataset: CaptionDataset, scan: CaptionScan) -> dict[str, Any] | None:
     """Return how many groups there are and their sizes, None where no image has a group."""
-    given = found.groups[found.groups != 0]
-    if not len(given):
+    known = scan.group_hashes[scan.group_hashes != 0]
+    if not len(known):
         return None
-    codes, counts = np.unique(given, return_counts=True)
-    largest = codes[np.argsort(-counts, kind="stable")[:EXAMPLES]]
-    names = _names(collection, "group", found.groups, largest)
+    unique_hashes, counts = np.unique(known, return_counts=True)
+    largest_hashes = unique_hashes[np.argsort(-counts, kind="stable")[:MAX_EXAMPLES]]
+    names = _column_values(dataset, "group", scan.group_hashes, largest_hashes)
     return {
-        "groups": len(codes),
-        "images": len(given),
+        "groups": len(unique_hashes),
+        "images": len(known),
         "smallest": int(counts.min()),
         "median": float(np.median(counts)),
         "largest": int(counts.max()),
         "single": int((counts == 1).sum()),
         "examples": [
-            {"name": name, "images": int((given == code).sum())}
-            for name, code in zip(names, largest, strict=True)
+            {"name": name, "images": int((known == group_hash).sum())}
+            for name, group_hash in zip(names, largest_hashes, strict=True)
         ],
     }
 
 
-def _names(collection: Collection, column: str, codes: np.ndarray, wanted: np.ndarray) -> list[str]:
+def _column_values(
+    dataset: CaptionDataset, column: str, hashes: np.ndarray, targets: np.ndarray
+) -> list[str]:
     """Return the names behind some codes, each from the first record that has it."""
-    return [str(getattr(collection[int(np.argmax(codes == code))], column)) for code in wanted]
+    return [str(getattr(dataset[int(np.argmax(hashes == target))], column)) for target in targets]
 
 
-def single_members(collection: Collection, found: Survey) -> Finding:
+def singleton_group_finding(dataset: CaptionDataset, scan: CaptionScan) -> Finding:
     """Return the groups with one image, which finds no partner of its own group."""
-    codes, firsts, counts = np.unique(found.groups, return_index=True, return_counts=True)
-    given = codes != 0
-    lonely = np.sort(firsts[given & (counts == 1)])
+    group_hashes, first_positions, counts = np.unique(
+        scan.group_hashes, return_index=True, return_counts=True
+    )
+    has_group = group_hashes != 0
+    singletons = np.sort(first_positions[has_group & (counts == 1)])
     return Finding(
         name="single_groups",
         title="groups with a single image",
-        count=len(lonely),
-        total=int(given.sum()),
+        count=len(singletons),
+        total=int(has_group.sum()),
         unit="groups",
-        examples=tuple(examples_at(collection, lonely)),
+        examples=tuple(make_examples(dataset, singletons)),
     )

@@ -8,146 +8,154 @@ from pathlib import Path
 from typing import final
 
 from likewise.data.dataset import ImageRef
-from likewise.data.images import SUFFIXES
+from likewise.data.images import IMAGE_SUFFIXES
 from likewise.data.readers.base import (
-    KINDS,
-    MAX_SIZE,
-    Columns,
+    MAX_SIDECAR_BYTES,
+    SIDECAR_SUFFIXES,
+    ColumnMapping,
     Entry,
-    Fault,
     ImportOptions,
+    Reader,
     SidecarError,
-    Source,
-    digest_of,
+    SkippedSample,
+    hash_strings,
+    read_sidecar,
     sidecar_columns,
-    state_of,
-    told_beside,
+    stat_fingerprint,
 )
-from likewise.errors import InputError
+from likewise.errors import InvalidInputError
 
 
 @dataclass(frozen=True, slots=True)
-class _Found:
+class _ImageFile:
     """An image: its path without suffix, relative to the root, and the suffixes of it and its companions."""
 
     stem: str
     suffix: str
-    beside: tuple[str, ...]
+    sidecar_suffixes: tuple[str, ...]
 
 
 @final
 @dataclass(frozen=True, kw_only=True)
-class FolderSource(Source):
+class FolderReader(Reader):
     """The images below a folder; the first folder below it is their group."""
 
-    parts: Columns
+    columns: ColumnMapping
 
-    def guesses(self) -> list[str]:
+    def inferred_settings(self) -> list[str]:
         """Return where captions are looked for."""
-        keys = " or ".join(f"`{key}`" for key in self.parts.captions)
+        keys = " or ".join(f"`{key}`" for key in self.columns.captions)
         return [f"{self.root.name}: captions are taken from {keys} in an image's .json, or from its .txt."]
 
     def count(self) -> int:
         """Return the number of images."""
-        return self._survey[0]
+        return self._scan[0]
 
     def fingerprint(self) -> str:
         """Return a digest of the name, size and time of every image and of the files beside it."""
-        return self._survey[1]
+        return self._scan[1]
 
-    def candidates(self) -> Iterator[Entry]:
+    def iter_samples(self) -> Iterator[Entry]:
         """Yield the images, folder by folder in the order of names."""
-        for found in images_below(self.root):
-            entry = self._entry(found)
+        for image_file in iter_images(self.root):
+            entry = self._make_entry(image_file)
             if entry is not None:
                 yield entry
 
-    def _entry(self, found: _Found) -> Entry | None:
-        where = found.stem + found.suffix
+    def _make_entry(self, image_file: _ImageFile) -> Entry | None:
+        location = image_file.stem + image_file.suffix
         try:
-            values = told_beside(*(self._read(found, kind) for kind in (".json", ".txt")))
-            if not self.parts.keep(values):
+            values = read_sidecar(
+                *(self._read_sidecar_bytes(image_file, suffix) for suffix in (".json", ".txt"))
+            )
+            if not self.columns.matches(values):
                 return None
-        except SidecarError as fault:
-            return Fault(id=found.stem, where=where, reason=str(fault))
+        except SidecarError as error:
+            return SkippedSample(id=image_file.stem, location=location, reason=str(error))
         except ValueError:
-            return Fault(id=found.stem, where=where, reason="a condition's key holds no text")
-        first, *deeper = found.stem.split("/")
-        group = first if deeper else None
-        return self.parts.candidate(values, ImageRef(path=where), found.stem, where, group)
+            return SkippedSample(
+                id=image_file.stem, location=location, reason="a condition's key holds no text"
+            )
+        top_folder, *subfolders = image_file.stem.split("/")
+        group = top_folder if subfolders else None
+        return self.columns.build_sample(values, ImageRef(path=location), image_file.stem, location, group)
 
-    def _read(self, found: _Found, kind: str) -> bytes | None:
-        suffix = next((suffix for suffix in found.beside if suffix.lower() == kind), None)
+    def _read_sidecar_bytes(self, image_file: _ImageFile, target_suffix: str) -> bytes | None:
+        suffix = next(
+            (suffix for suffix in image_file.sidecar_suffixes if suffix.lower() == target_suffix), None
+        )
         if suffix is None:
             return None
-        path = self.root / (found.stem + suffix)
+        path = self.root / (image_file.stem + suffix)
         try:
-            if path.stat().st_size > MAX_SIZE:
+            if path.stat().st_size > MAX_SIDECAR_BYTES:
                 raise SidecarError("caption file is too large")
             return path.read_bytes()
-        except OSError as fault:
-            raise SidecarError("caption file cannot be read") from fault
+        except OSError as error:
+            raise SidecarError("caption file cannot be read") from error
 
     @cached_property
-    def _survey(self) -> tuple[int, str]:
+    def _scan(self) -> tuple[int, str]:
         count = 0
 
-        def states() -> Iterator[str]:
+        def iter_states() -> Iterator[str]:
             nonlocal count
-            for found in images_below(self.root):
+            for image_file in iter_images(self.root):
                 count += 1
-                for suffix in (found.suffix, *found.beside):
-                    yield found.stem + suffix
-                    yield state_of(f"{self.root}/{found.stem}{suffix}")
+                for suffix in (image_file.suffix, *image_file.sidecar_suffixes):
+                    yield image_file.stem + suffix
+                    yield stat_fingerprint(f"{self.root}/{image_file.stem}{suffix}")
 
-        digest = digest_of(states())
-        return count, digest
+        fingerprint = hash_strings(iter_states())
+        return count, fingerprint
 
 
-def images_below(root: Path, within: str = "", above: tuple[str, ...] = ()) -> Iterator[_Found]:
+def iter_images(root: Path, subfolder: str = "", ancestors: tuple[str, ...] = ()) -> Iterator[_ImageFile]:
     """Yield the images below a folder in the order of names; hidden files are left out.
 
-    Links to folders are followed, except back to a folder (`above`) that is being walked.
+    Links to folders are followed, except back to a folder (`ancestors`) that is being walked.
 
     Raises:
         InputError: where a folder cannot be read.
     """
-    here = os.path.realpath(root / within)
-    if here in above:
+    real_path = os.path.realpath(root / subfolder)
+    if real_path in ancestors:
         return
     try:
-        with os.scandir(here) as entries:
-            listing = sorted(
-                (e.name, e.is_dir()) for e in entries if not e.name.startswith((".", "__MACOSX"))
+        with os.scandir(real_path) as entries:
+            children = sorted(
+                (entry.name, entry.is_dir())
+                for entry in entries
+                if not entry.name.startswith((".", "__MACOSX"))
             )
-    except OSError as fault:
-        raise InputError(f"the folder {root / within} cannot be read: {fault.strerror}") from fault
-    companions: dict[str, list[str]] = {}
-    for name, is_folder in listing:
+    except OSError as error:
+        raise InvalidInputError(f"the folder {root / subfolder} cannot be read: {error.strerror}") from error
+    sidecar_suffixes: dict[str, list[str]] = {}
+    for name, is_folder in children:
         stem, suffix = os.path.splitext(name)  # noqa: PTH122
-        if not is_folder and suffix.lower() in KINDS:
-            companions.setdefault(stem, []).append(suffix)
-    for name, is_folder in listing:
+        if not is_folder and suffix.lower() in SIDECAR_SUFFIXES:
+            sidecar_suffixes.setdefault(stem, []).append(suffix)
+    for name, is_folder in children:
         stem, suffix = os.path.splitext(name)  # noqa: PTH122
         if is_folder:
-            yield from images_below(root, f"{within}{name}/", (*above, here))
-        elif suffix.lower() in SUFFIXES:
-            yield _Found(within + stem, suffix, tuple(companions.get(stem, ())))
+            yield from iter_images(root, f"{subfolder}{name}/", (*ancestors, real_path))
+        elif suffix.lower() in IMAGE_SUFFIXES:
+            yield _ImageFile(subfolder + stem, suffix, tuple(sidecar_suffixes.get(stem, ())))
 
 
 def has_images(path: Path) -> bool:
     """Whether there is an image anywhere below a folder."""
-    return next(images_below(path), None) is not None
+    return next(iter_images(path), None) is not None
 
 
-def open_images(path: Path, options: ImportOptions) -> FolderSource:
+def open_image_folder(path: Path, options: ImportOptions) -> FolderReader:
     """Return the images below a folder.
 
     Raises:
         InputError: for options that have no meaning for images without a table.
     """
     if options.image_column is not None or options.images is not None:
-        raise InputError(
+        raise InvalidInputError(
             f"{path} is read as a folder of images, without a table: leave out --image-column and --images"
         )
-    return FolderSource(root=path.resolve(), parts=sidecar_columns(options))
+    return FolderReader(root=path.resolve(), columns=sidecar_columns(options))

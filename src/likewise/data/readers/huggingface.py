@@ -6,136 +6,148 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast, final
 
-from likewise.data.readers.base import digest_of, state_of
-from likewise.data.readers.tables import Row, Table
-from likewise.errors import DependencyError, InputError
+from likewise.data.readers.base import hash_strings, stat_fingerprint
+from likewise.data.readers.tables import Table, TableRow
+from likewise.errors import DependencyError, InvalidInputError
 
 if TYPE_CHECKING:
     from datasets import Dataset, DatasetDict
 
-PREFIX = "hf:"
+HUB_PREFIX = "hf:"
 
 
 @final
 @dataclass(frozen=True, kw_only=True)
-class DatasetTable(Table):
+class HuggingFaceTable(Table):
     """A dataset with its image columns told as bytes or paths."""
 
-    data: "Dataset"
-    images: frozenset[str]
-    classes: dict[str, list[str]]  # the names of the classes, by column
-    identity: str
+    hf_dataset: "Dataset"
+    image_columns: frozenset[str]
+    class_names: dict[str, list[str]]  # the names of the classes, by column
+    data_fingerprint: str
 
-    def columns(self) -> list[str]:
+    def column_names(self) -> list[str]:
         """Return the names of the columns."""
-        return list(self.data.column_names)
+        return list(self.hf_dataset.column_names)
 
-    def embedded(self) -> frozenset[str]:
+    def embedded_columns(self) -> frozenset[str]:
         """Return the columns of images."""
-        return self.images
+        return self.image_columns
 
-    def digest(self) -> str:
+    def fingerprint(self) -> str:
         """Return the identity of the files that the dataset was read from."""
-        return self.identity
+        return self.data_fingerprint
 
-    def rows(self, wanted: Sequence[str]) -> Iterator[Row]:
+    def iter_rows(self, columns: Sequence[str]) -> Iterator[TableRow]:
         """Yield the rows with the wanted columns; numbers of classes are told by their names."""
-        if not wanted:
-            yield from (Row(i, f"{self.name} row {i}", {}) for i in range(len(self.data)))
+        if not columns:
+            yield from (TableRow(i, f"{self.name} row {i}", {}) for i in range(len(self.hf_dataset)))
             return
-        for number, told in enumerate(self.data.select_columns(list(wanted))):
-            values = cast("dict[str, Any]", told)
-            named = {c: _class_name(values[c], self.classes[c]) for c in wanted if c in self.classes}
-            yield Row(number, f"{self.name} row {number}", values | named)
+        for index, row in enumerate(self.hf_dataset.select_columns(list(columns))):
+            values = cast("dict[str, Any]", row)
+            labels = {
+                column: _class_name(values[column], self.class_names[column])
+                for column in columns
+                if column in self.class_names
+            }
+            yield TableRow(index, f"{self.name} row {index}", values | labels)
 
 
-def _class_name(value: Any, classes: list[str]) -> Any:
-    return classes[value] if isinstance(value, int) and 0 <= value < len(classes) else None
+def _class_name(value: Any, class_names: list[str]) -> Any:
+    return class_names[value] if isinstance(value, int) and 0 <= value < len(class_names) else None
 
 
-def is_saved(path: Path) -> bool:
+def is_saved_dataset(path: Path) -> bool:
     """Whether a folder was written by `save_to_disk`."""
-    single = (path / "state.json").is_file() and (path / "dataset_info.json").is_file()
-    return single or (path / "dataset_dict.json").is_file()
+    is_single_split = (path / "state.json").is_file() and (path / "dataset_info.json").is_file()
+    return is_single_split or (path / "dataset_dict.json").is_file()
 
 
-def open_saved(path: Path) -> tuple[DatasetTable, list[str]]:
+def open_saved_dataset(path: Path) -> tuple[HuggingFaceTable, list[str]]:
     """Return a dataset written by `save_to_disk`, and what was guessed about its splits.
 
     Raises:
         InputError: where the folder is damaged, or has several splits and none is `train`.
     """
-    _require()
+    _require_datasets()
     from datasets import load_from_disk  # optional, and slow to load
 
     try:
         loaded = load_from_disk(str(path))
-    except (OSError, ValueError, KeyError) as fault:
-        raise InputError(f"the dataset in {path} cannot be opened: {_line(fault)}") from fault
+    except (OSError, ValueError, KeyError) as error:
+        raise InvalidInputError(f"the dataset in {path} cannot be opened: {_one_line(error)}") from error
     files = sorted(file for file in path.rglob("*") if file.is_file())
-    identity = digest_of(
-        part for file in files for part in (file.relative_to(path).as_posix(), state_of(file))
+    data_fingerprint = hash_strings(
+        part for file in files for part in (file.relative_to(path).as_posix(), stat_fingerprint(file))
     )
-    data, told = _one_split(loaded, path.name, f"{path}/SPLIT")
-    return _table(data, path.name, path, identity), told
+    hf_dataset, messages = _select_split(loaded, path.name, f"{path}/SPLIT")
+    return _build_table(hf_dataset, path.name, path, data_fingerprint), messages
 
 
-def open_hub(source: str) -> tuple[DatasetTable, list[str]]:
+def open_hub_dataset(source: str) -> tuple[HuggingFaceTable, list[str]]:
     """Return a dataset of the hub, told as `hf:NAME` or `hf:NAME:SPLIT`, and what was guessed of its splits.
 
     Raises:
         InputError: where there is no such dataset or split, or it cannot be reached.
     """
-    _require()
+    _require_datasets()
     from datasets import load_dataset  # optional, and slow to load
 
-    name, _, split = source.removeprefix(PREFIX).partition(":")
+    name, _, split = source.removeprefix(HUB_PREFIX).partition(":")
     if not name:
-        raise InputError("a dataset of the hub is named as hf:OWNER/NAME or hf:OWNER/NAME:SPLIT")
+        raise InvalidInputError("a dataset of the hub is named as hf:OWNER/NAME or hf:OWNER/NAME:SPLIT")
     try:
         loaded = load_dataset(name, split=split or None, streaming=False)
-    except (OSError, ValueError, RuntimeError) as fault:
-        raise InputError(f"the dataset {name} cannot be loaded from the hub: {_line(fault)}") from fault
-    data, told = _one_split(loaded, name, f"hf:{name}:SPLIT")
-    return _table(data, name, Path.cwd(), digest_of([name, str(data.split), data._fingerprint])), told
+    except (OSError, ValueError, RuntimeError) as error:
+        raise InvalidInputError(
+            f"the dataset {name} cannot be loaded from the hub: {_one_line(error)}"
+        ) from error
+    hf_dataset, messages = _select_split(loaded, name, f"hf:{name}:SPLIT")
+    return _build_table(
+        hf_dataset, name, Path.cwd(), hash_strings([name, str(hf_dataset.split), hf_dataset._fingerprint])
+    ), messages
 
 
-def _require() -> None:
+def _require_datasets() -> None:
     if find_spec("datasets") is None:
         raise DependencyError(
             "Hugging Face datasets need the package `datasets`: pip install 'likewise[huggingface]'"
         )
 
 
-def _one_split(loaded: "Dataset | DatasetDict", name: str, form: str) -> tuple["Dataset", list[str]]:
+def _select_split(loaded: "Dataset | DatasetDict", name: str, usage: str) -> tuple["Dataset", list[str]]:
     if not isinstance(loaded, dict):
         return loaded, []
     splits = [str(split) for split in loaded]
     if len(splits) == 1:
         return loaded[splits[0]], []
     if "train" not in splits:
-        raise InputError(f"{name} has the splits {', '.join(splits)}; name one, as {form}")
+        raise InvalidInputError(f"{name} has the splits {', '.join(splits)}; name one, as {usage}")
     return loaded["train"], [
-        f"{name}: of the splits {', '.join(splits)}, train is taken; another is named as {form}."
+        f"{name}: of the splits {', '.join(splits)}, train is taken; another is named as {usage}."
     ]
 
 
-def _table(data: "Dataset", name: str, folder: Path, identity: str) -> DatasetTable:
+def _build_table(hf_dataset: "Dataset", name: str, root: Path, data_fingerprint: str) -> HuggingFaceTable:
     from datasets import ClassLabel, Image  # optional, and slow to load
 
-    images = [column for column, kind in data.features.items() if isinstance(kind, Image)]
-    for column in images:
-        data = data.cast_column(column, Image(decode=False))
-    classes = {column: kind.names for column, kind in data.features.items() if isinstance(kind, ClassLabel)}
-    return DatasetTable(
+    image_columns = [column for column, feature in hf_dataset.features.items() if isinstance(feature, Image)]
+    for column in image_columns:
+        hf_dataset = hf_dataset.cast_column(column, Image(decode=False))
+    class_names = {
+        column: feature.names
+        for column, feature in hf_dataset.features.items()
+        if isinstance(feature, ClassLabel)
+    }
+    return HuggingFaceTable(
         name=name,
-        folder=folder,
-        data=data.with_format(None),
-        images=frozenset(images),
-        classes=classes,
-        identity=identity,
+        root=root,
+        hf_dataset=hf_dataset.with_format(None),
+        image_columns=frozenset(image_columns),
+        class_names=class_names,
+        data_fingerprint=data_fingerprint,
     )
 
 
-def _line(fault: Exception) -> str:
-    return " ".join(str(fault).split())
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split())

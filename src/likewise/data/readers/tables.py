@@ -17,69 +17,69 @@ import pyarrow.parquet as pq
 from likewise.artifacts import read_json
 from likewise.data.dataset import ImageRef
 from likewise.data.readers.base import (
-    Candidate,
-    Columns,
+    ColumnMapping,
     Entry,
-    Fault,
     ImportOptions,
-    Marks,
-    Source,
-    digest_of,
-    file_digest,
-    resolve,
-    state_of,
-    texts,
+    RawSample,
+    Reader,
+    SkippedSample,
+    UInt64Set,
+    cell_texts,
+    file_fingerprint,
+    hash_strings,
+    infer_columns,
+    stat_fingerprint,
 )
-from likewise.errors import InputError
+from likewise.errors import InvalidInputError
 
 # Where Flickr8k, Flickr30k and COCO keep images beside the folder of their annotations, in lower case.
-_IMAGE_FOLDERS = frozenset(
+_IMAGE_FOLDER_NAMES = frozenset(
     {"images", "flicker8k_dataset", "flickr8k_dataset", "flickr30k_images", "flickr30k-images", "flickr30k"}
     | {f"{split}{year}" for split in ("train", "val", "test") for year in (2014, 2015, 2017)}
 )
 
 
-def folder_of(paths: list[str], folder: Path) -> Path:
+def find_image_root(paths: list[str], table_dir: Path) -> Path:
     """Return the folder, at or near a table's own, in which most of some images are found."""
-    best, most = folder, 0
-    for near in _near(folder) if paths else ():
-        hits = sum(state_of(near / path) != "missing" for path in paths)
-        if hits > most:
-            best, most = near, hits
-        if most == len(paths):
+    best_dir, max_hits = table_dir, 0
+    for candidate_dir in _candidate_dirs(table_dir) if paths else ():
+        num_hits = sum(stat_fingerprint(candidate_dir / path) != "missing" for path in paths)
+        if num_hits > max_hits:
+            best_dir, max_hits = candidate_dir, num_hits
+        if max_hits == len(paths):
             break
-    return best
+    return best_dir
 
 
-def _near(folder: Path) -> Iterator[Path]:
+def _candidate_dirs(table_dir: Path) -> Iterator[Path]:
     """Yield the folder, the folders in it, the one above, and those beside it that are usually of images."""
-    folder = folder.resolve()
-    yield folder
-    yield from _below(folder)
-    yield folder.parent
-    for sibling in _below(folder.parent):
-        if sibling.name.casefold() in _IMAGE_FOLDERS:
+    table_dir = table_dir.resolve()
+    yield table_dir
+    yield from _subdirs(table_dir)
+    yield table_dir.parent
+    for sibling in _subdirs(table_dir.parent):
+        if sibling.name.casefold() in _IMAGE_FOLDER_NAMES:
             yield sibling
-            yield from _below(sibling)
+            yield from _subdirs(sibling)
 
 
-def _below(folder: Path) -> list[Path]:
+def _subdirs(parent: Path) -> list[Path]:
     try:
-        return sorted(path for path in folder.iterdir() if path.is_dir())
+        return sorted(path for path in parent.iterdir() if path.is_dir())
     except OSError:
         return []
 
 
-_PROBED = 20  # rows whose images are looked for, to find the folder of images
-_TOLD_VALUES = 8
+_NUM_PROBED_ROWS = 20  # rows whose images are looked for, to find the folder of images
+_MAX_LISTED_VALUES = 8
 
 
 @dataclass(frozen=True, slots=True)
-class Row:
+class TableRow:
     """A row of a table: its number from 0, its place for messages, and its values by column."""
 
-    number: int
-    where: str
+    index: int
+    location: str
     values: dict[str, Any]
 
 
@@ -88,212 +88,228 @@ class Table(ABC):
     """Something with columns and rows."""
 
     name: str  # for messages
-    folder: Path  # where image paths start, unless told otherwise
+    root: Path  # where image paths start, unless told otherwise
 
     @abstractmethod
-    def columns(self) -> list[str]:
+    def column_names(self) -> list[str]:
         """Return the names of the columns."""
 
     @abstractmethod
-    def embedded(self) -> frozenset[str]:
+    def embedded_columns(self) -> frozenset[str]:
         """Return the columns that hold images themselves rather than paths."""
 
     @abstractmethod
-    def rows(self, wanted: Sequence[str]) -> Iterator[Row | Fault]:
-        """Yield all rows, of which only the columns in `wanted` need values."""
+    def iter_rows(self, columns: Sequence[str]) -> Iterator[TableRow | SkippedSample]:
+        """Yield all rows, of which only the columns in `columns` need values."""
 
     @abstractmethod
-    def digest(self) -> str:
+    def fingerprint(self) -> str:
         """Return a fingerprint of the table itself."""
 
 
 @dataclass(frozen=True)
-class _Survey:
+class _TableScan:
     count: int
-    scattered: bool  # whether other images stand between two rows of one
-    digest: str
+    is_scattered: bool  # whether other images stand between two rows of one
+    files_fingerprint: str
 
 
 @final
 @dataclass(frozen=True, kw_only=True)
-class TableSource(Source):
+class TableReader(Reader):
     """The images that a table names."""
 
     table: Table
-    parts: Columns
-    told: tuple[str, ...] = ()
+    columns: ColumnMapping
+    messages: tuple[str, ...] = ()
 
-    def guesses(self) -> list[str]:
+    def inferred_settings(self) -> list[str]:
         """Return what was guessed about columns and folders."""
-        return list(self.told)
+        return list(self.messages)
 
     def count(self) -> int:
         """Return the number of different images in the rows that fulfil the conditions."""
-        return self._survey.count
+        return self._scan.count
 
     def fingerprint(self) -> str:
         """Return a digest of the table and of the size and time of every image file."""
-        return digest_of([self.table.digest(), self._survey.digest])
+        return hash_strings([self.table.fingerprint(), self._scan.files_fingerprint])
 
-    def candidates(self) -> Iterator[Entry]:
+    def iter_samples(self) -> Iterator[Entry]:
         """Yield an image a row, or an image with all its captions where rows name the same one."""
-        if self._embedded:
-            return self._entries()
+        if self._is_embedded:
+            return self._iter_entries()
         # Only tables that scatter the rows of an image are held in memory, and of them only what is kept.
-        return self._gathered() if self._survey.scattered else self._adjoined()
+        return self._merge_scattered() if self._scan.is_scattered else self._merge_adjacent()
 
-    def _entries(self) -> Iterator[Entry]:
-        for row in self.table.rows(self.parts.used()):
-            if isinstance(row, Fault):
+    def _iter_entries(self) -> Iterator[Entry]:
+        for row in self.table.iter_rows(self.columns.required_columns()):
+            if isinstance(row, SkippedSample):
                 yield row
-            elif _keeps(self.parts, row):
-                yield self._entry(row)
+            elif _matches(self.columns, row):
+                yield self._make_entry(row)
 
-    def _entry(self, row: Row) -> Entry:
-        image = _reference(row.values.get(self.parts.image or ""))
+    def _make_entry(self, row: TableRow) -> Entry:
+        image = _image_ref(row.values.get(self.columns.image or ""))
         # Embedded images often share one made-up path, so the row is their name.
-        name = f"{row.number:08d}" if image is None or self._embedded or image.path is None else image.path
+        default_id = (
+            f"{row.index:08d}" if image is None or self._is_embedded or image.path is None else image.path
+        )
         if image is None:
-            return Fault(id=name, where=row.where, reason="row names no image")
-        return self.parts.candidate(row.values, image, name, row.where)
+            return SkippedSample(id=default_id, location=row.location, reason="row names no image")
+        return self.columns.build_sample(row.values, image, default_id, row.location)
 
-    def _adjoined(self) -> Iterator[Entry]:
+    def _merge_adjacent(self) -> Iterator[Entry]:
         """Yield images whose rows follow each other, one of them held at a time."""
-        held: Candidate | None = None
-        for entry in self._entries():
-            if isinstance(entry, Fault):
+        current: RawSample | None = None
+        for entry in self._iter_entries():
+            if isinstance(entry, SkippedSample):
                 yield entry
-            elif held is not None and held.image.path is not None and held.image.path == entry.image.path:
-                held = replace(held, captions=held.captions + entry.captions)
+            elif (
+                current is not None
+                and current.image.path is not None
+                and current.image.path == entry.image.path
+            ):
+                current = replace(current, captions=current.captions + entry.captions)
             else:
-                if held is not None:
-                    yield held
-                held = entry
-        if held is not None:
-            yield held
+                if current is not None:
+                    yield current
+                current = entry
+        if current is not None:
+            yield current
 
-    def _gathered(self) -> Iterator[Entry]:
-        first: dict[str, Candidate] = {}
+    def _merge_scattered(self) -> Iterator[Entry]:
+        first_entries: dict[str, RawSample] = {}
         captions: dict[str, list[str]] = {}
-        for entry in self._entries():
-            if isinstance(entry, Fault) or entry.image.path is None:
+        for entry in self._iter_entries():
+            if isinstance(entry, SkippedSample) or entry.image.path is None:
                 yield entry
             else:
-                first.setdefault(entry.image.path, entry)
+                first_entries.setdefault(entry.image.path, entry)
                 captions.setdefault(entry.image.path, []).extend(entry.captions)
-        for path, entry in first.items():
+        for path, entry in first_entries.items():
             yield replace(entry, captions=tuple(captions.pop(path)))
 
     @property
-    def _embedded(self) -> bool:
-        return self.parts.image in self.table.embedded()
+    def _is_embedded(self) -> bool:
+        return self.columns.image in self.table.embedded_columns()
 
     @cached_property
-    def _survey(self) -> _Survey:
+    def _scan(self) -> _TableScan:
         """Read the table once, without image bytes: count images, see how rows lie, fingerprint files.
 
         Raises:
             InputError: where there are no rows, or none fulfils the conditions.
         """
-        seen, last, scattered = Marks(), None, False
+        seen_paths, last_path, is_scattered = UInt64Set(), None, False
         digest = hashlib.blake2b(digest_size=8)
         count = 0
-        for row in self._chosen():
-            path = None if self._embedded else _named(row.values.get(self.parts.image or ""))
+        for row in self._iter_matching_rows():
+            path = None if self._is_embedded else _image_path(row.values.get(self.columns.image or ""))
             if path is None:
                 count += 1
                 continue
-            if path == last:
+            if path == last_path:
                 continue
-            last = path
-            if not seen.add(hash(path) % 2**64):
-                scattered = True
+            last_path = path
+            if not seen_paths.add(hash(path) % 2**64):
+                is_scattered = True
                 continue
             count += 1
-            digest.update(f"{path}\0{state_of(os.path.join(self.root, path))}\0".encode("utf-8", "replace"))  # noqa: PTH118
-        return _Survey(count, scattered, digest.hexdigest())
+            digest.update(
+                f"{path}\0{stat_fingerprint(os.path.join(self.root, path))}\0".encode("utf-8", "replace")  # noqa: PTH118  # a Path per row is slow
+            )
+        return _TableScan(count, is_scattered, digest.hexdigest())
 
-    def _chosen(self) -> Iterator[Row]:
+    def _iter_matching_rows(self) -> Iterator[TableRow]:
         """Yield the rows that fulfil the conditions, without embedded images; raises where there are none."""
-        rows = kept = 0
-        others: Counter[str] = Counter()
-        for row in self.table.rows([name for name in self.parts.used() if name not in self.table.embedded()]):
-            rows += 1
-            if isinstance(row, Row) and _keeps(self.parts, row):
-                kept += 1
+        num_rows = num_matching = 0
+        other_values: Counter[str] = Counter()
+        for row in self.table.iter_rows(
+            [name for name in self.columns.required_columns() if name not in self.table.embedded_columns()]
+        ):
+            num_rows += 1
+            if isinstance(row, TableRow) and _matches(self.columns, row):
+                num_matching += 1
                 yield row
-            elif isinstance(row, Row) and len(others) < _TOLD_VALUES:
-                others.update(_unwanted(self.parts, row))
-        if not rows:
-            raise InputError(f"{self.table.name} holds no rows")
-        if not kept and others:
-            wanted = " and ".join(f"{name}={value}" for name, value in self.parts.where)
-            raise InputError(f"{self.table.name} has no row where {wanted}; found {', '.join(others)}")
+            elif isinstance(row, TableRow) and len(other_values) < _MAX_LISTED_VALUES:
+                other_values.update(_condition_values(self.columns, row))
+        if not num_rows:
+            raise InvalidInputError(f"{self.table.name} holds no rows")
+        if not num_matching and other_values:
+            conditions = " and ".join(f"{name}={value}" for name, value in self.columns.where)
+            raise InvalidInputError(
+                f"{self.table.name} has no row where {conditions}; found {', '.join(other_values)}"
+            )
 
 
-def _keeps(parts: Columns, row: Row) -> bool:
+def _matches(columns: ColumnMapping, row: TableRow) -> bool:
     try:
-        return parts.keep(row.values)
+        return columns.matches(row.values)
     except ValueError:
         return False
 
 
-def _unwanted(parts: Columns, row: Row) -> list[str]:
+def _condition_values(columns: ColumnMapping, row: TableRow) -> list[str]:
     try:
-        return [f"{name}={text}" for name, _ in parts.where for text in texts(row.values.get(name))]
+        return [f"{name}={text}" for name, _ in columns.where for text in cell_texts(row.values.get(name))]
     except ValueError:
         return []
 
 
-def _path(cell: Any) -> str | None:
+def _cell_path(cell: Any) -> str | None:
     return (cell.strip() or None) if isinstance(cell, str) else None
 
 
-def _reference(cell: Any) -> ImageRef | None:
+def _image_ref(cell: Any) -> ImageRef | None:
     """Return where an image lies: a cell may be a path, bytes, or `datasets`' mapping of both."""
     if isinstance(cell, dict):
         if cell.get("bytes") is not None:
             return ImageRef(bytes=cell["bytes"])
-        return _reference(cell.get("path"))
+        return _image_ref(cell.get("path"))
     if isinstance(cell, bytes):
         return ImageRef(bytes=cell)
-    path = _path(cell)
+    path = _cell_path(cell)
     return None if path is None else ImageRef(path=path)
 
 
-def _named(cell: Any) -> str | None:
+def _image_path(cell: Any) -> str | None:
     """Return the path in a cell, if it names a file."""
-    image = _reference(cell)
+    image = _image_ref(cell)
     return None if image is None else image.path
 
 
-def open_table(table: Table, options: ImportOptions) -> TableSource:
+def open_table(table: Table, options: ImportOptions) -> TableReader:
     """Return the images of a table, with its columns and the folder of its images found out.
 
     Raises:
         InputError: for columns that are not there, or a folder of images that is none.
     """
-    parts, told = resolve(table.columns(), table.embedded(), options, table.name)
+    columns, messages = infer_columns(table.column_names(), table.embedded_columns(), options, table.name)
     if options.images is not None:
         if not options.images.is_dir():
-            raise InputError(f"the folder of images {options.images} does not exist")
+            raise InvalidInputError(f"the folder of images {options.images} does not exist")
         root = options.images
-    elif parts.image in table.embedded():
-        root = table.folder
+    elif columns.image in table.embedded_columns():
+        root = table.root
     else:
-        root = _find_images(table, parts)
-        if root != table.folder:
-            told.append(f"{table.name}: images are taken from the folder {root}.")
-    return TableSource(table=table, parts=parts, root=root.resolve(), told=tuple(told))
+        root = _find_root(table, columns)
+        if root != table.root:
+            messages.append(f"{table.name}: images are taken from the folder {root}.")
+    return TableReader(table=table, columns=columns, root=root.resolve(), messages=tuple(messages))
 
 
-def _find_images(table: Table, parts: Columns) -> Path:
-    rows = (row for row in table.rows(parts.used()) if isinstance(row, Row) and _keeps(parts, row))
-    paths = [_named(row.values.get(parts.image or "")) for row in islice(rows, _PROBED)]
-    return folder_of([path for path in paths if path is not None], table.folder)
+def _find_root(table: Table, columns: ColumnMapping) -> Path:
+    rows = (
+        row
+        for row in table.iter_rows(columns.required_columns())
+        if isinstance(row, TableRow) and _matches(columns, row)
+    )
+    paths = [_image_path(row.values.get(columns.image or "")) for row in islice(rows, _NUM_PROBED_ROWS)]
+    return find_image_root([path for path in paths if path is not None], table.root)
 
 
-_BATCH = 64  # rows held at a time: images may lie in them
+_BATCH_SIZE = 64  # rows held at a time: images may lie in them
 
 
 @final
@@ -304,43 +320,45 @@ class ParquetTable(Table):
     path: Path
     schema: pa.Schema
 
-    def columns(self) -> list[str]:
+    def column_names(self) -> list[str]:
         """Return the names of the columns."""
         return list(self.schema.names)
 
-    def embedded(self) -> frozenset[str]:
+    def embedded_columns(self) -> frozenset[str]:
         """Return the columns of bytes, or of mappings with `bytes` in them as `datasets` writes them."""
         return frozenset(field.name for field in self.schema if _holds_bytes(field.type))
 
-    def digest(self) -> str:
+    def fingerprint(self) -> str:
         """Return the file's fingerprint."""
-        return file_digest(self.path)
+        return file_fingerprint(self.path)
 
-    def rows(self, wanted: Sequence[str]) -> Iterator[Row]:
+    def iter_rows(self, columns: Sequence[str]) -> Iterator[TableRow]:
         """Yield the rows with the wanted columns, few at a time.
 
         Raises:
             InputError: where the file is damaged.
         """
-        number = 0
+        index = 0
         try:
-            for batch in pq.ParquetFile(self.path).iter_batches(batch_size=_BATCH, columns=list(wanted)):
+            for batch in pq.ParquetFile(self.path).iter_batches(
+                batch_size=_BATCH_SIZE, columns=list(columns)
+            ):
                 for values in batch.to_pylist() if batch.num_columns else [{}] * batch.num_rows:
-                    yield Row(number, f"{self.name} row {number}", values)
-                    number += 1
-        except (pa.ArrowException, OSError) as fault:
-            raise InputError(
-                f"{self.path} is damaged after row {number}: {' '.join(str(fault).split())}"
-            ) from fault
+                    yield TableRow(index, f"{self.name} row {index}", values)
+                    index += 1
+        except (pa.ArrowException, OSError) as error:
+            raise InvalidInputError(
+                f"{self.path} is damaged after row {index}: {' '.join(str(error).split())}"
+            ) from error
 
 
-def _holds_bytes(kind: pa.DataType) -> bool:
-    if pa.types.is_struct(kind):
-        return any(kind.field(i).name == "bytes" for i in range(kind.num_fields))
-    return pa.types.is_binary(kind) or pa.types.is_large_binary(kind)
+def _holds_bytes(data_type: pa.DataType) -> bool:
+    if pa.types.is_struct(data_type):
+        return any(data_type.field(i).name == "bytes" for i in range(data_type.num_fields))
+    return pa.types.is_binary(data_type) or pa.types.is_large_binary(data_type)
 
 
-def open_parquet(path: Path) -> ParquetTable:
+def open_parquet_table(path: Path) -> ParquetTable:
     """Return the table in a Parquet file.
 
     Raises:
@@ -348,9 +366,9 @@ def open_parquet(path: Path) -> ParquetTable:
     """
     try:
         schema = pq.read_schema(path)
-    except (pa.ArrowException, OSError) as fault:
-        raise InputError(f"{path} is no Parquet file: {' '.join(str(fault).split())}") from fault
-    return ParquetTable(path=path, name=path.name, folder=path.parent, schema=schema)
+    except (pa.ArrowException, OSError) as error:
+        raise InvalidInputError(f"{path} is no Parquet file: {' '.join(str(error).split())}") from error
+    return ParquetTable(path=path, name=path.name, root=path.parent, schema=schema)
 
 
 @final
@@ -360,65 +378,69 @@ class CocoTable(Table):
 
     path: Path
 
-    def columns(self) -> list[str]:
+    def column_names(self) -> list[str]:
         """Return the keys of the images, and `caption`."""
-        first = next((image for image in self._told["images"] if isinstance(image, dict)), {})
-        return list(dict.fromkeys([*first, "caption"]))
+        first_image = next((image for image in self._data["images"] if isinstance(image, dict)), {})
+        return list(dict.fromkeys([*first_image, "caption"]))
 
-    def embedded(self) -> frozenset[str]:
+    def embedded_columns(self) -> frozenset[str]:
         """Return nothing: JSON holds no images."""
         return frozenset()
 
-    def digest(self) -> str:
+    def fingerprint(self) -> str:
         """Return the file's fingerprint."""
-        return file_digest(self.path)
+        return file_fingerprint(self.path)
 
-    def rows(self, wanted: Sequence[str]) -> Iterator[Row | Fault]:
+    def iter_rows(self, columns: Sequence[str]) -> Iterator[TableRow | SkippedSample]:
         """Yield the images in the order of the file, then the captions that belong to none."""
         captions: dict[Any, list[Any]] = {}
-        for number, told in enumerate(self._told["annotations"]):
-            where = f"{self.name} annotation {number}"
-            if isinstance(told, dict) and isinstance(told.get("image_id"), int | str):
-                captions.setdefault(told["image_id"], []).append(told.get("caption"))
+        for index, annotation in enumerate(self._data["annotations"]):
+            location = f"{self.name} annotation {index}"
+            if isinstance(annotation, dict) and isinstance(annotation.get("image_id"), int | str):
+                captions.setdefault(annotation["image_id"], []).append(annotation.get("caption"))
             else:
-                yield Fault(id=f"annotation {number}", where=where, reason="annotation names no image")
-        for number, image in enumerate(self._told["images"]):
-            where = f"{self.name} image {number}"
+                yield SkippedSample(
+                    id=f"annotation {index}", location=location, reason="annotation names no image"
+                )
+        for index, image in enumerate(self._data["images"]):
+            location = f"{self.name} image {index}"
             if isinstance(image, dict) and isinstance(image.get("id"), int | str):
-                yield Row(number, where, image | {"caption": captions.pop(image["id"], [])})
+                yield TableRow(index, location, image | {"caption": captions.pop(image["id"], [])})
             else:
-                yield Fault(id=f"image {number}", where=where, reason="image has no id")
-        for name in captions:
-            yield Fault(id=str(name), where=self.name, reason="caption of an image that is not listed")
+                yield SkippedSample(id=f"image {index}", location=location, reason="image has no id")
+        for image_id in captions:
+            yield SkippedSample(
+                id=str(image_id), location=self.name, reason="caption of an image that is not listed"
+            )
 
     @cached_property
-    def _told(self) -> dict[str, Any]:
-        return _read(self.path)
+    def _data(self) -> dict[str, Any]:
+        return _read_coco(self.path)
 
 
-def _read(path: Path) -> dict[str, Any]:
-    told = read_json(path)
-    lists = isinstance(told, dict) and all(
-        isinstance(told.get(key), list) for key in ("images", "annotations")
+def _read_coco(path: Path) -> dict[str, Any]:
+    data = read_json(path)
+    has_lists = isinstance(data, dict) and all(
+        isinstance(data.get(key), list) for key in ("images", "annotations")
     )
-    if not lists:
-        raise InputError(
+    if not has_lists:
+        raise InvalidInputError(
             f"{path} holds no captions in COCO's format: a mapping with the lists `images` and `annotations` "
             "is needed (a plain list of rows is read from a .jsonl file, one row a line)"
         )
-    if not any(isinstance(item, dict) and "caption" in item for item in told["annotations"]):
-        raise InputError(
+    if not any(isinstance(item, dict) and "caption" in item for item in data["annotations"]):
+        raise InvalidInputError(
             f"{path}: none of its annotations has a `caption`; take the file of captions, not of boxes"
         )
-    return told
+    return data
 
 
-def open_coco(path: Path) -> CocoTable:
+def open_coco_table(path: Path) -> CocoTable:
     """Return the table of captioned images in a JSON file.
 
     Raises:
         InputError: where the file is no JSON or not of this format.
     """
-    table = CocoTable(path=path, name=path.name, folder=path.parent)
-    table.columns()
+    table = CocoTable(path=path, name=path.name, root=path.parent)
+    table.column_names()
     return table

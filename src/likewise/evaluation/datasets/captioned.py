@@ -5,32 +5,38 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
-from likewise.errors import InputError, close_matches
-from likewise.evaluation.datasets.labeled import ImageSet, file_column, fingerprint, read_table, table_name
+from likewise.errors import InvalidInputError, did_you_mean
+from likewise.evaluation.datasets.labeled import (
+    ImageDataset,
+    dataset_name,
+    find_file_column,
+    fingerprint,
+    read_table,
+)
 
-_CAPTION = ("caption", "captions", "text", "title", "description")
+_CAPTION_COLUMNS = ("caption", "captions", "text", "title", "description")
 
 
 @dataclass(frozen=True, kw_only=True)
-class CaptionedSet(ImageSet):
+class CaptionedDataset(ImageDataset):
     """Images with one or several captions each.
 
     Attributes:
         caption_column: Where the captions came from.
         captions: The captions of each image.
-        without: Rows without a file or a caption, which are left out.
+        num_skipped: Rows without a file or a caption, which are left out.
     """
 
     caption_column: str
     captions: tuple[tuple[str, ...], ...]
-    without: int
+    num_skipped: int
 
 
-def open_captioned(where: str | Path, *, caption_column: str | None = None) -> CaptionedSet:
+def open_captioned(path: str | Path, *, caption_column: str | None = None) -> CaptionedDataset:
     """Open the test images of a table of captions.
 
     Args:
-        where: A CSV or TSV file with a column of files and one of captions, several rows for an image with
+        path: A CSV or TSV file with a column of files and one of captions, several rows for an image with
             several captions, or a folder with a `captions.csv`. Where it has a column `split`, only its rows
             of `test` count.
         caption_column: The column of captions; found by its usual names where not given.
@@ -38,42 +44,50 @@ def open_captioned(where: str | Path, *, caption_column: str | None = None) -> C
     Raises:
         InputError: where there is no such table, or it has no captions.
     """
-    path = Path(where)
+    path = Path(path)
     table = path / "captions.csv" if path.is_dir() else path
     if not table.is_file():
-        raise InputError(f"{table} does not exist; captions are read from a table with a file and a caption")
-    captions, column, without = read_table(table, partial(_read, column=caption_column))
+        raise InvalidInputError(
+            f"{table} does not exist; captions are read from a table with a file and a caption"
+        )
+    captions, column, num_skipped = read_table(table, partial(_read_captions, column=caption_column))
     if not captions:
-        raise InputError(f"{table} has no caption of a test image in its column {column!r}")
-    return CaptionedSet(
-        name=f"{table_name(table)}-captions",
-        source=path,
+        raise InvalidInputError(f"{table} has no caption of a test image in its column {column!r}")
+    return CaptionedDataset(
+        name=f"{dataset_name(table)}-captions",
+        path=path,
         root=table.parent,
         files=tuple(captions),
         captions=tuple(map(tuple, captions.values())),
         caption_column=column,
-        without=without,
+        num_skipped=num_skipped,
         key=fingerprint(table.parent, list(captions.items()), list(captions)),
     )
 
 
-def _read(table: Path, reader: csv.DictReader, column: str | None) -> tuple[dict[str, list[str]], str, int]:
-    present = list(reader.fieldnames or [])
-    file = file_column(table, present)
-    found = column if column is not None else next((c for c in present if c.lower() in _CAPTION), None)
-    if found is None or found not in present:
-        near = "" if found is None else close_matches(found, present)
-        raise InputError(
-            f"{table} has no column of captions{'' if found is None else f' {found!r}'}; it has "
-            f"{', '.join(present)}; use --caption-column.{near}"
+def _read_captions(
+    table: Path, reader: csv.DictReader, column: str | None
+) -> tuple[dict[str, list[str]], str, int]:
+    fieldnames = list(reader.fieldnames or [])
+    file_col = find_file_column(table, fieldnames)
+    caption_col = (
+        column
+        if column is not None
+        else next((name for name in fieldnames if name.lower() in _CAPTION_COLUMNS), None)
+    )
+    if caption_col is None or caption_col not in fieldnames:
+        suggestion = "" if caption_col is None else did_you_mean(caption_col, fieldnames)
+        raise InvalidInputError(
+            f"{table} has no column of captions{'' if caption_col is None else f' {caption_col!r}'}; it has "
+            f"{', '.join(fieldnames)}; use --caption-column.{suggestion}"
         )
     captions: dict[str, list[str]] = {}
-    without = 0
+    num_skipped = 0
     for row in reader:
         if row.get("split", "test").strip().lower() not in ("test", "testing", "eval"):
             continue
-        if row[file] and row[found]:
-            captions.setdefault(row[file], []).append(row[found])
+        if row[file_col] and row[caption_col]:
+            captions.setdefault(row[file_col], []).append(row[caption_col])
         else:
-            without += 1
-    return captions, found, without
+            num_skipped += 1
+    return captions, caption_col, num_skipped

@@ -13,193 +13,201 @@ import numpy as np
 import yaml
 from PIL import Image
 
-from likewise.data.images import SUFFIXES
-from likewise.errors import InputError
+from likewise.data.images import IMAGE_SUFFIXES
+from likewise.errors import InvalidInputError
 from likewise.evaluation.datasets.labeled import (
-    ImageSet,
-    count_fault,
-    file_column,
+    ImageDataset,
+    count_skipped,
+    dataset_name,
+    find_file_column,
     fingerprint,
+    parse_split,
     read_table,
-    split_named,
-    table_name,
 )
 
-UNLABELLED = 255
+DEFAULT_IGNORE_INDEX = 255
 
 
 @dataclass(frozen=True, kw_only=True)
-class MaskedSet(ImageSet):
+class SegmentationDataset(ImageDataset):
     """Images with a mask and a split each.
 
     Attributes:
-        masks: n paths, relative to the same folder as the images.
+        mask_files: n paths, relative to the same folder as the images.
         splits: (n,) of `train` and `test`.
         classes: The classes' names, by the number that stands for them in masks.
-        ignored: Numbers in masks that count neither way.
-        faults: What was left out, by reason, with the first file it occurs in.
+        ignore_index: Numbers in masks that count neither way.
+        skipped: What was left out, by reason, with the first file it occurs in.
     """
 
-    masks: tuple[str, ...]
+    mask_files: tuple[str, ...]
     splits: np.ndarray
     classes: tuple[str, ...]
-    ignored: tuple[int, ...]
-    faults: dict[str, int]
+    ignore_index: tuple[int, ...]
+    skipped: dict[str, int]
 
-    def mask(self, row: int) -> np.ndarray:
+    def load_mask(self, index: int) -> np.ndarray:
         """Return the mask of an image, (h, w) int64, -1 where it counts neither way."""
-        with Image.open(self.root / self.masks[row]) as image:
-            found = np.asarray(image).astype(np.int64)
-        return np.where(np.isin(found, self.ignored), -1, found)
+        with Image.open(self.root / self.mask_files[index]) as image:
+            class_ids = np.asarray(image).astype(np.int64)
+        return np.where(np.isin(class_ids, self.ignore_index), -1, class_ids)
 
 
-def open_masks(where: str | Path, ignored: tuple[int, ...] = (UNLABELLED,)) -> MaskedSet:
+def open_segmentation(
+    path: str | Path, ignore_index: tuple[int, ...] = (DEFAULT_IGNORE_INDEX,)
+) -> SegmentationDataset:
     """Open a set of images with masks: 8-bit grey or palette images that hold class numbers.
 
     Args:
-        where: A CSV file, or a folder with an `index.csv`, with columns of files, `mask` and `split`; or a
+        path: A CSV file, or a folder with an `index.csv`, with columns of files, `mask` and `split`; or a
             folder laid out as `train/images`, `train/masks`, `test/images` and so on, with equal names.
             Names of classes stand in a `classes.txt` beside it, one a line, where there is one. Where there
             is no `test`, `val` is tested on; else it is learned from.
-        ignored: Numbers that count neither way.
+        ignore_index: Numbers that count neither way.
 
     Raises:
         InputError: where there is no such set, a mask is none, or train or test is empty.
     """
-    path = Path(where)
+    path = Path(path)
     table = path / "index.csv" if path.is_dir() else path
     if table.is_file():
-        root, rows, name = table.parent, read_table(table, _read_index), table_name(table)
+        root, rows, name = table.parent, read_table(table, _read_index), dataset_name(table)
     elif path.is_dir():
-        root, rows, name = path, _read_folders(path), path.resolve().name
+        root, rows, name = path, _read_mask_folders(path), path.resolve().name
     else:
-        raise InputError(
+        raise InvalidInputError(
             f"{path} does not exist; give a folder with an index.csv or train/images, train/masks"
         )
-    faults: Counter[str] = Counter()
-    kept, highest = [], 0
+    skipped: Counter[str] = Counter()
+    entries, max_class_id = [], 0
     for file, mask, split in rows:
-        top = _check(root, file, mask, ignored, faults)
-        if top is not None:
-            kept.append((file, mask, split))
-            highest = max(highest, top)
-    splits = np.array([split for _, _, split in kept], "<U5")
+        mask_max_id = _check_mask(root, file, mask, ignore_index, skipped)
+        if mask_max_id is not None:
+            entries.append((file, mask, split))
+            max_class_id = max(max_class_id, mask_max_id)
+    splits = np.array([split for _, _, split in entries], "<U5")
     splits[splits == "val"] = "train" if "test" in splits else "test"
     for split in ("train", "test"):
         if split not in splits:
-            raise InputError(f"{path} has no {split} images with a mask; left out: {dict(faults) or 'none'}")
-    files = tuple(file for file, _, _ in kept)
-    return MaskedSet(
+            raise InvalidInputError(
+                f"{path} has no {split} images with a mask; left out: {dict(skipped) or 'none'}"
+            )
+    files = tuple(file for file, _, _ in entries)
+    return SegmentationDataset(
         name=name,
-        source=path,
+        path=path,
         root=root,
         files=files,
-        key=fingerprint(root, [(*row, ignored) for row in kept], files),
-        masks=tuple(mask for _, mask, _ in kept),
+        key=fingerprint(root, [(*row, ignore_index) for row in entries], files),
+        mask_files=tuple(mask for _, mask, _ in entries),
         splits=splits,
-        classes=_names(root / "classes.txt", highest, ignored),
-        ignored=ignored,
-        faults=dict(faults),
+        classes=_read_class_names(root / "classes.txt", max_class_id, ignore_index),
+        ignore_index=ignore_index,
+        skipped=dict(skipped),
     )
 
 
 def _read_index(table: Path, reader: csv.DictReader) -> list[tuple[str, str, str]]:
-    present = list(reader.fieldnames or [])
-    file = file_column(table, present)
+    fieldnames = list(reader.fieldnames or [])
+    file_col = find_file_column(table, fieldnames)
     for name in ("mask", "split"):
-        if name not in present:
-            raise InputError(f"{table} has no column {name!r}; it has {', '.join(present)}")
+        if name not in fieldnames:
+            raise InvalidInputError(f"{table} has no column {name!r}; it has {', '.join(fieldnames)}")
     return [
-        (row[file], row["mask"], split_named(row["split"] or "", f"{table}, row {number}"))
-        for number, row in enumerate(reader, start=2)
+        (row[file_col], row["mask"], parse_split(row["split"] or "", f"{table}, row {row_number}"))
+        for row_number, row in enumerate(reader, start=2)
     ]
 
 
-def _read_folders(path: Path) -> list[tuple[str, str, str]]:
-    rows = []
-    for folder in sorted(each for each in path.iterdir() if (each / "images").is_dir()):
-        split = split_named(folder.name, str(folder))
-        for image in sorted((folder / "images").iterdir()):
-            if image.suffix.lower() in SUFFIXES:
-                mask = folder / "masks" / f"{image.stem}.png"
-                rows.append((image.relative_to(path).as_posix(), mask.relative_to(path).as_posix(), split))
-    if not rows:
-        raise InputError(f"{path} holds neither an index.csv nor train/images and train/masks")
-    return rows
+def _read_mask_folders(path: Path) -> list[tuple[str, str, str]]:
+    entries = []
+    for folder in sorted(entry for entry in path.iterdir() if (entry / "images").is_dir()):
+        split = parse_split(folder.name, str(folder))
+        for image_path in sorted((folder / "images").iterdir()):
+            if image_path.suffix.lower() in IMAGE_SUFFIXES:
+                mask_path = folder / "masks" / f"{image_path.stem}.png"
+                entries.append(
+                    (image_path.relative_to(path).as_posix(), mask_path.relative_to(path).as_posix(), split)
+                )
+    if not entries:
+        raise InvalidInputError(f"{path} holds neither an index.csv nor train/images and train/masks")
+    return entries
 
 
-def _check(root: Path, file: str, mask: str, ignored: tuple[int, ...], faults: Counter[str]) -> int | None:
+def _check_mask(
+    root: Path, file: str, mask: str, ignore_index: tuple[int, ...], skipped: Counter[str]
+) -> int | None:
     """Return the highest class of a mask, or None and count why it cannot be used."""
     try:
-        with Image.open(root / file) as image, Image.open(root / mask) as told:
-            if told.mode not in ("L", "P"):
-                needed = "8-bit grey or palette images with class numbers are needed"
-                raise InputError(f"{root / mask} is a mask in {told.mode}: {needed}")
-            if image.size != told.size:
-                count_fault(faults, "masks of another size than their image", mask)
+        with Image.open(root / file) as image, Image.open(root / mask) as mask_image:
+            if mask_image.mode not in ("L", "P"):
+                requirement = "8-bit grey or palette images with class numbers are needed"
+                raise InvalidInputError(f"{root / mask} is a mask in {mask_image.mode}: {requirement}")
+            if image.size != mask_image.size:
+                count_skipped(skipped, "masks of another size than their image", mask)
                 return None
-            values = np.flatnonzero(np.bincount(np.asarray(told).ravel()))
+            class_ids = np.flatnonzero(np.bincount(np.asarray(mask_image).ravel()))
     except OSError:
-        count_fault(faults, "images or masks missing or damaged", mask)
+        count_skipped(skipped, "images or masks missing or damaged", mask)
         return None
-    return int(max((value for value in values.tolist() if value not in ignored), default=0))
+    return int(max((class_id for class_id in class_ids.tolist() if class_id not in ignore_index), default=0))
 
 
-def _names(file: Path, highest: int, ignored: tuple[int, ...]) -> tuple[str, ...]:
-    lines = file.read_text().splitlines() if file.is_file() else []
+def _read_class_names(path: Path, max_class_id: int, ignore_index: tuple[int, ...]) -> tuple[str, ...]:
+    lines = path.read_text().splitlines() if path.is_file() else []
     # Some write the number before the name.
-    named = [line.strip().removeprefix(f"{i} ") for i, line in enumerate(filter(str.strip, lines))]
-    if named and highest >= len(named):
-        told = f"{len(named)} classes, but masks hold {highest}"
-        raise InputError(f"{file} names {told}; name it too, or use --ignore {highest}")
-    while named and len(named) - 1 in ignored:
-        named.pop()
-    return tuple(named) or tuple(map(str, range(highest + 1)))
+    class_names = [line.strip().removeprefix(f"{i} ") for i, line in enumerate(filter(str.strip, lines))]
+    if class_names and max_class_id >= len(class_names):
+        message = f"{len(class_names)} classes, but masks hold {max_class_id}"
+        raise InvalidInputError(f"{path} names {message}; name it too, or use --ignore {max_class_id}")
+    while class_names and len(class_names) - 1 in ignore_index:
+        class_names.pop()
+    return tuple(class_names) or tuple(map(str, range(max_class_id + 1)))
 
 
-_SIDES = ("x0", "y0", "x1", "y1")
+_BOX_COLUMNS = ("x0", "y0", "x1", "y1")
 
 
 @dataclass(frozen=True, kw_only=True)
-class BoxedSet(ImageSet):
+class DetectionDataset(ImageDataset):
     """Images with boxes and a split each.
 
     Attributes:
         splits: (n,) of `train` and `test`.
         boxes: For each image (k, 4) float64, x0 y0 x1 y1 as shares of its sides, inside it.
         labels: For each image (k,) int64, the class of each box.
-        crowds: For each image (k,) bool, which boxes stand for many things at once.
+        is_crowd: For each image (k,) bool, which boxes stand for many things at once.
         classes: The classes' names, sorted.
-        faults: What was cut, left out or is missing, by reason, with the first place it occurs.
+        skipped: What was cut, left out or is missing, by reason, with the first place it occurs.
     """
 
     splits: np.ndarray
     boxes: tuple[np.ndarray, ...]
     labels: tuple[np.ndarray, ...]
-    crowds: tuple[np.ndarray, ...]
+    is_crowd: tuple[np.ndarray, ...]
     classes: tuple[str, ...]
-    faults: dict[str, int]
+    skipped: dict[str, int]
 
 
 @dataclass
-class _Shown:
+class _AnnotatedImage:
     """An image as a file tells of it: boxes in pixels where it gives the size, else as shares."""
 
     file: str
     split: str
-    size: tuple[float, float] = (1.0, 1.0)
+    image_size: tuple[float, float] = (1.0, 1.0)
     boxes: list[tuple[str, tuple[float, ...], bool, str]] = field(default_factory=list)
 
-    def add(self, label: str, corners: Iterable[float], where: str, *, crowd: bool = False) -> None:
+    def add_box(self, label: str, xyxy: Iterable[float], location: str, *, is_crowd: bool = False) -> None:
         """Note a box and where it stands."""
-        self.boxes.append((label, tuple(corners), crowd, where))
+        self.boxes.append((label, tuple(xyxy), is_crowd, location))
 
 
-def open_boxes(where: str | Path) -> BoxedSet:
+def open_detection(path: str | Path) -> DetectionDataset:
     """Open a set of images with boxes.
 
     Args:
-        where: A CSV file, or a folder with a `boxes.csv`, with columns of files, `split`, `label`, `x0`,
+        path: A CSV file, or a folder with a `boxes.csv`, with columns of files, `split`, `label`, `x0`,
             `y0`, `x1`, `y1`, as shares of the image's sides or in pixels; or a folder as COCO (`annotations/
             instances_*.json`), Pascal VOC (`Annotations`, `ImageSets/Main`) or YOLO (a YAML file with
             `train`, `val` and `names`) have it. Where there is no `test`, `val` is tested on.
@@ -207,192 +215,228 @@ def open_boxes(where: str | Path) -> BoxedSet:
     Raises:
         InputError: where it is none of these, or train or test is empty.
     """
-    path = Path(where)
+    path = Path(path)
     table = path / "boxes.csv" if path.is_dir() else path
     if table.is_file() and table.suffix in (".csv", ".tsv"):
-        name = path.resolve().name if path.is_dir() else table_name(table)
-        return _assemble(name, path, table.parent, read_table(table, _read_csv))
+        name = path.resolve().name if path.is_dir() else dataset_name(table)
+        return _build_dataset(name, path, table.parent, read_table(table, _read_csv))
     if path.is_dir():
-        for reader in (_read_coco, _read_voc, _read_yolo):
-            found = list(reader(path))
-            if found:
-                return _assemble(path.resolve().name, path, path, found)
-    raise InputError(
+        for read_format in (_read_coco, _read_voc, _read_yolo):
+            images = list(read_format(path))
+            if images:
+                return _build_dataset(path.resolve().name, path, path, images)
+    raise InvalidInputError(
         f"{path} holds no boxes: give a boxes.csv, or a folder as COCO, Pascal VOC or YOLO lay it out"
     )
 
 
-def _read_csv(table: Path, reader: csv.DictReader) -> list[_Shown]:
-    present = list(reader.fieldnames or [])
-    file = file_column(table, present)
-    missing = [name for name in ("split", "label", *_SIDES) if name not in present]
+def _read_csv(table: Path, reader: csv.DictReader) -> list[_AnnotatedImage]:
+    fieldnames = list(reader.fieldnames or [])
+    file_col = find_file_column(table, fieldnames)
+    missing = [name for name in ("split", "label", *_BOX_COLUMNS) if name not in fieldnames]
     if missing:
-        raise InputError(f"{table} has no column {missing[0]!r}; it has {', '.join(present)}")
-    found: dict[str, _Shown] = {}
-    largest = 0.0
-    for number, row in enumerate(reader, start=2):
-        place = f"{table.name}, row {number}"
-        shown = found.setdefault(row[file], _Shown(row[file], split_named(row["split"] or "", place)))
-        if not any(row[side] for side in _SIDES):
+        raise InvalidInputError(f"{table} has no column {missing[0]!r}; it has {', '.join(fieldnames)}")
+    images: dict[str, _AnnotatedImage] = {}
+    max_coordinate = 0.0
+    for row_number, row in enumerate(reader, start=2):
+        location = f"{table.name}, row {row_number}"
+        image = images.setdefault(
+            row[file_col], _AnnotatedImage(row[file_col], parse_split(row["split"] or "", location))
+        )
+        if not any(row[column] for column in _BOX_COLUMNS):
             continue  # an image without anything in it
         try:
-            corners = tuple(float(row[side]) for side in _SIDES)
-        except (TypeError, ValueError) as fault:
-            raise InputError(f"{place}: {', '.join(_SIDES)} must be four numbers or all empty") from fault
-        largest = max(largest, *corners)
-        shown.add(row["label"], corners, place)
-    if largest > 1.5:
-        for shown in found.values():
-            shown.size = _size(table.parent / shown.file)
-    return list(found.values())
+            xyxy = tuple(float(row[column]) for column in _BOX_COLUMNS)
+        except (TypeError, ValueError) as error:
+            raise InvalidInputError(
+                f"{location}: {', '.join(_BOX_COLUMNS)} must be four numbers or all empty"
+            ) from error
+        max_coordinate = max(max_coordinate, *xyxy)
+        image.add_box(row["label"], xyxy, location)
+    if max_coordinate > 1.5:
+        for image in images.values():
+            image.image_size = _image_size(table.parent / image.file)
+    return list(images.values())
 
 
-def _size(file: Path) -> tuple[float, float]:
+def _image_size(path: Path) -> tuple[float, float]:
     try:
-        with Image.open(file) as image:
+        with Image.open(path) as image:
             return float(image.width), float(image.height)
     except OSError:
         return (1.0, 1.0)  # it is counted as missing or damaged when it is read
 
 
-def _read_coco(path: Path) -> Iterator[_Shown]:
-    for file in sorted((path / "annotations").glob("instances_*.json")):
-        split = split_named(file.stem.removeprefix("instances_").rstrip("0123456789"), file.name)
+def _read_coco(path: Path) -> Iterator[_AnnotatedImage]:
+    for annotation_file in sorted((path / "annotations").glob("instances_*.json")):
+        split = parse_split(
+            annotation_file.stem.removeprefix("instances_").rstrip("0123456789"), annotation_file.name
+        )
         try:
-            told: dict[str, Any] = json.loads(file.read_text())
-            names = {each["id"]: each["name"] for each in told["categories"]}
-            folder = _image_folder(path, file.stem.removeprefix("instances_"))
+            coco: dict[str, Any] = json.loads(annotation_file.read_text())
+            class_names = {entry["id"]: entry["name"] for entry in coco["categories"]}
+            image_folder = _image_folder(path, annotation_file.stem.removeprefix("instances_"))
             images = {
-                each["id"]: _Shown(
-                    f"{folder}{each['file_name']}", split, (float(each["width"]), float(each["height"]))
+                entry["id"]: _AnnotatedImage(
+                    f"{image_folder}{entry['file_name']}",
+                    split,
+                    (float(entry["width"]), float(entry["height"])),
                 )
-                for each in told["images"]
+                for entry in coco["images"]
             }
-            for each in told["annotations"]:
-                x, y, width, height = map(float, each["bbox"])
-                crowd = bool(each.get("iscrowd", 0))
-                place = f"{file.name}, annotation {each['id']}"
-                images[each["image_id"]].add(
-                    names[each["category_id"]], (x, y, x + width, y + height), place, crowd=crowd
+            for entry in coco["annotations"]:
+                x, y, width, height = map(float, entry["bbox"])
+                is_crowd = bool(entry.get("iscrowd", 0))
+                location = f"{annotation_file.name}, annotation {entry['id']}"
+                images[entry["image_id"]].add_box(
+                    class_names[entry["category_id"]],
+                    (x, y, x + width, y + height),
+                    location,
+                    is_crowd=is_crowd,
                 )
-        except (KeyError, TypeError, ValueError) as fault:
-            raise InputError(
-                f"{file} is no COCO file of instances: {type(fault).__name__} {fault}"
-            ) from fault
+        except (KeyError, TypeError, ValueError) as error:
+            raise InvalidInputError(
+                f"{annotation_file} is no COCO file of instances: {type(error).__name__} {error}"
+            ) from error
         yield from images.values()
 
 
 def _image_folder(path: Path, split: str) -> str:
-    places = (split, f"images/{split}", "images", ".")
-    return next((f"{place}/" for place in places if (path / place).is_dir() and place != "."), "")
-
-
-def _read_voc(path: Path) -> Iterator[_Shown]:
-    """Read Pascal VOC; its difficult objects count, as crowds do, neither way."""
-    for name in ("train", "val", "test"):
-        listed = path / "ImageSets/Main" / f"{name}.txt"
-        lines = listed.read_text().splitlines() if listed.is_file() else []
-        for stem in (line.split()[0] for line in lines if line.strip()):
-            told = path / "Annotations" / f"{stem}.xml"
-            try:
-                yield _voc_image(told, name)
-            except (OSError, ElementTree.ParseError, ValueError) as fault:
-                raise InputError(f"{told}, named in {listed.name}, is no VOC annotation: {fault}") from fault
-
-
-def _voc_image(told: Path, split: str) -> _Shown:
-    tree = ElementTree.fromstring(told.read_bytes())  # noqa: S314  # expat resolves no outer entities
-    width, height = (float(tree.findtext(f"size/{side}", "")) for side in ("width", "height"))
-    shown = _Shown(f"JPEGImages/{tree.findtext('filename', f'{told.stem}.jpg')}", split, (width, height))
-    for number, each in enumerate(tree.iter("object"), start=1):
-        sides = (each.findtext(f"bndbox/{side}", "") for side in ("xmin", "ymin", "xmax", "ymax"))
-        x0, y0, x1, y1 = map(float, sides)
-        hard = each.findtext("difficult", "0").strip() == "1"
-        # Its first pixel is 1, and its last one belongs to the box.
-        corners = (x0 - 1, y0 - 1, x1, y1)
-        shown.add(each.findtext("name", ""), corners, f"{told.name}, object {number}", crowd=hard)
-    return shown
-
-
-def _read_yolo(path: Path) -> Iterator[_Shown]:
-    for config in (*sorted(path.glob("*.yaml")), *sorted(path.glob("*.yml"))):
-        told = yaml.safe_load(config.read_text())
-        if not isinstance(told, dict) or not {"train", "val", "names"} <= told.keys():
-            continue
-        for split in ("train", "val", "test"):
-            if not told.get(split):
-                continue
-            folder = path / str(told.get("path") or ".") / str(told[split])
-            if not folder.is_dir():
-                raise InputError(f"{config} names {told[split]} for {split}, but {folder} does not exist")
-            for file in sorted(each for each in folder.iterdir() if each.suffix.lower() in SUFFIXES):
-                yield _yolo_image(path, file, split, told["names"])
-
-
-def _yolo_image(path: Path, file: Path, split: str, names: Any) -> _Shown:
-    shown, text = _Shown(file.relative_to(path).as_posix(), split), _yolo_labels(file)
-    lines = text.read_text().splitlines() if text.is_file() else []
-    for number, line in enumerate(lines, start=1):
-        try:
-            label, *numbers = line.split()[:5]
-            x, y, width, height = map(float, numbers)
-            name = str(names[int(label)])
-        except (ValueError, KeyError, IndexError) as fault:
-            raise InputError(f"{text}, line {number}: expected a class and x y width height") from fault
-        corners = (x - width / 2, y - height / 2, x + width / 2, y + height / 2)
-        shown.add(name, corners, f"{text.name}, line {number}")
-    return shown
-
-
-def _yolo_labels(image: Path) -> Path:
-    """Return where the boxes of an image stand: `labels` in place of `images` in its path, or beside it."""
-    parts = list(image.parts)
-    if "images" in parts:
-        place = len(parts) - 1 - parts[::-1].index("images")
-        parts[place] = "labels"
-    return Path(*parts).with_suffix(".txt")
-
-
-def _assemble(name: str, source: Path, root: Path, shown: list[_Shown]) -> BoxedSet:
-    splits = np.array([each.split for each in shown])
-    splits[splits == "val"] = "train" if "test" in splits else "test"
-    faults: Counter[str] = Counter()
-    kept = [[found for box in each.boxes if (found := _inside(each, faults, box))] for each in shown]
-    for split in ("train", "test"):
-        if split not in splits:
-            raise InputError(f"{source} has no {split} images; found: {', '.join(sorted(set(splits)))}")
-    classes = tuple(sorted({label for boxes in kept for label, _, _ in boxes}))
-    if not classes:
-        raise InputError(f"{source} has images but no boxes")
-    number = {label: i for i, label in enumerate(classes)}
-    files = [each.file for each in shown]
-    return BoxedSet(
-        name=name,
-        source=source,
-        root=root,
-        files=tuple(files),
-        key=fingerprint(
-            root, [(split, boxes) for split, boxes in zip(splits.tolist(), kept, strict=True)], files
-        ),
-        splits=splits,
-        boxes=tuple(np.array([box for _, box, _ in boxes], np.float64).reshape(-1, 4) for boxes in kept),
-        labels=tuple(np.array([number[label] for label, _, _ in boxes], np.int64) for boxes in kept),
-        crowds=tuple(np.array([crowd for _, _, crowd in boxes], bool) for boxes in kept),
-        classes=classes,
-        faults=dict(faults),
+    candidates = (split, f"images/{split}", "images", ".")
+    return next(
+        (f"{candidate}/" for candidate in candidates if (path / candidate).is_dir() and candidate != "."), ""
     )
 
 
-def _inside(
-    shown: _Shown, faults: Counter[str], box: tuple[str, tuple[float, ...], bool, str]
+def _read_voc(path: Path) -> Iterator[_AnnotatedImage]:
+    """Read Pascal VOC; its difficult objects count, as crowds do, neither way."""
+    for split in ("train", "val", "test"):
+        list_file = path / "ImageSets/Main" / f"{split}.txt"
+        lines = list_file.read_text().splitlines() if list_file.is_file() else []
+        for stem in (line.split()[0] for line in lines if line.strip()):
+            xml_path = path / "Annotations" / f"{stem}.xml"
+            try:
+                yield _voc_image(xml_path, split)
+            except (OSError, ElementTree.ParseError, ValueError) as error:
+                raise InvalidInputError(
+                    f"{xml_path}, named in {list_file.name}, is no VOC annotation: {error}"
+                ) from error
+
+
+def _voc_image(xml_path: Path, split: str) -> _AnnotatedImage:
+    tree = ElementTree.fromstring(xml_path.read_bytes())  # noqa: S314  # expat resolves no outer entities
+    width, height = (float(tree.findtext(f"size/{key}", "")) for key in ("width", "height"))
+    image = _AnnotatedImage(
+        f"JPEGImages/{tree.findtext('filename', f'{xml_path.stem}.jpg')}", split, (width, height)
+    )
+    for object_number, node in enumerate(tree.iter("object"), start=1):
+        bounds = (node.findtext(f"bndbox/{key}", "") for key in ("xmin", "ymin", "xmax", "ymax"))
+        x0, y0, x1, y1 = map(float, bounds)
+        is_difficult = node.findtext("difficult", "0").strip() == "1"
+        # Its first pixel is 1, and its last one belongs to the box.
+        xyxy = (x0 - 1, y0 - 1, x1, y1)
+        image.add_box(
+            node.findtext("name", ""), xyxy, f"{xml_path.name}, object {object_number}", is_crowd=is_difficult
+        )
+    return image
+
+
+def _read_yolo(path: Path) -> Iterator[_AnnotatedImage]:
+    for yaml_path in (*sorted(path.glob("*.yaml")), *sorted(path.glob("*.yml"))):
+        yaml_config = yaml.safe_load(yaml_path.read_text())
+        if not isinstance(yaml_config, dict) or not {"train", "val", "names"} <= yaml_config.keys():
+            continue
+        for split in ("train", "val", "test"):
+            if not yaml_config.get(split):
+                continue
+            folder = path / str(yaml_config.get("path") or ".") / str(yaml_config[split])
+            if not folder.is_dir():
+                raise InvalidInputError(
+                    f"{yaml_path} names {yaml_config[split]} for {split}, but {folder} does not exist"
+                )
+            for image_path in sorted(
+                entry for entry in folder.iterdir() if entry.suffix.lower() in IMAGE_SUFFIXES
+            ):
+                yield _yolo_image(path, image_path, split, yaml_config["names"])
+
+
+def _yolo_image(path: Path, image_path: Path, split: str, class_names: Any) -> _AnnotatedImage:
+    image, label_path = (
+        _AnnotatedImage(image_path.relative_to(path).as_posix(), split),
+        _yolo_label_path(image_path),
+    )
+    lines = label_path.read_text().splitlines() if label_path.is_file() else []
+    for line_number, line in enumerate(lines, start=1):
+        try:
+            label, *xywh = line.split()[:5]
+            x, y, width, height = map(float, xywh)
+            class_name = str(class_names[int(label)])
+        except (ValueError, KeyError, IndexError) as error:
+            raise InvalidInputError(
+                f"{label_path}, line {line_number}: expected a class and x y width height"
+            ) from error
+        xyxy = (x - width / 2, y - height / 2, x + width / 2, y + height / 2)
+        image.add_box(class_name, xyxy, f"{label_path.name}, line {line_number}")
+    return image
+
+
+def _yolo_label_path(image_path: Path) -> Path:
+    """Return where the boxes of an image stand: `labels` in place of `images` in its path, or beside it."""
+    parts = list(image_path.parts)
+    if "images" in parts:
+        index = len(parts) - 1 - parts[::-1].index("images")
+        parts[index] = "labels"
+    return Path(*parts).with_suffix(".txt")
+
+
+def _build_dataset(name: str, path: Path, root: Path, images: list[_AnnotatedImage]) -> DetectionDataset:
+    splits = np.array([image.split for image in images])
+    splits[splits == "val"] = "train" if "test" in splits else "test"
+    skipped: Counter[str] = Counter()
+    boxes_by_image = [
+        [clipped for box in image.boxes if (clipped := _clip_box(image, skipped, box))] for image in images
+    ]
+    for split in ("train", "test"):
+        if split not in splits:
+            raise InvalidInputError(f"{path} has no {split} images; found: {', '.join(sorted(set(splits)))}")
+    classes = tuple(sorted({label for boxes in boxes_by_image for label, _, _ in boxes}))
+    if not classes:
+        raise InvalidInputError(f"{path} has images but no boxes")
+    class_index = {label: i for i, label in enumerate(classes)}
+    files = [image.file for image in images]
+    return DetectionDataset(
+        name=name,
+        path=path,
+        root=root,
+        files=tuple(files),
+        key=fingerprint(
+            root,
+            [(split, boxes) for split, boxes in zip(splits.tolist(), boxes_by_image, strict=True)],
+            files,
+        ),
+        splits=splits,
+        boxes=tuple(
+            np.array([box for _, box, _ in boxes], np.float64).reshape(-1, 4) for boxes in boxes_by_image
+        ),
+        labels=tuple(
+            np.array([class_index[label] for label, _, _ in boxes], np.int64) for boxes in boxes_by_image
+        ),
+        is_crowd=tuple(np.array([is_crowd for _, _, is_crowd in boxes], bool) for boxes in boxes_by_image),
+        classes=classes,
+        skipped=dict(skipped),
+    )
+
+
+def _clip_box(
+    image: _AnnotatedImage, skipped: Counter[str], box: tuple[str, tuple[float, ...], bool, str]
 ) -> tuple[str, tuple[float, ...], bool] | None:
     """Return a box as shares of the image and cut at its edge, or None where nothing is left of it."""
-    label, corners, crowd, where = box
-    shares = np.array(corners) / np.tile(shown.size, 2)
-    cut = shares.clip(0, 1)
-    if not (cut[:2] < cut[2:]).all():
-        count_fault(faults, "boxes without area inside the image, left out", where)
+    label, xyxy, is_crowd, location = box
+    normalized = np.array(xyxy) / np.tile(image.image_size, 2)
+    clipped = normalized.clip(0, 1)
+    if not (clipped[:2] < clipped[2:]).all():
+        count_skipped(skipped, "boxes without area inside the image, left out", location)
         return None
-    if np.abs(cut - shares).max() > 0.01:
-        count_fault(faults, "boxes reaching over the edge, cut there", where)
-    return label, tuple(cut.tolist()), crowd
+    if np.abs(clipped - normalized).max() > 0.01:
+        count_skipped(skipped, "boxes reaching over the edge, cut there", location)
+    return label, tuple(clipped.tolist()), is_crowd

@@ -14,225 +14,247 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from likewise.artifacts import atomic, told_if_full, write_json
-from likewise.errors import DependencyError, InputError, LikewiseError
-from likewise.evaluation.datasets.registry import KnownSet, Source, known
-from likewise.parallel import default_workers, ordered_map
-from likewise.progress import SILENT, Progress
+from likewise.artifacts import atomic_write, disk_full_as_error, write_json
+from likewise.errors import DependencyError, InvalidInputError, LikewiseError
+from likewise.evaluation.datasets.registry import DatasetInfo, DownloadSpec, get_dataset_info
+from likewise.parallel import default_num_workers, prefetch_map
+from likewise.progress import NULL_PROGRESS, Progress
 
-_CUB = "https://data.caltech.edu/records/65de6-vp158/files/CUB_200_2011.tgz"
+_CUB_URL = "https://data.caltech.edu/records/65de6-vp158/files/CUB_200_2011.tgz"
 _CUB_MD5 = "97eceeb196236b17998738112f37df78"
-_PARTITIONS = "https://vision.princeton.edu/projects/2010/SUN/download/Partitions.zip"
-_PARTITIONS_MD5 = "29a205c0a0129d21f36cbecfefe81881"
-_PCAM = "https://zenodo.org/records/2546921/files/"
+_SUN397_PARTITIONS_URL = "https://vision.princeton.edu/projects/2010/SUN/download/Partitions.zip"
+_SUN397_PARTITIONS_MD5 = "29a205c0a0129d21f36cbecfefe81881"
+_PCAM_URL = "https://zenodo.org/records/2546921/files/"
 
 
 @dataclass(frozen=True, kw_only=True)
-class Item:
+class ImageItem:
     """An image file with its split and label."""
 
     file: Path
     split: str
     label: str
-    key: str = ""  # what its place in a split by hash depends on
+    hash_key: str = ""  # what its place in a split by hash depends on
 
 
 @dataclass(frozen=True, kw_only=True)
-class Job:
+class DownloadJob:
     """What a reader is to read, and where."""
 
-    told: Source
-    folder: Path  # where downloads go
+    spec: DownloadSpec
+    root: Path  # where downloads go
     progress: Progress
 
 
-def _deal(items: Iterable[Item], sizes: Mapping[str, int | None]) -> list[Item]:
+def _hash_split(items: Iterable[ImageItem], images_per_class: Mapping[str, int | None]) -> list[ImageItem]:
     """Split each class in the order of a hash of its images' keys, the same on every machine.
 
     Args:
         items: Images with keys that are unique within a class.
-        sizes: How many of each class a split takes, in turn; None takes the rest.
+        images_per_class: How many of each class a split takes, in turn; None takes the rest.
     """
-    classes: dict[str, list[Item]] = defaultdict(list)
+    items_by_class: dict[str, list[ImageItem]] = defaultdict(list)
     for item in items:
-        classes[item.label].append(item)
-    dealt = []
-    for members in classes.values():
-        members.sort(key=lambda item: hashlib.blake2b(item.key.encode(), digest_size=16).digest())
+        items_by_class[item.label].append(item)
+    split_items = []
+    for class_items in items_by_class.values():
+        class_items.sort(key=lambda item: hashlib.blake2b(item.hash_key.encode(), digest_size=16).digest())
         start = 0
-        for split, size in sizes.items():
-            end = len(members) if size is None else start + size
-            dealt += [Item(file=m.file, split=split, label=m.label) for m in members[start:end]]
+        for split, count in images_per_class.items():
+            end = len(class_items) if count is None else start + count
+            split_items += [
+                ImageItem(file=item.file, split=split, label=item.label) for item in class_items[start:end]
+            ]
             start = end
-    return dealt
+    return split_items
 
 
-def _open(job: Job, split: str, download: bool = True) -> Any:
+def _open_torchvision(job: DownloadJob, split: str, download: bool = True) -> Any:
     import torchvision.datasets
 
-    kind = getattr(torchvision.datasets, job.told.copy)
-    return kind(job.folder, **job.told.splits[split], **({"download": True} if download else {}))
+    dataset_class = getattr(torchvision.datasets, job.spec.loader)
+    return dataset_class(job.root, **job.spec.split_args[split], **({"download": True} if download else {}))
 
 
-def _pairs(data: Any) -> Iterator[tuple[Path, str]]:
+def _iter_samples(dataset: Any) -> Iterator[tuple[Path, str]]:
     """Yield file and label of each image of a torchvision set that keeps files, whatever it calls them."""
     for name in ("_image_files", "_images"):
-        if hasattr(data, name):
-            samples = list(zip(getattr(data, name), data._labels, strict=True))
+        if hasattr(dataset, name):
+            samples = list(zip(getattr(dataset, name), dataset._labels, strict=True))
             break
     else:
-        samples = data._samples if hasattr(data, "_samples") else data.samples
+        samples = dataset._samples if hasattr(dataset, "_samples") else dataset.samples
     # A class of ImageNet has many names, and two classes share one: its WordNet number is unique.
-    names = getattr(data, "wnids", None) or getattr(data, "classes", None)
+    class_names = getattr(dataset, "wnids", None) or getattr(dataset, "classes", None)
     for file, label in samples:
-        yield Path(file), names[label] if names else f"{label:02d}"
+        yield Path(file), class_names[label] if class_names else f"{label:02d}"
 
 
-def _files(job: Job, download: bool = True) -> list[Item]:
+def _read_files(job: DownloadJob, download: bool = True) -> list[ImageItem]:
     """Read a set whose images are files: nothing is copied."""
-    read = [(split, _pairs(_open(job, split, download))) for split in job.told.splits]
-    return [Item(file=file, split=split, label=label) for split, pairs in read for file, label in pairs]
+    samples_by_split = [
+        (split, _iter_samples(_open_torchvision(job, split, download))) for split in job.spec.split_args
+    ]
+    return [
+        ImageItem(file=file, split=split, label=label)
+        for split, samples in samples_by_split
+        for file, label in samples
+    ]
 
 
-def _arrays(job: Job, download: bool = True) -> list[Item]:
+def _read_arrays(job: DownloadJob, download: bool = True) -> list[ImageItem]:
     """Read a set whose images are arrays: each is written once as PNG."""
     items = []
-    for split in job.told.splits:
-        data = _open(job, split, download)
-        folder = job.folder.parent / "images" / split
+    for split in job.spec.split_args:
+        dataset = _open_torchvision(job, split, download)
+        folder = job.root.parent / "images" / split
         folder.mkdir(parents=True, exist_ok=True)
-        work = partial(_write_png, data, getattr(data, "classes", None), folder)
-        with job.progress.task(f"images {split}", len(data), "images") as task:
-            for file, label in ordered_map(work, range(len(data)), default_workers()):
-                items.append(Item(file=file, split=split, label=label))
-                task.advance()
+        write_image = partial(_write_png, dataset, getattr(dataset, "classes", None), folder)
+        with job.progress.task(f"images {split}", len(dataset), "images") as bar:
+            for file, label in prefetch_map(write_image, range(len(dataset)), default_num_workers()):
+                items.append(ImageItem(file=file, split=split, label=label))
+                bar.update()
     return items
 
 
-def _write_png(data: Any, names: list[str] | None, folder: Path, index: int) -> tuple[Path, str]:
-    image, label = data[index]
+def _write_png(dataset: Any, class_names: list[str] | None, folder: Path, index: int) -> tuple[Path, str]:
+    image, label = dataset[index]
     file = folder / f"{index:06d}.png"
     if not file.is_file():
-        with atomic(file) as temporary:
-            image.save(temporary, format="png")
-    return file, names[label] if names else str(label)
+        with atomic_write(file) as tmp_path:
+            image.save(tmp_path, format="png")
+    return file, class_names[label] if class_names else str(label)
 
 
-def _aircraft(job: Job) -> list[Item]:
+def _read_aircraft(job: DownloadJob) -> list[ImageItem]:
     """Its archive has no checksum in torchvision: it takes its name only when it is whole."""
     from torchvision.datasets import FGVCAircraft
     from torchvision.datasets.utils import download_url
 
-    archive = job.folder / Path(FGVCAircraft._URL).name
-    if not (job.folder / "fgvc-aircraft-2013b").is_dir() and not archive.is_file():
-        with atomic(archive) as temporary:
-            download_url(FGVCAircraft._URL, job.folder, temporary.name)
-    return _files(job)
+    archive = job.root / Path(FGVCAircraft._URL).name
+    if not (job.root / "fgvc-aircraft-2013b").is_dir() and not archive.is_file():
+        with atomic_write(archive) as tmp_path:
+            download_url(FGVCAircraft._URL, job.root, tmp_path.name)
+    return _read_files(job)
 
 
-def _caltech101(job: Job) -> list[Item]:
-    _open(job, "train")
-    found = (job.folder / "caltech101" / "101_ObjectCategories").glob("*/image_*.jpg")
-    return _deal((_named(file, file.parent.name) for file in found), job.told.sizes or {})
+def _read_caltech101(job: DownloadJob) -> list[ImageItem]:
+    _open_torchvision(job, "train")
+    files = (job.root / "caltech101" / "101_ObjectCategories").glob("*/image_*.jpg")
+    return _hash_split(
+        (_unsplit_item(file, file.parent.name) for file in files), job.spec.images_per_class or {}
+    )
 
 
-def _eurosat(job: Job) -> list[Item]:
-    return _deal((_named(*pair) for pair in _pairs(_open(job, "train"))), job.told.sizes or {})
+def _read_eurosat(job: DownloadJob) -> list[ImageItem]:
+    return _hash_split(
+        (_unsplit_item(*sample) for sample in _iter_samples(_open_torchvision(job, "train"))),
+        job.spec.images_per_class or {},
+    )
 
 
-def _named(file: Path, label: str) -> Item:
-    return Item(file=file, split="", label=label, key=f"{file.parent.name}/{file.name}")
+def _unsplit_item(file: Path, label: str) -> ImageItem:
+    return ImageItem(file=file, split="", label=label, hash_key=f"{file.parent.name}/{file.name}")
 
 
-def _clevr(job: Job) -> list[Item]:
+def _read_clevr(job: DownloadJob) -> list[ImageItem]:
     """Few of its images serve, as in CLIP; its test images have no labels."""
-    chosen = []
-    for split, sizes in (("train", {"train": 1500, "val": 500}), ("val", {"test": 500})):
-        data = _open(job, split)
-        counts = {file: str(label) for file, label in zip(data._image_files, data._labels, strict=True)}
-        dealt = _deal((Item(file=f, split="", label="", key=f.name) for f in counts), sizes)
-        chosen += [Item(file=item.file, split=item.split, label=counts[item.file]) for item in dealt]
-    return chosen
+    items = []
+    for split, images_per_class in (("train", {"train": 1500, "val": 500}), ("val", {"test": 500})):
+        dataset = _open_torchvision(job, split)
+        labels = {file: str(label) for file, label in zip(dataset._image_files, dataset._labels, strict=True)}
+        split_items = _hash_split(
+            (ImageItem(file=file, split="", label="", hash_key=file.name) for file in labels),
+            images_per_class,
+        )
+        items += [
+            ImageItem(file=item.file, split=item.split, label=labels[item.file]) for item in split_items
+        ]
+    return items
 
 
-def _sun397(job: Job) -> list[Item]:
-    lists = {split: job.folder / "partitions" / f"{split.title()}ing_01.txt" for split in ("train", "test")}
-    if not all(file.is_file() for file in lists.values()):
-        _unpacked(_PARTITIONS, job.folder, _PARTITIONS_MD5, "partitions")
-    _open(job, "train")
+def _read_sun397(job: DownloadJob) -> list[ImageItem]:
+    list_files = {
+        split: job.root / "partitions" / f"{split.title()}ing_01.txt" for split in ("train", "test")
+    }
+    if not all(list_file.is_file() for list_file in list_files.values()):
+        _download_and_extract(_SUN397_PARTITIONS_URL, job.root, _SUN397_PARTITIONS_MD5, "partitions")
+    _open_torchvision(job, "train")
     return [
         # A line is /a/abbey/FILE: the letter only sorts the folders, and a class may have two levels.
-        Item(file=job.folder / "SUN397" / line[1:], split=split, label=line[3 : line.rindex("/")])
-        for split, file in lists.items()
-        for line in file.read_text().split()
+        ImageItem(file=job.root / "SUN397" / line[1:], split=split, label=line[3 : line.rindex("/")])
+        for split, list_file in list_files.items()
+        for line in list_file.read_text().split()
     ]
 
 
-def _unpacked(url: str, folder: Path, md5: str, below: str = "") -> None:
+def _download_and_extract(url: str, folder: Path, md5: str, subdir: str = "") -> None:
     from torchvision.datasets.utils import download_and_extract_archive
 
-    download_and_extract_archive(url, str(folder), str(folder / below), md5=md5)
+    download_and_extract_archive(url, str(folder), str(folder / subdir), md5=md5)
 
 
-def _cub200(job: Job) -> list[Item]:
-    folder = job.folder / "CUB_200_2011"
+def _read_cub200(job: DownloadJob) -> list[ImageItem]:
+    folder = job.root / "CUB_200_2011"
     if not folder.is_dir():
-        _unpacked(_CUB, job.folder, _CUB_MD5)
-    files, train = (
+        _download_and_extract(_CUB_URL, job.root, _CUB_MD5)
+    files, is_train = (
         dict(line.split() for line in (folder / table).read_text().splitlines())
         for table in ("images.txt", "train_test_split.txt")
     )
-    split = {"1": "train", "0": "test"}
+    split_names = {"1": "train", "0": "test"}
     return [
-        Item(file=folder / "images" / file, split=split[train[number]], label=file.split("/")[0])
-        for number, file in files.items()
+        ImageItem(
+            file=folder / "images" / file, split=split_names[is_train[image_id]], label=file.split("/")[0]
+        )
+        for image_id, file in files.items()
     ]
 
 
-def _pcam(job: Job) -> list[Item]:
+def _read_pcam(job: DownloadJob) -> list[ImageItem]:
     """Taken from Zenodo, its home, with torchvision's checksums: torchvision itself asks Google Drive."""
     from torchvision.datasets import PCAM
 
     if find_spec("h5py") is None:
         raise DependencyError("patch_camelyon is stored as HDF5, which h5py reads: pip install h5py")
-    for parts in PCAM._FILES.values():
-        for file, _, md5 in parts.values():
-            if not (job.folder / "pcam" / file).is_file():
-                _unpacked(f"{_PCAM}{file}.gz", job.folder / "pcam", md5)
-    names = {"0": "normal", "1": "tumor"}
-    return [replace(item, label=names[item.label]) for item in _arrays(job, download=False)]
+    for split_files in PCAM._FILES.values():
+        for file, _, md5 in split_files.values():
+            if not (job.root / "pcam" / file).is_file():
+                _download_and_extract(f"{_PCAM_URL}{file}.gz", job.root / "pcam", md5)
+    class_names = {"0": "normal", "1": "tumor"}
+    return [replace(item, label=class_names[item.label]) for item in _read_arrays(job, download=False)]
 
 
-def _parquet(job: Job) -> list[Item]:
+def _read_parquet(job: DownloadJob) -> list[ImageItem]:
     """Read a set of the hub: encoded images are written once as they are."""
     from huggingface_hub import snapshot_download
 
-    splits = {ours: told["split"] for ours, told in job.told.splits.items()}
-    if not all(_shards(job.folder, theirs) for theirs in splits.values()):
-        wanted = [f"data/{theirs}-*.parquet" for theirs in splits.values()]
-        snapshot_download(job.told.copy, repo_type="dataset", allow_patterns=wanted, local_dir=job.folder)
+    splits = {split: args["split"] for split, args in job.spec.split_args.items()}
+    if not all(_find_shards(job.root, source_split) for source_split in splits.values()):
+        patterns = [f"data/{source_split}-*.parquet" for source_split in splits.values()]
+        snapshot_download(job.spec.loader, repo_type="dataset", allow_patterns=patterns, local_dir=job.root)
     items = []
-    for ours, theirs in splits.items():
+    for split, source_split in splits.items():
         # Without network the hub's client returns the folder as it is, and raises nothing.
-        if not (shards := _shards(job.folder, theirs)):
-            raise FileNotFoundError(f"parts of {theirs} are missing")
-        folder = job.folder.parent / "images" / theirs
-        items += [item for shard in shards for item in _unpack(shard, ours, folder)]
-    return items if job.told.sizes is None else _deal(items, job.told.sizes)
+        if not (shards := _find_shards(job.root, source_split)):
+            raise FileNotFoundError(f"parts of {source_split} are missing")
+        folder = job.root.parent / "images" / source_split
+        items += [item for shard in shards for item in _extract_shard(shard, split, folder)]
+    return items if job.spec.images_per_class is None else _hash_split(items, job.spec.images_per_class)
 
 
-def _shards(folder: Path, split: str) -> list[Path]:
+def _find_shards(folder: Path, split: str) -> list[Path]:
     """Return the shards of a split, named split-00000-of-00002, or nothing unless all are there."""
-    found = sorted((folder / "data").glob(f"{split}-*-of-*.parquet"))
-    return found if found and len(found) == int(found[0].stem.split("-of-")[1].split("-")[0]) else []
+    shards = sorted((folder / "data").glob(f"{split}-*-of-*.parquet"))
+    return shards if shards and len(shards) == int(shards[0].stem.split("-of-")[1].split("-")[0]) else []
 
 
-def _unpack(shard: Path, split: str, folder: Path) -> Iterator[Item]:
+def _extract_shard(shard: Path, split: str, folder: Path) -> Iterator[ImageItem]:
     import pyarrow.parquet as pq
 
     table = pq.ParquetFile(shard)
-    told = json.loads((table.schema_arrow.metadata or {})[b"huggingface"])
-    names = told["info"]["features"]["label"]["names"]
+    metadata = json.loads((table.schema_arrow.metadata or {})[b"huggingface"])
+    class_names = metadata["info"]["features"]["label"]["names"]
     folder.mkdir(parents=True, exist_ok=True)
     for batch in table.iter_batches(batch_size=64, columns=["image", "label"]):
         for row in batch.to_pylist():
@@ -240,36 +262,36 @@ def _unpack(shard: Path, split: str, folder: Path) -> Iterator[Item]:
             key = hashlib.blake2b(content, digest_size=16).hexdigest()
             file = folder / f"{key}{Path(row['image']['path'] or '').suffix or '.img'}"
             if not file.is_file():
-                with atomic(file) as temporary:
-                    temporary.write_bytes(content)
-            yield Item(file=file, split=split, label=names[row["label"]], key=key)
+                with atomic_write(file) as tmp_path:
+                    tmp_path.write_bytes(content)
+            yield ImageItem(file=file, split=split, label=class_names[row["label"]], hash_key=key)
 
 
-READERS: dict[str, Callable[[Job], list[Item]]] = {
-    "files": _files,
-    "arrays": _arrays,
-    "parquet": _parquet,
-    "aircraft": _aircraft,
-    "caltech101": _caltech101,
-    "clevr_counts": _clevr,
-    "cub200": _cub200,
-    "eurosat": _eurosat,
-    "imagenet": partial(_files, download=False),  # a person puts the archives there
-    "patch_camelyon": _pcam,
-    "sun397": _sun397,
+READERS: dict[str, Callable[[DownloadJob], list[ImageItem]]] = {
+    "files": _read_files,
+    "arrays": _read_arrays,
+    "parquet": _read_parquet,
+    "aircraft": _read_aircraft,
+    "caltech101": _read_caltech101,
+    "clevr_counts": _read_clevr,
+    "cub200": _read_cub200,
+    "eurosat": _read_eurosat,
+    "imagenet": partial(_read_files, download=False),  # a person puts the archives there
+    "patch_camelyon": _read_pcam,
+    "sun397": _read_sun397,
 }
 
 
-_TABLE = "labels.csv"
-_BEGUN = "begun.json"
+_LABELS_FILE = "labels.csv"
+_STATE_FILE = "begun.json"
 
 
-def fetch(name: str, folder: Path | None = None, progress: Progress = SILENT) -> Path:
+def download_dataset(name: str, root: Path | None = None, progress: Progress = NULL_PROGRESS) -> Path:
     """Return the folder of a known set, for `open_set`; what is not there yet is downloaded.
 
     Args:
         name: A name of the catalogue.
-        folder: Where the set lies or shall lie; by default $LIKEWISE_SETS or ~/.cache/likewise/sets, /NAME.
+        root: Where the set lies or shall lie; by default $LIKEWISE_SETS or ~/.cache/likewise/sets, /NAME.
         progress: Where to tell what is downloaded and written.
 
     Raises:
@@ -277,87 +299,97 @@ def fetch(name: str, folder: Path | None = None, progress: Progress = SILENT) ->
             says what to put where.
         DependencyError: where a package that reads the set is missing.
     """
-    told = known(name)
-    folder = folder or place(name)
-    if (folder / _TABLE).is_file():
-        return folder
-    source = folder / "source"
-    source.mkdir(parents=True, exist_ok=True)
-    progress.say(
-        f"fetching {told.title} into {folder}: about {told.megabytes:,} MB where not there yet, from "
-        f"{told.homepage} (licence: {told.licence})"
+    info = get_dataset_info(name)
+    root = root or dataset_dir(name)
+    if (root / _LABELS_FILE).is_file():
+        return root
+    source_dir = root / "source"
+    source_dir.mkdir(parents=True, exist_ok=True)
+    progress.log(
+        f"fetching {info.title} into {root}: about {info.download_mb:,} MB where not there yet, from "
+        f"{info.homepage} (licence: {info.license})"
     )
     try:
-        with told_if_full(source), _patience(), _clean(source, told.files):
-            items = READERS[told.source.adapter](Job(told=told.source, folder=source, progress=progress))
+        with disk_full_as_error(source_dir), _socket_timeout(), _cleanup_on_failure(source_dir, info.files):
+            items = READERS[info.download.reader](
+                DownloadJob(spec=info.download, root=source_dir, progress=progress)
+            )
     except LikewiseError:
         raise
-    except Exception as fault:  # each library and each server raises its own
-        raise InputError(_by_hand(name, told, source, fault)) from fault
-    _write_table(folder, items)
-    return folder
+    except Exception as error:  # each library and each server raises its own
+        raise InvalidInputError(_manual_download_message(name, info, source_dir, error)) from error
+    _write_table(root, items)
+    return root
 
 
-def place(name: str) -> Path:
+def dataset_dir(name: str) -> Path:
     """Return where a known set lies by default: $LIKEWISE_SETS or ~/.cache/likewise/sets, /NAME."""
     return Path(os.environ.get("LIKEWISE_SETS") or "~/.cache/likewise/sets").expanduser() / name
 
 
-def is_here(name: str) -> bool:
+def is_downloaded(name: str) -> bool:
     """Tell whether a known set was fetched."""
-    return (place(name) / _TABLE).is_file()
+    return (dataset_dir(name) / _LABELS_FILE).is_file()
 
 
-def _by_hand(name: str, told: KnownSet, source: Path, fault: Exception) -> str:
-    reason = " ".join(f"{type(fault).__name__}: {fault}".split())[:200]
-    files = f"{', '.join(told.files)} from {told.homepage} into {source}"
+def _manual_download_message(name: str, info: DatasetInfo, source_dir: Path, error: Exception) -> str:
+    reason = " ".join(f"{type(error).__name__}: {error}".split())[:200]
+    files = f"{', '.join(info.files)} from {info.homepage} into {source_dir}"
     return f"to make {name}, put {files} (at these paths; delete damaged copies) and run again ({reason})"
 
 
 @contextmanager
-def _patience(seconds: float = 60.0) -> Iterator[None]:
+def _socket_timeout(seconds: float = 60.0) -> Iterator[None]:
     """Give up a server that stays silent: by default Python waits for ever."""
-    before = socket.getdefaulttimeout()
+    previous_timeout = socket.getdefaulttimeout()
     socket.setdefaulttimeout(seconds)
     try:
         yield
     finally:
-        socket.setdefaulttimeout(before)
+        socket.setdefaulttimeout(previous_timeout)
 
 
 @contextmanager
-def _clean(source: Path, archives: tuple[str, ...]) -> Iterator[None]:
+def _cleanup_on_failure(source_dir: Path, archives: tuple[str, ...]) -> Iterator[None]:
     """Remove what a failed or killed run unpacked, but neither archives nor what the user had put there.
 
     torchvision takes a folder that exists for a finished one, so a half-unpacked one must not stay.
     """
-    begun = source / _BEGUN
-    if begun.is_file():
-        _sweep(source, {*json.loads(begun.read_text()), *archives})
+    state_file = source_dir / _STATE_FILE
+    if state_file.is_file():
+        _remove_extracted(source_dir, {*json.loads(state_file.read_text()), *archives})
     else:
-        write_json(begun, [p.relative_to(source).as_posix() for p in source.rglob("*") if p.is_file()])
+        write_json(
+            state_file,
+            [path.relative_to(source_dir).as_posix() for path in source_dir.rglob("*") if path.is_file()],
+        )
     try:
         yield
     except BaseException:
-        _sweep(source, {*json.loads(begun.read_text()), *archives})
-        begun.unlink()
+        _remove_extracted(source_dir, {*json.loads(state_file.read_text()), *archives})
+        state_file.unlink()
         raise
-    begun.unlink()
+    state_file.unlink()
 
 
-def _sweep(source: Path, kept: set[str]) -> None:
-    for path in sorted(source.rglob("*"), reverse=True):
+def _remove_extracted(source_dir: Path, keep: set[str]) -> None:
+    for path in sorted(source_dir.rglob("*"), reverse=True):
         if path.is_dir() and not path.is_symlink():
             if not any(path.iterdir()):
                 path.rmdir()
         # Whole shards of the hub are kept: their names cannot be known beforehand.
-        elif path.relative_to(source).as_posix() not in kept | {_BEGUN} and path.suffix != ".parquet":
+        elif (
+            path.relative_to(source_dir).as_posix() not in keep | {_STATE_FILE} and path.suffix != ".parquet"
+        ):
             path.unlink()
 
 
-def _write_table(folder: Path, items: Iterable[Item]) -> None:
-    rows = [(Path(os.path.relpath(item.file, folder)).as_posix(), item.split, item.label) for item in items]
-    with atomic(folder / _TABLE) as temporary, temporary.open("w", encoding="utf-8", newline="") as stream:
+def _write_table(root: Path, items: Iterable[ImageItem]) -> None:
+    rows = [(Path(os.path.relpath(item.file, root)).as_posix(), item.split, item.label) for item in items]
+    with (
+        atomic_write(root / _LABELS_FILE) as tmp_path,
+        tmp_path.open("w", encoding="utf-8", newline="") as stream,
+    ):
         writer = csv.writer(stream, lineterminator="\n")
         writer.writerow(("file", "split", "label"))
         writer.writerows(sorted(rows))

@@ -11,33 +11,33 @@ from typing import TypeVar
 
 import numpy as np
 
-from likewise.data.images import SUFFIXES
-from likewise.errors import InputError, close_matches
+from likewise.data.images import IMAGE_SUFFIXES
+from likewise.errors import InvalidInputError, did_you_mean
 
-SPLITS = {
+SPLIT_ALIASES = {
     "train": ("train", "training"),
     "val": ("val", "valid", "validation", "dev"),
     "test": ("test", "testing", "eval"),
 }
-_BOX = ("x0", "y0", "x1", "y1")
-_FILE = ("file", "image", "path", "filename", "file_name", "image_path")
+_BOX_COLUMNS = ("x0", "y0", "x1", "y1")
+_FILE_COLUMNS = ("file", "image", "path", "filename", "file_name", "image_path")
 T = TypeVar("T")
 
 
 @dataclass(frozen=True, kw_only=True)
-class ImageSet:
+class ImageDataset:
     """Images to compute features of.
 
     Attributes:
         name: What to call it in tables.
-        source: The folder or table it was read from.
+        path: The folder or table it was read from.
         root: The folder that files are relative to.
         files: n paths.
         key: A fingerprint of the table and of the files' names and sizes.
     """
 
     name: str
-    source: Path
+    path: Path
     root: Path
     files: tuple[str, ...]
     key: str
@@ -47,7 +47,7 @@ class ImageSet:
 
 
 @dataclass(frozen=True, kw_only=True)
-class LabelledSet(ImageSet):
+class LabeledDataset(ImageDataset):
     """Images with a label and a split each.
 
     Attributes:
@@ -60,7 +60,7 @@ class LabelledSet(ImageSet):
         domains: (n,) where each image comes from, for retrieval, or None.
         boxes: (n, 4) float64, where in the image its subject is: x0 y0 x1 y1 as the table has them, NaN
             where it does not say; or None.
-        faults: What of the table was left out, by reason.
+        skipped: What of the table was left out, by reason.
     """
 
     label_column: str
@@ -71,20 +71,26 @@ class LabelledSet(ImageSet):
     instances: np.ndarray | None
     domains: np.ndarray | None
     boxes: np.ndarray | None
-    faults: dict[str, int] = field(default_factory=dict)
+    skipped: dict[str, int] = field(default_factory=dict)
 
-    def counts(self) -> dict[str, int]:
+    def split_counts(self) -> dict[str, int]:
         """Return how many images each split has."""
-        return {split: int((self.splits == split).sum()) for split in SPLITS if (self.splits == split).any()}
+        return {
+            split: int((self.splits == split).sum())
+            for split in SPLIT_ALIASES
+            if (self.splits == split).any()
+        }
 
-    def unseen(self) -> list[str]:
+    def test_only_classes(self) -> list[str]:
         """Return the classes that occur in test but not in train or val: no classifier can name them."""
-        seen = set(self.labels[self.splits != "test"].tolist())
-        return [self.classes[i] for i in sorted(set(self.labels[self.splits == "test"].tolist()) - seen)]
+        train_labels = set(self.labels[self.splits != "test"].tolist())
+        return [
+            self.classes[i] for i in sorted(set(self.labels[self.splits == "test"].tolist()) - train_labels)
+        ]
 
 
 @dataclass(frozen=True, kw_only=True)
-class _Row:
+class _LabeledImage:
     file: str
     split: str
     label: str
@@ -93,11 +99,13 @@ class _Row:
     box: tuple[float, ...] | None = None
 
 
-def open_set(where: str | Path, *, label_column: str = "label", split_column: str = "split") -> LabelledSet:
+def open_labeled(
+    path: str | Path, *, label_column: str = "label", split_column: str = "split"
+) -> LabeledDataset:
     """Open a labelled set.
 
     Args:
-        where: A folder laid out as `split/class/image` or with a `labels.csv` inside, or a CSV or TSV file
+        path: A folder laid out as `split/class/image` or with a `labels.csv` inside, or a CSV or TSV file
             with a column of files, one of labels, and one of splits. Columns `instance` and `domain`, where
             a table has them, serve retrieval, `x0`, `y0`, `x1` and `y1` localisation.
         label_column: The table's column of labels.
@@ -106,164 +114,168 @@ def open_set(where: str | Path, *, label_column: str = "label", split_column: st
     Raises:
         InputError: where there is no such set, a column is missing, or train or test is empty.
     """
-    path = Path(where)
+    path = Path(path)
     if not path.exists():
-        raise InputError(f"{path} does not exist; give a folder laid out as split/class/image, or a CSV file")
+        raise InvalidInputError(
+            f"{path} does not exist; give a folder laid out as split/class/image, or a CSV file"
+        )
     table = path / "labels.csv" if path.is_dir() else path
-    faults: Counter[str] = Counter()
+    skipped: Counter[str] = Counter()
     if table.is_file():
-        rows, faults = read_table(table, partial(_read_rows, columns=(label_column, split_column)))
-        root, name = table.parent, path.resolve().name if path.is_dir() else table_name(table)
+        rows, skipped = read_table(table, partial(_read_rows, columns=(label_column, split_column)))
+        root, name = table.parent, path.resolve().name if path.is_dir() else dataset_name(table)
     else:
         rows = _read_folder(path)
         root, name = path, path.resolve().name
     if label_column != "label":
         name = f"{name}-{label_column}"
-    return _assemble(name, path, (label_column, split_column), root, rows, dict(faults))
+    return _build_dataset(name, path, (label_column, split_column), root, rows, dict(skipped))
 
 
-def table_name(table: Path) -> str:
+def dataset_name(table: Path) -> str:
     """Return what to call a set by its table: the folder's name where the table's own says nothing."""
-    plain = table.stem in ("items", "labels", "captions", "index")
-    return table.resolve().parent.name if plain else table.stem
+    is_generic = table.stem in ("items", "labels", "captions", "index")
+    return table.resolve().parent.name if is_generic else table.stem
 
 
-def _read_folder(path: Path) -> list[_Row]:
+def _read_folder(path: Path) -> list[_LabeledImage]:
     rows = []
-    for split, names in SPLITS.items():
-        for name in names:
-            for file in sorted((path / name).glob("*/*")):
-                if file.suffix.lower() in SUFFIXES:
-                    place = file.relative_to(path).as_posix()
-                    rows.append(_Row(file=place, split=split, label=file.parent.name))
+    for split, aliases in SPLIT_ALIASES.items():
+        for alias in aliases:
+            for file in sorted((path / alias).glob("*/*")):
+                if file.suffix.lower() in IMAGE_SUFFIXES:
+                    relative_path = file.relative_to(path).as_posix()
+                    rows.append(_LabeledImage(file=relative_path, split=split, label=file.parent.name))
     if not rows:
-        raise InputError(
+        raise InvalidInputError(
             f"{path} holds neither a labels.csv nor images laid out as train/CLASS/… and test/CLASS/…"
         )
     return rows
 
 
-def read_table(table: Path, read: Callable[[Path, csv.DictReader], T]) -> T:
+def read_table(table: Path, read_rows: Callable[[Path, csv.DictReader], T]) -> T:
     """Open a CSV or TSV file and read it, with one sentence for what is no such file.
 
     Raises:
         InputError: where it is no UTF-8 table.
     """
     if table.suffix not in (".csv", ".tsv"):
-        raise InputError(f"{table} is no table: give a folder, or a .csv or .tsv file")
+        raise InvalidInputError(f"{table} is no table: give a folder, or a .csv or .tsv file")
     try:
         with table.open(encoding="utf-8-sig", newline="") as stream:
-            return read(table, csv.DictReader(stream, delimiter="\t" if table.suffix == ".tsv" else ","))
-    except (UnicodeDecodeError, csv.Error) as fault:
-        raise InputError(f"{table} is no UTF-8 table with commas (tabs in .tsv): {fault}") from fault
+            return read_rows(table, csv.DictReader(stream, delimiter="\t" if table.suffix == ".tsv" else ","))
+    except (UnicodeDecodeError, csv.Error) as error:
+        raise InvalidInputError(f"{table} is no UTF-8 table with commas (tabs in .tsv): {error}") from error
 
 
-def file_column(table: Path, columns: Sequence[str]) -> str:
+def find_file_column(table: Path, columns: Sequence[str]) -> str:
     """Return the column that names image files.
 
     Raises:
         InputError: where there is none.
     """
-    found = next((c for c in columns if c.lower() in _FILE), None)
-    if found is None:
-        raise InputError(
-            f"{table} has no column of image files ({', '.join(_FILE)}); it has {', '.join(columns)}"
+    column = next((name for name in columns if name.lower() in _FILE_COLUMNS), None)
+    if column is None:
+        raise InvalidInputError(
+            f"{table} has no column of image files ({', '.join(_FILE_COLUMNS)}); it has {', '.join(columns)}"
         )
-    return found
+    return column
 
 
 def _read_rows(
     table: Path, reader: csv.DictReader, columns: tuple[str, str]
-) -> tuple[list[_Row], Counter[str]]:
-    present = list(reader.fieldnames or [])
-    file, (label, split) = file_column(table, present), columns
-    for name, flag in ((label, "--label-column"), (split, "--split-column")):
-        if name not in present:
-            near = close_matches(name, present)
-            raise InputError(
-                f"{table} has no column {name!r}; it has {', '.join(present)}; use {flag}.{near}"
+) -> tuple[list[_LabeledImage], Counter[str]]:
+    fieldnames = list(reader.fieldnames or [])
+    file_col, (label_col, split_col) = find_file_column(table, fieldnames), columns
+    for name, flag in ((label_col, "--label-column"), (split_col, "--split-column")):
+        if name not in fieldnames:
+            suggestion = did_you_mean(name, fieldnames)
+            raise InvalidInputError(
+                f"{table} has no column {name!r}; it has {', '.join(fieldnames)}; use {flag}.{suggestion}"
             )
-    rows, faults = [], Counter[str]()
-    for number, row in enumerate(reader, start=2):
-        if not row[file] or not row[label]:
-            faults["without a file or a label"] += 1
+    rows, skipped = [], Counter[str]()
+    for row_number, row in enumerate(reader, start=2):
+        if not row[file_col] or not row[label_col]:
+            skipped["without a file or a label"] += 1
             continue
-        where = f"{table}, row {number}"
+        location = f"{table}, row {row_number}"
         rows.append(
-            _Row(
-                file=row[file],
-                split=split_named(row[split] or "", where),
-                label=row[label],
+            _LabeledImage(
+                file=row[file_col],
+                split=parse_split(row[split_col] or "", location),
+                label=row[label_col],
                 instance=row.get("instance"),
                 domain=row.get("domain"),
-                box=_box(row, where, faults) if set(_BOX) <= set(present) else None,
+                box=_parse_box(row, location, skipped) if set(_BOX_COLUMNS) <= set(fieldnames) else None,
             )
         )
-    return rows, faults
+    return rows, skipped
 
 
-def _box(row: dict[str, str], where: str, faults: Counter[str]) -> tuple[float, ...] | None:
+def _parse_box(row: dict[str, str], location: str, skipped: Counter[str]) -> tuple[float, ...] | None:
     """Return where the subject is; None where the row does not say, or, counted, its box has no area."""
-    if not any(row[side] for side in _BOX):
+    if not any(row[column] for column in _BOX_COLUMNS):
         return None
     try:
-        x0, y0, x1, y1 = (float(row[side]) for side in _BOX)
-    except (TypeError, ValueError) as fault:
-        raise InputError(f"{where}: {', '.join(_BOX)} must be four numbers or all empty") from fault
+        x0, y0, x1, y1 = (float(row[column]) for column in _BOX_COLUMNS)
+    except (TypeError, ValueError) as error:
+        raise InvalidInputError(
+            f"{location}: {', '.join(_BOX_COLUMNS)} must be four numbers or all empty"
+        ) from error
     if x0 < x1 and y0 < y1:
         return x0, y0, x1, y1
-    count_fault(faults, "boxes without area, left out", where)
+    count_skipped(skipped, "boxes without area, left out", location)
     return None
 
 
-def count_fault(faults: Counter[str], reason: str, where: str) -> None:
+def count_skipped(skipped: Counter[str], reason: str, location: str) -> None:
     """Count what is wrong in a set, under a name that tells where it occurred first."""
-    faults[next((each for each in faults if each.startswith(reason)), f"{reason} (first: {where})")] += 1
+    skipped[next((key for key in skipped if key.startswith(reason)), f"{reason} (first: {location})")] += 1
 
 
-def split_named(name: str, where: str) -> str:
+def parse_split(name: str, location: str) -> str:
     """Return which split a name means; raises InputError where it means none."""
-    for split, names in SPLITS.items():
-        if name.strip().lower() in names:
+    for split, aliases in SPLIT_ALIASES.items():
+        if name.strip().lower() in aliases:
             return split
-    raise InputError(f"{where}: {name!r} is no split; use train, val or test")
+    raise InvalidInputError(f"{location}: {name!r} is no split; use train, val or test")
 
 
-def _assemble(
+def _build_dataset(
     name: str,
-    source: Path,
+    path: Path,
     columns: tuple[str, str],
     root: Path,
-    rows: Sequence[_Row],
-    faults: dict[str, int],
-) -> LabelledSet:
+    rows: Sequence[_LabeledImage],
+    skipped: dict[str, int],
+) -> LabeledDataset:
     splits = np.array([row.split for row in rows], "<U5")
     if "test" not in splits and "val" in splits:
         splits[splits == "val"] = "test"
-    for needed in ("train", "test"):
-        if needed not in splits:
-            raise InputError(
-                f"{source} has no {needed} images; found: {', '.join(sorted(set(splits))) or 'nothing'}"
+    for required_split in ("train", "test"):
+        if required_split not in splits:
+            raise InvalidInputError(
+                f"{path} has no {required_split} images; found: {', '.join(sorted(set(splits))) or 'nothing'}"
             )
     classes = tuple(sorted({row.label for row in rows}))
     if len(classes) < 2:
-        raise InputError(f"{source} has {len(classes)} class; at least 2 are needed to tell apart")
-    number = {label: i for i, label in enumerate(classes)}
+        raise InvalidInputError(f"{path} has {len(classes)} class; at least 2 are needed to tell apart")
+    class_index = {label: i for i, label in enumerate(classes)}
     boxes = np.array([row.box or (np.nan,) * 4 for row in rows])
-    return LabelledSet(
+    return LabeledDataset(
         name=name,
-        source=source,
+        path=path,
         label_column=columns[0],
         split_column=columns[1],
         root=root,
         files=tuple(row.file for row in rows),
         splits=splits,
-        labels=np.array([number[row.label] for row in rows], np.int64),
+        labels=np.array([class_index[row.label] for row in rows], np.int64),
         classes=classes,
-        instances=_column("instance", [row.instance for row in rows], splits, source),
-        domains=_column("domain", [row.domain for row in rows], splits, source),
+        instances=_retrieval_column("instance", [row.instance for row in rows], splits, path),
+        domains=_retrieval_column("domain", [row.domain for row in rows], splits, path),
         boxes=boxes if np.isfinite(boxes).any() else None,
-        faults=faults,
+        skipped=skipped,
         key=fingerprint(root, rows, [row.file for row in rows]),
     )
 
@@ -271,18 +283,22 @@ def _assemble(
 def fingerprint(root: Path, rows: Sequence[object], files: Sequence[str]) -> str:
     """Return a key of what a table says of files and of their sizes."""
     digest = hashlib.blake2b(digest_size=8)
-    for row, name in zip(rows, files, strict=True):
-        file = root / name
-        size = file.stat().st_size if file.is_file() else -1
+    for row, file in zip(rows, files, strict=True):
+        path = root / file
+        size = path.stat().st_size if path.is_file() else -1
         digest.update(f"{row}\0{size}\n".encode())
     return digest.hexdigest()
 
 
-def _column(name: str, values: list[str | None], splits: np.ndarray, source: Path) -> np.ndarray | None:
+def _retrieval_column(
+    name: str, values: list[str | None], splits: np.ndarray, path: Path
+) -> np.ndarray | None:
     """Return a column that serves retrieval, if there is one; it must be filled where it is looked at."""
     if not any(values):
         return None
-    empty = sum(not value for value, split in zip(values, splits, strict=True) if split == "test")
-    if empty:
-        raise InputError(f"{source}: column {name!r} is empty for {empty} test images; fill it or drop it")
+    num_empty = sum(not value for value, split in zip(values, splits, strict=True) if split == "test")
+    if num_empty:
+        raise InvalidInputError(
+            f"{path}: column {name!r} is empty for {num_empty} test images; fill it or drop it"
+        )
     return np.array([value or "" for value in values])

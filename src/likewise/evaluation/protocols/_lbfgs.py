@@ -8,25 +8,25 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 # Class scores held at a time: 64 MiB in float32, whatever the number of images.
-_CELLS = 2**24
+_BLOCK_ELEMENTS = 2**24
 # Steps and gradient changes L-BFGS remembers.
-_MEMORY = 10
+_HISTORY_SIZE = 10
 # Weights of the classes seen, in the basis of the fit, with the intercept as the last column.
 Theta = Float[Tensor, "s r"]
 
 
 @dataclass(frozen=True, kw_only=True)
-class Problem:
+class WhitenedProblem:
     """Features centred and turned to their principal axes, with a column of ones for the intercept.
 
     The penalty sees the length of the weights and not the intercept, so neither change moves the optimum. But
     now the columns are uncorrelated, and a diagonal is a good guess at the Hessian.
     """
 
-    rows: Float[Tensor, "n r"]
-    lengths: Float[Tensor, " n"]
+    features: Float[Tensor, "n r"]
+    norms: Float[Tensor, " n"]
     labels: Int[Tensor, " n"]
-    seen: Int[Tensor, " s"]
+    classes: Int[Tensor, " s"]
     mean: Float[Tensor, " d"]
     axes: Float[Tensor, "d d"]
 
@@ -37,15 +37,15 @@ class _Point:
 
     theta: Theta
     gradient: Theta
-    doubt: Float[Tensor, " s"]
-    scale: float
+    hessian_diag: Float[Tensor, " s"]
+    gradient_scale: float
 
 
 def fit_logistic(
     features: Float[Tensor, "n d"],
     labels: Int[Tensor, " n"],
-    cost: float,
-    classes: int,
+    C: float,
+    num_classes: int,
     init: tuple[Float[Tensor, "c d"], Float[Tensor, " c"]] | None = None,
     *,
     max_iterations: int = 1000,
@@ -67,9 +67,9 @@ def fit_logistic(
 
     Args:
         features: float32 or float64; computed in this precision (other dtypes in float32), in one copy.
-        labels: int64, below `classes`.
-        cost: C, the inverse of the penalty's strength.
-        classes: number of classes. One without labels gets weight 0 and bias -inf: it is never predicted.
+        labels: int64, below `num_classes`.
+        C: C, the inverse of the penalty's strength.
+        num_classes: number of classes. One without labels gets weight 0 and bias -inf: it is never predicted.
         init: weight and bias to start from, all zero if absent.
         max_iterations: L-BFGS iterations.
         tolerance: see above.
@@ -80,40 +80,47 @@ def fit_logistic(
     Raises:
         ValueError: no images, features with NaN or infinity, or a cost not above zero.
     """
-    if not cost > 0:
-        raise ValueError(f"the cost must be above zero, got {cost}")
-    problem = prepare(features, labels)
-    start = problem.rows.new_zeros(len(problem.seen), problem.rows.shape[1])
+    if not C > 0:
+        raise ValueError(f"the cost must be above zero, got {C}")
+    problem = whiten(features, labels)
+    init_theta = problem.features.new_zeros(len(problem.classes), problem.features.shape[1])
     if init is not None:
-        weight, bias = (part.to(start)[problem.seen] for part in init)
-        start = torch.cat([weight @ problem.axes, (bias + weight @ problem.mean)[:, None]], dim=1)
-    point, converged = minimise(problem, cost, start, max_iterations, tolerance)
-    return *unprepare(problem, point.theta, classes), converged
+        weight, bias = (tensor.to(init_theta)[problem.classes] for tensor in init)
+        init_theta = torch.cat([weight @ problem.axes, (bias + weight @ problem.mean)[:, None]], dim=1)
+    point, converged = lbfgs(problem, C, init_theta, max_iterations, tolerance)
+    return *unwhiten(problem, point.theta, num_classes), converged
 
 
-def prepare(features: Float[Tensor, "n d"], labels: Int[Tensor, " n"]) -> Problem:
+def whiten(features: Float[Tensor, "n d"], labels: Int[Tensor, " n"]) -> WhitenedProblem:
     """Centre and turn features (n, d) for fits of any cost; raises ValueError for NaN or no rows."""
     if len(features) == 0 or not bool(features.isfinite().all()):
         raise ValueError(f"features must be finite and at least one row, got shape {tuple(features.shape)}")
     features = features if features.dtype == torch.float64 else features.float()
     mean = features.mean(dim=0)
-    rows = torch.cat([features - mean, features.new_ones(len(features), 1)], dim=1)
-    centred = rows[:, :-1]
-    axes = torch.linalg.eigh(centred.T @ centred / len(centred)).eigenvectors
-    centred.copy_(centred @ axes)
-    seen, local = labels.unique(return_inverse=True)
-    return Problem(rows=rows, lengths=rows.norm(dim=1), labels=local, seen=seen, mean=mean, axes=axes)
+    augmented = torch.cat([features - mean, features.new_ones(len(features), 1)], dim=1)
+    centered = augmented[:, :-1]
+    axes = torch.linalg.eigh(centered.T @ centered / len(centered)).eigenvectors
+    centered.copy_(centered @ axes)
+    classes, class_index = labels.unique(return_inverse=True)
+    return WhitenedProblem(
+        features=augmented,
+        norms=augmented.norm(dim=1),
+        labels=class_index,
+        classes=classes,
+        mean=mean,
+        axes=axes,
+    )
 
 
-def unprepare(
-    problem: Problem, theta: Theta, classes: int
+def unwhiten(
+    problem: WhitenedProblem, theta: Theta, num_classes: int
 ) -> tuple[Float[Tensor, "c d"], Float[Tensor, " c"]]:
     """Weight and bias for the features as they came, of all classes."""
-    weight = theta.new_zeros(classes, len(problem.mean))
-    bias = theta.new_full((classes,), -torch.inf)
-    weight[problem.seen] = theta[:, :-1] @ problem.axes.T
+    weight = theta.new_zeros(num_classes, len(problem.mean))
+    bias = theta.new_full((num_classes,), -torch.inf)
+    weight[problem.classes] = theta[:, :-1] @ problem.axes.T
     # A shift of all biases changes no probability; scikit-learn's, and now ours, have mean zero.
-    bias[problem.seen] = theta[:, -1] - theta[:, -1].mean() - weight[problem.seen] @ problem.mean
+    bias[problem.classes] = theta[:, -1] - theta[:, -1].mean() - weight[problem.classes] @ problem.mean
     return weight, bias
 
 
@@ -124,80 +131,86 @@ def predict(
     return (features.to(weight) @ weight.T + bias).argmax(dim=1)
 
 
-def _evaluate(problem: Problem, ridge: Float[Tensor, " r"], theta: Theta) -> _Point:
-    gradient, doubt, scale = theta * ridge, theta.new_zeros(len(theta)), theta.new_zeros(())
-    count = len(problem.rows)
-    block = max(1, _CELLS // len(theta))
-    columns = (problem.rows, problem.labels, problem.lengths)
-    for rows, labels, lengths in zip(*(column.split(block) for column in columns), strict=True):
-        residual = (rows @ theta.T).softmax(dim=1)
-        doubt += (residual * (1 - residual)).sum(dim=0) / count
+def _evaluate(problem: WhitenedProblem, ridge: Float[Tensor, " r"], theta: Theta) -> _Point:
+    gradient, hessian_diag, gradient_scale = theta * ridge, theta.new_zeros(len(theta)), theta.new_zeros(())
+    n = len(problem.features)
+    block_size = max(1, _BLOCK_ELEMENTS // len(theta))
+    tensors = (problem.features, problem.labels, problem.norms)
+    for features, labels, norms in zip(*(tensor.split(block_size) for tensor in tensors), strict=True):
+        residual = (features @ theta.T).softmax(dim=1)
+        hessian_diag += (residual * (1 - residual)).sum(dim=0) / n
         # p - 1 has no digits left where p is almost 1; minus the sum of the others has them all.
         residual.scatter_(1, labels[:, None], 0)
         residual.scatter_(1, labels[:, None], -residual.sum(dim=1, keepdim=True))
-        gradient += residual.T @ rows / count
-        scale += (residual.norm(dim=1) @ lengths) / count
-    return _Point(theta=theta, gradient=gradient, doubt=doubt, scale=float(scale))
+        gradient += residual.T @ features / n
+        gradient_scale += (residual.norm(dim=1) @ norms) / n
+    return _Point(
+        theta=theta, gradient=gradient, hessian_diag=hessian_diag, gradient_scale=float(gradient_scale)
+    )
 
 
-def minimise(
-    problem: Problem, cost: float, start: Theta, max_iterations: int, tolerance: float
+def lbfgs(
+    problem: WhitenedProblem, C: float, init_theta: Theta, max_iterations: int, tolerance: float
 ) -> tuple[_Point, bool]:
     """L-BFGS (Nocedal and Wright 2006, algorithm 7.4) on the objective over C n."""
-    ridge = start.new_full(start.shape[1:], 1 / (cost * len(problem.rows)))
+    ridge = init_theta.new_full(init_theta.shape[1:], 1 / (C * len(problem.features)))
     ridge[-1] = 0
-    energy = problem.rows.square().mean(dim=0)
+    mean_square = problem.features.square().mean(dim=0)
     history: list[tuple[Tensor, Tensor]] = []
-    here = _evaluate(problem, ridge, start)
+    point = _evaluate(problem, ridge, init_theta)
     for _ in range(max_iterations):
-        if float(here.gradient.norm()) <= tolerance * here.scale:
-            return here, True
-        inverse = 1 / (here.doubt[:, None] * energy + ridge).clamp_min(1e-12)
-        there = _line_search(problem, ridge, here, -_quasi_newton(here.gradient, inverse, history))
-        change = (there.theta - here.theta, there.gradient - here.gradient)
+        if float(point.gradient.norm()) <= tolerance * point.gradient_scale:
+            return point, True
+        inverse_diag = 1 / (point.hessian_diag[:, None] * mean_square + ridge).clamp_min(1e-12)
+        next_point = _line_search(
+            problem, ridge, point, -_two_loop_recursion(point.gradient, inverse_diag, history)
+        )
+        change = (next_point.theta - point.theta, next_point.gradient - point.gradient)
         # Rounding can hide the curvature of a tiny step, and one such pair would spoil all directions.
         if _dot(*change) > 0:
-            history = [*history[-_MEMORY + 1 :], change]
-        here = there
-    return here, float(here.gradient.norm()) <= tolerance * here.scale
+            history = [*history[-_HISTORY_SIZE + 1 :], change]
+        point = next_point
+    return point, float(point.gradient.norm()) <= tolerance * point.gradient_scale
 
 
-def _quasi_newton(gradient: Theta, inverse: Theta, history: list[tuple[Tensor, Tensor]]) -> Theta:
+def _two_loop_recursion(gradient: Theta, inverse_diag: Theta, history: list[tuple[Tensor, Tensor]]) -> Theta:
     """Inverse Hessian times gradient, from the diagonal's inverse and the remembered changes."""
-    shares: list[Tensor] = []
-    for step, change in reversed(history):
-        shares.append(_dot(step, gradient) / _dot(step, change))
-        gradient = gradient - shares[-1] * change
-    result = gradient * inverse
+    alphas: list[Tensor] = []
+    for s, y in reversed(history):
+        alphas.append(_dot(s, gradient) / _dot(s, y))
+        gradient = gradient - alphas[-1] * y
+    direction = gradient * inverse_diag
     if history:
-        step, change = history[-1]
-        result = result * (_dot(step, change) / _dot(change, change * inverse))
-    for (step, change), share in zip(history, reversed(shares), strict=True):
-        result = result + step * (share - _dot(change, result) / _dot(step, change))
-    return result
+        s, y = history[-1]
+        direction = direction * (_dot(s, y) / _dot(y, y * inverse_diag))
+    for (s, y), alpha in zip(history, reversed(alphas), strict=True):
+        direction = direction + s * (alpha - _dot(y, direction) / _dot(s, y))
+    return direction
 
 
-def _line_search(problem: Problem, ridge: Float[Tensor, " r"], here: _Point, direction: Theta) -> _Point:
+def _line_search(
+    problem: WhitenedProblem, ridge: Float[Tensor, " r"], point: _Point, direction: Theta
+) -> _Point:
     """Step to where the slope has risen but is not clearly uphill.
 
     The objective is convex, so its slope along a line only rises, and slopes alone find the bracket:
     differences of the objective itself drown in rounding long before its gradient does.
     """
-    first = float(_dot(here.gradient, direction))
-    low, slope_low, high, length = 0.0, first, math.inf, 1.0
-    there = here
+    slope_start = float(_dot(point.gradient, direction))
+    lower, slope_lower, upper, step_size = 0.0, slope_start, math.inf, 1.0
+    next_point = point
     for _ in range(20):
-        there = _evaluate(problem, ridge, here.theta + length * direction)
-        slope = float(_dot(there.gradient, direction))
-        if slope > -0.5 * first:
-            high = length
-            length = low + (high - low) * min(max(slope_low / (slope_low - slope), 0.1), 0.9)
-        elif slope < 0.9 * first:
-            low, slope_low = length, slope
-            length = 3 * length if math.isinf(high) else (low + high) / 2
+        next_point = _evaluate(problem, ridge, point.theta + step_size * direction)
+        slope = float(_dot(next_point.gradient, direction))
+        if slope > -0.5 * slope_start:
+            upper = step_size
+            step_size = lower + (upper - lower) * min(max(slope_lower / (slope_lower - slope), 0.1), 0.9)
+        elif slope < 0.9 * slope_start:
+            lower, slope_lower = step_size, slope
+            step_size = 3 * step_size if math.isinf(upper) else (lower + upper) / 2
         else:
             break
-    return there
+    return next_point
 
 
 def _dot(a: Theta, b: Theta) -> Float[Tensor, ""]:

@@ -12,9 +12,9 @@ from dataclasses import dataclass
 import numpy as np
 from jaxtyping import Bool, Float, Int
 
-THRESHOLDS = np.linspace(0.5, 0.95, 10)
-_RECALLS = np.linspace(0, 1, 101)
-_MOST = 100
+IOU_THRESHOLDS = np.linspace(0.5, 0.95, 10)
+_RECALL_POINTS = np.linspace(0, 1, 101)
+_MAX_DETECTIONS = 100
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -22,153 +22,168 @@ class Boxes:
     """Boxes of one image, found or true.
 
     Attributes:
-        corners: x0 y0 x1 y1.
+        xyxy: x0 y0 x1 y1.
         labels: The class of each.
         scores: How sure each is; of true boxes nothing is read.
-        crowd: Which true boxes stand for many things at once.
+        is_crowd: Which true boxes stand for many things at once.
     """
 
-    corners: Float[np.ndarray, "k 4"]
+    xyxy: Float[np.ndarray, "k 4"]
     labels: Int[np.ndarray, " k"]
     scores: Float[np.ndarray, " k"]
-    crowd: Bool[np.ndarray, " k"]
+    is_crowd: Bool[np.ndarray, " k"]
 
 
 @dataclass(frozen=True, kw_only=True)
-class Precision:
+class AveragePrecision:
     """Average precision of a drawn or the given test set.
 
     Attributes:
-        each: (classes, 10) by class and overlap, NaN for classes that do not occur.
+        per_class: (classes, 10) by class and overlap, NaN for classes that do not occur.
     """
 
-    each: Float[np.ndarray, "c 10"]
+    per_class: Float[np.ndarray, "c 10"]
 
     @property
     def ap(self) -> float:
         """The mean over overlaps and classes."""
-        return float(np.nanmean(self.each)) if np.isfinite(self.each).any() else 0.0
+        return float(np.nanmean(self.per_class)) if np.isfinite(self.per_class).any() else 0.0
 
     @property
     def ap50(self) -> float:
         """The mean over classes at an overlap of 0.5."""
-        return float(np.nanmean(self.each[:, 0])) if np.isfinite(self.each).any() else 0.0
+        return float(np.nanmean(self.per_class[:, 0])) if np.isfinite(self.per_class).any() else 0.0
 
     @property
     def ap75(self) -> float:
         """The mean over classes at an overlap of 0.75."""
-        return float(np.nanmean(self.each[:, 5])) if np.isfinite(self.each).any() else 0.0
+        return float(np.nanmean(self.per_class[:, 5])) if np.isfinite(self.per_class).any() else 0.0
 
 
 @dataclass(frozen=True, kw_only=True)
-class _Matched:
+class _Matches:
     """All detections of one class, by falling score, and how many true boxes each image has."""
 
-    image: Int[np.ndarray, " d"]
-    right: Bool[np.ndarray, "10 d"]
-    wrong: Bool[np.ndarray, "10 d"]
-    truths: Int[np.ndarray, " n"]
+    image_index: Int[np.ndarray, " d"]
+    true_positive: Bool[np.ndarray, "10 d"]
+    false_positive: Bool[np.ndarray, "10 d"]
+    num_gt: Int[np.ndarray, " n"]
 
 
-def match(found: Sequence[Boxes], true: Sequence[Boxes], classes: int) -> list[_Matched]:
+def match_detections(
+    predictions: Sequence[Boxes], targets: Sequence[Boxes], num_classes: int
+) -> list[_Matches]:
     """Match what was found in each image with what is there, class by class.
 
     Raises:
         ValueError: lists of different lengths.
     """
-    if len(found) != len(true):
-        raise ValueError(f"expected boxes of the same images, got {len(found)} and {len(true)}")
-    return [_match_class(found, true, c) for c in range(classes)]
+    if len(predictions) != len(targets):
+        raise ValueError(f"expected boxes of the same images, got {len(predictions)} and {len(targets)}")
+    return [_match_class(predictions, targets, label) for label in range(num_classes)]
 
 
-def precision(matched: Sequence[_Matched], counts: Int[np.ndarray, " n"] | None = None) -> Precision:
-    """Return average precision, each image counted as often as `counts` says, once where not given."""
-    return Precision(each=np.stack([_class_precision(each, counts) for each in matched]))
+def average_precision(
+    matches: Sequence[_Matches], image_counts: Int[np.ndarray, " n"] | None = None
+) -> AveragePrecision:
+    """Return average precision, each image counted as often as `image_counts` says, once where not given."""
+    return AveragePrecision(
+        per_class=np.stack(
+            [_class_average_precision(class_matches, image_counts) for class_matches in matches]
+        )
+    )
 
 
-def bootstrap_precision(
-    matched: Sequence[_Matched], resamples: int, seed: int = 0
+def bootstrap_average_precision(
+    matches: Sequence[_Matches], resamples: int, seed: int = 0
 ) -> Float[np.ndarray, "r 3"]:
     """Return AP, AP50 and AP75 of test sets drawn with replacement from the images.
 
     For the same number of images and seed the same images are drawn, so that two detectors can be compared
     draw by draw.
     """
-    images = len(matched[0].truths)
+    num_images = len(matches[0].num_gt)
     rng = np.random.default_rng(seed)
-    drawn = rng.multinomial(images, np.full(images, 1 / images), size=resamples)
-    found = (precision(matched, counts) for counts in drawn)
-    return np.array([(each.ap, each.ap50, each.ap75) for each in found])
+    sampled_counts = rng.multinomial(num_images, np.full(num_images, 1 / num_images), size=resamples)
+    results = (average_precision(matches, image_counts) for image_counts in sampled_counts)
+    return np.array([(result.ap, result.ap50, result.ap75) for result in results])
 
 
-def _match_class(found: Sequence[Boxes], true: Sequence[Boxes], label: int) -> _Matched:
-    scores, images, right, wrong, truths = [], [], [], [], []
-    for number, (shown, there) in enumerate(zip(found, true, strict=True)):
-        chosen = np.flatnonzero(shown.labels == label)
-        chosen = chosen[np.argsort(-shown.scores[chosen], kind="stable")][:_MOST]
-        wanted = np.flatnonzero(there.labels == label)
-        wanted = wanted[np.argsort(there.crowd[wanted], kind="stable")]
-        crowd = there.crowd[wanted]
-        hits, ignored = _match_image(shown.corners[chosen], there.corners[wanted], crowd)
-        scores.append(shown.scores[chosen])
-        images.append(np.full(len(chosen), number))
-        right.append(hits & ~ignored)
-        wrong.append(~hits & ~ignored)
-        truths.append(int((~crowd).sum()))
+def _match_class(predictions: Sequence[Boxes], targets: Sequence[Boxes], label: int) -> _Matches:
+    scores, image_index, true_positive, false_positive, num_gt = [], [], [], [], []
+    for i, (pred, gt) in enumerate(zip(predictions, targets, strict=True)):
+        pred_idx = np.flatnonzero(pred.labels == label)
+        pred_idx = pred_idx[np.argsort(-pred.scores[pred_idx], kind="stable")][:_MAX_DETECTIONS]
+        gt_idx = np.flatnonzero(gt.labels == label)
+        gt_idx = gt_idx[np.argsort(gt.is_crowd[gt_idx], kind="stable")]
+        is_crowd = gt.is_crowd[gt_idx]
+        is_matched, is_ignored = _match_image(pred.xyxy[pred_idx], gt.xyxy[gt_idx], is_crowd)
+        scores.append(pred.scores[pred_idx])
+        image_index.append(np.full(len(pred_idx), i))
+        true_positive.append(is_matched & ~is_ignored)
+        false_positive.append(~is_matched & ~is_ignored)
+        num_gt.append(int((~is_crowd).sum()))
     order = np.argsort(-np.concatenate(scores), kind="stable")
-    return _Matched(
-        image=np.concatenate(images)[order],
-        right=np.concatenate(right, axis=1)[:, order],
-        wrong=np.concatenate(wrong, axis=1)[:, order],
-        truths=np.array(truths),
+    return _Matches(
+        image_index=np.concatenate(image_index)[order],
+        true_positive=np.concatenate(true_positive, axis=1)[:, order],
+        false_positive=np.concatenate(false_positive, axis=1)[:, order],
+        num_gt=np.array(num_gt),
     )
 
 
 def _match_image(
-    found: Float[np.ndarray, "d 4"], true: Float[np.ndarray, "g 4"], crowd: Bool[np.ndarray, " g"]
+    pred_boxes: Float[np.ndarray, "d 4"], gt_boxes: Float[np.ndarray, "g 4"], is_crowd: Bool[np.ndarray, " g"]
 ) -> tuple[Bool[np.ndarray, "10 d"], Bool[np.ndarray, "10 d"]]:
     """Say for each overlap which boxes, the surest first, hit a true one, and which of these hit a crowd."""
-    overlap = _overlap(found, true, crowd)
-    hits, ignored = (np.zeros((len(THRESHOLDS), len(found)), bool) for _ in range(2))
-    for row, threshold in enumerate(THRESHOLDS):
-        free = np.ones(len(true), bool)
-        for place, line in enumerate(overlap):
-            able = (line >= min(threshold, 1 - 1e-10)) & (free | crowd)
+    iou = _box_iou(pred_boxes, gt_boxes, is_crowd)
+    is_matched, is_ignored = (np.zeros((len(IOU_THRESHOLDS), len(pred_boxes)), bool) for _ in range(2))
+    for t, threshold in enumerate(IOU_THRESHOLDS):
+        is_free = np.ones(len(gt_boxes), bool)
+        for d, pred_iou in enumerate(iou):
+            is_candidate = (pred_iou >= min(threshold, 1 - 1e-10)) & (is_free | is_crowd)
             # A true box goes before a crowd; of equal ones the last, as in pycocotools.
-            for group in (~crowd, crowd):
-                fit = np.flatnonzero(able & group)
-                if len(fit):
-                    best = fit[len(fit) - 1 - np.argmax(line[fit][::-1])]
-                    free[best] = False
-                    hits[row, place], ignored[row, place] = True, crowd[best]
+            for gt_mask in (~is_crowd, is_crowd):
+                candidates = np.flatnonzero(is_candidate & gt_mask)
+                if len(candidates):
+                    best_gt = candidates[len(candidates) - 1 - np.argmax(pred_iou[candidates][::-1])]
+                    is_free[best_gt] = False
+                    is_matched[t, d], is_ignored[t, d] = True, is_crowd[best_gt]
                     break
-    return hits, ignored
+    return is_matched, is_ignored
 
 
-def _overlap(
-    found: Float[np.ndarray, "d 4"], true: Float[np.ndarray, "g 4"], crowd: Bool[np.ndarray, " g"]
+def _box_iou(
+    pred_boxes: Float[np.ndarray, "d 4"], gt_boxes: Float[np.ndarray, "g 4"], is_crowd: Bool[np.ndarray, " g"]
 ) -> Float[np.ndarray, "d g"]:
     """Intersection over union; with a crowd, over the area of what was found."""
-    low = np.maximum(found[:, None, :2], true[None, :, :2])
-    sides = (np.minimum(found[:, None, 2:], true[None, :, 2:]) - low).clip(min=0)
-    shared = sides.prod(axis=2)
-    own, other = ((box[:, 2:] - box[:, :2]).prod(axis=1) for box in (found, true))
-    union = np.where(crowd[None], own[:, None], own[:, None] + other[None] - shared)
-    return shared / np.maximum(union, 1e-30)
+    top_left = np.maximum(pred_boxes[:, None, :2], gt_boxes[None, :, :2])
+    widths_heights = (np.minimum(pred_boxes[:, None, 2:], gt_boxes[None, :, 2:]) - top_left).clip(min=0)
+    intersection = widths_heights.prod(axis=2)
+    pred_area, gt_area = ((boxes[:, 2:] - boxes[:, :2]).prod(axis=1) for boxes in (pred_boxes, gt_boxes))
+    union = np.where(is_crowd[None], pred_area[:, None], pred_area[:, None] + gt_area[None] - intersection)
+    return intersection / np.maximum(union, 1e-30)
 
 
-def _class_precision(matched: _Matched, counts: Int[np.ndarray, " n"] | None) -> Float[np.ndarray, " 10"]:
-    weight = np.ones(len(matched.truths)) if counts is None else counts.astype(np.float64)
-    wanted = float(weight @ matched.truths)
-    if not wanted:
-        return np.full(len(THRESHOLDS), np.nan)
-    each = weight[matched.image]
-    right, wrong = (np.cumsum(part * each, axis=1) for part in (matched.right, matched.wrong))
-    recall, share = right / wanted, right / np.maximum(right + wrong, np.spacing(1))
-    share = np.maximum.accumulate(share[:, ::-1], axis=1)[:, ::-1]
-    found = np.zeros(len(THRESHOLDS))
-    for row in range(len(THRESHOLDS)):
-        places = np.searchsorted(recall[row], _RECALLS - (1e-12 if counts is not None else 0), side="left")
-        reached = places[places < recall.shape[1]]
-        found[row] = share[row, reached].sum() / len(_RECALLS)
-    return found
+def _class_average_precision(
+    matches: _Matches, image_counts: Int[np.ndarray, " n"] | None
+) -> Float[np.ndarray, " 10"]:
+    image_weights = np.ones(len(matches.num_gt)) if image_counts is None else image_counts.astype(np.float64)
+    num_gt = float(image_weights @ matches.num_gt)
+    if not num_gt:
+        return np.full(len(IOU_THRESHOLDS), np.nan)
+    detection_weights = image_weights[matches.image_index]
+    tp, fp = (
+        np.cumsum(mask * detection_weights, axis=1)
+        for mask in (matches.true_positive, matches.false_positive)
+    )
+    recall, precision = tp / num_gt, tp / np.maximum(tp + fp, np.spacing(1))
+    precision = np.maximum.accumulate(precision[:, ::-1], axis=1)[:, ::-1]
+    ap = np.zeros(len(IOU_THRESHOLDS))
+    for t in range(len(IOU_THRESHOLDS)):
+        positions = np.searchsorted(
+            recall[t], _RECALL_POINTS - (1e-12 if image_counts is not None else 0), side="left"
+        )
+        reached = positions[positions < recall.shape[1]]
+        ap[t] = precision[t, reached].sum() / len(_RECALL_POINTS)
+    return ap

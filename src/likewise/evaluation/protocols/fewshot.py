@@ -11,11 +11,11 @@ from torch.nn.functional import embedding, normalize
 from likewise.evaluation.statistics import Estimate, normal_interval
 
 # Query features held at a time: 4 MiB in float32, which stays near the processor.
-_CELLS = 2**20
+_BLOCK_ELEMENTS = 2**20
 
 
 @dataclass(frozen=True, kw_only=True)
-class FewShot:
+class FewShotConfig:
     """Settings of the episodes: classes, support images a class, query images a class, repetitions."""
 
     ways: int = 5
@@ -30,7 +30,7 @@ class FewShotResult:
     """Accuracy over all episodes, each episode's accuracy, and how many classes could take part."""
 
     accuracy: Estimate
-    episodes: Float[np.ndarray, " e"]
+    per_episode: Float[np.ndarray, " e"]
     eligible_classes: int
     skipped_classes: int
 
@@ -54,8 +54,8 @@ class Episodes:
     skipped_classes: int
 
 
-def few_shot(
-    settings: FewShot,
+def evaluate_few_shot(
+    config: FewShotConfig,
     train_x: Float[Tensor, "n d"],
     train_y: Int[Tensor, " n"],
     test_x: Float[Tensor, "m d"],
@@ -71,7 +71,7 @@ def few_shot(
     Known deviation: LGSSL reports the standard deviation over episodes in place of an interval.
 
     Args:
-        settings: see `draw_episodes` for the sampling.
+        config: see `draw_episodes` for the sampling.
         train_x: features the support is drawn from, any floating dtype.
         train_y: int64 labels.
         test_x: features the queries are drawn from.
@@ -80,31 +80,39 @@ def few_shot(
     Raises:
         ValueError: fewer eligible classes than ways, fewer than two episodes, or a setting below one.
     """
-    drawn = draw_episodes(settings, train_y.cpu().numpy(), test_y.cpu().numpy())
-    block = max(1, _CELLS // (settings.ways * settings.queries * train_x.shape[1]))
+    episodes = sample_episodes(config, train_y.cpu().numpy(), test_y.cpu().numpy())
+    block_size = max(1, _BLOCK_ELEMENTS // (config.ways * config.queries * train_x.shape[1]))
     # Every episode is centred anyway; done once before, differences of large numbers lose no digits.
-    middle = train_x.mean(dim=0)
-    train, test = train_x - middle, test_x - middle
-    squares = test.square().sum(dim=1)
-    rows = (torch.from_numpy(part).to(test.device) for part in (drawn.support, drawn.query, drawn.valid))
+    mean = train_x.mean(dim=0)
+    centered_train, centered_test = train_x - mean, test_x - mean
+    squared_norms = centered_test.square().sum(dim=1)
+    tensors = (
+        torch.from_numpy(x).to(centered_test.device)
+        for x in (episodes.support, episodes.query, episodes.valid)
+    )
     accuracy = torch.cat(
         [
             # A gather of whole rows; plain indexing goes number by number, four times slower.
-            _accuracy(embedding(support, train), embedding(query, test), squares[query], valid)
-            for support, query, valid in zip(*(part.split(block) for part in rows), strict=True)
+            _episode_accuracy(
+                embedding(support, centered_train),
+                embedding(query, centered_test),
+                squared_norms[query],
+                valid,
+            )
+            for support, query, valid in zip(*(x.split(block_size) for x in tensors), strict=True)
         ]
     )
     accuracy = accuracy.double().cpu().numpy()
     return FewShotResult(
         accuracy=normal_interval(accuracy),
-        episodes=accuracy,
-        eligible_classes=drawn.eligible_classes,
-        skipped_classes=drawn.skipped_classes,
+        per_episode=accuracy,
+        eligible_classes=episodes.eligible_classes,
+        skipped_classes=episodes.skipped_classes,
     )
 
 
-def draw_episodes(
-    settings: FewShot, train_y: Int[np.ndarray, " n"], test_y: Int[np.ndarray, " m"]
+def sample_episodes(
+    config: FewShotConfig, train_y: Int[np.ndarray, " n"], test_y: Int[np.ndarray, " m"]
 ) -> Episodes:
     """Draw the images of all episodes: a function of settings and labels alone, the same for every model.
 
@@ -114,36 +122,36 @@ def draw_episodes(
     Raises:
         ValueError: fewer eligible classes than ways, or a setting below one.
     """
-    if min(settings.ways, settings.shots, settings.queries, settings.episodes) < 1:
-        raise ValueError(f"ways, shots, queries and episodes must be at least 1, got {settings}")
+    if min(config.ways, config.shots, config.queries, config.episodes) < 1:
+        raise ValueError(f"ways, shots, queries and episodes must be at least 1, got {config}")
     classes = np.union1d(train_y, test_y)
-    train_counts, test_counts = _counts(train_y, classes), _counts(test_y, classes)
-    eligible = np.flatnonzero((train_counts >= settings.shots) & (test_counts >= 1))
-    if len(eligible) < settings.ways:
+    train_counts, test_counts = _class_counts(train_y, classes), _class_counts(test_y, classes)
+    eligible = np.flatnonzero((train_counts >= config.shots) & (test_counts >= 1))
+    if len(eligible) < config.ways:
         raise ValueError(
-            f"{settings.ways}-way {settings.shots}-shot episodes need {settings.ways} classes with "
-            f"{settings.shots} train images and a test image, but only {len(eligible)} of {len(classes)} "
+            f"{config.ways}-way {config.shots}-shot episodes need {config.ways} classes with "
+            f"{config.shots} train images and a test image, but only {len(eligible)} of {len(classes)} "
             "classes have them"
         )
-    rng = np.random.default_rng(settings.seed)
-    pool = np.full(settings.episodes, len(eligible))
-    drawn = eligible[_subsets(rng, pool, settings.ways)]
-    support = _subsets(rng, train_counts[drawn], settings.shots)
-    query = _subsets(rng, test_counts[drawn], settings.queries)
+    rng = np.random.default_rng(config.seed)
+    pool_sizes = np.full(config.episodes, len(eligible))
+    episode_classes = eligible[_sample_subsets(rng, pool_sizes, config.ways)]
+    support = _sample_subsets(rng, train_counts[episode_classes], config.shots)
+    query = _sample_subsets(rng, test_counts[episode_classes], config.queries)
     return Episodes(
-        support=_rows(train_y, train_counts, drawn, support),
-        query=_rows(test_y, test_counts, drawn, query.clip(min=0)),
+        support=_to_indices(train_y, train_counts, episode_classes, support),
+        query=_to_indices(test_y, test_counts, episode_classes, query.clip(min=0)),
         valid=query >= 0,
         eligible_classes=len(eligible),
         skipped_classes=len(classes) - len(eligible),
     )
 
 
-def _counts(labels: Int[np.ndarray, " n"], classes: Int[np.ndarray, " c"]) -> Int[np.ndarray, " c"]:
+def _class_counts(labels: Int[np.ndarray, " n"], classes: Int[np.ndarray, " c"]) -> Int[np.ndarray, " c"]:
     return np.bincount(np.searchsorted(classes, labels), minlength=len(classes))
 
 
-def _subsets(
+def _sample_subsets(
     rng: np.random.Generator, sizes: Int[np.ndarray, "*p"], count: int
 ) -> Int[np.ndarray, "*p {count}"]:
     """Uniform subsets of `count` of the first `size` numbers, for every size at once.
@@ -151,42 +159,46 @@ def _subsets(
     Floyd's algorithm (Bentley and Floyd 1987): work and memory do not grow with the sizes. Of a size below
     `count` all numbers are taken, and -1 fills the rest.
     """
-    chosen = np.full((*sizes.shape, count), -1)
+    subsets = np.full((*sizes.shape, count), -1)
     for step in range(count):
-        top = sizes - count + step
-        candidate = rng.integers(0, np.maximum(top, 0) + 1)
-        taken = (chosen == candidate[..., None]).any(axis=-1)
-        chosen[..., step] = np.where(top < 0, -1, np.where(taken, top, candidate))
-    return chosen
+        upper = sizes - count + step
+        candidate = rng.integers(0, np.maximum(upper, 0) + 1)
+        is_taken = (subsets == candidate[..., None]).any(axis=-1)
+        subsets[..., step] = np.where(upper < 0, -1, np.where(is_taken, upper, candidate))
+    return subsets
 
 
-def _rows(
+def _to_indices(
     labels: Int[np.ndarray, " n"],
     counts: Int[np.ndarray, " c"],
-    drawn: Int[np.ndarray, "e w"],
-    position: Int[np.ndarray, "e w k"],
+    episode_classes: Int[np.ndarray, "e w"],
+    positions: Int[np.ndarray, "e w k"],
 ) -> Int[np.ndarray, "e w k"]:
     """Rows of the set, from positions inside the drawn classes."""
-    first = np.cumsum(counts) - counts
-    return np.argsort(labels, kind="stable")[first[drawn][..., None] + position]
+    class_starts = np.cumsum(counts) - counts
+    return np.argsort(labels, kind="stable")[class_starts[episode_classes][..., None] + positions]
 
 
-def _accuracy(
+def _episode_accuracy(
     support: Float[Tensor, "e w s d"],
     query: Float[Tensor, "e w q d"],
-    squares: Float[Tensor, "e w q"],
+    squared_norms: Float[Tensor, "e w q"],
     valid: Bool[Tensor, "e w q"],
 ) -> Float[Tensor, " e"]:
     """Return the accuracy of episodes from their images and the squared lengths of the queries."""
-    centre = support.mean(dim=(1, 2), keepdim=True)
-    prototypes = normalize(support - centre, dim=-1).mean(dim=2)
-    centre = centre.flatten(1, 2)
+    center = support.mean(dim=(1, 2), keepdim=True)
+    prototypes = normalize(support - center, dim=-1).mean(dim=2)
+    center = center.flatten(1, 2)
     # |u - p|^2 with u = (x - c) / |x - c| is least where (x - c).p - |x - c| |p|^2 / 2 is greatest, and both
     # parts come from one product with x as it lies: no centred and scaled copy of the queries is made.
-    dots = query.flatten(1, 2) @ torch.cat([prototypes, centre], dim=1).mT
-    lengths = squares.flatten(1)[..., None] + centre.square().sum(dim=-1, keepdim=True) - 2 * dots[..., -1:]
-    halves = prototypes.square().sum(dim=-1)[:, None] / 2
-    closeness = dots[..., :-1] - centre @ prototypes.mT - lengths.clamp_min(0).sqrt() * halves
-    truth = torch.arange(valid.shape[1], device=valid.device)[:, None]
-    correct = (closeness.argmax(dim=-1).unflatten(1, valid.shape[1:]) == truth) & valid
+    dots = query.flatten(1, 2) @ torch.cat([prototypes, center], dim=1).mT
+    squared_distances = (
+        squared_norms.flatten(1)[..., None] + center.square().sum(dim=-1, keepdim=True) - 2 * dots[..., -1:]
+    )
+    half_squared_norms = prototypes.square().sum(dim=-1)[:, None] / 2
+    logits = (
+        dots[..., :-1] - center @ prototypes.mT - squared_distances.clamp_min(0).sqrt() * half_squared_norms
+    )
+    targets = torch.arange(valid.shape[1], device=valid.device)[:, None]
+    correct = (logits.argmax(dim=-1).unflatten(1, valid.shape[1:]) == targets) & valid
     return correct.sum(dim=(1, 2)) / valid.sum(dim=(1, 2))

@@ -13,48 +13,48 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
 from likewise.data.dataset import ImageRef
-from likewise.data.images import decode, read_bytes
-from likewise.evaluation.datasets.labeled import LabelledSet
+from likewise.data.images import decode_image, read_image_bytes
+from likewise.evaluation.datasets.labeled import LabeledDataset
 from likewise.models.encoders import ImageEncoder
-from likewise.models.transforms import Transform
-from likewise.parallel import ordered_map
-from likewise.rng import uniforms
+from likewise.models.transforms import EvalTransform
+from likewise.parallel import prefetch_map
+from likewise.rng import uniform
 
 _STREAM = 301  # keeps the draw of crops apart from all others
-_LEAST = 0.35  # a crop's least share of the image; as timm's recipes for fine-tuning
+_MIN_CROP_AREA = 0.35  # a crop's least share of the image; as timm's recipes for fine-tuning
 
 
 @dataclass(frozen=True, kw_only=True)
-class FineTuning:
+class FineTuningConfig:
     """Settings of fine-tuning.
 
     Attributes:
         epochs: How often every training image is shown.
         batch_size: Images a step.
-        rate: AdamW's peak rate for the encoder, after a tenth of the steps; it falls to zero as a cosine.
-        head_rate: The same for the classifier, which starts from nothing.
+        lr: AdamW's peak rate for the encoder, after a tenth of the steps; it falls to zero as a cosine.
+        head_lr: The same for the classifier, which starts from nothing.
         weight_decay: AdamW's, on matrices only.
         seed: Of the classifier's start, the order, crops and flips.
     """
 
     epochs: int = 10
     batch_size: int = 64
-    rate: float = 1e-4
-    head_rate: float = 1e-3
+    lr: float = 1e-4
+    head_lr: float = 1e-3
     weight_decay: float = 0.05
     seed: int = 0
 
 
 def fine_tune(
-    settings: FineTuning,
+    config: FineTuningConfig,
     encoder: ImageEncoder,
-    images: LabelledSet,
-    train: Int[np.ndarray, " n"],
-    test: Int[np.ndarray, " m"],
+    dataset: LabeledDataset,
+    train_indices: Int[np.ndarray, " n"],
+    test_indices: Int[np.ndarray, " m"],
     *,
     device: torch.device,
-    workers: int,
-    advance: Callable[[int], None] = lambda _: None,
+    num_workers: int,
+    update_progress: Callable[[int], None] = lambda _: None,
 ) -> Int[Tensor, " m"]:
     """Train a copy of the encoder with a classifier on some rows of a set, and classify others.
 
@@ -62,111 +62,126 @@ def fine_tune(
     random crops, flipped half of the time; test images as the encoder is always fed.
 
     Args:
-        settings: See `FineTuning`.
+        config: See `FineTuning`.
         encoder: It is not changed.
-        images: The set.
-        train: Rows to learn from, all readable.
-        test: Rows to classify, all readable.
+        dataset: The set.
+        train_indices: Rows to learn from, all readable.
+        test_indices: Rows to classify, all readable.
         device: Where to train.
-        workers: Threads that read images.
-        advance: Called with the number of images after every step.
+        num_workers: Threads that read images.
+        update_progress: Called with the number of images after every step.
 
     Raises:
         ValueError: no images to learn from, or a setting that is not above zero.
     """
-    if not len(train) or min(settings.epochs, settings.batch_size, settings.rate, settings.head_rate) <= 0:
+    if not len(train_indices) or min(config.epochs, config.batch_size, config.lr, config.head_lr) <= 0:
         raise ValueError(
-            f"expected images to learn from and settings above zero, got {len(train)}, {settings}"
+            f"expected images to learn from and settings above zero, got {len(train_indices)}, {config}"
         )
-    torch.manual_seed(settings.seed)
-    model = nn.Sequential(deepcopy(encoder.model), nn.Linear(encoder.width, len(images.classes)))
+    torch.manual_seed(config.seed)
+    model = nn.Sequential(deepcopy(encoder.model), nn.Linear(encoder.feature_dim, len(dataset.classes)))
     model.requires_grad_(True).to(device).to(memory_format=torch.channels_last)
-    labels = torch.from_numpy(images.labels)
-    steps = sum(1 for _ in _epochs(settings, len(train)))
-    optimizer = torch.optim.AdamW(_groups(model, settings))
-    scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: _share(step, steps))
+    labels = torch.from_numpy(dataset.labels)
+    total_steps = sum(1 for _ in _iter_batches(config, len(train_indices)))
+    optimizer = torch.optim.AdamW(_param_groups(model, config))
+    scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: _lr_factor(step, total_steps))
     model.train()
-    batches = _epochs(settings, len(train))
-    shown = ordered_map(
-        lambda b: _crops(images, train[b[1]], encoder.transform, settings.seed, b[0]), batches, workers
+    batches = _iter_batches(config, len(train_indices))
+    crop_batches = prefetch_map(
+        lambda batch: _random_crops(
+            dataset, train_indices[batch[1]], encoder.transform, config.seed, batch[0]
+        ),
+        batches,
+        num_workers,
     )
-    for (_, rows), crops in zip(_epochs(settings, len(train)), shown, strict=True):
-        inputs = encoder.transform.standardise(torch.from_numpy(crops).to(device))
-        loss = cross_entropy(model(inputs), labels[train[rows]].to(device))
+    for (_, positions), crops in zip(_iter_batches(config, len(train_indices)), crop_batches, strict=True):
+        inputs = encoder.transform.normalize(torch.from_numpy(crops).to(device))
+        loss = cross_entropy(model(inputs), labels[train_indices[positions]].to(device))
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
         scheduler.step()
-        advance(len(rows))
-    return _classify(model, encoder.transform, images, test, settings.batch_size, device, workers)
+        update_progress(len(positions))
+    return _classify(model, encoder.transform, dataset, test_indices, config.batch_size, device, num_workers)
 
 
-def _groups(model: nn.Sequential, settings: FineTuning) -> list[dict[str, Any]]:
+def _param_groups(model: nn.Sequential, config: FineTuningConfig) -> list[dict[str, Any]]:
     """Return the parameters by rate, and by whether they decay: matrices do, biases and norms do not."""
     groups: list[dict[str, Any]] = []
-    for part, rate in ((model[0], settings.rate), (model[1], settings.head_rate)):
-        for decays in (True, False):
-            chosen = [p for p in part.parameters() if (p.ndim > 1) == decays]
-            groups.append({"params": chosen, "lr": rate, "weight_decay": settings.weight_decay * decays})
+    for module, lr in ((model[0], config.lr), (model[1], config.head_lr)):
+        for has_decay in (True, False):
+            params = [p for p in module.parameters() if (p.ndim > 1) == has_decay]
+            groups.append({"params": params, "lr": lr, "weight_decay": config.weight_decay * has_decay})
     return [group for group in groups if group["params"]]
 
 
-def _share(step: int, steps: int) -> float:
+def _lr_factor(step: int, total_steps: int) -> float:
     """Return which share of its peak the rate has: a tenth of the steps up, then down as a cosine."""
-    warm = max(1, steps // 10)
+    warmup_steps = max(1, total_steps // 10)
     return (
-        (step + 1) / warm if step < warm else 0.5 * (1 + np.cos(np.pi * (step - warm) / max(1, steps - warm)))
+        (step + 1) / warmup_steps
+        if step < warmup_steps
+        else 0.5 * (1 + np.cos(np.pi * (step - warmup_steps) / max(1, total_steps - warmup_steps)))
     )
 
 
-def _epochs(settings: FineTuning, count: int) -> Iterator[tuple[int, np.ndarray]]:
-    for epoch in range(settings.epochs):
-        order = np.random.default_rng((settings.seed, epoch)).permutation(count)
-        for start in range(0, count, settings.batch_size):
-            if 0 < start == count - 1:
+def _iter_batches(config: FineTuningConfig, n: int) -> Iterator[tuple[int, np.ndarray]]:
+    for epoch in range(config.epochs):
+        order = np.random.default_rng((config.seed, epoch)).permutation(n)
+        for start in range(0, n, config.batch_size):
+            if 0 < start == n - 1:
                 continue  # batch norm learns nothing from one image; another one is left next epoch
-            yield epoch, order[start : start + settings.batch_size]
+            yield epoch, order[start : start + config.batch_size]
 
 
-def _crops(images: LabelledSet, rows: np.ndarray, transform: Transform, seed: int, epoch: int) -> np.ndarray:
+def _random_crops(
+    dataset: LabeledDataset, indices: np.ndarray, transform: EvalTransform, seed: int, epoch: int
+) -> np.ndarray:
     """Return random crops of images, (b, size, size, 3) uint8: the same for the same seed and epoch."""
-    chances = uniforms(rows, 4, seed=seed, epoch=epoch, stream=_STREAM)
+    u = uniform(indices, 4, seed=seed, epoch=epoch, stream=_STREAM)
     return np.stack([
-        _crop(_read(images, row, transform.resize), transform, chance)
-        for row, chance in zip(rows.tolist(), chances, strict=True)
+        _random_crop(_read_image(dataset, index, transform.resize_size), transform, u_i)
+        for index, u_i in zip(indices.tolist(), u, strict=True)
     ])  # fmt: skip
 
 
-def _crop(pixels: np.ndarray, transform: Transform, chance: Sequence[float] | np.ndarray) -> np.ndarray:
+def _random_crop(pixels: np.ndarray, transform: EvalTransform, u: Sequence[float] | np.ndarray) -> np.ndarray:
     image = Image.fromarray(pixels)
-    side = round((_LEAST + (1 - _LEAST) * chance[0]) ** 0.5 * min(image.size))
-    left, top = round(chance[1] * (image.width - side)), round(chance[2] * (image.height - side))
-    how = Image.Resampling[transform.interpolation.upper()]
-    crop = image.resize((transform.size, transform.size), how, (left, top, left + side, top + side))
-    return np.asarray(crop)[:, ::-1] if chance[3] < 0.5 else np.asarray(crop)
+    crop_size = round((_MIN_CROP_AREA + (1 - _MIN_CROP_AREA) * u[0]) ** 0.5 * min(image.size))
+    left, top = round(u[1] * (image.width - crop_size)), round(u[2] * (image.height - crop_size))
+    resample = Image.Resampling[transform.interpolation.upper()]
+    crop = image.resize(
+        (transform.image_size, transform.image_size), resample, (left, top, left + crop_size, top + crop_size)
+    )
+    return np.asarray(crop)[:, ::-1] if u[3] < 0.5 else np.asarray(crop)
 
 
-def _read(images: LabelledSet, row: int, short_side: int) -> np.ndarray:
-    return decode(read_bytes(ImageRef(path=images.files[row]), images.root), short_side)
+def _read_image(dataset: LabeledDataset, index: int, short_side: int) -> np.ndarray:
+    return decode_image(read_image_bytes(ImageRef(path=dataset.files[index]), dataset.root), short_side)
 
 
 @torch.inference_mode()
 def _classify(
     model: nn.Module,
-    transform: Transform,
-    images: LabelledSet,
-    rows: np.ndarray,
+    transform: EvalTransform,
+    dataset: LabeledDataset,
+    indices: np.ndarray,
     batch_size: int,
     device: torch.device,
-    workers: int,
+    num_workers: int,
 ) -> Int[Tensor, " m"]:
     model.eval()
-    parts = np.array_split(rows, range(batch_size, len(rows), batch_size))
+    batches = np.array_split(indices, range(batch_size, len(indices), batch_size))
 
-    def crops(part: np.ndarray) -> np.ndarray:
-        return np.stack([transform.crop(_read(images, row, transform.resize)) for row in part.tolist()])
+    def load_crops(batch: np.ndarray) -> np.ndarray:
+        return np.stack(
+            [
+                transform.center_crop(_read_image(dataset, index, transform.resize_size))
+                for index in batch.tolist()
+            ]
+        )
 
     return torch.cat([
-        model(transform.standardise(torch.from_numpy(each).to(device))).argmax(dim=1).cpu()
-        for each in ordered_map(crops, parts, workers)
+        model(transform.normalize(torch.from_numpy(crop_batch).to(device))).argmax(dim=1).cpu()
+        for crop_batch in prefetch_map(load_crops, batches, num_workers)
     ])  # fmt: skip

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.nn.functional import normalize
 
 # Similarities held at a time: 64 MiB in float32, whatever the number of images.
-_CELLS = 2**24
+_BLOCK_ELEMENTS = 2**24
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,41 +56,47 @@ def retrieve(
         raise ValueError("features, instances and domains must have the same number of rows")
     if min(ks, default=1) < 1:
         raise ValueError(f"recall depths must be at least 1, got {tuple(ks)}")
-    instance = _codes(instances, features.device)
+    instance_ids = _to_ids(instances, features.device)
     # Without domains every item is its own: the gallery is then all others.
-    domain = _codes(np.arange(len(features)) if domains is None else domains, features.device)
-    items = normalize(features, dim=1)
-    blocks = torch.arange(len(items), device=items.device).split(max(1, _CELLS // max(1, len(items))))
-    parts = [_score(items, instance, domain, block, ks) for block in blocks]
-    queries, precision, hits = (torch.cat(column).cpu().numpy() for column in zip(*parts, strict=True))
+    domain_ids = _to_ids(np.arange(len(features)) if domains is None else domains, features.device)
+    unit_features = normalize(features, dim=1)
+    blocks = torch.arange(len(unit_features), device=unit_features.device).split(
+        max(1, _BLOCK_ELEMENTS // max(1, len(unit_features)))
+    )
+    block_results = [_score_block(unit_features, instance_ids, domain_ids, block, ks) for block in blocks]
+    queries, average_precision, hits = (
+        torch.cat(column).cpu().numpy() for column in zip(*block_results, strict=True)
+    )
     return RetrievalResult(
         recall={k: hits[:, column] for column, k in enumerate(ks)},
-        average_precision=precision,
+        average_precision=average_precision,
         queries=queries,
-        skipped=len(items) - len(queries),
+        skipped=len(unit_features) - len(queries),
     )
 
 
-def _score(
-    items: Float[Tensor, "n d"],
-    instance: Int[Tensor, " n"],
-    domain: Int[Tensor, " n"],
+def _score_block(
+    unit_features: Float[Tensor, "n d"],
+    instance_ids: Int[Tensor, " n"],
+    domain_ids: Int[Tensor, " n"],
     block: Int[Tensor, " b"],
     ks: Sequence[int],
 ) -> tuple[Int[Tensor, " q"], Float[Tensor, " q"], Bool[Tensor, "q k"]]:
     """Index, average precision and hits at each depth of the queries of a block that can be answered."""
-    gallery = domain[block, None] != domain
-    relevant = (instance[block, None] == instance) & gallery
-    answerable = relevant.any(dim=1)
-    similarity = (items[block] @ items.T).masked_fill(~gallery, -torch.inf)[answerable]
+    gallery = domain_ids[block, None] != domain_ids
+    relevant = (instance_ids[block, None] == instance_ids) & gallery
+    has_relevant = relevant.any(dim=1)
+    similarity = (unit_features[block] @ unit_features.T).masked_fill(~gallery, -torch.inf)[has_relevant]
     order = similarity.argsort(dim=1, descending=True, stable=True)
-    found = relevant[answerable].gather(1, order)
-    rank = torch.arange(1, len(items) + 1, device=items.device, dtype=torch.float64)
-    precision = (found.cumsum(dim=1) / rank * found).sum(dim=1) / found.sum(dim=1)
-    hits = torch.stack([found[:, :k].any(dim=1) for k in ks], dim=1)
-    return block[answerable], precision, hits
+    ranked_relevant = relevant[has_relevant].gather(1, order)
+    ranks = torch.arange(1, len(unit_features) + 1, device=unit_features.device, dtype=torch.float64)
+    average_precision = (ranked_relevant.cumsum(dim=1) / ranks * ranked_relevant).sum(
+        dim=1
+    ) / ranked_relevant.sum(dim=1)
+    hits = torch.stack([ranked_relevant[:, :k].any(dim=1) for k in ks], dim=1)
+    return block[has_relevant], average_precision, hits
 
 
-def _codes(names: Shaped[np.ndarray, " n"], device: torch.device) -> Int[Tensor, " n"]:
+def _to_ids(values: Shaped[np.ndarray, " n"], device: torch.device) -> Int[Tensor, " n"]:
     """Small integers in place of names, so that equality can be compared as tensors."""
-    return torch.from_numpy(np.unique(names, return_inverse=True)[1]).to(device)
+    return torch.from_numpy(np.unique(values, return_inverse=True)[1]).to(device)

@@ -14,41 +14,41 @@ from torch.nn.functional import cross_entropy, interpolate
 from torchvision.models.segmentation.fcn import FCNHead
 
 from likewise.data.dataset import ImageRef
-from likewise.data.images import BadImageError, decode, read_bytes
-from likewise.errors import InputError
-from likewise.evaluation.datasets.dense import MaskedSet
-from likewise.evaluation.protocols.detection import FeatureMaps
+from likewise.data.images import UnreadableImageError, decode_image, read_image_bytes
+from likewise.errors import InvalidInputError
+from likewise.evaluation.datasets.dense import SegmentationDataset
+from likewise.evaluation.protocols.detection import FeatureMapExtractor
 from likewise.models.encoders import ImageEncoder
-from likewise.parallel import ordered_map
-from likewise.rng import uniforms
+from likewise.parallel import prefetch_map
+from likewise.rng import uniform
 
 _STREAM = 303  # keeps the draw of flips apart from all others
-_LEVELS = 2  # the coarsest maps, which know most; the coarser is enlarged to the finer
+_NUM_LEVELS = 2  # the coarsest maps, which know most; the coarser is enlarged to the finer
 
 
 @dataclass(frozen=True, kw_only=True)
-class Segmentation:
+class SegmentationConfig:
     """Settings of segmentation.
 
     Attributes:
         backbone: `frozen`, with batch norm and one linear layer on the maps; or `tuned`, with the head of a
             fully convolutional network (Long et al. 2015).
-        size: The side of the square that images are squeezed into.
+        image_size: The side of the square that images are squeezed into.
         epochs: How often every training image is shown.
         batch_size: Images a step.
-        rate: AdamW's peak rate for the head, after a tenth of the steps; it falls to zero as a cosine.
-        backbone_rate: The same for a tuned encoder.
-        resamples: Drawn test sets for the interval.
+        lr: AdamW's peak rate for the head, after a tenth of the steps; it falls to zero as a cosine.
+        backbone_lr: The same for a tuned encoder.
+        num_resamples: Drawn test sets for the interval.
         seed: Of the start, the order, flips and draws.
     """
 
     backbone: Literal["frozen", "tuned"] = "frozen"
-    size: int = 224
+    image_size: int = 224
     epochs: int = 20
     batch_size: int = 8
-    rate: float = 1e-3
-    backbone_rate: float = 1e-4
-    resamples: int = 1000
+    lr: float = 1e-3
+    backbone_lr: float = 1e-4
+    num_resamples: int = 1000
     seed: int = 0
 
 
@@ -58,64 +58,69 @@ class SegmentationResult:
 
     Attributes:
         confusion: (n, c, c) pixels of each test image, by true class and by the class given.
-        images: Its rows in the set.
+        indices: Its rows in the set.
         skipped: Images that could not be read, by reason.
     """
 
     confusion: Int[np.ndarray, "n c c"]
-    images: Int[np.ndarray, " n"]
+    indices: Int[np.ndarray, " n"]
     skipped: dict[str, int]
 
 
-def class_overlap(confusion: Float[np.ndarray, "*r c c"]) -> Float[np.ndarray, "*r c"]:
+def per_class_iou(confusion: Float[np.ndarray, "*r c c"]) -> Float[np.ndarray, "*r c"]:
     """Return the intersection over union of each class, NaN for one that is neither there nor given."""
-    right = np.diagonal(confusion, axis1=-2, axis2=-1)
-    union = confusion.sum(axis=-1) + confusion.sum(axis=-2) - right
-    return np.where(union > 0, right / np.maximum(union, 1), np.nan)
+    intersection = np.diagonal(confusion, axis1=-2, axis2=-1)
+    union = confusion.sum(axis=-1) + confusion.sum(axis=-2) - intersection
+    return np.where(union > 0, intersection / np.maximum(union, 1), np.nan)
 
 
-def measures(confusion: Float[np.ndarray, "*r c c"]) -> dict[str, Float[np.ndarray, "*r"]]:
+def segmentation_metrics(confusion: Float[np.ndarray, "*r c c"]) -> dict[str, Float[np.ndarray, "*r"]]:
     """Return mean IoU and pixel accuracy of confusion matrices."""
-    right = np.diagonal(confusion, axis1=-2, axis2=-1).sum(axis=-1)
-    whole = confusion.sum(axis=(-2, -1))
-    mean = np.nanmean(class_overlap(confusion), axis=-1)
-    return {"mean IoU": np.asarray(mean), "pixel accuracy": np.asarray(right / np.maximum(whole, 1))}
+    num_correct = np.diagonal(confusion, axis1=-2, axis2=-1).sum(axis=-1)
+    num_pixels = confusion.sum(axis=(-2, -1))
+    mean_iou = np.nanmean(per_class_iou(confusion), axis=-1)
+    return {
+        "mean IoU": np.asarray(mean_iou),
+        "pixel accuracy": np.asarray(num_correct / np.maximum(num_pixels, 1)),
+    }
 
 
-def drawn_measures(
-    confusion: Int[np.ndarray, "n c c"], resamples: int, seed: int
+def bootstrap_metrics(
+    confusion: Int[np.ndarray, "n c c"], num_resamples: int, seed: int
 ) -> dict[str, Float[np.ndarray, " r"]]:
     """Return the same of test sets drawn with replacement from the images.
 
     For the same number of images and seed the same images are drawn, so that two encoders can be compared
     draw by draw.
     """
-    images = len(confusion)
-    counts = np.random.default_rng(seed).multinomial(images, np.full(images, 1 / images), size=resamples)
-    return measures(np.tensordot(counts.astype(np.float64), confusion.astype(np.float64), axes=1))
+    num_images = len(confusion)
+    counts = np.random.default_rng(seed).multinomial(
+        num_images, np.full(num_images, 1 / num_images), size=num_resamples
+    )
+    return segmentation_metrics(np.tensordot(counts.astype(np.float64), confusion.astype(np.float64), axes=1))
 
 
-class _Head(nn.Module):
+class _SegmentationHead(nn.Module):
     """Maps of an encoder -> class scores at the finer map's resolution."""
 
-    def __init__(self, widths: tuple[int, ...], classes: int, *, tuned: bool) -> None:
+    def __init__(self, in_channels: tuple[int, ...], num_classes: int, *, finetune_backbone: bool) -> None:
         super().__init__()
-        width = sum(widths)
-        linear = nn.Sequential(nn.BatchNorm2d(width), nn.Conv2d(width, classes, 1))
-        self.layers = FCNHead(width, classes) if tuned else linear
+        total_channels = sum(in_channels)
+        linear = nn.Sequential(nn.BatchNorm2d(total_channels), nn.Conv2d(total_channels, num_classes, 1))
+        self.layers = FCNHead(total_channels, num_classes) if finetune_backbone else linear
 
-    def forward(self, joined: Tensor) -> Tensor:
-        return self.layers(joined)
+    def forward(self, features: Tensor) -> Tensor:
+        return self.layers(features)
 
 
-def segment(
-    settings: Segmentation,
+def run_segmentation(
+    config: SegmentationConfig,
     encoder: ImageEncoder,
-    images: MaskedSet,
+    dataset: SegmentationDataset,
     *,
     device: torch.device,
-    workers: int,
-    advance: Callable[[int], None] = lambda _: None,
+    num_workers: int,
+    update_progress: Callable[[int], None] = lambda _: None,
 ) -> SegmentationResult:
     """Train a head on the train images of a set and name the pixels of the test images, at their own size.
 
@@ -123,160 +128,192 @@ def segment(
     time while training. With a frozen encoder its maps are computed once, of each image and its mirror image.
 
     Args:
-        settings: See `Segmentation`.
+        config: See `Segmentation`.
         encoder: It is not changed.
-        images: The set.
+        dataset: The set.
         device: Where to train.
-        workers: Threads that read images.
-        advance: Called with the number of images after every step.
+        num_workers: Threads that read images.
+        update_progress: Called with the number of images after every step.
 
     Raises:
         InputError: where no image of a split can be read.
         ModelError: where the encoder gives no feature maps.
     """
-    torch.manual_seed(settings.seed)
-    tuned = settings.backbone == "tuned"
-    maps = FeatureMaps(deepcopy(encoder.model).requires_grad_(tuned), encoder.name).to(device)
-    head = _Head(maps.widths[-_LEVELS:], len(images.classes), tuned=tuned).to(device)
-    run = _Run(settings, encoder, images, maps, head, device, workers, advance)
-    run.train(np.flatnonzero(images.splits == "train"))
-    confusion, rows = run.judge(np.flatnonzero(images.splits == "test"))
-    return SegmentationResult(confusion=confusion, images=rows, skipped=dict(run.skipped))
+    torch.manual_seed(config.seed)
+    finetune_backbone = config.backbone == "tuned"
+    extractor = FeatureMapExtractor(
+        deepcopy(encoder.model).requires_grad_(finetune_backbone), encoder.name
+    ).to(device)
+    head = _SegmentationHead(
+        extractor.channels[-_NUM_LEVELS:], len(dataset.classes), finetune_backbone=finetune_backbone
+    ).to(device)
+    trainer = _SegmentationTrainer(
+        config, encoder, dataset, extractor, head, device, num_workers, update_progress
+    )
+    trainer.train(np.flatnonzero(dataset.splits == "train"))
+    confusion, indices = trainer.evaluate(np.flatnonzero(dataset.splits == "test"))
+    return SegmentationResult(confusion=confusion, indices=indices, skipped=dict(trainer.skipped))
 
 
 @dataclass
-class _Run:
+class _SegmentationTrainer:
     """A head in training."""
 
-    settings: Segmentation
+    config: SegmentationConfig
     encoder: ImageEncoder
-    images: MaskedSet
-    maps: FeatureMaps
-    head: _Head
+    dataset: SegmentationDataset
+    extractor: FeatureMapExtractor
+    head: _SegmentationHead
     device: torch.device
-    workers: int
-    advance: Callable[[int], None]
+    num_workers: int
+    update_progress: Callable[[int], None]
 
     def __post_init__(self) -> None:
         self.skipped: Counter[str] = Counter()
-        self.tuned = self.settings.backbone == "tuned"
-        self.kept: dict[tuple[int, bool], Tensor] = {}
+        self.finetune_backbone = self.config.backbone == "tuned"
+        self.feature_cache: dict[tuple[int, bool], Tensor] = {}
 
-    def train(self, rows: np.ndarray) -> None:
+    def train(self, indices: np.ndarray) -> None:
         """Train on rows of the set."""
-        readable = np.array([row for row, shown in self._shown(rows) if shown is not None], np.int64)
+        readable = np.array(
+            [index for index, images in self._iter_pixels(indices) if images is not None], np.int64
+        )
         if not len(readable):
-            raise InputError(f"no train image of {self.images.root} can be read: {dict(self.skipped)}")
-        settings = self.settings
-        groups = [{"params": list(self.head.parameters()), "lr": settings.rate}]
-        if self.tuned:
-            groups.append({"params": list(self.maps.parameters()), "lr": settings.backbone_rate})
+            raise InvalidInputError(
+                f"no train image of {self.dataset.root} can be read: {dict(self.skipped)}"
+            )
+        config = self.config
+        param_groups = [{"params": list(self.head.parameters()), "lr": config.lr}]
+        if self.finetune_backbone:
+            param_groups.append({"params": list(self.extractor.parameters()), "lr": config.backbone_lr})
         batches = list(self._batches(readable))
-        optimizer = torch.optim.AdamW(groups, weight_decay=1e-4)
-        rates = [float(group["lr"]) for group in groups]
+        optimizer = torch.optim.AdamW(param_groups, weight_decay=1e-4)
+        max_lrs = [float(param_group["lr"]) for param_group in param_groups]
         scheduler = torch.optim.lr_scheduler.OneCycleLR(
-            optimizer, rates, total_steps=len(batches) + 1, pct_start=0.1, cycle_momentum=False
+            optimizer, max_lrs, total_steps=len(batches) + 1, pct_start=0.1, cycle_momentum=False
         )
         self.head.train()
-        self.maps.train(self.tuned)
-        for part, flips, shown in ordered_map(self._load, batches, self.workers):
-            joined = self._features(part, flips, shown)
-            targets = torch.stack([self._target(*each) for each in zip(part.tolist(), flips, strict=True)])
-            scores = interpolate(self.head(joined), targets.shape[1:], mode="bilinear", align_corners=False)
+        self.extractor.train(self.finetune_backbone)
+        for batch_indices, flips, images in prefetch_map(self._load_batch, batches, self.num_workers):
+            features = self._compute_features(batch_indices, flips, images)
+            targets = torch.stack(
+                [self._load_target(*args) for args in zip(batch_indices.tolist(), flips, strict=True)]
+            )
+            logits = interpolate(self.head(features), targets.shape[1:], mode="bilinear", align_corners=False)
             optimizer.zero_grad()
-            cross_entropy(scores, targets.to(self.device), ignore_index=-1).backward()
+            cross_entropy(logits, targets.to(self.device), ignore_index=-1).backward()
             optimizer.step()
             scheduler.step()
-            self.advance(len(part))
+            self.update_progress(len(batch_indices))
 
     @torch.inference_mode()
-    def judge(self, rows: np.ndarray) -> tuple[Int[np.ndarray, "n c c"], Int[np.ndarray, " n"]]:
+    def evaluate(self, indices: np.ndarray) -> tuple[Int[np.ndarray, "n c c"], Int[np.ndarray, " n"]]:
         """Return each readable image's confusion matrix, and the rows of these images."""
         self.head.eval()
-        self.maps.eval()
-        found, read = [], []
-        for row, shown in self._shown(rows):
-            self.advance(1)
-            if shown is not None:
-                mask = self.images.mask(row)
-                scores = self.head(self._join(self._standard([shown])))
-                large = interpolate(scores, mask.shape, mode="bilinear", align_corners=False)
-                found.append(confuse(mask, large[0].argmax(dim=0).cpu().numpy(), len(self.images.classes)))
-                read.append(row)
-        if not found:
-            raise InputError(f"no test image of {self.images.root} can be read: {dict(self.skipped)}")
-        return np.stack(found), np.array(read)
+        self.extractor.eval()
+        confusions, read_indices = [], []
+        for index, pixels in self._iter_pixels(indices):
+            self.update_progress(1)
+            if pixels is not None:
+                mask = self.dataset.load_mask(index)
+                logits = self.head(self._concat_maps(self._normalize([pixels])))
+                upsampled = interpolate(logits, mask.shape, mode="bilinear", align_corners=False)
+                confusions.append(
+                    confusion_matrix(
+                        mask, upsampled[0].argmax(dim=0).cpu().numpy(), len(self.dataset.classes)
+                    )
+                )
+                read_indices.append(index)
+        if not confusions:
+            raise InvalidInputError(f"no test image of {self.dataset.root} can be read: {dict(self.skipped)}")
+        return np.stack(confusions), np.array(read_indices)
 
-    def _shown(self, rows: np.ndarray) -> Iterator[tuple[int, np.ndarray | None]]:
+    def _iter_pixels(self, indices: np.ndarray) -> Iterator[tuple[int, np.ndarray | None]]:
         """Yield rows with their pixels; None, counted, where they cannot be read."""
-        for row, shown in zip(
-            rows.tolist(), ordered_map(self._read, rows.tolist(), self.workers), strict=True
+        for index, pixels in zip(
+            indices.tolist(), prefetch_map(self._read_pixels, indices.tolist(), self.num_workers), strict=True
         ):
-            if isinstance(shown, str):
-                self.skipped[shown] += 1
-            yield row, None if isinstance(shown, str) else shown
+            if isinstance(pixels, str):
+                self.skipped[pixels] += 1
+            yield index, None if isinstance(pixels, str) else pixels
 
-    def _read(self, row: int) -> np.ndarray | str:
+    def _read_pixels(self, index: int) -> np.ndarray | str:
         """Return an image squeezed into the square, (size, size, 3) uint8, or why it cannot be read."""
         try:
-            pixels = decode(read_bytes(ImageRef(path=self.images.files[row]), self.images.root))
-        except BadImageError as fault:
-            return str(fault)
-        size = (self.settings.size, self.settings.size)
+            pixels = decode_image(
+                read_image_bytes(ImageRef(path=self.dataset.files[index]), self.dataset.root)
+            )
+        except UnreadableImageError as error:
+            return str(error)
+        size = (self.config.image_size, self.config.image_size)
         image = torch.from_numpy(pixels.copy()).permute(2, 0, 1)[None].float()
-        small = interpolate(image, size, mode="bilinear", antialias=True, align_corners=False)
-        return small[0].round().clamp(0, 255).byte().permute(1, 2, 0).numpy()
+        resized = interpolate(image, size, mode="bilinear", antialias=True, align_corners=False)
+        return resized[0].round().clamp(0, 255).byte().permute(1, 2, 0).numpy()
 
-    def _load(self, batch: tuple[np.ndarray, np.ndarray]) -> tuple[np.ndarray, np.ndarray, list[np.ndarray]]:
-        rows, flips = batch
-        if not self.tuned and all(
-            key in self.kept for key in zip(rows.tolist(), flips.tolist(), strict=True)
+    def _load_batch(
+        self, batch: tuple[np.ndarray, np.ndarray]
+    ) -> tuple[np.ndarray, np.ndarray, list[np.ndarray]]:
+        indices, flips = batch
+        if not self.finetune_backbone and all(
+            key in self.feature_cache for key in zip(indices.tolist(), flips.tolist(), strict=True)
         ):
-            return rows, flips, []
-        read = (self._read(row) for row in rows.tolist())
-        shown = [each for each in read if not isinstance(each, str)]
-        return rows, flips, [each[:, ::-1] if flip else each for each, flip in zip(shown, flips, strict=True)]
-
-    def _features(self, rows: np.ndarray, flips: np.ndarray, shown: list[np.ndarray]) -> Tensor:
-        """Return joined maps; of a frozen encoder they are computed once and kept in half precision."""
-        if self.tuned:
-            return self._join(self._standard(shown))
-        keys = list(zip(rows.tolist(), flips.tolist(), strict=True))
-        if shown:
-            with torch.inference_mode():
-                joined = self._join(self._standard(shown)).half().cpu()
-            self.kept |= dict(zip(keys, joined, strict=True))
-        return torch.stack([self.kept[key] for key in keys]).to(self.device).float()
-
-    def _standard(self, shown: list[np.ndarray]) -> Tensor:
-        return self.encoder.transform.standardise(torch.from_numpy(np.stack(shown)).to(self.device))
-
-    def _join(self, images: Tensor) -> Tensor:
-        shown = self.maps(images)[-_LEVELS:]
-        size = shown[0].shape[-2:]
-        return torch.cat(
-            [interpolate(each, size, mode="bilinear", align_corners=False) for each in shown], dim=1
+            return indices, flips, []
+        loaded = (self._read_pixels(row) for row in indices.tolist())
+        images = [pixels for pixels in loaded if not isinstance(pixels, str)]
+        return (
+            indices,
+            flips,
+            [pixels[:, ::-1] if flip else pixels for pixels, flip in zip(images, flips, strict=True)],
         )
 
-    def _target(self, row: int, flip: Any) -> Tensor:
+    def _compute_features(self, indices: np.ndarray, flips: np.ndarray, images: list[np.ndarray]) -> Tensor:
+        """Return joined maps; of a frozen encoder they are computed once and kept in half precision."""
+        if self.finetune_backbone:
+            return self._concat_maps(self._normalize(images))
+        keys = list(zip(indices.tolist(), flips.tolist(), strict=True))
+        if images:
+            with torch.inference_mode():
+                features = self._concat_maps(self._normalize(images)).half().cpu()
+            self.feature_cache |= dict(zip(keys, features, strict=True))
+        return torch.stack([self.feature_cache[key] for key in keys]).to(self.device).float()
+
+    def _normalize(self, images: list[np.ndarray]) -> Tensor:
+        return self.encoder.transform.normalize(torch.from_numpy(np.stack(images)).to(self.device))
+
+    def _concat_maps(self, images: Tensor) -> Tensor:
+        feature_maps = self.extractor(images)[-_NUM_LEVELS:]
+        size = feature_maps[0].shape[-2:]
+        return torch.cat(
+            [
+                interpolate(feature_map, size, mode="bilinear", align_corners=False)
+                for feature_map in feature_maps
+            ],
+            dim=1,
+        )
+
+    def _load_target(self, index: int, flip: Any) -> Tensor:
         """Return a mask at the size of the square, by its nearest pixels."""
-        mask = torch.from_numpy(self.images.mask(row))
-        small = interpolate(mask[None, None].float(), (self.settings.size,) * 2, mode="nearest")[0, 0].long()
-        return small.flip(1) if flip else small
+        mask = torch.from_numpy(self.dataset.load_mask(index))
+        resized = interpolate(mask[None, None].float(), (self.config.image_size,) * 2, mode="nearest")[
+            0, 0
+        ].long()
+        return resized.flip(1) if flip else resized
 
-    def _batches(self, rows: np.ndarray) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-        settings = self.settings
-        for epoch in range(settings.epochs):
-            order = np.random.default_rng((settings.seed, epoch)).permutation(rows)
-            for start in range(0, len(order), settings.batch_size):
-                part = order[start : start + settings.batch_size]
-                chance = uniforms(part, 1, seed=settings.seed, epoch=epoch, stream=_STREAM)[:, 0]
-                yield part, chance < 0.5
+    def _batches(self, indices: np.ndarray) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+        config = self.config
+        for epoch in range(config.epochs):
+            order = np.random.default_rng((config.seed, epoch)).permutation(indices)
+            for start in range(0, len(order), config.batch_size):
+                batch_indices = order[start : start + config.batch_size]
+                u = uniform(batch_indices, 1, seed=config.seed, epoch=epoch, stream=_STREAM)[:, 0]
+                yield batch_indices, u < 0.5
 
 
-def confuse(
-    true: Int[np.ndarray, "h w"], given: Int[np.ndarray, "h w"], classes: int
+def confusion_matrix(
+    target: Int[np.ndarray, "h w"], pred: Int[np.ndarray, "h w"], num_classes: int
 ) -> Int[np.ndarray, "c c"]:
     """Count pixels by true class and by the class given; a true class below zero counts neither way."""
-    kept = true >= 0
-    return np.bincount(true[kept] * classes + given[kept], minlength=classes**2).reshape(classes, classes)
+    mask = target >= 0
+    return np.bincount(target[mask] * num_classes + pred[mask], minlength=num_classes**2).reshape(
+        num_classes, num_classes
+    )

@@ -9,21 +9,24 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from torch.nn.functional import normalize
 
-from likewise.models.text_tower import Language
+from likewise.models.text_tower import TextAlignment
 
 # Similarities held at a time: 64 MiB in float32, whatever the number of images.
-_CELLS = 2**24
+_BLOCK_ELEMENTS = 2**24
 
 
 @dataclass(frozen=True, kw_only=True)
-class ZeroShot:
+class ZeroShotConfig:
     """Settings: the sentences that a class name is put into, at `{}`."""
 
-    templates: tuple[str, ...] = ("a photo of a {}.",)
+    prompts: tuple[str, ...] = ("a photo of a {}.",)
 
 
-def zero_shot(
-    settings: ZeroShot, features: Float[Tensor, "m d"], classes: Sequence[str], language: Language
+def zero_shot_predict(
+    config: ZeroShotConfig,
+    features: Float[Tensor, "m d"],
+    class_names: Sequence[str],
+    text_alignment: TextAlignment,
 ) -> Int[Tensor, " m"]:
     """Give each image the class whose name, put into sentences, is nearest.
 
@@ -33,15 +36,24 @@ def zero_shot(
     Raises:
         ValueError: a template without `{}`.
     """
-    if not settings.templates or any("{}" not in template for template in settings.templates):
-        raise ValueError(f"each template needs a {{}} for the class, got {settings.templates}")
-    sentences = [t.replace("{}", name.replace("_", " ")) for name in classes for t in settings.templates]
-    texts = normalize(language.embed(sentences), dim=1).unflatten(0, (len(classes), -1)).mean(dim=1)
-    return (language.project(features) @ normalize(texts, dim=1).T).argmax(dim=1)
+    if not config.prompts or any("{}" not in prompt for prompt in config.prompts):
+        raise ValueError(f"each template needs a {{}} for the class, got {config.prompts}")
+    sentences = [
+        prompt.replace("{}", name.replace("_", " ")) for name in class_names for prompt in config.prompts
+    ]
+    class_embeddings = (
+        normalize(text_alignment.encode_text(sentences), dim=1)
+        .unflatten(0, (len(class_names), -1))
+        .mean(dim=1)
+    )
+    return (text_alignment.project_image(features) @ normalize(class_embeddings, dim=1).T).argmax(dim=1)
 
 
 def match_captions(
-    images: Float[Tensor, "n j"], texts: Float[Tensor, "t j"], owners: Int[Tensor, " t"], ks: Sequence[int]
+    image_embeddings: Float[Tensor, "n j"],
+    text_embeddings: Float[Tensor, "t j"],
+    image_ids: Int[Tensor, " t"],
+    ks: Sequence[int],
 ) -> tuple[Bool[np.ndarray, "n k"], Bool[np.ndarray, "t k"]]:
     """Look for each image among the captions, and for each caption among the images.
 
@@ -49,9 +61,9 @@ def match_captions(
     the first k (the protocol of Karpathy and Fei-Fei 2015, as CLIP and its successors follow it).
 
     Args:
-        images: Images in the space of captions.
-        texts: All captions.
-        owners: The image of each caption.
+        image_embeddings: Images in the space of captions.
+        text_embeddings: All captions.
+        image_ids: The image of each caption.
         ks: The depths.
 
     Returns:
@@ -60,24 +72,32 @@ def match_captions(
     Raises:
         ValueError: a depth below one, or captions of no image.
     """
-    if min(ks, default=1) < 1 or len(owners) != len(texts) or not len(texts):
-        raise ValueError(f"expected depths of at least 1 and an owner a caption, got {ks}, {len(owners)}")
-    images, texts = normalize(images, dim=1), normalize(texts, dim=1)
-    by_image = _search(images, texts, torch.arange(len(images)), owners, ks)
-    by_text = _search(texts, images, owners, torch.arange(len(images)), ks)
-    return by_image, by_text
+    if min(ks, default=1) < 1 or len(image_ids) != len(text_embeddings) or not len(text_embeddings):
+        raise ValueError(f"expected depths of at least 1 and an owner a caption, got {ks}, {len(image_ids)}")
+    image_embeddings, text_embeddings = normalize(image_embeddings, dim=1), normalize(text_embeddings, dim=1)
+    image_to_text = _recall_hits(
+        image_embeddings, text_embeddings, torch.arange(len(image_embeddings)), image_ids, ks
+    )
+    text_to_image = _recall_hits(
+        text_embeddings, image_embeddings, image_ids, torch.arange(len(image_embeddings)), ks
+    )
+    return image_to_text, text_to_image
 
 
-def _search(
-    queries: Float[Tensor, "q j"],
-    gallery: Float[Tensor, "g j"],
-    wanted: Int[Tensor, " q"],
-    owners: Int[Tensor, " g"],
+def _recall_hits(
+    query_embeddings: Float[Tensor, "q j"],
+    gallery_embeddings: Float[Tensor, "g j"],
+    query_ids: Int[Tensor, " q"],
+    gallery_ids: Int[Tensor, " g"],
     ks: Sequence[int],
 ) -> Bool[np.ndarray, "q k"]:
-    found = []
-    for rows in torch.arange(len(queries)).split(max(1, _CELLS // len(gallery))):
-        order = (queries[rows] @ gallery.T).argsort(dim=1, descending=True, stable=True)[:, : max(ks)]
-        right = owners[order] == wanted[rows, None]
-        found.append(torch.stack([right[:, :k].any(dim=1) for k in ks], dim=1))
-    return torch.cat(found).numpy()
+    hits = []
+    for block in torch.arange(len(query_embeddings)).split(
+        max(1, _BLOCK_ELEMENTS // len(gallery_embeddings))
+    ):
+        ranking = (query_embeddings[block] @ gallery_embeddings.T).argsort(
+            dim=1, descending=True, stable=True
+        )[:, : max(ks)]
+        is_match = gallery_ids[ranking] == query_ids[block, None]
+        hits.append(torch.stack([is_match[:, :k].any(dim=1) for k in ks], dim=1))
+    return torch.cat(hits).numpy()

@@ -8,24 +8,30 @@ from torch import Tensor, nn
 from torch.nn.functional import normalize
 
 from likewise.training.losses import (
-    alike_share,
-    decoupled,
+    dcl_loss,
+    false_negative_fraction,
     false_negative_weights,
-    info_nce,
-    nt_xent,
-    queue_contrast,
-    sup_con,
+    info_nce_loss,
+    moco_loss,
+    nt_xent_loss,
+    supcon_loss,
 )
-from likewise.training.methods.base import Judged, Method, Shown, encode
-from likewise.training.methods.modules import Queue, Slow, predictor, projector, rising
-from likewise.training.methods.options import Negatives
+from likewise.training.methods.base import Batch, LossOutput, Method, forward_views
+from likewise.training.methods.modules import (
+    EMAModel,
+    MemoryBank,
+    cosine_momentum,
+    prediction_head,
+    projection_head,
+)
+from likewise.training.methods.options import FalseNegativeMode
 
 
 @final
 class SimCLR(Method):
     """SimCLR (Chen et al. 2020, eq. 1); with `language` pairs, LGSimCLR (El Banani et al. 2023, section 3).
 
-    With `decoupling`, DCL (Yeh et al. 2022, eq. 6): the positive is no part of its own denominator.
+    With `decoupled`, DCL (Yeh et al. 2022, eq. 6): the positive is no part of its own denominator.
 
     Deviation from the LGSSL code: both views pass through the network as one batch, so BatchNorm's
     statistics are those of both, as in the SimCLR paper; LGSSL passes them one after the other.
@@ -34,39 +40,43 @@ class SimCLR(Method):
     def __init__(
         self,
         backbone: nn.Module,
-        width: int,
+        feature_dim: int,
         *,
         temperature: float,
-        head: Sequence[int],
-        negatives: Negatives = "all",
-        alike: float = 0.8,
-        decoupling: bool = False,
+        projector_dims: Sequence[int],
+        false_negatives: FalseNegativeMode = "keep",
+        false_negative_threshold: float = 0.8,
+        decoupled: bool = False,
     ) -> None:
-        """Put a projection head on a backbone of `width` features."""
+        """Put a projection head on a backbone of `feature_dim` features."""
         super().__init__()
         self.backbone = backbone
-        self.projector = projector(width, head)
-        self.temperature, self.decoupling = temperature, decoupling
-        self.negatives: Negatives = negatives
-        self.alike = alike
+        self.projector = projection_head(feature_dim, projector_dims)
+        self.temperature, self.decoupled = temperature, decoupled
+        self.false_negatives: FalseNegativeMode = false_negatives
+        self.false_negative_threshold = false_negative_threshold
 
-    def embed(self, shown: Shown) -> tuple[Tensor, Sequence[Tensor]]:
+    def encode(self, batch: Batch) -> tuple[Tensor, Sequence[Tensor]]:
         """Return features and the projections of both views."""
-        features = torch.cat(encode(self.backbone, shown.views))
+        features = torch.cat(forward_views(self.backbone, batch.views))
         return features, self.projector(features).chunk(2)
 
-    def judge(self, outputs: Sequence[Tensor], shown: Shown) -> Judged:
+    def compute_loss(self, outputs: Sequence[Tensor], batch: Batch) -> LossOutput:
         """Return NT-Xent or its decoupled form."""
-        first, second = outputs
+        z1, z2 = outputs
         weights, targets, logs = None, None, {}
-        if shown.captions is not None and self.negatives != "all":
-            flat = shown.captions.flatten(0, 1)
-            similarity = flat @ flat.T
-            weights, targets = false_negative_weights(similarity, self.alike, self.negatives)
-            logs = {"alike": alike_share(similarity, self.alike)}
-        if self.decoupling:
-            return Judged(decoupled(first, second, self.temperature, weights), logs)
-        return Judged(nt_xent(first, second, self.temperature, weights, targets), logs)
+        if batch.caption_embeddings is not None and self.false_negatives != "keep":
+            captions = batch.caption_embeddings.flatten(0, 1)
+            similarity = captions @ captions.T
+            weights, targets = false_negative_weights(
+                similarity, self.false_negative_threshold, self.false_negatives
+            )
+            logs = {
+                "false_negative_fraction": false_negative_fraction(similarity, self.false_negative_threshold)
+            }
+        if self.decoupled:
+            return LossOutput(dcl_loss(z1, z2, self.temperature, weights), logs)
+        return LossOutput(nt_xent_loss(z1, z2, self.temperature, weights, targets), logs)
 
 
 @final
@@ -77,27 +87,29 @@ class SupCon(Method):
     source the classes are the anchors: an image and all its partners that are shown at once.
     """
 
-    def __init__(self, backbone: nn.Module, width: int, *, temperature: float, head: Sequence[int]) -> None:
-        """Put a projection head on a backbone of `width` features."""
+    def __init__(
+        self, backbone: nn.Module, feature_dim: int, *, temperature: float, projector_dims: Sequence[int]
+    ) -> None:
+        """Put a projection head on a backbone of `feature_dim` features."""
         super().__init__()
         self.backbone = backbone
-        self.projector = projector(width, head)
+        self.projector = projection_head(feature_dim, projector_dims)
         self.temperature = temperature
 
-    def embed(self, shown: Shown) -> tuple[Tensor, Sequence[Tensor]]:
+    def encode(self, batch: Batch) -> tuple[Tensor, Sequence[Tensor]]:
         """Return features and the projections of all views."""
-        features = torch.cat(encode(self.backbone, shown.views))
-        return features, self.projector(features).chunk(len(shown.views))
+        features = torch.cat(forward_views(self.backbone, batch.views))
+        return features, self.projector(features).chunk(len(batch.views))
 
-    def judge(self, outputs: Sequence[Tensor], shown: Shown) -> Judged:
+    def compute_loss(self, outputs: Sequence[Tensor], batch: Batch) -> LossOutput:
         """Return the loss over all views."""
-        own = torch.arange(len(outputs[0]), device=outputs[0].device)
-        groups = own
-        if shown.groups is not None:
+        indices = torch.arange(len(outputs[0]), device=outputs[0].device)
+        labels = indices
+        if batch.labels is not None:
             # Images without label are alone with their partners: numbers that no label has.
-            groups = torch.where(shown.groups >= 0, shown.groups, -1 - own)
-        loss = sup_con(torch.cat(list(outputs)), groups.repeat(len(outputs)), self.temperature)
-        return Judged(loss)
+            labels = torch.where(batch.labels >= 0, batch.labels, -1 - indices)
+        loss = supcon_loss(torch.cat(list(outputs)), labels.repeat(len(outputs)), self.temperature)
+        return LossOutput(loss)
 
 
 @final
@@ -110,38 +122,38 @@ class NNCLR(Method):
     def __init__(
         self,
         backbone: nn.Module,
-        width: int,
+        feature_dim: int,
         *,
         temperature: float,
-        head: Sequence[int],
-        hidden: int,
-        queue: int,
+        projector_dims: Sequence[int],
+        predictor_hidden_dim: int,
+        memory_bank_size: int,
     ) -> None:
-        """Put a projection and a prediction head on a backbone of `width` features."""
+        """Put a projection and a prediction head on a backbone of `feature_dim` features."""
         super().__init__()
         self.backbone = backbone
-        self.projector = projector(width, head)
-        self.predictor = predictor(head[-1], hidden)
-        self.queue = Queue(queue, head[-1])
+        self.projector = projection_head(feature_dim, projector_dims)
+        self.predictor = prediction_head(projector_dims[-1], predictor_hidden_dim)
+        self.memory_bank = MemoryBank(memory_bank_size, projector_dims[-1])
         self.temperature = temperature
 
-    def embed(self, shown: Shown) -> tuple[Tensor, Sequence[Tensor]]:
+    def encode(self, batch: Batch) -> tuple[Tensor, Sequence[Tensor]]:
         """Return features, and the projections and predictions of both views."""
-        features = torch.cat(encode(self.backbone, shown.views))
-        projected = self.projector(features)
-        return features, (*projected.chunk(2), *self.predictor(projected).chunk(2))
+        features = torch.cat(forward_views(self.backbone, batch.views))
+        projections = self.projector(features)
+        return features, (*projections.chunk(2), *self.predictor(projections).chunk(2))
 
-    def judge(self, outputs: Sequence[Tensor], shown: Shown) -> Judged:
+    def compute_loss(self, outputs: Sequence[Tensor], batch: Batch) -> LossOutput:
         """Return the loss, and put the partners' projections into the queue."""
-        first, second, said_first, said_second = outputs
-        own = torch.arange(len(first), device=first.device)
+        z1, z2, pred_1, pred_2 = outputs
+        labels = torch.arange(len(z1), device=z1.device)
         loss = (
-            info_nce(said_second, self.queue.nearest(first), own, self.temperature)
-            + info_nce(said_first, self.queue.nearest(second), own, self.temperature)
+            info_nce_loss(pred_2, self.memory_bank.nearest(z1), labels, self.temperature)
+            + info_nce_loss(pred_1, self.memory_bank.nearest(z2), labels, self.temperature)
         ) / 2
         if self.training:
-            self.queue.push(normalize(second, dim=1))
-        return Judged(loss)
+            self.memory_bank.enqueue(normalize(z2, dim=1))
+        return LossOutput(loss)
 
 
 @final
@@ -155,45 +167,45 @@ class MoCo(Method):
     def __init__(
         self,
         backbone: nn.Module,
-        width: int,
+        feature_dim: int,
         *,
         temperature: float,
-        head: Sequence[int],
-        momentum: float,
-        queue: int,
+        projector_dims: Sequence[int],
+        ema_momentum: float,
+        memory_bank_size: int,
     ) -> None:
-        """Put a projection head on a backbone of `width` features, and make a slow copy of both."""
+        """Put a projection head on a backbone of `feature_dim` features, and make a slow copy of both."""
         super().__init__()
         self.backbone = backbone
-        self.projector = projector(width, head)
-        self.slow = Slow(self.backbone, self.projector)
-        self.queue = Queue(queue, head[-1])
-        self.temperature, self.momentum = temperature, momentum
+        self.projector = projection_head(feature_dim, projector_dims)
+        self.ema_model = EMAModel(self.backbone, self.projector)
+        self.memory_bank = MemoryBank(memory_bank_size, projector_dims[-1])
+        self.temperature, self.ema_momentum = temperature, ema_momentum
 
-    def begin(self, shown: Shown) -> None:
+    def on_step_start(self, batch: Batch) -> None:
         """Let the slow copy follow."""
         if self.training:
-            self.slow.follow(self.backbone, self.projector, keep=self.momentum)
+            self.ema_model.update(self.backbone, self.projector, momentum=self.ema_momentum)
 
-    def embed(self, shown: Shown) -> tuple[Tensor, Sequence[Tensor]]:
+    def encode(self, batch: Batch) -> tuple[Tensor, Sequence[Tensor]]:
         """Return the features of the anchors, queries and keys."""
-        anchors, partners = shown.views
-        (features,) = encode(self.backbone, [anchors])
+        anchors, partners = batch.views
+        (features,) = forward_views(self.backbone, [anchors])
         queries = self.projector(features)
         # Last, so that a chunk that is embedded once more for its gradients ends before it.
-        backbone, head = self.slow.copies
+        ema_backbone, ema_projector = self.ema_model.ema_modules
         with torch.no_grad():
-            keys = head(*encode(backbone, [partners]))
+            keys = ema_projector(*forward_views(ema_backbone, [partners]))
         return features, (queries, keys)
 
-    def judge(self, outputs: Sequence[Tensor], shown: Shown) -> Judged:
+    def compute_loss(self, outputs: Sequence[Tensor], batch: Batch) -> LossOutput:
         """Return the loss against the queue, and put the keys into it."""
         queries, keys = outputs
         # A copy, because the queue changes before gradients are taken.
-        loss = queue_contrast(queries, keys, self.queue.rows.clone(), self.temperature)
+        loss = moco_loss(queries, keys, self.memory_bank.bank.clone(), self.temperature)
         if self.training:
-            self.queue.push(normalize(keys, dim=1))
-        return Judged(loss)
+            self.memory_bank.enqueue(normalize(keys, dim=1))
+        return LossOutput(loss)
 
 
 @final
@@ -206,41 +218,45 @@ class MoCoV3(Method):
     def __init__(
         self,
         backbone: nn.Module,
-        width: int,
+        feature_dim: int,
         *,
         temperature: float,
-        head: Sequence[int],
-        hidden: int,
-        momentum: float,
+        projector_dims: Sequence[int],
+        predictor_hidden_dim: int,
+        ema_momentum: float,
     ) -> None:
-        """Put both heads on a backbone of `width` features, and make a slow copy of it and the first."""
+        """Add both heads to a backbone of `feature_dim` features, and an EMA copy of both."""
         super().__init__()
         self.backbone = backbone
-        self.projector = projector(width, head)
-        self.predictor = predictor(head[-1], hidden)
-        self.slow = Slow(self.backbone, self.projector)
-        self.temperature, self.momentum = temperature, momentum
+        self.projector = projection_head(feature_dim, projector_dims)
+        self.predictor = prediction_head(projector_dims[-1], predictor_hidden_dim)
+        self.ema_model = EMAModel(self.backbone, self.projector)
+        self.temperature, self.ema_momentum = temperature, ema_momentum
 
-    def begin(self, shown: Shown) -> None:
+    def on_step_start(self, batch: Batch) -> None:
         """Let the slow copy follow."""
         if self.training:
-            self.slow.follow(self.backbone, self.projector, keep=rising(self.momentum, shown.progress))
+            self.ema_model.update(
+                self.backbone,
+                self.projector,
+                momentum=cosine_momentum(self.ema_momentum, batch.train_fraction),
+            )
 
-    def embed(self, shown: Shown) -> tuple[Tensor, Sequence[Tensor]]:
+    def encode(self, batch: Batch) -> tuple[Tensor, Sequence[Tensor]]:
         """Return features, queries and keys of both views."""
-        features = torch.cat(encode(self.backbone, shown.views))
+        features = torch.cat(forward_views(self.backbone, batch.views))
         queries = self.predictor(self.projector(features))
         # Last, so that a chunk that is embedded once more for its gradients ends before it.
-        backbone, head = self.slow.copies
+        ema_backbone, ema_projector = self.ema_model.ema_modules
         with torch.no_grad():
-            keys = head(torch.cat(encode(backbone, shown.views)))
+            keys = ema_projector(torch.cat(forward_views(ema_backbone, batch.views)))
         return features, (*queries.chunk(2), *keys.chunk(2))
 
-    def judge(self, outputs: Sequence[Tensor], shown: Shown) -> Judged:
+    def compute_loss(self, outputs: Sequence[Tensor], batch: Batch) -> LossOutput:
         """Return the loss over both directions."""
         queries_1, queries_2, keys_1, keys_2 = outputs
-        own = torch.arange(len(keys_1), device=keys_1.device)
-        both = info_nce(queries_1, keys_2, own, self.temperature) + info_nce(
-            queries_2, keys_1, own, self.temperature
+        labels = torch.arange(len(keys_1), device=keys_1.device)
+        loss = info_nce_loss(queries_1, keys_2, labels, self.temperature) + info_nce_loss(
+            queries_2, keys_1, labels, self.temperature
         )
-        return Judged(2 * self.temperature * both)
+        return LossOutput(2 * self.temperature * loss)

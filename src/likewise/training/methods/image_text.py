@@ -13,42 +13,50 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn.functional import normalize
 
-from likewise.models.text_tower import TextTower, language_tensors
-from likewise.training.losses import clip, info_nce, nt_xent, siglip
-from likewise.training.methods.base import Judged, Method, Shown, encode
-from likewise.training.methods.modules import Queue, projector
+from likewise.models.text_tower import TextTower, text_state_dict
+from likewise.training.losses import clip_loss, info_nce_loss, nt_xent_loss, siglip_loss
+from likewise.training.methods.base import Batch, LossOutput, Method, forward_views
+from likewise.training.methods.modules import MemoryBank, projection_head
 
-_SCALE, _MOST = 1 / 0.07, 100.0  # where CLIP's learned scale begins and where it is held
-_SIGMOID_SCALE, _SIGMOID_BIAS = 10.0, -10.0  # where SigLIP's begin
+_INIT_LOGIT_SCALE, _MAX_LOGIT_SCALE = (
+    1 / 0.07,
+    100.0,
+)  # where CLIP's learned scale begins and where it is held
+_SIGLIP_INIT_SCALE, _SIGLIP_INIT_BIAS = 10.0, -10.0  # where SigLIP's begin
 _NEIGHBOR_WEIGHT = 0.2  # DeCLIP's, and the LGSSL code's
 
 
 @final
-class Texts(nn.Module):
+class TextBranch(nn.Module):
     """Captions as vectors: by a tower that is trained, or frozen embeddings under a trained projection."""
 
     def __init__(
-        self, tower: nn.Module | None, vector_width: int, width: int, *, of_partners: bool = True
+        self,
+        tower: nn.Module | None,
+        caption_embedding_dim: int,
+        embed_dim: int,
+        *,
+        use_partner_caption: bool = True,
     ) -> None:
-        """Take a tower, tokens (b, t) -> (b, width); else project vectors of `vector_width`."""
+        """Take a tower, tokens (b, t) -> (b, width); else project vectors of `caption_embedding_dim`."""
         super().__init__()
         self.tower = tower
-        self.of_partners = of_partners
-        self.projection = nn.Linear(vector_width, width, bias=False) if tower is None else None
+        self.use_partner_caption = use_partner_caption
+        self.projection = nn.Linear(caption_embedding_dim, embed_dim, bias=False) if tower is None else None
 
-    def part(self, shown: Shown) -> tuple[Tensor, ...]:
+    def local_embeddings(self, batch: Batch) -> tuple[Tensor, ...]:
         """Return the texts of this process's pairs if they are costly, (part, width); else nothing."""
-        return () if self.tower is None else (self.tower(shown.tokens),)
+        return () if self.tower is None else (self.tower(batch.tokens),)
 
-    def whole(self, gathered: Sequence[Tensor], shown: Shown) -> Float[Tensor, "b d"]:
+    def batch_embeddings(self, gathered: Sequence[Tensor], batch: Batch) -> Float[Tensor, "b d"]:
         """Return the texts of the whole batch, (b, width), from the gathered parts."""
         if self.projection is None:
             return gathered[0]
-        if shown.captions is None:
+        if batch.caption_embeddings is None:
             raise TypeError("frozen texts need the vectors of captions")
-        own, partners = shown.captions
-        there = partners.any(dim=1, keepdim=True) & self.of_partners
-        return self.projection(torch.where(there, partners, own))
+        captions, partner_captions = batch.caption_embeddings
+        use_partner = partner_captions.any(dim=1, keepdim=True) & self.use_partner_caption
+        return self.projection(torch.where(use_partner, partner_captions, captions))
 
 
 @final
@@ -60,26 +68,44 @@ class CLIP(Method):
     """
 
     def __init__(
-        self, backbone: nn.Module, width: int, texts: Texts, *, joint: int, sigmoid: bool = False
+        self,
+        backbone: nn.Module,
+        feature_dim: int,
+        text_branch: TextBranch,
+        *,
+        embed_dim: int,
+        sigmoid: bool = False,
     ) -> None:
-        """Project a backbone's `width` features to the `joint` width of the texts."""
+        """Project a backbone's `feature_dim` features to the `embed_dim` width of the texts."""
         super().__init__()
-        self.backbone, self.texts = backbone, texts
-        self.projection = nn.Linear(width, joint, bias=False)
-        self.scale = nn.Parameter(torch.tensor(math.log(_SIGMOID_SCALE if sigmoid else _SCALE)))
-        self.bias = nn.Parameter(torch.tensor(_SIGMOID_BIAS)) if sigmoid else None
+        self.backbone, self.text_branch = backbone, text_branch
+        self.projection = nn.Linear(feature_dim, embed_dim, bias=False)
+        self.logit_scale = nn.Parameter(
+            torch.tensor(math.log(_SIGLIP_INIT_SCALE if sigmoid else _INIT_LOGIT_SCALE))
+        )
+        self.logit_bias = nn.Parameter(torch.tensor(_SIGLIP_INIT_BIAS)) if sigmoid else None
 
-    def embed(self, shown: Shown) -> tuple[Tensor, Sequence[Tensor]]:
+    def encode(self, batch: Batch) -> tuple[Tensor, Sequence[Tensor]]:
         """Return the features of the anchors, their projections and their captions'."""
-        (features,) = encode(self.backbone, shown.views)
-        return features, (self.projection(features), *self.texts.part(shown))
+        (features,) = forward_views(self.backbone, batch.views)
+        return features, (self.projection(features), *self.text_branch.local_embeddings(batch))
 
-    def judge(self, outputs: Sequence[Tensor], shown: Shown) -> Judged:
+    def compute_loss(self, outputs: Sequence[Tensor], batch: Batch) -> LossOutput:
         """Return the contrastive or the sigmoid loss."""
-        images, texts = outputs[0], self.texts.whole(outputs[1:], shown)
-        scale = held(self.scale)
-        loss = clip(images, texts, scale) if self.bias is None else siglip(images, texts, scale, self.bias)
-        return Judged(loss, {"scale": scale.detach(), "matched": matched(images, texts)})
+        image_features, text_features = outputs[0], self.text_branch.batch_embeddings(outputs[1:], batch)
+        logit_scale = clamped_logit_scale(self.logit_scale)
+        loss = (
+            clip_loss(image_features, text_features, logit_scale)
+            if self.logit_bias is None
+            else siglip_loss(image_features, text_features, logit_scale, self.logit_bias)
+        )
+        return LossOutput(
+            loss,
+            {
+                "logit_scale": logit_scale.detach(),
+                "contrastive_accuracy": contrastive_accuracy(image_features, text_features),
+            },
+        )
 
 
 @final
@@ -91,29 +117,47 @@ class DeCLIP(Method):
     language) and its several views are left out, as LGSSL does.
     """
 
-    def __init__(self, backbone: nn.Module, width: int, texts: Texts, *, joint: int, queue: int) -> None:
-        """Project a backbone's `width` features to the `joint` width of the texts."""
+    def __init__(
+        self,
+        backbone: nn.Module,
+        feature_dim: int,
+        text_branch: TextBranch,
+        *,
+        embed_dim: int,
+        memory_bank_size: int,
+    ) -> None:
+        """Project a backbone's `feature_dim` features to the `embed_dim` width of the texts."""
         super().__init__()
-        self.backbone, self.texts = backbone, texts
-        self.projection = nn.Linear(width, joint, bias=False)
-        self.scale = nn.Parameter(torch.tensor(math.log(_SCALE)))
-        self.queue = Queue(queue, joint)
+        self.backbone, self.text_branch = backbone, text_branch
+        self.projection = nn.Linear(feature_dim, embed_dim, bias=False)
+        self.logit_scale = nn.Parameter(torch.tensor(math.log(_INIT_LOGIT_SCALE)))
+        self.memory_bank = MemoryBank(memory_bank_size, embed_dim)
 
-    def embed(self, shown: Shown) -> tuple[Tensor, Sequence[Tensor]]:
+    def encode(self, batch: Batch) -> tuple[Tensor, Sequence[Tensor]]:
         """Return the features of the anchors, their projections and their captions'."""
-        (features,) = encode(self.backbone, shown.views)
-        return features, (self.projection(features), *self.texts.part(shown))
+        (features,) = forward_views(self.backbone, batch.views)
+        return features, (self.projection(features), *self.text_branch.local_embeddings(batch))
 
-    def judge(self, outputs: Sequence[Tensor], shown: Shown) -> Judged:
+    def compute_loss(self, outputs: Sequence[Tensor], batch: Batch) -> LossOutput:
         """Return the weighted loss, and put the captions into the queue."""
-        images, texts = outputs[0], self.texts.whole(outputs[1:], shown)
-        scale = held(self.scale)
-        own = torch.arange(len(images), device=images.device)
-        neighbors = info_nce(images, self.queue.nearest(texts), own, 1 / scale)
-        loss = (1 - _NEIGHBOR_WEIGHT) * clip(images, texts, scale) + _NEIGHBOR_WEIGHT * neighbors
+        image_features, text_features = outputs[0], self.text_branch.batch_embeddings(outputs[1:], batch)
+        logit_scale = clamped_logit_scale(self.logit_scale)
+        labels = torch.arange(len(image_features), device=image_features.device)
+        neighbor_loss = info_nce_loss(
+            image_features, self.memory_bank.nearest(text_features), labels, 1 / logit_scale
+        )
+        loss = (1 - _NEIGHBOR_WEIGHT) * clip_loss(
+            image_features, text_features, logit_scale
+        ) + _NEIGHBOR_WEIGHT * neighbor_loss
         if self.training:
-            self.queue.push(normalize(texts, dim=1))
-        return Judged(loss, {"scale": scale.detach(), "matched": matched(images, texts)})
+            self.memory_bank.enqueue(normalize(text_features, dim=1))
+        return LossOutput(
+            loss,
+            {
+                "logit_scale": logit_scale.detach(),
+                "contrastive_accuracy": contrastive_accuracy(image_features, text_features),
+            },
+        )
 
 
 @final
@@ -128,58 +172,63 @@ class SLIP(Method):
     def __init__(
         self,
         backbone: nn.Module,
-        width: int,
-        texts: Texts,
+        feature_dim: int,
+        text_branch: TextBranch,
         *,
-        joint: int,
-        head: Sequence[int],
+        embed_dim: int,
+        projector_dims: Sequence[int],
         temperature: float,
     ) -> None:
-        """Put SimCLR's head and CLIP's projection on a backbone of `width` features."""
+        """Put SimCLR's head and CLIP's projection on a backbone of `feature_dim` features."""
         super().__init__()
-        self.backbone, self.texts = backbone, texts
-        self.projector = projector(width, head)
-        self.projection = nn.Linear(width, joint, bias=False)
-        self.scale = nn.Parameter(torch.tensor(math.log(_SCALE)))
+        self.backbone, self.text_branch = backbone, text_branch
+        self.projector = projection_head(feature_dim, projector_dims)
+        self.projection = nn.Linear(feature_dim, embed_dim, bias=False)
+        self.logit_scale = nn.Parameter(torch.tensor(math.log(_INIT_LOGIT_SCALE)))
         self.temperature = temperature
 
-    def embed(self, shown: Shown) -> tuple[Tensor, Sequence[Tensor]]:
+    def encode(self, batch: Batch) -> tuple[Tensor, Sequence[Tensor]]:
         """Return features, both views' projections, the plain crop's and the captions'."""
-        views = encode(self.backbone, shown.views)
-        pair = self.projector(torch.cat(views[:2])).chunk(2)
-        plain = self.projection(views[2] if len(views) > 2 else views[0])
-        return torch.cat(views), (*pair, plain, *self.texts.part(shown))
+        features = forward_views(self.backbone, batch.views)
+        projections = self.projector(torch.cat(features[:2])).chunk(2)
+        image_features = self.projection(features[2] if len(features) > 2 else features[0])
+        return torch.cat(features), (*projections, image_features, *self.text_branch.local_embeddings(batch))
 
-    def judge(self, outputs: Sequence[Tensor], shown: Shown) -> Judged:
+    def compute_loss(self, outputs: Sequence[Tensor], batch: Batch) -> LossOutput:
         """Return the sum of both losses."""
-        first, second, images = outputs[:3]
-        texts = self.texts.whole(outputs[3:], shown)
-        scale = held(self.scale)
-        told, alike = clip(images, texts, scale), nt_xent(first, second, self.temperature)
+        z1, z2, image_features = outputs[:3]
+        text_features = self.text_branch.batch_embeddings(outputs[3:], batch)
+        logit_scale = clamped_logit_scale(self.logit_scale)
+        loss_clip, loss_simclr = (
+            clip_loss(image_features, text_features, logit_scale),
+            nt_xent_loss(z1, z2, self.temperature),
+        )
         logs = {
-            "scale": scale.detach(),
-            "matched": matched(images, texts),
-            "clip": told.detach(),
-            "simclr": alike.detach(),
+            "logit_scale": logit_scale.detach(),
+            "contrastive_accuracy": contrastive_accuracy(image_features, text_features),
+            "clip": loss_clip.detach(),
+            "simclr": loss_simclr.detach(),
         }
-        return Judged(told + alike, logs)
+        return LossOutput(loss_clip + loss_simclr, logs)
 
 
-def language_of(method: Method) -> tuple[dict[str, Tensor], dict[str, int]] | None:
+def text_state(method: Method) -> tuple[dict[str, Tensor], dict[str, int]] | None:
     """Return what `save_encoder` keeps of a method's language side; None where it trains no text tower."""
-    if not isinstance(method, CLIP | DeCLIP | SLIP) or not isinstance(method.texts.tower, TextTower):
+    if not isinstance(method, CLIP | DeCLIP | SLIP) or not isinstance(method.text_branch.tower, TextTower):
         return None
-    tower = method.texts.tower
-    return language_tensors(tower, method.projection), tower.made_of
+    tower = method.text_branch.tower
+    return text_state_dict(tower, method.projection), tower.config
 
 
-def held(logarithm: Tensor) -> Float[Tensor, ""]:
+def clamped_logit_scale(log_scale: Tensor) -> Float[Tensor, ""]:
     """Return a scale that is learned as a logarithm, and grows no further than CLIP lets it."""
-    return logarithm.clamp(max=math.log(_MOST)).exp()
+    return log_scale.clamp(max=math.log(_MAX_LOGIT_SCALE)).exp()
 
 
 @torch.no_grad()
-def matched(images: Float[Tensor, "b d"], texts: Float[Tensor, "b d"]) -> Float[Tensor, ""]:
+def contrastive_accuracy(
+    image_features: Float[Tensor, "b d"], text_features: Float[Tensor, "b d"]
+) -> Float[Tensor, ""]:
     """Return the share of images that find their own caption among the batch's."""
-    picked = (normalize(images, dim=1) @ normalize(texts, dim=1).T).argmax(dim=1)
-    return (picked == torch.arange(len(images), device=images.device)).float().mean()
+    predictions = (normalize(image_features, dim=1) @ normalize(text_features, dim=1).T).argmax(dim=1)
+    return (predictions == torch.arange(len(image_features), device=image_features.device)).float().mean()

@@ -10,57 +10,57 @@ from torch import Tensor, nn
 from torch.nn.functional import normalize
 
 
-def projector(width: int, layers: Sequence[int], *, final_norm: bool = False) -> nn.Sequential:
+def projection_head(in_dim: int, dims: Sequence[int], *, final_norm: bool = False) -> nn.Sequential:
     """Build the projection MLP of SimCLR as the paper uses it: features (b, width) -> (b, layers[-1]).
 
     Linear without bias, BatchNorm and ReLU for each layer, the last one linear alone (Chen et al. 2020,
     section 2.1; widths 2048-2048-128 in El Banani et al. 2023). `final_norm` puts BatchNorm without gain and
     shift behind it, as SimSiam does.
     """
-    modules: list[nn.Module] = []
-    for after in layers[:-1]:
-        modules += [nn.Linear(width, after, bias=False), nn.BatchNorm1d(after), nn.ReLU(inplace=True)]
-        width = after
-    modules.append(nn.Linear(width, layers[-1], bias=False))
-    return nn.Sequential(*modules, *[nn.BatchNorm1d(layers[-1], affine=False)] * final_norm)
+    layers: list[nn.Module] = []
+    for out_dim in dims[:-1]:
+        layers += [nn.Linear(in_dim, out_dim, bias=False), nn.BatchNorm1d(out_dim), nn.ReLU(inplace=True)]
+        in_dim = out_dim
+    layers.append(nn.Linear(in_dim, dims[-1], bias=False))
+    return nn.Sequential(*layers, *[nn.BatchNorm1d(dims[-1], affine=False)] * final_norm)
 
 
-def predictor(width: int, hidden: int) -> nn.Sequential:
+def prediction_head(dim: int, hidden_dim: int) -> nn.Sequential:
     """Build a prediction MLP: (b, width) -> (b, width) through a hidden layer with BatchNorm and ReLU."""
     return nn.Sequential(
-        nn.Linear(width, hidden, bias=False),
-        nn.BatchNorm1d(hidden),
+        nn.Linear(dim, hidden_dim, bias=False),
+        nn.BatchNorm1d(hidden_dim),
         nn.ReLU(inplace=True),
-        nn.Linear(hidden, width),
+        nn.Linear(hidden_dim, dim),
     )
 
 
-class Queue(nn.Module):
+class MemoryBank(nn.Module):
     """The last outputs, the oldest overwritten first; all of it is state that checkpoints keep."""
 
-    def __init__(self, length: int, width: int) -> None:
+    def __init__(self, size: int, dim: int) -> None:
         """Start with random directions, as MoCo does: they are told apart easily and soon gone."""
         super().__init__()
-        self.register_buffer("rows", normalize(torch.randn(length, width), dim=1))
-        self.register_buffer("place", torch.zeros((), dtype=torch.long))
-        self.rows: Tensor
-        self.place: Tensor
+        self.register_buffer("bank", normalize(torch.randn(size, dim), dim=1))
+        self.register_buffer("ptr", torch.zeros((), dtype=torch.long))
+        self.bank: Tensor
+        self.ptr: Tensor
 
     @torch.no_grad()
-    def push(self, rows: Float[Tensor, "b d"]) -> None:
+    def enqueue(self, vectors: Float[Tensor, "b d"]) -> None:
         """Put rows in, of unit length; `place` stays on the device."""
-        length = len(self.rows)
-        at = (self.place + torch.arange(len(rows), device=rows.device)) % length
-        self.rows.index_copy_(0, at, rows.detach())
-        self.place.copy_((self.place + len(rows)) % length)
+        size = len(self.bank)
+        indices = (self.ptr + torch.arange(len(vectors), device=vectors.device)) % size
+        self.bank.index_copy_(0, indices, vectors.detach())
+        self.ptr.copy_((self.ptr + len(vectors)) % size)
 
-    def nearest(self, rows: Float[Tensor, "b d"]) -> Float[Tensor, "b d"]:
+    def nearest(self, queries: Float[Tensor, "b d"]) -> Float[Tensor, "b d"]:
         """Return for each row the most similar one in the queue."""
         with torch.no_grad():
-            return self.rows[(normalize(rows, dim=1) @ self.rows.T).argmax(dim=1)]
+            return self.bank[(normalize(queries, dim=1) @ self.bank.T).argmax(dim=1)]
 
 
-class Slow(nn.Module):
+class EMAModel(nn.Module):
     """A copy of modules whose weights follow the originals as a moving average, without gradients.
 
     Batch norm's statistics are its own, taken from the batches that it sees.
@@ -69,19 +69,19 @@ class Slow(nn.Module):
     def __init__(self, *modules: nn.Module) -> None:
         """Copy modules."""
         super().__init__()
-        self.copies = nn.ModuleList(copy.deepcopy(module) for module in modules)
-        for parameter in self.copies.parameters():
+        self.ema_modules = nn.ModuleList(copy.deepcopy(module) for module in modules)
+        for parameter in self.ema_modules.parameters():
             parameter.requires_grad_(False)  # torch's own name for it is positional
 
     @torch.no_grad()
-    def follow(self, *modules: nn.Module, keep: float) -> None:
-        """Move towards the originals: `keep` of one's own weights, the rest of theirs."""
-        mine = list(self.copies.parameters())
-        theirs = [p for module in modules for p in module.parameters()]
-        for own, other in zip(mine, theirs, strict=True):
-            own.lerp_(other, 1 - keep)
+    def update(self, *modules: nn.Module, momentum: float) -> None:
+        """Move towards the originals: `momentum` of one's own weights, the rest of theirs."""
+        ema_params = list(self.ema_modules.parameters())
+        params = [p for module in modules for p in module.parameters()]
+        for ema_param, param in zip(ema_params, params, strict=True):
+            ema_param.lerp_(param, 1 - momentum)
 
 
-def rising(base: float, progress: float) -> float:
-    """Raise a momentum from `base` to 1 along a cosine (Grill et al. 2020, section 3.3)."""
-    return 1 - (1 - base) * (math.cos(math.pi * progress) + 1) / 2
+def cosine_momentum(base_momentum: float, train_fraction: float) -> float:
+    """Raise a momentum from `base_momentum` to 1 along a cosine (Grill et al. 2020, section 3.3)."""
+    return 1 - (1 - base_momentum) * (math.cos(math.pi * train_fraction) + 1) / 2

@@ -7,53 +7,59 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import linear, normalize
 
-from likewise.training.losses import barlow_twins, negative_cosine, sinkhorn, swapped_prediction, vicreg
-from likewise.training.methods.base import Judged, Method, Shown, encode
-from likewise.training.methods.modules import Queue, Slow, predictor, projector, rising
+from likewise.training.losses import barlow_twins_loss, negative_cosine, sinkhorn, swav_loss, vicreg_loss
+from likewise.training.methods.base import Batch, LossOutput, Method, forward_views
+from likewise.training.methods.modules import (
+    EMAModel,
+    MemoryBank,
+    cosine_momentum,
+    prediction_head,
+    projection_head,
+)
 
 
 @final
 class VICReg(Method):
     """VICReg (Bardes et al. 2022, eq. 6)."""
 
-    def __init__(self, backbone: nn.Module, width: int, *, head: Sequence[int]) -> None:
-        """Put a projection head on a backbone of `width` features."""
+    def __init__(self, backbone: nn.Module, feature_dim: int, *, projector_dims: Sequence[int]) -> None:
+        """Put a projection head on a backbone of `feature_dim` features."""
         super().__init__()
         self.backbone = backbone
-        self.projector = projector(width, head)
+        self.projector = projection_head(feature_dim, projector_dims)
 
-    def embed(self, shown: Shown) -> tuple[Tensor, Sequence[Tensor]]:
+    def encode(self, batch: Batch) -> tuple[Tensor, Sequence[Tensor]]:
         """Return features and the projections of both views."""
-        features = torch.cat(encode(self.backbone, shown.views))
+        features = torch.cat(forward_views(self.backbone, batch.views))
         return features, self.projector(features).chunk(2)
 
-    def judge(self, outputs: Sequence[Tensor], shown: Shown) -> Judged:
+    def compute_loss(self, outputs: Sequence[Tensor], batch: Batch) -> LossOutput:
         """Return the loss with the paper's weights."""
-        return Judged(vicreg(outputs[0], outputs[1]))
+        return LossOutput(vicreg_loss(outputs[0], outputs[1]))
 
 
 @final
 class BarlowTwins(Method):
     """Barlow Twins (Zbontar et al. 2021, eq. 1)."""
 
-    def __init__(self, backbone: nn.Module, width: int, *, head: Sequence[int]) -> None:
-        """Put a projection head on a backbone of `width` features."""
+    def __init__(self, backbone: nn.Module, feature_dim: int, *, projector_dims: Sequence[int]) -> None:
+        """Put a projection head on a backbone of `feature_dim` features."""
         super().__init__()
         self.backbone = backbone
-        self.projector = projector(width, head)
+        self.projector = projection_head(feature_dim, projector_dims)
 
-    def embed(self, shown: Shown) -> tuple[Tensor, Sequence[Tensor]]:
+    def encode(self, batch: Batch) -> tuple[Tensor, Sequence[Tensor]]:
         """Return features and the projections of both views."""
-        features = torch.cat(encode(self.backbone, shown.views))
+        features = torch.cat(forward_views(self.backbone, batch.views))
         return features, self.projector(features).chunk(2)
 
-    def judge(self, outputs: Sequence[Tensor], shown: Shown) -> Judged:
+    def compute_loss(self, outputs: Sequence[Tensor], batch: Batch) -> LossOutput:
         """Return the loss with the paper's weight of 0.005."""
-        return Judged(barlow_twins(outputs[0], outputs[1]))
+        return LossOutput(barlow_twins_loss(outputs[0], outputs[1]))
 
 
 # Shares of the run; of 250,000 steps, the LGSSL code has 2,503 with frozen prototypes, 37,500 without queue.
-_FROZEN, _WITHOUT_QUEUE = 0.01, 0.15
+_FROZEN_PROTOTYPES_FRACTION, _MEMORY_BANK_START_FRACTION = 0.01, 0.15
 
 
 @final
@@ -67,49 +73,49 @@ class SwAV(Method):
     def __init__(
         self,
         backbone: nn.Module,
-        width: int,
+        feature_dim: int,
         *,
         temperature: float,
-        head: Sequence[int],
-        prototypes: int,
-        queue: int,
+        projector_dims: Sequence[int],
+        num_prototypes: int,
+        memory_bank_size: int,
     ) -> None:
-        """Put a projection head and prototypes on a backbone; `queue` rows a view, 0 for none."""
+        """Put a projection head and prototypes on a backbone; `memory_bank_size` rows a view, 0 for none."""
         super().__init__()
         self.backbone = backbone
-        self.projector = projector(width, head)
-        self.prototypes = nn.Parameter(normalize(torch.randn(prototypes, head[-1]), dim=1))
-        self.queue_first = Queue(queue, head[-1]) if queue else None
-        self.queue_second = Queue(queue, head[-1]) if queue else None
+        self.projector = projection_head(feature_dim, projector_dims)
+        self.prototypes = nn.Parameter(normalize(torch.randn(num_prototypes, projector_dims[-1]), dim=1))
+        self.memory_bank_1 = MemoryBank(memory_bank_size, projector_dims[-1]) if memory_bank_size else None
+        self.memory_bank_2 = MemoryBank(memory_bank_size, projector_dims[-1]) if memory_bank_size else None
         self.temperature = temperature
 
-    def embed(self, shown: Shown) -> tuple[Tensor, Sequence[Tensor]]:
+    def encode(self, batch: Batch) -> tuple[Tensor, Sequence[Tensor]]:
         """Return the features of the large views, and unit projections of all views."""
-        features = encode(self.backbone, shown.views)
-        projected = normalize(self.projector(torch.cat(features)).float(), dim=1)
-        return torch.cat(features[:2]), projected.chunk(len(features))
+        features = forward_views(self.backbone, batch.views)
+        projections = normalize(self.projector(torch.cat(features)).float(), dim=1)
+        return torch.cat(features[:2]), projections.chunk(len(features))
 
-    def judge(self, outputs: Sequence[Tensor], shown: Shown) -> Judged:
+    def compute_loss(self, outputs: Sequence[Tensor], batch: Batch) -> LossOutput:
         """Return the loss, and put the projections of the large views into their queues."""
         prototypes = normalize(self.prototypes, dim=1)
-        if shown.progress < _FROZEN:
+        if batch.train_fraction < _FROZEN_PROTOTYPES_FRACTION:
             # Kept in the graph, for processes that wait for every gradient.
             prototypes = prototypes.detach() + 0 * prototypes
-        scores = [linear(each, prototypes) for each in outputs]
+        scores = [linear(z, prototypes) for z in outputs]
         codes = []
-        for view, queue in enumerate((self.queue_first, self.queue_second)):
-            used = None if shown.progress < _WITHOUT_QUEUE else queue
-            codes.append(self._codes(scores[view], used, prototypes))
-            if self.training and queue is not None:
-                queue.push(outputs[view])
-        return Judged(swapped_prediction(scores, codes, self.temperature))
+        for view, memory_bank in enumerate((self.memory_bank_1, self.memory_bank_2)):
+            active_bank = None if batch.train_fraction < _MEMORY_BANK_START_FRACTION else memory_bank
+            codes.append(self._assign_codes(scores[view], active_bank, prototypes))
+            if self.training and memory_bank is not None:
+                memory_bank.enqueue(outputs[view])
+        return LossOutput(swav_loss(scores, codes, self.temperature))
 
     @torch.no_grad()
-    def _codes(self, scores: Tensor, queue: Queue | None, prototypes: Tensor) -> Tensor:
+    def _assign_codes(self, scores: Tensor, memory_bank: MemoryBank | None, prototypes: Tensor) -> Tensor:
         """Assign a view's samples, together with the queue's where there is one."""
-        if queue is None:
+        if memory_bank is None:
             return sinkhorn(scores)
-        return sinkhorn(torch.cat([scores, linear(queue.rows, prototypes)]))[: len(scores)]
+        return sinkhorn(torch.cat([scores, linear(memory_bank.bank, prototypes)]))[: len(scores)]
 
 
 @final
@@ -119,23 +125,30 @@ class SimSiam(Method):
     Deviation from the paper: the learning rate of the predictor follows the schedule like all others.
     """
 
-    def __init__(self, backbone: nn.Module, width: int, *, head: Sequence[int], hidden: int) -> None:
-        """Put a projection and a prediction head on a backbone of `width` features."""
+    def __init__(
+        self,
+        backbone: nn.Module,
+        feature_dim: int,
+        *,
+        projector_dims: Sequence[int],
+        predictor_hidden_dim: int,
+    ) -> None:
+        """Put a projection and a prediction head on a backbone of `feature_dim` features."""
         super().__init__()
         self.backbone = backbone
-        self.projector = projector(width, head, final_norm=True)
-        self.predictor = predictor(head[-1], hidden)
+        self.projector = projection_head(feature_dim, projector_dims, final_norm=True)
+        self.predictor = prediction_head(projector_dims[-1], predictor_hidden_dim)
 
-    def embed(self, shown: Shown) -> tuple[Tensor, Sequence[Tensor]]:
+    def encode(self, batch: Batch) -> tuple[Tensor, Sequence[Tensor]]:
         """Return features, and the predictions and projections of both views."""
-        features = torch.cat(encode(self.backbone, shown.views))
-        projected = self.projector(features)
-        return features, (*self.predictor(projected).chunk(2), *projected.detach().chunk(2))
+        features = torch.cat(forward_views(self.backbone, batch.views))
+        projections = self.projector(features)
+        return features, (*self.predictor(projections).chunk(2), *projections.detach().chunk(2))
 
-    def judge(self, outputs: Sequence[Tensor], shown: Shown) -> Judged:
+    def compute_loss(self, outputs: Sequence[Tensor], batch: Batch) -> LossOutput:
         """Return minus the cosine of each prediction and the other view, averaged."""
-        said_first, said_second, first, second = outputs
-        return Judged((negative_cosine(said_first, second) + negative_cosine(said_second, first)) / 2)
+        pred_1, pred_2, z1, z2 = outputs
+        return LossOutput((negative_cosine(pred_1, z2) + negative_cosine(pred_2, z1)) / 2)
 
 
 @final
@@ -146,32 +159,42 @@ class BYOL(Method):
     """
 
     def __init__(
-        self, backbone: nn.Module, width: int, *, head: Sequence[int], hidden: int, momentum: float
+        self,
+        backbone: nn.Module,
+        feature_dim: int,
+        *,
+        projector_dims: Sequence[int],
+        predictor_hidden_dim: int,
+        ema_momentum: float,
     ) -> None:
-        """Put both heads on a backbone of `width` features, and make a slow copy of it and the first."""
+        """Add both heads to a backbone of `feature_dim` features, and an EMA copy of both."""
         super().__init__()
         self.backbone = backbone
-        self.projector = projector(width, head)
-        self.predictor = predictor(head[-1], hidden)
-        self.slow = Slow(self.backbone, self.projector)
-        self.momentum = momentum
+        self.projector = projection_head(feature_dim, projector_dims)
+        self.predictor = prediction_head(projector_dims[-1], predictor_hidden_dim)
+        self.ema_model = EMAModel(self.backbone, self.projector)
+        self.ema_momentum = ema_momentum
 
-    def begin(self, shown: Shown) -> None:
+    def on_step_start(self, batch: Batch) -> None:
         """Let the slow copy follow."""
         if self.training:
-            self.slow.follow(self.backbone, self.projector, keep=rising(self.momentum, shown.progress))
+            self.ema_model.update(
+                self.backbone,
+                self.projector,
+                momentum=cosine_momentum(self.ema_momentum, batch.train_fraction),
+            )
 
-    def embed(self, shown: Shown) -> tuple[Tensor, Sequence[Tensor]]:
+    def encode(self, batch: Batch) -> tuple[Tensor, Sequence[Tensor]]:
         """Return features, predictions and targets of both views."""
-        features = torch.cat(encode(self.backbone, shown.views))
-        said = self.predictor(self.projector(features))
+        features = torch.cat(forward_views(self.backbone, batch.views))
+        predictions = self.predictor(self.projector(features))
         # Last, so that a chunk that is embedded once more for its gradients ends before it.
-        backbone, head = self.slow.copies
+        ema_backbone, ema_projector = self.ema_model.ema_modules
         with torch.no_grad():
-            targets = head(torch.cat(encode(backbone, shown.views)))
-        return features, (*said.chunk(2), *targets.chunk(2))
+            targets = ema_projector(torch.cat(forward_views(ema_backbone, batch.views)))
+        return features, (*predictions.chunk(2), *targets.chunk(2))
 
-    def judge(self, outputs: Sequence[Tensor], shown: Shown) -> Judged:
+    def compute_loss(self, outputs: Sequence[Tensor], batch: Batch) -> LossOutput:
         """Return the squared distance of unit vectors, 2 - 2 cos, summed over both directions."""
-        said_first, said_second, first, second = outputs
-        return Judged(4 + 2 * (negative_cosine(said_first, second) + negative_cosine(said_second, first)))
+        pred_1, pred_2, target_1, target_2 = outputs
+        return LossOutput(4 + 2 * (negative_cosine(pred_1, target_2) + negative_cosine(pred_2, target_1)))

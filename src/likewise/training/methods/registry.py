@@ -6,144 +6,209 @@ from dataclasses import dataclass
 from torch import nn
 
 from likewise.models.text_tower import TextTower
-from likewise.training.config import TrainSettings
+from likewise.training.config import TrainConfig
 from likewise.training.methods.base import Method
 from likewise.training.methods.contrastive import NNCLR, MoCo, MoCoV3, SimCLR, SupCon
-from likewise.training.methods.image_text import CLIP, SLIP, DeCLIP, Texts
+from likewise.training.methods.image_text import CLIP, SLIP, DeCLIP, TextBranch
 from likewise.training.methods.non_contrastive import BYOL, BarlowTwins, SimSiam, SwAV, VICReg
 from likewise.training.methods.pair_classifier import PairClassifier
 
-_JOINT = 512  # where images and texts meet, as in CLIP and the LGSSL code
+_CLIP_EMBED_DIM = 512  # where images and texts meet, as in CLIP and the LGSSL code
 
 
 @dataclass(frozen=True)
-class Parts:
+class BuildArgs:
     """What a method is built from: settings, with what the catalog says where they are silent.
 
     Attributes:
-        settings: The settings.
+        config: The settings.
         backbone: Images (b, 3, h, w) -> features (b, width).
-        width: Features an image.
-        queue: How long a queue is; 0 for none.
-        vector_width: The width of the embeddings of captions; 0 where they are not used.
+        feature_dim: Features an image.
+        memory_bank_size: How long a queue is; 0 for none.
+        caption_embedding_dim: The width of the embeddings of captions; 0 where they are not used.
     """
 
-    settings: TrainSettings
+    config: TrainConfig
     backbone: nn.Module
-    width: int
-    queue: int
-    vector_width: int
+    feature_dim: int
+    memory_bank_size: int
+    caption_embedding_dim: int
 
     @property
-    def head(self) -> Sequence[int]:
+    def projector_dims(self) -> Sequence[int]:
         """Widths of the projection head."""
-        return self.settings.needs.head if self.settings.head is None else self.settings.head
+        return (
+            self.config.method_options.projector_dims
+            if self.config.projector_dims is None
+            else self.config.projector_dims
+        )
 
     @property
-    def hidden(self) -> int:
+    def predictor_hidden_dim(self) -> int:
         """Width of the prediction head."""
-        return self.settings.needs.predictor or 0
+        return self.config.method_options.predictor_hidden_dim or 0
 
     @property
     def temperature(self) -> float:
         """What similarities are divided by."""
-        given = self.settings.temperature
-        return (self.settings.needs.temperature or 0.0) if given is None else given
+        override = self.config.temperature
+        return (self.config.method_options.temperature or 0.0) if override is None else override
 
     @property
-    def momentum(self) -> float:
+    def ema_momentum(self) -> float:
         """The share of the slow copy that is kept."""
-        given = self.settings.momentum
-        return (self.settings.needs.momentum or 0.0) if given is None else given
+        override = self.config.ema_momentum
+        return (self.config.method_options.ema_momentum or 0.0) if override is None else override
 
     @property
-    def joint(self) -> int:
+    def embed_dim(self) -> int:
         """Where images and texts meet: the width of the head, but for heads of images alone."""
-        return _JOINT if self.settings.needs.shown == "pair and caption" else self.head[-1]
+        return (
+            _CLIP_EMBED_DIM
+            if self.config.method_options.inputs == "pair and caption"
+            else self.projector_dims[-1]
+        )
 
-    def texts(self) -> Texts:
+    def build_text_branch(self) -> TextBranch:
         """Build what embeds captions."""
-        chosen, tower = self.settings, None
-        if chosen.uses_tokens:
-            tower = TextTower(width=chosen.text_width, layers=chosen.text_layers, joint=self.joint)
-        return Texts(tower, self.vector_width, self.joint, of_partners=chosen.needs.shown == "anchor")
+        config, tower = self.config, None
+        if config.uses_tokens:
+            tower = TextTower(width=config.text_width, layers=config.text_layers, embed_dim=self.embed_dim)
+        return TextBranch(
+            tower,
+            self.caption_embedding_dim,
+            self.embed_dim,
+            use_partner_caption=config.method_options.inputs == "anchor",
+        )
 
 
-def _simclr(p: Parts) -> Method:
+def _simclr(p: BuildArgs) -> Method:
     return SimCLR(
         p.backbone,
-        p.width,
+        p.feature_dim,
         temperature=p.temperature,
-        head=p.head,
-        negatives=p.settings.negatives,
-        alike=p.settings.alike,
-        decoupling=p.settings.method == "dcl",
+        projector_dims=p.projector_dims,
+        false_negatives=p.config.false_negatives,
+        false_negative_threshold=p.config.positive_threshold,
+        decoupled=p.config.method == "dcl",
     )
 
 
-def _pair_classifier(p: Parts) -> Method:
+def _pair_classifier(p: BuildArgs) -> Method:
     return PairClassifier(
         p.backbone,
-        p.width,
-        unlike=p.settings.unlike,
-        ratio=p.settings.negative_ratio,
-        margin=p.settings.margin,
-        alike=p.settings.alike if p.settings.in_batch else None,
+        p.feature_dim,
+        negative_threshold=p.config.negative_threshold,
+        negatives_per_positive=p.config.negatives_per_positive,
+        margin=p.config.margin,
+        positive_threshold=p.config.positive_threshold if p.config.mine_in_batch else None,
     )
 
 
-def _clip(p: Parts) -> Method:
-    return CLIP(p.backbone, p.width, p.texts(), joint=p.joint, sigmoid=p.settings.method == "siglip")
+def _clip(p: BuildArgs) -> Method:
+    return CLIP(
+        p.backbone,
+        p.feature_dim,
+        p.build_text_branch(),
+        embed_dim=p.embed_dim,
+        sigmoid=p.config.method == "siglip",
+    )
 
 
 # In the order of the catalog, which says what each needs.
-_BUILDERS: dict[str, Callable[[Parts], Method]] = {
+_BUILDERS: dict[str, Callable[[BuildArgs], Method]] = {
     "simclr": _simclr,
     "dcl": _simclr,
-    "supcon": lambda p: SupCon(p.backbone, p.width, temperature=p.temperature, head=p.head),
+    "supcon": lambda p: SupCon(
+        p.backbone, p.feature_dim, temperature=p.temperature, projector_dims=p.projector_dims
+    ),
     "nnclr": lambda p: NNCLR(
-        p.backbone, p.width, temperature=p.temperature, head=p.head, hidden=p.hidden, queue=p.queue
+        p.backbone,
+        p.feature_dim,
+        temperature=p.temperature,
+        projector_dims=p.projector_dims,
+        predictor_hidden_dim=p.predictor_hidden_dim,
+        memory_bank_size=p.memory_bank_size,
     ),
     "moco": lambda p: MoCo(
-        p.backbone, p.width, temperature=p.temperature, head=p.head, momentum=p.momentum, queue=p.queue
+        p.backbone,
+        p.feature_dim,
+        temperature=p.temperature,
+        projector_dims=p.projector_dims,
+        ema_momentum=p.ema_momentum,
+        memory_bank_size=p.memory_bank_size,
     ),
     "moco-v3": lambda p: MoCoV3(
-        p.backbone, p.width, temperature=p.temperature, head=p.head, hidden=p.hidden, momentum=p.momentum
+        p.backbone,
+        p.feature_dim,
+        temperature=p.temperature,
+        projector_dims=p.projector_dims,
+        predictor_hidden_dim=p.predictor_hidden_dim,
+        ema_momentum=p.ema_momentum,
     ),
-    "simsiam": lambda p: SimSiam(p.backbone, p.width, head=p.head, hidden=p.hidden),
-    "byol": lambda p: BYOL(p.backbone, p.width, head=p.head, hidden=p.hidden, momentum=p.momentum),
+    "simsiam": lambda p: SimSiam(
+        p.backbone,
+        p.feature_dim,
+        projector_dims=p.projector_dims,
+        predictor_hidden_dim=p.predictor_hidden_dim,
+    ),
+    "byol": lambda p: BYOL(
+        p.backbone,
+        p.feature_dim,
+        projector_dims=p.projector_dims,
+        predictor_hidden_dim=p.predictor_hidden_dim,
+        ema_momentum=p.ema_momentum,
+    ),
     "swav": lambda p: SwAV(
         p.backbone,
-        p.width,
+        p.feature_dim,
         temperature=p.temperature,
-        head=p.head,
-        prototypes=p.settings.prototypes,
-        queue=p.queue,
+        projector_dims=p.projector_dims,
+        num_prototypes=p.config.num_prototypes,
+        memory_bank_size=p.memory_bank_size,
     ),
-    "vicreg": lambda p: VICReg(p.backbone, p.width, head=p.head),
-    "barlow-twins": lambda p: BarlowTwins(p.backbone, p.width, head=p.head),
+    "vicreg": lambda p: VICReg(p.backbone, p.feature_dim, projector_dims=p.projector_dims),
+    "barlow-twins": lambda p: BarlowTwins(p.backbone, p.feature_dim, projector_dims=p.projector_dims),
     "clip": _clip,
     "siglip": _clip,
-    "declip": lambda p: DeCLIP(p.backbone, p.width, p.texts(), joint=p.joint, queue=p.queue),
+    "declip": lambda p: DeCLIP(
+        p.backbone,
+        p.feature_dim,
+        p.build_text_branch(),
+        embed_dim=p.embed_dim,
+        memory_bank_size=p.memory_bank_size,
+    ),
     "slip": lambda p: SLIP(
-        p.backbone, p.width, p.texts(), joint=p.joint, head=p.head, temperature=p.temperature
+        p.backbone,
+        p.feature_dim,
+        p.build_text_branch(),
+        embed_dim=p.embed_dim,
+        projector_dims=p.projector_dims,
+        temperature=p.temperature,
     ),
     "pair-classifier": _pair_classifier,
 }
 
 
 def build_method(
-    settings: TrainSettings, backbone: nn.Module, width: int, *, queue: int = 0, vector_width: int = 0
+    config: TrainConfig,
+    backbone: nn.Module,
+    feature_dim: int,
+    *,
+    memory_bank_size: int = 0,
+    caption_embedding_dim: int = 0,
 ) -> Method:
-    """Put the settings' method on a backbone of `width` features.
+    """Put the settings' method on a backbone of `feature_dim` features.
 
     Args:
-        settings: The method and its settings.
+        config: The method and its settings.
         backbone: Images (b, 3, h, w) -> features (b, width).
-        width: Features an image.
-        queue: How long a queue is, where the method has one.
-        vector_width: The width of the embeddings of captions, where the method uses them.
+        feature_dim: Features an image.
+        memory_bank_size: How long a queue is, where the method has one.
+        caption_embedding_dim: The width of the embeddings of captions, where the method uses them.
     """
-    method = _BUILDERS[settings.method](Parts(settings, backbone, width, queue, vector_width))
-    method.chunk_size = settings.chunk_size
+    method = _BUILDERS[config.method](
+        BuildArgs(config, backbone, feature_dim, memory_bank_size, caption_embedding_dim)
+    )
+    method.grad_cache_chunk_size = config.grad_cache_chunk_size
     return method
