@@ -1,4 +1,4 @@
-"""Pairs and views compared on product photos, several seeds: the figures of docs/results.md.
+"""Pairs and views compared on product photos, several seeds: the figures of docs/results/product-photos.md.
 
     python -m benchmarks.fashion ITEMS.csv WORK --also FOLDER --seeds 3 --arms self language
 

@@ -1,4 +1,4 @@
-"""Every method with its sources of pairs, at one budget, on product photos: the figures of docs/methods.md.
+"""Every method with its sources of pairs, at one budget: the figures of docs/results/methods.md.
 
     python -m benchmarks.methods ITEMS.csv WORK --also FOLDER --seeds 2
 

@@ -1,4 +1,4 @@
-"""What pairs are worth by encoder and rule, without training: the tables of docs/pairing.md.
+"""What pairs are worth by encoder and rule, without training: the tables of docs/results/pairs.md.
 
     python -m benchmarks.pairing fashion=fashion.likewise photos_en=photos_en.likewise --out pages
 

@@ -1,4 +1,4 @@
-"""Does the score on held-out pairs find the better encoder? The figures of docs/methods.md on stopping.
+"""Does validation find the better encoder? The figures of docs/results/methods.md on early stopping.
 
     python -m benchmarks.stopping ITEMS.csv WORK --also FOLDER
 

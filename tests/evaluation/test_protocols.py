@@ -309,7 +309,7 @@ def test_the_documentation_and_the_help_name_every_protocol_and_set() -> None:
     from likewise.evaluation.datasets.registry import DATASETS
     from likewise.evaluation.protocols import PROTOCOLS
 
-    page = (Path(__file__).parents[2] / "docs/evaluation.md").read_text()
+    page = (Path(__file__).parents[2] / "docs/guide/evaluation.md").read_text()
     for name in PROTOCOLS:
         assert f"| `{name}` |" in page
         assert name in str(verb.__doc__)

@@ -46,7 +46,7 @@ class TrainConfig:
             a step costs one more forward pass, and batch norm sees chunks. All at once where not given.
         method: What the loss asks: `simclr`, `dcl`, `supcon`, `nnclr`, `moco`, `moco-v3`, `simsiam`,
             `byol`, `swav`, `vicreg`, `barlow-twins`, `clip`, `siglip`, `declip`, `slip` or `pair-classifier`;
-            docs/methods.md tells them apart.
+            docs/guide/training.md tells them apart.
         augmentation: `crop` (crops of 50 to 100 % alone) or `simclr` (also mirrored, jittered, grey,
             blurred);
             by default `simclr` where images are paired with themselves and `crop` else, as in the paper.
