@@ -1,5 +1,7 @@
 """Fixtures on real data: emoji from installed packages, as the demo uses them."""
 
+import csv
+import shutil
 from pathlib import Path
 
 import pytest
@@ -36,3 +38,24 @@ def collection(emoji: Path, tmp_path_factory: pytest.TempPathFactory) -> Caption
     embed(made, MINILM)
     find_neighbors(made, k=5)
     return made
+
+
+@pytest.fixture
+def workdir(emoji: Path, tmp_path: Path) -> Path:
+    """A folder with captioned photos, a labeled dataset and two images, as the documentation names them."""
+    with emoji.open() as stream:
+        for row in csv.DictReader(stream):
+            name = f"{row['house']}-{row['instance']}.png"
+            if row["split"] == "train":
+                photo = tmp_path / "photos" / row["house"] / name
+                photo.parent.mkdir(parents=True, exist_ok=True)
+                photo.with_suffix(".txt").write_text(row["caption"])
+                shutil.copy(emoji.parent / row["file"], photo)
+            labeled = tmp_path / "labeled" / row["split"] / row["category"] / name
+            labeled.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy(emoji.parent / row["file"], labeled)
+    for photo, name in zip(
+        sorted((tmp_path / "photos").rglob("*.png")), ("cat.jpg", "dog.jpg"), strict=False
+    ):
+        shutil.copy(photo, tmp_path / name)
+    return tmp_path

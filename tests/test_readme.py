@@ -1,9 +1,7 @@
 """The code of the README and the guide runs as written."""
 
-import csv
 import os
 import re
-import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -18,27 +16,6 @@ GUIDE = sorted((ROOT / "docs" / "guide").glob("*.md"))
 def marked_blocks(page: Path, language: str) -> list[str]:
     """Return the code blocks of a page that are marked as tested."""
     return re.findall(rf"<!-- tested -->\n```{language}\n(.*?)```", page.read_text(), re.DOTALL)
-
-
-@pytest.fixture
-def workdir(emoji: Path, tmp_path: Path) -> Path:
-    """A folder with captioned photos, a labeled dataset and two images, as the documentation names them."""
-    with emoji.open() as stream:
-        for row in csv.DictReader(stream):
-            name = f"{row['house']}-{row['instance']}.png"
-            if row["split"] == "train":
-                photo = tmp_path / "photos" / row["house"] / name
-                photo.parent.mkdir(parents=True, exist_ok=True)
-                photo.with_suffix(".txt").write_text(row["caption"])
-                shutil.copy(emoji.parent / row["file"], photo)
-            labeled = tmp_path / "labeled" / row["split"] / row["category"] / name
-            labeled.parent.mkdir(parents=True, exist_ok=True)
-            shutil.copy(emoji.parent / row["file"], labeled)
-    for photo, name in zip(
-        sorted((tmp_path / "photos").rglob("*.png")), ("cat.jpg", "dog.jpg"), strict=False
-    ):
-        shutil.copy(photo, tmp_path / name)
-    return tmp_path
 
 
 def test_readme_python_runs_as_written(workdir: Path) -> None:
