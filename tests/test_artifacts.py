@@ -1,6 +1,7 @@
 """Artifacts: atomic, keyed, never mixed, never unpickled."""
 
 import errno
+import json
 import os
 from pathlib import Path
 
@@ -8,13 +9,13 @@ import numpy as np
 import pytest
 
 from likewise.artifacts import (
+    FORMAT_VERSION,
     MANIFEST,
+    Artifact,
     atomic_write,
     config_hash,
-    create_or_resume,
     fingerprint,
     mmap_array,
-    open_artifact,
     read_yaml,
     slugify,
     write_array,
@@ -24,55 +25,59 @@ from likewise.artifacts import (
 from likewise.errors import ArtifactError, InvalidInputError
 
 
-def test_begun_resumed_finished_reused(tmp_path: Path) -> None:
-    first = create_or_resume(tmp_path / "a", "thing", {"size": 3}, {"from": "x"})
+def test_create_resume_finish_and_reuse(tmp_path: Path) -> None:
+    first = Artifact.create_or_resume(tmp_path / "a", "thing", {"size": 3}, {"from": "x"})
     assert not first.is_complete
     (tmp_path / "a" / ".part.npy.999999999.tmp").write_bytes(b"left by a kill")
     (tmp_path / "a" / f".part.npy.{os.getppid()}.tmp").write_bytes(b"being written")
-    with pytest.raises(ArtifactError, match="unfinished; run the command"):
-        open_artifact(tmp_path / "a", "thing")
-    again = create_or_resume(tmp_path / "a", "thing", {"size": 3}, {"from": "x"})
+    with pytest.raises(ArtifactError, match="incomplete; run the step"):
+        Artifact.open(tmp_path / "a", "thing")
+    again = Artifact.create_or_resume(tmp_path / "a", "thing", {"size": 3}, {"from": "x"})
     assert [p.name for p in (tmp_path / "a").glob(".*.tmp")] == [f".part.npy.{os.getppid()}.tmp"]
     again.finish({"rows": 4}, {"broken": 1})
-    done = create_or_resume(tmp_path / "a", "thing", {"size": 3}, {"from": "x"})
+    done = Artifact.create_or_resume(tmp_path / "a", "thing", {"size": 3}, {"from": "x"})
     assert done.is_complete
-    assert open_artifact(tmp_path / "a", "thing").manifest.skipped == {"broken": 1}
+    assert Artifact.open(tmp_path / "a", "thing").manifest.skipped == {"broken": 1}
 
 
-def test_other_settings_inputs_or_kinds_are_never_mixed(tmp_path: Path) -> None:
-    create_or_resume(
+def test_other_settings_inputs_or_kinds_raise(tmp_path: Path) -> None:
+    Artifact.create_or_resume(
         tmp_path / "a", "thing", {"size": 3, "note": 1}, {"from": "x"}, non_hashed=("note",)
     ).finish({})
-    assert create_or_resume(
+    assert Artifact.create_or_resume(
         tmp_path / "a", "thing", {"size": 3, "note": 2}, {"from": "x"}, non_hashed=("note",)
     ).is_complete
     before = (tmp_path / "a" / MANIFEST).read_bytes()
     with pytest.raises(ArtifactError, match="size was 3, is 4"):
-        create_or_resume(tmp_path / "a", "thing", {"size": 4, "note": 1}, {"from": "x"}, non_hashed=("note",))
-    with pytest.raises(ArtifactError, match="its inputs have changed since"):
-        create_or_resume(tmp_path / "a", "thing", {"size": 3, "note": 1}, {"from": "y"}, non_hashed=("note",))
+        Artifact.create_or_resume(
+            tmp_path / "a", "thing", {"size": 4, "note": 1}, {"from": "x"}, non_hashed=("note",)
+        )
+    with pytest.raises(ArtifactError, match="its inputs have changed"):
+        Artifact.create_or_resume(
+            tmp_path / "a", "thing", {"size": 3, "note": 1}, {"from": "y"}, non_hashed=("note",)
+        )
     with pytest.raises(ArtifactError, match="holds a thing, not a stone"):
-        create_or_resume(tmp_path / "a", "stone", {}, {})
+        Artifact.create_or_resume(tmp_path / "a", "stone", {}, {})
     (tmp_path / "b").mkdir()
     (tmp_path / "b" / "mine.txt").write_text("precious")
     with pytest.raises(ArtifactError, match="not empty and holds no thing"):
-        create_or_resume(tmp_path / "b", "thing", {}, {})
+        Artifact.create_or_resume(tmp_path / "b", "thing", {}, {})
     with pytest.raises(ArtifactError, match="is a file"):
-        create_or_resume(tmp_path / "b" / "mine.txt", "thing", {}, {})
+        Artifact.create_or_resume(tmp_path / "b" / "mine.txt", "thing", {}, {})
     assert (tmp_path / "a" / MANIFEST).read_bytes() == before
     assert (tmp_path / "b" / "mine.txt").read_text() == "precious"
 
 
 def test_damaged_or_newer_manifests_are_told(tmp_path: Path) -> None:
-    create_or_resume(tmp_path / "a", "thing", {}, {})
+    Artifact.create_or_resume(tmp_path / "a", "thing", {}, {})
     (tmp_path / "a" / MANIFEST).write_text("{")
     with pytest.raises(ArtifactError, match="damaged"):
-        open_artifact(tmp_path / "a", "thing")
+        Artifact.open(tmp_path / "a", "thing")
     write_json(tmp_path / "a" / MANIFEST, {"format": 99})
     with pytest.raises(ArtifactError, match="newer likewise"):
-        open_artifact(tmp_path / "a", "thing")
+        Artifact.open(tmp_path / "a", "thing")
     with pytest.raises(ArtifactError, match="does not exist"):
-        open_artifact(tmp_path / "none", "thing")
+        Artifact.open(tmp_path / "none", "thing")
 
 
 def test_a_failed_write_leaves_the_old_file(tmp_path: Path) -> None:
@@ -140,3 +145,23 @@ def test_settings_go_to_yaml_and_back(tmp_path: Path) -> None:
         read_yaml(tmp_path / "bad.yaml")
     with pytest.raises(InvalidInputError, match="does not exist"):
         read_yaml(tmp_path / "none.yaml")
+
+
+def test_older_format_is_refused(tmp_path: Path) -> None:
+    Artifact.create_or_resume(tmp_path / "a", "thing", {}, {}).finish({})
+    manifest = json.loads((tmp_path / "a" / MANIFEST).read_text())
+    (tmp_path / "a" / MANIFEST).write_text(json.dumps(manifest | {"format": FORMAT_VERSION - 1}))
+    for read in (Artifact.open, lambda path, kind: Artifact.create_or_resume(path, kind, {}, {})):
+        with pytest.raises(ArtifactError, match="older") as caught:
+            read(tmp_path / "a", "thing")
+        assert caught.value.path == tmp_path / "a"
+
+
+def test_find_returns_complete_artifacts_of_one_kind(tmp_path: Path) -> None:
+    for name in ("b", "a", "incomplete"):
+        artifact = Artifact.create_or_resume(tmp_path / name, "thing", {}, {})
+        if name != "incomplete":
+            artifact.finish({})
+    Artifact.create_or_resume(tmp_path / "other", "stone", {}, {}).finish({})
+    (tmp_path / "empty").mkdir()
+    assert [artifact.path.name for artifact in Artifact.find(tmp_path, "thing")] == ["a", "b"]

@@ -1,9 +1,9 @@
-"""Folders that one step leaves for the next: keyed by what made them, atomic, resumable, safe to open.
+"""Artifacts: directories that one step writes and the next reads; keyed, atomic, resumable, safe to open.
 
 An artifact is a directory with a manifest, `artifact.json`, and data files in open formats. The manifest is
-written first, with `"complete": false`; data files appear under their final names only when whole; the
-manifest is replaced last. A step that was killed finds its own manifest, skips the files that exist, and
-ends with the same bytes as an uninterrupted run (so a manifest holds no times).
+written first, with `"complete": false`; a data file gets its final name only when it is complete; the
+manifest is replaced last. A step that was killed finds its own manifest, skips the files that exist, and ends
+with the same bytes as an uninterrupted run (therefore a manifest contains no times).
 """
 
 import errno
@@ -23,7 +23,7 @@ import yaml
 
 from likewise.errors import ArtifactError, InvalidInputError
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 MANIFEST = "artifact.json"
 _RECORDED_PACKAGES = (
     "likewise",
@@ -40,7 +40,7 @@ _RECORDED_PACKAGES = (
 
 @dataclass(frozen=True, kw_only=True)
 class Manifest:
-    """What an artifact is, what made it, and what was left out of it."""
+    """Kind, settings, inputs, counts and skipped items of an artifact, as in `artifact.json`."""
 
     kind: str
     key: str
@@ -60,20 +60,102 @@ class Artifact:
     path: Path
     manifest: Manifest
 
+    @classmethod
+    def create_or_resume(
+        cls,
+        path: Path,
+        kind: str,
+        settings: Mapping[str, Any],
+        inputs: Mapping[str, str],
+        non_hashed: tuple[str, ...] = (),
+    ) -> "Artifact":
+        """Create an artifact, or open the incomplete or complete one that has the same key.
+
+        Args:
+            path: The directory; it must not exist, be empty, or hold the same artifact.
+            kind: The kind of artifact, such as `dataset`.
+            settings: All settings of the step.
+            inputs: Fingerprints of the inputs by name.
+            non_hashed: Settings that are recorded but do not change the result, such as a root folder.
+
+        Raises:
+            ArtifactError: if the directory holds something else, or the same kind with other settings.
+        """
+        hashed = {name: value for name, value in settings.items() if name not in non_hashed}
+        key = config_hash(kind, hashed, inputs)
+        if (path / MANIFEST).is_file():
+            existing = _read_manifest(path)
+            if existing.kind != kind:
+                raise ArtifactError(
+                    f"{path} already holds a {existing.kind}, not a {kind}; choose another folder", path=path
+                )
+            if existing.key != key:
+                raise ArtifactError(
+                    f"{path} already holds a {kind} with other settings "
+                    f"({_describe_mismatch(existing, hashed, inputs)}); "
+                    "choose another folder, or delete this one to recreate it",
+                    path=path,
+                )
+            _remove_stale_tmp(path)
+            return cls(path, existing)
+        if path.is_file():
+            raise ArtifactError(f"{path} is a file; a {kind} needs a folder", path=path)
+        if path.is_dir() and any(path.iterdir()):
+            raise ArtifactError(
+                f"{path} is not empty and holds no {kind}; choose a new or empty folder", path=path
+            )
+        manifest = Manifest(
+            kind=kind, key=key, settings=dict(settings), inputs=dict(inputs), versions=installed_versions()
+        )
+        path.mkdir(parents=True, exist_ok=True)
+        write_json(path / MANIFEST, asdict(manifest))
+        return cls(path, manifest)
+
+    @classmethod
+    def open(cls, path: Path, kind: str) -> "Artifact":
+        """Open a complete artifact.
+
+        Raises:
+            ArtifactError: if the directory is missing, of another kind or format, or incomplete.
+        """
+        if not path.exists():
+            raise ArtifactError(f"there is no {kind} at {path}: the folder does not exist", path=path)
+        if not (path / MANIFEST).is_file():
+            raise ArtifactError(f"{path} is not a {kind}: it has no {MANIFEST}", path=path)
+        manifest = _read_manifest(path)
+        if manifest.kind != kind:
+            raise ArtifactError(f"{path} holds a {manifest.kind}, not a {kind}", path=path)
+        if not manifest.complete:
+            raise ArtifactError(
+                f"the {kind} at {path} is incomplete; run the step that creates it again", path=path
+            )
+        return cls(path, manifest)
+
+    @classmethod
+    def find(cls, folder: Path, kind: str) -> "list[Artifact]":
+        """Return the complete artifacts of a kind in the subdirectories of a folder, sorted by name."""
+        artifacts = []
+        for path in sorted(folder.glob(f"*/{MANIFEST}")):
+            try:
+                artifacts.append(cls.open(path.parent, kind))
+            except ArtifactError:
+                continue
+        return artifacts
+
     @property
     def is_complete(self) -> bool:
-        """Whether the step that makes it has finished."""
+        """Whether the step that creates it has finished."""
         return self.manifest.complete
 
     def finish(self, counts: Mapping[str, int], skipped: Mapping[str, int] | None = None) -> "Artifact":
-        """Mark the artifact as complete and record what it holds and what was skipped, by reason."""
+        """Mark the artifact as complete and record its counts and the number of skipped items by reason."""
         manifest = replace(self.manifest, complete=True, counts=dict(counts), skipped=dict(skipped or {}))
         write_json(self.path / MANIFEST, asdict(manifest))
         return replace(self, manifest=manifest)
 
 
 def config_hash(kind: str, settings: Mapping[str, Any], inputs: Mapping[str, str]) -> str:
-    """Fingerprint everything that decides a result: 16 hexadecimal digits of BLAKE2b over sorted JSON."""
+    """Hash everything that decides a result: 16 hexadecimal digits of BLAKE2b over sorted JSON."""
     payload = json.dumps([kind, FORMAT_VERSION, dict(settings), dict(inputs)], sort_keys=True, default=str)
     return hashlib.blake2b(payload.encode(), digest_size=8).hexdigest()
 
@@ -91,7 +173,7 @@ def fingerprint(path: Path) -> str:
 
 
 def installed_versions() -> dict[str, str]:
-    """Return the versions of the libraries that shape results."""
+    """Return the versions of the libraries that affect results."""
     versions = {}
     for package in _RECORDED_PACKAGES:
         try:
@@ -101,92 +183,38 @@ def installed_versions() -> dict[str, str]:
     return versions
 
 
-def create_or_resume(
-    path: Path,
-    kind: str,
-    settings: Mapping[str, Any],
-    inputs: Mapping[str, str],
-    non_hashed: tuple[str, ...] = (),
-) -> Artifact:
-    """Start an artifact, or take up the unfinished or finished one that the same key left there.
-
-    `non_hashed` names settings that are recorded but do not change the result (a root folder, workers).
-
-    Raises:
-        ArtifactError: where the folder holds something else, or the same kind made with other settings.
-    """
-    key = config_hash(kind, {k: v for k, v in settings.items() if k not in non_hashed}, inputs)
-    if (path / MANIFEST).is_file():
-        existing = _read_manifest(path)
-        if existing.kind != kind:
-            raise ArtifactError(
-                f"{path} already holds a {existing.kind}, not a {kind}; choose another folder"
-            )
-        if existing.key != key:
-            hashed_settings = {k: v for k, v in settings.items() if k not in non_hashed}
-            raise ArtifactError(
-                f"{path} already holds a {kind} made otherwise "
-                f"({_describe_mismatch(existing, hashed_settings, inputs)}); "
-                "choose another folder, or delete this one to make it anew"
-            )
-        _remove_stale_tmp(path)
-        return Artifact(path, existing)
-    if path.is_file():
-        raise ArtifactError(f"{path} is a file; a {kind} needs a folder")
-    if path.is_dir() and any(path.iterdir()):
-        raise ArtifactError(f"{path} is not empty and holds no {kind}; choose a new or empty folder")
-    manifest = Manifest(
-        kind=kind, key=key, settings=dict(settings), inputs=dict(inputs), versions=installed_versions()
-    )
-    path.mkdir(parents=True, exist_ok=True)
-    write_json(path / MANIFEST, asdict(manifest))
-    return Artifact(path, manifest)
-
-
-def open_artifact(path: Path, kind: str) -> Artifact:
-    """Open a finished artifact of a kind.
-
-    Raises:
-        ArtifactError: where the folder is missing, of another kind, of a newer format, or unfinished.
-    """
-    if not path.exists():
-        raise ArtifactError(f"there is no {kind} at {path}: the folder does not exist")
-    if not (path / MANIFEST).is_file():
-        raise ArtifactError(f"{path} is not a {kind}: it has no {MANIFEST}")
-    manifest = _read_manifest(path)
-    if manifest.kind != kind:
-        raise ArtifactError(f"{path} holds a {manifest.kind}, not a {kind}")
-    if not manifest.complete:
-        raise ArtifactError(f"the {kind} at {path} is unfinished; run the command that makes it again")
-    return Artifact(path, manifest)
-
-
 def _read_manifest(path: Path) -> Manifest:
     try:
         content = json.loads((path / MANIFEST).read_text())
         if content.get("format", 0) > FORMAT_VERSION:
-            raise ArtifactError(f"{path} was written by a newer likewise; upgrade to open it")
+            raise ArtifactError(f"{path} was written by a newer likewise; upgrade to open it", path=path)
+        if content.get("format", 0) < FORMAT_VERSION:
+            raise ArtifactError(
+                f"{path} was written by an older likewise, whose format this version does not read; "
+                "delete the folder and create it again",
+                path=path,
+            )
         return Manifest(**content)
     except (json.JSONDecodeError, TypeError, AttributeError) as error:
         raise ArtifactError(
-            f"{path / MANIFEST} is damaged ({error}); delete the folder and remake it"
+            f"{path / MANIFEST} is damaged ({error}); delete the folder and create it again", path=path
         ) from error
 
 
 def _describe_mismatch(existing: Manifest, settings: Mapping[str, Any], inputs: Mapping[str, str]) -> str:
-    """Say in a few words what differs between what is there and what was asked for."""
+    """Return a short list of the settings that differ."""
     requested = json.loads(json.dumps(dict(settings), default=str))
     changed = [name for name in sorted(requested) if requested[name] != existing.settings.get(name)]
     differences = [
         f"{name} was {existing.settings.get(name)}, is {requested.get(name)}" for name in changed[:3]
     ]
     if existing.inputs != dict(inputs):
-        differences.append("its inputs have changed since")
+        differences.append("its inputs have changed")
     return "; ".join(differences) or "another version of the format"
 
 
 def _remove_stale_tmp(path: Path) -> None:
-    """Remove what a killed run left half-written, but not what another one is writing just now."""
+    """Remove temporary files of processes that no longer run."""
     for stale in path.glob(".*.tmp"):
         owner = stale.name.removesuffix(".tmp").rsplit(".", maxsplit=1)[-1]
         if not (owner.isdigit() and _is_running(int(owner))):

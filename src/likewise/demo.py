@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from likewise.artifacts import create_or_resume, read_json, write_text
+from likewise.artifacts import Artifact, read_json, write_text
 from likewise.data.importing import import_dataset
 from likewise.data.readers.base import ImportOptions
 from likewise.embeddings.embed import embed
@@ -125,7 +125,7 @@ def make_emoji_dataset(out: Path, *, subsample: int = 1, progress: Progress = NU
     emojis = [
         emoji for emoji in load_emoji() if _hash_fraction(f"quick {emoji.concept_group}") < 1 / subsample
     ]
-    artifact = create_or_resume(
+    artifact = Artifact.create_or_resume(
         out, ARTIFACT_KIND, {"side": RENDER_SIZE, "every": subsample, "held_out": TEST_FRACTION}, {}
     )
     table_path = out / "labels.csv"

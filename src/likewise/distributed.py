@@ -1,5 +1,6 @@
-"""The processes of one run: torchrun starts them, each takes a slice of every batch, losses see the whole."""
+"""Data-parallel training: the process group that torchrun starts, and collectives with gradients."""
 
+import logging
 import os
 import warnings
 from collections.abc import Iterator, Sequence
@@ -16,37 +17,37 @@ from torch.nn.parallel import DistributedDataParallel
 
 
 def is_main_process() -> bool:
-    """Tell whether this is the process that speaks, of those that torchrun started, or the only one."""
+    """Return whether this process has rank 0, or is the only one."""
     return os.environ.get("RANK", "0") == "0"
 
 
-# The others wait while the one that leads packs images and searches for neighbors, which may take days.
+# Other ranks wait while rank 0 builds caches and searches for neighbors, which may take days.
 _TIMEOUT = timedelta(days=14)
 
 
 @dataclass(frozen=True)
 class DistributedContext:
-    """Which of how many processes this is."""
+    """Rank and number of the processes of a run."""
 
     rank: int = 0
     world_size: int = 1
 
     @property
     def local_world_size(self) -> int:
-        """How many of the processes share this machine, as torchrun tells."""
+        """Number of processes on this machine."""
         return int(os.environ.get("LOCAL_WORLD_SIZE", "1")) if self.world_size > 1 else 1
 
     @property
     def is_main_process(self) -> bool:
-        """Whether this is the one that writes and speaks."""
+        """Whether this is rank 0, which writes files and logs."""
         return self.rank == 0
 
     def barrier(self) -> None:
-        """Wait until all processes are here, on the host."""
+        """Wait for all processes, on the CPU."""
         self.any_rank()
 
     def any_rank(self, *flags: bool) -> list[bool]:
-        """Return for each flag whether any process has raised it; on the host, so that no device waits."""
+        """Return for each flag whether it is set on any rank; reduced on the CPU, without a GPU sync."""
         if self.world_size == 1:
             return list(flags)
         raised_flags = torch.tensor([*flags, False], dtype=torch.int32)
@@ -54,12 +55,12 @@ class DistributedContext:
         return [bool(flag) for flag in raised_flags.tolist()[:-1]]
 
     def shard_sizes(self, n: int) -> tuple[int, ...]:
-        """Return how many of a batch's rows each process takes: contiguous, the first ones one more."""
+        """Return the number of rows per rank of a batch of n: contiguous, at most one row apart."""
         shard_size, remainder = divmod(n, self.world_size)
         return tuple(shard_size + (rank < remainder) for rank in range(self.world_size))
 
     def local_slice(self, n: int) -> slice:
-        """Return which of a batch's rows this process takes."""
+        """Return the rows of a batch of n that belong to this rank."""
         shard_sizes = self.shard_sizes(n)
         start = sum(shard_sizes[: self.rank])
         return slice(start, start + shard_sizes[self.rank])
@@ -67,9 +68,9 @@ class DistributedContext:
 
 @contextmanager
 def init_distributed(device: torch.device) -> Iterator[DistributedContext]:
-    """Join the processes that torchrun started; alone where it did not.
+    """Join the process group that torchrun started, or yield a context of one process.
 
-    Host tensors go through gloo, those of a GPU through nccl.
+    CPU tensors go through gloo, CUDA tensors through nccl. Ranks above 0 log warnings only.
     """
     world_size = int(os.environ.get("WORLD_SIZE", "1"))
     if world_size == 1:
@@ -77,14 +78,19 @@ def init_distributed(device: torch.device) -> Iterator[DistributedContext]:
         return
     backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
     dist.init_process_group(backend, timeout=_TIMEOUT)
+    logger = logging.getLogger("likewise")
+    level = logger.level
+    if dist.get_rank() > 0:
+        logger.setLevel(logging.WARNING)
     try:
         yield DistributedContext(dist.get_rank(), world_size)
     finally:
+        logger.setLevel(level)
         dist.destroy_process_group()
 
 
 def local_device(device: torch.device) -> torch.device:
-    """Return this process's own GPU where several share a machine."""
+    """Return the GPU of this process if several processes share a machine."""
     if device.type != "cuda" or device.index is not None or "LOCAL_RANK" not in os.environ:
         return device
     local_gpu = torch.device("cuda", int(os.environ["LOCAL_RANK"]))

@@ -1,28 +1,52 @@
-"""Everything that `likewise` raises on purpose: one sentence each, with what, where and what to do."""
+"""Exceptions that the package raises on purpose.
+
+LikewiseError
+├── InvalidInputError      wrong path, column, value or option
+├── ArtifactError          a directory on disk is not what this step needs
+├── ModelError             unknown model name, weights that do not fit
+├── TrainingError          too few images, non-finite loss
+├── InterruptedRunError    stopped by the user; the same call resumes
+└── DependencyError        an optional package is not installed
+
+Messages name config fields in backticks, such as `batch_size`; the command line prints them as flags.
+"""
+
+from pathlib import Path
 
 
 class LikewiseError(Exception):
-    """A fault that the user can mend; the message is the whole story and needs no stack trace."""
+    """Base class: an error that the caller can correct, described by its message alone.
+
+    Attributes:
+        field: The config field or parameter that caused the error, if one did.
+        path: The file or directory that caused the error, if one did.
+    """
+
+    def __init__(self, message: str, *, field: str | None = None, path: str | Path | None = None) -> None:
+        """Set the message and, if known, the responsible field or path."""
+        super().__init__(message)
+        self.field = field
+        self.path = None if path is None else Path(path)
 
 
 class InvalidInputError(LikewiseError):
-    """What was given cannot be read: a wrong path, an empty folder, a missing column."""
+    """Invalid input: a wrong path, an empty folder, a missing column, an option out of range."""
 
 
 class ArtifactError(LikewiseError):
-    """A folder on disk is not what this step needs: another kind, other settings, unfinished."""
+    """A directory is not the artifact that a step needs: another kind, other settings, incomplete."""
 
 
 class ModelError(LikewiseError):
-    """A model cannot be built or loaded: an unknown name, weights that do not fit."""
+    """A model cannot be built or loaded: an unknown name, or weights that do not fit."""
 
 
 class TrainingError(LikewiseError):
-    """Training cannot start or go on: too few images, a loss that is not a number."""
+    """Training cannot start or continue: too few images, or a non-finite loss."""
 
 
 class InterruptedRunError(LikewiseError):
-    """The user asked to stop; everything up to there is on disk, and the same command goes on."""
+    """The user interrupted a run; its checkpoint is on disk, and the same call resumes it."""
 
 
 class DependencyError(LikewiseError):
@@ -30,7 +54,7 @@ class DependencyError(LikewiseError):
 
 
 def did_you_mean(name: str, choices: list[str], n: int = 5) -> str:
-    """Return ` Did you mean a, b?` for a misspelt name, or an empty string where nothing is near."""
+    """Return ` Did you mean a, b?` for a misspelled name, or an empty string without close matches."""
     import difflib
 
     matches = difflib.get_close_matches(name, choices, n=n, cutoff=0.5)

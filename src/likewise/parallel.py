@@ -1,4 +1,4 @@
-"""Map a function over shards: the one place that knows how work is spread on this machine."""
+"""Devices, worker threads and ordered parallel maps on one machine."""
 
 import os
 from collections import deque
@@ -13,34 +13,34 @@ Result = TypeVar("Result")
 
 
 def default_num_workers() -> int:
-    """Return the number of processors this process may use."""
+    """Return the number of CPU cores that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def resolve_device(name: str | None) -> str:
-    """Return the device by that name, or the best there is where none is named.
+def resolve_device(device: str | None) -> str:
+    """Return the name of a usable device; None selects `cuda` if available, else `cpu`.
 
     Raises:
-        InputError: where torch does not know it or this machine does not have it.
+        InvalidInputError: if torch cannot use the device on this machine.
     """
     import torch
 
-    if name is None:
+    if device is None:
         return "cuda" if torch.cuda.is_available() else "cpu"
     try:
-        torch.empty(1, device=name)
+        torch.empty(1, device=device)
     except Exception as error:  # each backend raises its own
         raise InvalidInputError(
-            f"--device {name}: this machine has no such device that torch can use"
+            f"`device` {device!r} is not available to torch on this machine", field="device"
         ) from error
-    return name
+    return device
 
 
 def prefetch_map(fn: Callable[[Item], Result], items: Iterable[Item], num_workers: int) -> Iterator[Result]:
-    """Yield `work(shard)` in the order of the shards, a few of them computed in advance by threads.
+    """Yield `fn(item)` in the order of the items, computing up to `2 * num_workers` results ahead in threads.
 
-    Threads suffice because the work behind it (decoding, resizing, matrix products) releases the
-    interpreter's lock. `workers=0` computes in the caller's thread.
+    Threads suffice because decoding, resizing and matrix products release the interpreter lock.
+    `num_workers=0` computes in the calling thread.
     """
     if num_workers <= 0:
         yield from map(fn, items)

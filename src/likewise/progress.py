@@ -1,4 +1,4 @@
-"""How long work takes, told while it runs: the library reports, the caller decides how to show it."""
+"""Progress reporting: the library reports finished units, the caller decides how to display them."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
@@ -12,44 +12,37 @@ if TYPE_CHECKING:
 
 
 class ProgressBar(ABC):
-    """One piece of work under way."""
+    """Progress of one task."""
 
     @abstractmethod
     def update(self, n: int = 1, postfix: str | None = None) -> None:
-        """Add `n` finished units; `postfix` is a few words to stand beside the bar."""
+        """Add `n` finished units; `postfix` is a short text beside the bar."""
 
 
 class Progress(ABC):
-    """Where a step reports to."""
+    """Reporter of tasks; messages go to `logging` instead."""
 
     @abstractmethod
     def task(
         self, description: str, total: int, unit: str, completed: int = 0
     ) -> AbstractContextManager[ProgressBar]:
-        """Open a task of `total` units of which `completed` were finished by an earlier run."""
-
-    @abstractmethod
-    def log(self, message: str) -> None:
-        """Tell the user one thing worth knowing."""
+        """Open a task of `total` units, of which an earlier run finished `completed`."""
 
 
 @final
 class _NullProgressBar(ProgressBar):
     def update(self, n: int = 1, postfix: str | None = None) -> None:
-        """Drop the report."""
+        """Ignore the update."""
 
 
 @final
 class NullProgress(Progress):
-    """Reports nothing: the default of the library."""
+    """No progress reporting, the default of the library."""
 
     @contextmanager
     def task(self, description: str, total: int, unit: str, completed: int = 0) -> Iterator[ProgressBar]:
-        """Open a task that nobody watches."""
+        """Return a bar that ignores updates."""
         yield _NullProgressBar()
-
-    def log(self, message: str) -> None:
-        """Drop the sentence."""
 
 
 @final
@@ -59,11 +52,11 @@ class _RichProgressBar(ProgressBar):
         self._num_done = 0
 
     def update(self, n: int = 1, postfix: str | None = None) -> None:
-        """Move the bar; the rate counts only what this run did, not what it found done."""
+        """Advance the bar; the rate excludes units that an earlier run finished."""
         self._num_done += n
         elapsed = self._bars.tasks[self._bars.task_ids.index(self._task_id)].elapsed
         rate = _format_rate(self._num_done / elapsed, self._unit) if elapsed else ""
-        fields = {"rate": rate} if postfix is None else {"rate": rate, "note": postfix}
+        fields = {"rate": rate} if postfix is None else {"rate": rate, "postfix": postfix}
         self._bars.update(self._task_id, advance=n, **fields)  # pyrefly: ignore[bad-argument-type]
 
 
@@ -73,14 +66,14 @@ def _format_rate(per_second: float, unit: str) -> str:
 
 @final
 class RichProgress(Progress):
-    """Bars with rate and time left on a rich console."""
+    """Progress bars with rate and time left on a rich console."""
 
     def __init__(self, console: "Console") -> None:
         self._console = console
 
     @contextmanager
     def task(self, description: str, total: int, unit: str, completed: int = 0) -> Iterator[ProgressBar]:
-        """Open a bar that shows name, share, count, rate, time left and the latest note."""
+        """Open a bar with description, fraction, count, rate, time left and the latest postfix."""
         from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
         from rich.progress import Progress as RichBars
 
@@ -90,15 +83,11 @@ class RichProgress(Progress):
             MofNCompleteColumn(),
             TextColumn("{task.fields[rate]}", style="cyan"),
             TimeRemainingColumn(compact=True),
-            TextColumn("{task.fields[note]}", style="dim"),
+            TextColumn("{task.fields[postfix]}", style="dim"),
         )
         with RichBars(*columns, console=self._console) as bars:
-            task_id = bars.add_task(description, total=total, completed=completed, rate="", note="")
+            task_id = bars.add_task(description, total=total, completed=completed, rate="", postfix="")
             yield _RichProgressBar(bars, task_id, unit)
-
-    def log(self, message: str) -> None:
-        """Print the sentence, marked as an aside."""
-        self._console.print(message, style="dim", highlight=False, markup=False)
 
 
 NULL_PROGRESS = NullProgress()

@@ -1,10 +1,25 @@
-"""Randomness as a function: a number drawn for (seed, epoch, sample, …) is the same wherever it is drawn.
+"""Counter-based random numbers: each value is a pure function of (seed, epoch, sample, stream).
 
-No generator is carried along, so a run can stop at any sample and go on elsewhere, with another number of
-workers or processes, and draw the very same numbers.
+No generator state is carried along, so a run can stop at any sample and resume with another number of
+workers or processes, and draw the same numbers.
 """
 
+from enum import IntEnum
+
 import numpy as np
+
+
+class Stream(IntEnum):
+    """Independent streams of random numbers, one per purpose; views use their own index, from 0."""
+
+    PARTNERS = 101
+    CAPTIONS = 102
+    VALIDATION = 103
+    PAIR_STATS = 104
+    FINETUNE = 301
+    DETECTION = 302
+    SEGMENTATION = 303
+
 
 _GOLDEN = np.uint64(0x9E3779B97F4A7C15)
 
@@ -16,15 +31,25 @@ def _mix(x: np.ndarray) -> np.ndarray:
 
 
 def _as_uint64(value: int | np.ndarray) -> np.ndarray:
-    # Arrays, even of one: their products wrap around in silence, as scalars' do not.
+    # Arrays, even for one value: integer overflow of arrays wraps silently, that of scalars warns.
     return np.atleast_1d(np.asarray(value, np.int64)).astype(np.uint64)
 
 
 def uniform(ids: np.ndarray, n: int, *, seed: int, epoch: int, stream: int) -> np.ndarray:
-    """Draw `n` numbers in [0, 1) for each sample: (n,) int64 -> (n, count) float64.
+    """Draw `n` uniform numbers in [0, 1) per sample.
 
-    `stream` separates purposes (which partner, which view). Each coordinate is folded in by one round of
-    the SplitMix64 finaliser (Steele, Lea and Flood 2014, "Fast splittable pseudorandom number generators").
+    Each coordinate is folded in by one round of the SplitMix64 finalizer (Steele, Lea and Flood 2014, "Fast
+    splittable pseudorandom number generators").
+
+    Args:
+        ids: (num_samples,) int64, the index of each sample.
+        n: Numbers per sample.
+        seed: The seed of the run.
+        epoch: The epoch; numbers of different epochs are independent.
+        stream: A `Stream`, or the index of a view.
+
+    Returns:
+        (num_samples, n) float64.
     """
     state = _mix(_as_uint64(seed) + _GOLDEN)
     for coordinate in (epoch, stream, ids):
@@ -35,5 +60,5 @@ def uniform(ids: np.ndarray, n: int, *, seed: int, epoch: int, stream: int) -> n
 
 
 def epoch_permutation(n: int, *, seed: int, epoch: int) -> np.ndarray:
-    """Return the order in which an epoch visits its samples: (n,) int64."""
+    """Return the order of the samples in an epoch: (n,) int64."""
     return np.random.default_rng([seed, epoch]).permutation(n)

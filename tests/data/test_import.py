@@ -2,6 +2,7 @@
 
 import io
 import json
+import logging
 import os
 import signal
 import subprocess
@@ -60,18 +61,19 @@ def pictures() -> list[Picture]:
 
 
 class Listening(Progress):
-    """Keeps what is said, and how far the bar came."""
+    """Record of log messages and of the totals of progress tasks."""
 
     def __init__(self) -> None:
         self.said: list[str] = []
+        handler = logging.Handler()
+        handler.emit = lambda record: self.said.append(record.getMessage())
+        logging.getLogger("likewise").handlers = [handler]
+        logging.getLogger("likewise").setLevel(logging.INFO)
         self.totals: list[tuple[int, int]] = []
 
     def task(self, description: str, total: int, unit: str, completed: int = 0):  # noqa: ANN201
         self.totals.append((total, completed))
         return NULL_PROGRESS.task(description, total, unit, completed)
-
-    def log(self, message: str) -> None:
-        self.said.append(message)
 
 
 def _write(path: Path, data: bytes | str) -> Path:
@@ -912,7 +914,7 @@ def test_killed_and_run_again(tmp_path: Path, many: Path, monkeypatch: pytest.Mo
         child.wait()
     done = len(list(out.glob("records-*")))
     assert 0 < done < 12
-    with pytest.raises(ArtifactError, match="unfinished"):
+    with pytest.raises(ArtifactError, match="incomplete"):
         CaptionDataset(out)
     looked_at = _counting(monkeypatch)
     options = ImportOptions(id_column="id")

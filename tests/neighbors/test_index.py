@@ -68,7 +68,7 @@ def test_resumed_equals_uninterrupted(collection: CaptionDataset, tmp_path: Path
     (found.path / MANIFEST).write_text(manifest)
     (found.path / "neighbors-00001.parquet").unlink()
     (found.path / ".neighbors-00001.parquet.999999999.tmp").write_bytes(b"half a shard")
-    with pytest.raises(ArtifactError, match="unfinished"):
+    with pytest.raises(ArtifactError, match="incomplete"):
         Neighbors(found.path)
     assert snapshot(find_neighbors(copy, k=5).path) == whole
 

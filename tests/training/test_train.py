@@ -85,7 +85,7 @@ def test_resumed_in_mid_epoch_equals_uninterrupted(
     with pytest.raises(StopAfterError):
         train(collection, tmp_path / "run", TINY, checkpoint_minutes=0.0, num_workers=2)
     assert [p.name for p in loop.list_checkpoints(tmp_path / "run")] == ["checkpoint-00000003.safetensors"]
-    with pytest.raises(ArtifactError, match="unfinished"):
+    with pytest.raises(ArtifactError, match="incomplete"):
         Run(tmp_path / "run")
     monkeypatch.undo()
     # Another number of threads, and checkpoints at other steps.

@@ -12,7 +12,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from likewise.artifacts import Artifact, atomic_write, open_artifact, shard_name
+from likewise.artifacts import Artifact, atomic_write, shard_name
 from likewise.errors import ArtifactError
 
 ARTIFACT_KIND = "collection"
@@ -92,7 +92,7 @@ class CaptionDataset:
 
     def __init__(self, path: str | Path) -> None:
         """Open the collection at `path`; raises ArtifactError where there is none."""
-        self.artifact: Artifact = open_artifact(Path(path), ARTIFACT_KIND)
+        self.artifact: Artifact = Artifact.open(Path(path), ARTIFACT_KIND)
         self.path = self.artifact.path
 
     @classmethod

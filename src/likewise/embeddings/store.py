@@ -4,7 +4,7 @@ from pathlib import Path
 
 import numpy as np
 
-from likewise.artifacts import MANIFEST, load_array, mmap_array, open_artifact, shard_name
+from likewise.artifacts import MANIFEST, Artifact, load_array, mmap_array, shard_name
 from likewise.data.dataset import CaptionDataset
 from likewise.embeddings.config import Modality
 from likewise.embeddings.registry import resolve_encoder
@@ -16,7 +16,7 @@ class Embeddings:
 
     def __init__(self, path: str | Path) -> None:
         """Open embeddings; raises ArtifactError where there are none."""
-        self.artifact = open_artifact(Path(path), ARTIFACT_KIND)
+        self.artifact = Artifact.open(Path(path), ARTIFACT_KIND)
         self.path = self.artifact.path
         self.dim: int = self.artifact.manifest.counts["dimension"]
 

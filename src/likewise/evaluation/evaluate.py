@@ -1,5 +1,6 @@
 """Evaluate an encoder on labelled sets: `likewise evaluate`."""
 
+import logging
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -11,7 +12,6 @@ import torch
 from likewise.artifacts import (
     Artifact,
     config_hash,
-    create_or_resume,
     read_json,
     slugify,
     write_array,
@@ -29,6 +29,8 @@ from likewise.evaluation.protocols.base import EvalContext, EvalDataset, Score
 from likewise.models.encoders import ImageEncoder, count_flops, load_encoder
 from likewise.parallel import resolve_device
 from likewise.progress import NULL_PROGRESS, Progress
+
+logger = logging.getLogger(__name__)
 
 ARTIFACT_KIND = "evaluation"
 RESULTS_FILE = "results.json"
@@ -211,7 +213,7 @@ def _create_artifact(
     settings["protocols"] = asdict(config)
     inputs = {"weights": encoder.fingerprint, "set": dataset.key}
     key = config_hash(ARTIFACT_KIND, {k: v for k, v in settings.items() if k != "encoder"}, inputs)
-    return create_or_resume(
+    return Artifact.create_or_resume(
         out_dir / f"{dataset.name}-{key[:8]}", ARTIFACT_KIND, settings, inputs, non_hashed=("encoder",)
     )
 
@@ -228,7 +230,7 @@ def _run_protocols(
     path = artifact.path / RESULTS_FILE
     result = read_json(path) if path.is_file() else header | {"set": _describe_dataset(context)}
     if artifact.is_complete and all(name in result["protocols"] for name in protocols):
-        progress.log(f"{context.dataset.name} was measured before: {path}")
+        logger.info(f"{context.dataset.name} was measured before: {path}")
         return result
     with progress.task(f"probing {context.dataset.name}", len(protocols), "protocols") as bar:
         for name in protocols:

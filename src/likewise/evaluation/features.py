@@ -12,7 +12,6 @@ from likewise.artifacts import (
     Artifact,
     atomic_write,
     config_hash,
-    create_or_resume,
     load_array,
     mmap_array,
     read_json,
@@ -70,7 +69,7 @@ def extract_features(
     inputs = {"weights": encoder.fingerprint, "set": dataset.key}
     # What an encoder is called does not change what it sees.
     key = config_hash(ARTIFACT_KIND, {k: v for k, v in settings.items() if k != "name"}, inputs)
-    artifact = create_or_resume(
+    artifact = Artifact.create_or_resume(
         cache_dir / f"{dataset.name}-{key[:8]}", ARTIFACT_KIND, settings, inputs, non_hashed=("name",)
     )
     if not artifact.is_complete:

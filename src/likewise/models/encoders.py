@@ -10,7 +10,7 @@ import timm
 import torch
 from torch import Tensor, nn
 
-from likewise.artifacts import open_artifact
+from likewise.artifacts import Artifact
 from likewise.errors import DependencyError, ModelError, did_you_mean
 from likewise.models.backbones import BackboneConfig, build_backbone, default_stem
 from likewise.models.checkpoints import load_backbone, load_state_dict, load_state_dict_strict
@@ -109,7 +109,7 @@ def load_encoder(
         return _LOADERS[scheme](name, image_size)
     path = Path(name_or_path)
     if path.is_dir():
-        open_artifact(path, "run")
+        Artifact.open(path, "run")
         return _load_saved_encoder(path / ENCODER_FILE, path.resolve().name, image_size)
     if not path.is_file():
         raise ModelError(f"{name_or_path} is no run, no file of weights, and not {ENCODER_FORMATS}")

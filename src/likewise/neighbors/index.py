@@ -1,5 +1,6 @@
 """The neighbors artifact: for each image of a collection, those most alike to it."""
 
+import logging
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
@@ -13,8 +14,6 @@ from likewise.artifacts import (
     Artifact,
     atomic_write,
     config_hash,
-    create_or_resume,
-    open_artifact,
     shard_name,
     slugify,
 )
@@ -29,6 +28,8 @@ from likewise.neighbors.search import ExactIndex, Index
 from likewise.neighbors.vectors import ImageVectors, SearchCorpus, build_search_corpus, filtered_caption_mask
 from likewise.parallel import resolve_device
 from likewise.progress import NULL_PROGRESS, Progress
+
+logger = logging.getLogger(__name__)
 
 ARTIFACT_KIND = "neighbors"
 MAX_EXACT_ROWS = 1_000_000  # rows up to which `auto` compares everything with everything
@@ -48,7 +49,7 @@ class Neighbors:
 
     def __init__(self, path: str | Path) -> None:
         """Open neighbors; raises ArtifactError where there are none."""
-        self.artifact = open_artifact(Path(path), ARTIFACT_KIND)
+        self.artifact = Artifact.open(Path(path), ARTIFACT_KIND)
         self.path = self.artifact.path
         self.k: int = self.artifact.manifest.settings["k"]
         self.encoder: str = self.artifact.manifest.settings["encoder"]
@@ -163,12 +164,14 @@ def _compute_neighbors(
     settings, inputs = _settings_and_inputs(dataset, embeddings, search_config)
     settings["k"] = k
     folder_name = f"{slugify(settings['encoder'])}-k{k}-{config_hash(ARTIFACT_KIND, settings, inputs)[:8]}"
-    artifact = create_or_resume(dataset.path / "neighbors" / folder_name, ARTIFACT_KIND, settings, inputs)
+    artifact = Artifact.create_or_resume(
+        dataset.path / "neighbors" / folder_name, ARTIFACT_KIND, settings, inputs
+    )
     if artifact.is_complete:
-        progress.log(f"neighbors by {settings['encoder']} exist: {artifact.path}")
+        logger.info(f"neighbors by {settings['encoder']} exist: {artifact.path}")
         return Neighbors(artifact.path)
     with build_search_corpus(dataset, embeddings, search_config, artifact.path, progress=progress) as corpus:
-        index = _build_index(corpus, settings, memory_bytes, device, progress)
+        index = _build_index(corpus, settings, memory_bytes, device)
         num_with_neighbors = _search_missing_shards(dataset, artifact, corpus, index, progress)
         num_rows = len(corpus.all_image_ids) if settings["caption_pooling"] == "sample" else len(dataset)
     counts = {
@@ -285,9 +288,7 @@ def _settings_and_inputs(
     return settings, inputs
 
 
-def _build_index(
-    corpus: SearchCorpus, settings: dict[str, Any], memory_bytes: int, device: str, progress: Progress
-) -> Index:
+def _build_index(corpus: SearchCorpus, settings: dict[str, Any], memory_bytes: int, device: str) -> Index:
     image_ids = corpus.image_ids if corpus.by_caption else None
     if settings["index"] == "exact":
         return ExactIndex(
@@ -306,7 +307,7 @@ def _build_index(
         memory_bytes=memory_bytes,
         target_recall=settings["target_recall"],
     )
-    progress.log(
+    logger.info(
         f"approximate index: {index.nlist:,} lists of which {index.nprobe:,} are searched; "
         f"recall@10 {index.recall:.3f} on {index.sample_size:,} images searched exactly"
     )

@@ -8,9 +8,7 @@ import numpy as np
 from likewise.artifacts import Artifact
 from likewise.pairs.candidates import Candidates
 from likewise.pairs.config import PairConfig
-from likewise.rng import uniform
-
-_STREAM = 101  # keeps the draw of partners apart from the draws of views
+from likewise.rng import Stream, uniform
 
 
 class PartnerSampler(ABC):
@@ -172,7 +170,7 @@ class Pairs:
         The draw is a function of seed, epoch and position alone. Turns of 0, 1/m, 2/m, … give m partners that
         differ wherever there are m to draw from evenly (systematic sampling).
         """
-        u = uniform(anchors, 3, seed=seed, epoch=epoch, stream=_STREAM)
+        u = uniform(anchors, 3, seed=seed, epoch=epoch, stream=Stream.PARTNERS)
         u[:, 0] = (u[:, 0] + offset) % 1
         partners = self.sampler.sample(anchors, u[:, [0, 2]])
         return np.where((partners < 0) | (u[:, 1] < self.pair_config.self_pair_prob), anchors, partners)

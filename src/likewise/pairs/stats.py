@@ -16,7 +16,7 @@ from likewise.neighbors.vectors import ImageVectors, rows_per_block
 from likewise.pairs.candidates import Candidates, union
 from likewise.pairs.sampling import CandidateSampler, Pairs
 from likewise.progress import NULL_PROGRESS, Progress
-from likewise.rng import epoch_permutation, uniform
+from likewise.rng import Stream, epoch_permutation, uniform
 
 AGREEMENT_K = 10
 SAMPLE_SIZE = 2_000
@@ -171,7 +171,6 @@ def rank_correlations(a: np.ndarray, b: np.ndarray, mask: np.ndarray) -> np.ndar
 
 
 MAX_HUBS = 5
-_STREAM = 102
 _CHUNK_PAIRS = 16_384
 _Z_975 = 1.959964  # 97.5 % of a normal distribution lie below
 
@@ -304,7 +303,7 @@ def pair_distribution(pairs: Pairs, image_ids: np.ndarray) -> PairDistribution:
     if isinstance(pairs.sampler, CandidateSampler):
         return _candidate_distribution(pairs.sampler, image_ids, pairs.has_partner)
     anchors = np.flatnonzero(pairs.has_partner)
-    u = uniform(anchors, 2, seed=0, epoch=0, stream=_STREAM)
+    u = uniform(anchors, 2, seed=0, epoch=0, stream=Stream.PAIR_STATS)
     ones = np.ones(len(anchors))
     # In a group of s, everybody is drawn by s - 1 others with probability 1 / (s - 1), and draws them.
     return PairDistribution(

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from likewise.artifacts import MANIFEST, Manifest, mmap_array, open_artifact, read_json, read_jsonl, read_yaml
+from likewise.artifacts import MANIFEST, Artifact, Manifest, mmap_array, read_json, read_jsonl, read_yaml
 from likewise.errors import InvalidInputError, LikewiseError
 from likewise.evaluation.results import ResultRow, read_results
 
@@ -112,7 +112,7 @@ def _is_evaluation_only(path: Path) -> bool:
 
 
 def _read_run(path: Path) -> ReportEntry:
-    manifest = open_artifact(path, "run").manifest
+    manifest = Artifact.open(path, "run").manifest
     config = read_yaml(path / "config.yaml")
     derived = config.pop("derived", None) or {}
     run = RunInfo(

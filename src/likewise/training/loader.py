@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from likewise.artifacts import Artifact, create_or_resume, load_array, mmap_array, shard_name, write_array
+from likewise.artifacts import Artifact, load_array, mmap_array, shard_name, write_array
 from likewise.data.dataset import CaptionDataset
 from likewise.data.image_cache import ImageCache
 from likewise.distributed import DistributedContext
@@ -17,7 +17,7 @@ from likewise.neighbors.vectors import ImageVectors
 from likewise.pairs.sampling import Pairs
 from likewise.parallel import prefetch_map
 from likewise.progress import NULL_PROGRESS, Progress
-from likewise.rng import epoch_permutation, uniform
+from likewise.rng import Stream, epoch_permutation, uniform
 from likewise.training.augmentations import (
     AugmentationConfig,
     ViewParams,
@@ -32,7 +32,6 @@ from likewise.training.config import ViewSpec
 from likewise.training.methods.base import Batch
 
 ARTIFACT_KIND = "tokens"
-_RNG_STREAM = 102  # keeps the draw of captions apart from those of partners and views
 _TOKENIZE_BATCH_SIZE = 1024
 
 
@@ -65,7 +64,7 @@ class CaptionTokens:
 
     def sample(self, positions: np.ndarray, *, seed: int, epoch: int) -> Tensor:
         """Return one caption an image, drawn evenly: (b,) int64 -> (b, t) int64, t as the longest needs."""
-        u = uniform(positions, 1, seed=seed, epoch=epoch, stream=_RNG_STREAM)[:, 0]
+        u = uniform(positions, 1, seed=seed, epoch=epoch, stream=Stream.CAPTIONS)[:, 0]
         caption_rows = self._caption_rows[
             self._first_caption[positions] + (u * self._captions_per_image[positions]).astype(np.int64)
         ]
@@ -93,7 +92,7 @@ def tokenize_captions(
         DependencyError: where open_clip, whose tokenizer it is, is not installed.
     """
     path = dataset.path / "tokens"
-    artifact = create_or_resume(
+    artifact = Artifact.create_or_resume(
         path, ARTIFACT_KIND, {"tokenizer": "clip", "context": CONTEXT_LENGTH}, {"collection": dataset.key}
     )
     if artifact.is_complete:

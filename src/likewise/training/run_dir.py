@@ -1,6 +1,7 @@
 """What a run tells of itself: its settings, what followed from them, and the first pairs as it saw them."""
 
 import json
+import logging
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -16,10 +17,11 @@ from likewise.data.dataset import CaptionDataset
 from likewise.models.backbones import BackboneConfig
 from likewise.pairs.config import PairConfig
 from likewise.pairs.sampling import Pairs
-from likewise.progress import Progress
 from likewise.training.augmentations import denormalize
 from likewise.training.config import TrainConfig, TrainSchedule, resolve_augmentation
 from likewise.training.loader import PairLoader
+
+logger = logging.getLogger(__name__)
 
 if TYPE_CHECKING:
     from torch.utils.tensorboard import SummaryWriter
@@ -146,11 +148,11 @@ def write_config(
     )
 
 
-def warn_precision_change(run_dir: Path, dtype: torch.dtype, progress: Progress) -> None:
+def warn_precision_change(run_dir: Path, dtype: torch.dtype) -> None:
     """Warn where a run goes on in another precision than it began in."""
     initial, current = read_yaml(run_dir / CONFIG_FILE)["derived"]["precision"], _precision_name(dtype)
     if initial != current:
-        progress.log(
+        logger.info(
             f"warning: the run began in {initial} and goes on in {current}; --precision {initial} "
             f"would keep it"
         )

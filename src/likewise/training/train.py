@@ -1,10 +1,11 @@
 """From a collection and settings to a trained encoder: `likewise train`."""
 
+import logging
 from pathlib import Path
 
 import torch
 
-from likewise.artifacts import open_artifact, read_jsonl
+from likewise.artifacts import Artifact, read_jsonl
 from likewise.data.dataset import CaptionDataset
 from likewise.distributed import (
     DistributedContext,
@@ -43,6 +44,8 @@ from likewise.training.trainer import (
 )
 from likewise.training.validation import best_step
 
+logger = logging.getLogger(__name__)
+
 LAST_ENCODER_FILE = "encoder-last.safetensors"
 
 
@@ -51,7 +54,7 @@ class Run:
 
     def __init__(self, path: str | Path) -> None:
         """Open a run; raises ArtifactError where there is none or it is unfinished."""
-        self.artifact = open_artifact(Path(path), ARTIFACT_KIND)
+        self.artifact = Artifact.open(Path(path), ARTIFACT_KIND)
         self.path = self.artifact.path
 
     @property
@@ -124,7 +127,7 @@ def train(
                 write_preview(setup.artifact.path, dataset, setup.loader)
             dist.barrier()
         if setup.artifact.is_complete:
-            progress.log(f"{setup.artifact.path} is finished; nothing to do")
+            logger.info(f"{setup.artifact.path} is finished; nothing to do")
             return Run(setup.artifact.path)
         return _run_training(
             setup, dataset, config, dist, num_workers, checkpoint_minutes, torch_device, progress
@@ -142,10 +145,10 @@ def _run_training(
     progress: Progress,
 ) -> Run:
     run_dir, schedule = setup.artifact.path, setup.schedule
-    progress.log(_pairing_summary(setup.pairs, config))
+    logger.info(_pairing_summary(setup.pairs, config))
     dtype = choose_dtype(config.precision, device)
     if (run_dir / CONFIG_FILE).is_file():
-        warn_precision_change(run_dir, dtype, progress)
+        warn_precision_change(run_dir, dtype)
     elif dist.is_main_process:
         write_config(
             run_dir,

@@ -1,5 +1,6 @@
 """The training loop: one for all methods, all sources of pairs and any number of processes."""
 
+import logging
 import signal
 import threading
 import time
@@ -13,7 +14,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from likewise.artifacts import Artifact, create_or_resume, fingerprint
+from likewise.artifacts import Artifact, fingerprint
 from likewise.data.dataset import CaptionDataset
 from likewise.data.filters import read_filter
 from likewise.data.image_cache import ImageCache, build_image_cache, cache_resolution
@@ -57,6 +58,8 @@ from likewise.training.validation import (
     should_stop,
     split_validation,
 )
+
+logger = logging.getLogger(__name__)
 
 ARTIFACT_KIND = "run"
 _NON_HASHED = ("caption_encoder", "image_encoder", "filter", "pairs_file", "index")
@@ -129,7 +132,7 @@ def setup_training(
     schedule = build_schedule(config, len(loader.anchors), dataset.path)
     inputs = _input_keys(dataset, image_cache, pairs, caption_inputs, config)
     # Where partners come from is told by the inputs, however it was named.
-    artifact = create_or_resume(
+    artifact = Artifact.create_or_resume(
         run_dir,
         ARTIFACT_KIND,
         pair_config_to_dict(pair_config) | asdict(config),
@@ -232,7 +235,7 @@ def _open_caption_inputs(
         )
     num_missing = int((~has_caption).sum())
     if num_missing:
-        progress.log(f"{num_missing:,} of {len(dataset):,} images have no caption and take no part")
+        logger.info(f"{num_missing:,} of {len(dataset):,} images have no caption and take no part")
     return CaptionInputs(
         vectors=vectors,
         tokens=tokens,
@@ -266,7 +269,7 @@ def fit(train_state: TrainState, progress: Progress) -> tuple[int, int]:
     scaler = torch.amp.GradScaler(train_state.device.type, enabled=train_state.dtype == torch.float16)
     start, totals = load_checkpoint(train_state, scaler)
     if start:
-        progress.log(f"going on from step {start:,} of {train_state.schedule.steps:,}")
+        logger.info(f"going on from step {start:,} of {train_state.schedule.steps:,}")
     with (
         _catch_stop_signals() as stop_event,
         _open_loggers(train_state, start) as (metrics_logger, validation_logger),
@@ -458,7 +461,7 @@ class Trainer:
     def _warn_if_collapsed(self, row: dict[str, int | float]) -> None:
         if not self.warned_of_collapse and has_collapsed(rank=row["effective_rank"], std=row["feature_std"]):
             self.warned_of_collapse = True
-            self.progress.log(
+            logger.info(
                 f"warning: the features have collapsed at step {row['step']:,} (effective rank "
                 f"{row['effective_rank']:.1f}, spread {row['feature_std']:.3f}): images are hardly told apart"
             )

@@ -12,12 +12,12 @@ from torch.nn.functional import normalize
 from likewise.data.image_cache import ImageCache
 from likewise.errors import TrainingError
 from likewise.pairs.sampling import Pairs
+from likewise.rng import Stream
 from likewise.training.config import ViewSpec
 from likewise.training.loader import PairLoader
 from likewise.training.run_dir import effective_rank
 
 PRIMARY_METRIC = "mrr"  # what decides which encoder is the best
-_RNG_STREAM = 103
 _BATCH_SIZE = 256
 _KNN_K = 20
 _MAX_VAL_FRACTION = 0.5  # of the images, at most, are held out
@@ -51,7 +51,7 @@ def split_validation(pairs: Pairs, num_pairs: int, *, seed: int) -> ValidationSp
             f"most half are; "
             f"use {int(_MAX_VAL_FRACTION * len(eligible))} or less"
         )
-    anchors = np.sort(np.random.default_rng([seed, _RNG_STREAM]).permutation(eligible)[:num_pairs])
+    anchors = np.sort(np.random.default_rng([seed, Stream.VALIDATION]).permutation(eligible)[:num_pairs])
     partners = pairs.sample_partners(anchors, seed=seed, epoch=0)
     return ValidationSplit(anchors, partners)
 

@@ -1,5 +1,6 @@
 """The audit of a collection: one report, and one filter that leaves out what says nothing."""
 
+import logging
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -7,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from likewise.artifacts import create_or_resume, read_json, write_json
+from likewise.artifacts import Artifact, read_json, write_json
 from likewise.data.audit.captions import (
     MIN_TEMPLATE_IMAGES,
     detect_languages,
@@ -36,6 +37,8 @@ from likewise.data.filters import FilterRow, write_filter
 from likewise.data.perceptual_hash import PerceptualHashes, compute_perceptual_hashes, validate_max_hamming
 from likewise.errors import ArtifactError
 from likewise.progress import NULL_PROGRESS, Progress
+
+logger = logging.getLogger(__name__)
 
 ARTIFACT_KIND = "audit"
 BOILERPLATE = "boilerplate"
@@ -91,13 +94,13 @@ def audit_dataset(
     config.validate()
     validate_max_hamming(config.max_hamming)
     dataset = CaptionDataset.open(dataset)
-    artifact = create_or_resume(
+    artifact = Artifact.create_or_resume(
         dataset.path / "audit", ARTIFACT_KIND, asdict(config), {"collection": dataset.key}
     )
     report_path = artifact.path / "report.json"
     if artifact.is_complete:
         _require_file(report_path)
-        progress.log(f"{dataset.path} was audited before; delete {artifact.path} to do it anew")
+        logger.info(f"{dataset.path} was audited before; delete {artifact.path} to do it anew")
         return AuditReport(path=artifact.path, report=read_json(report_path))
     report = _build_report(dataset, config, artifact.path / "filter.csv", num_workers, progress)
     write_json(report_path, report)

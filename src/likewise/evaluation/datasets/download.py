@@ -3,6 +3,7 @@
 import csv
 import hashlib
 import json
+import logging
 import os
 import socket
 from collections import defaultdict
@@ -19,6 +20,8 @@ from likewise.errors import DependencyError, InvalidInputError, LikewiseError
 from likewise.evaluation.datasets.registry import DatasetInfo, DownloadSpec, get_dataset_info
 from likewise.parallel import default_num_workers, prefetch_map
 from likewise.progress import NULL_PROGRESS, Progress
+
+logger = logging.getLogger(__name__)
 
 _CUB_URL = "https://data.caltech.edu/records/65de6-vp158/files/CUB_200_2011.tgz"
 _CUB_MD5 = "97eceeb196236b17998738112f37df78"
@@ -305,7 +308,7 @@ def download_dataset(name: str, root: Path | None = None, progress: Progress = N
         return root
     source_dir = root / "source"
     source_dir.mkdir(parents=True, exist_ok=True)
-    progress.log(
+    logger.info(
         f"fetching {info.title} into {root}: about {info.download_mb:,} MB where not there yet, from "
         f"{info.homepage} (licence: {info.license})"
     )

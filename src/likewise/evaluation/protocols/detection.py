@@ -27,7 +27,7 @@ from likewise.evaluation.protocols.average_precision import (
 )
 from likewise.models.encoders import ImageEncoder
 from likewise.parallel import prefetch_map
-from likewise.rng import uniform
+from likewise.rng import Stream, uniform
 
 # A side that every usual stride divides, so that strides can be read off the maps.
 _PROBE_SIZE = 224
@@ -77,7 +77,6 @@ class FeatureMapExtractor(nn.Module):
         return [feature_maps[stage] for stage in self._stages]
 
 
-_STREAM = 302  # keeps the draw of flips apart from all others
 # Anchors of each level: three sizes an octave, from four times its stride, in three shapes.
 _ANCHOR_SCALES, _ASPECT_RATIOS = (4.0, 4 * 2 ** (1 / 3), 4 * 2 ** (2 / 3)), (0.5, 1.0, 2.0)
 
@@ -280,7 +279,7 @@ def _load_batch(
     config: DetectionConfig, dataset: DetectionDataset, epoch: int, indices: np.ndarray
 ) -> list[tuple[Tensor, dict[str, Tensor]] | str]:
     """Return images with their boxes in pixels, flipped half of the time, or why one cannot be read."""
-    flips = uniform(indices, 1, seed=config.seed, epoch=epoch, stream=_STREAM)[:, 0] < 0.5
+    flips = uniform(indices, 1, seed=config.seed, epoch=epoch, stream=Stream.DETECTION)[:, 0] < 0.5
     return [
         _load_sample(dataset, index, flip=bool(flip))
         for index, flip in zip(indices.tolist(), flips, strict=True)

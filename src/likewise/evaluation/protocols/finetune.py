@@ -18,9 +18,8 @@ from likewise.evaluation.datasets.labeled import LabeledDataset
 from likewise.models.encoders import ImageEncoder
 from likewise.models.transforms import EvalTransform
 from likewise.parallel import prefetch_map
-from likewise.rng import uniform
+from likewise.rng import Stream, uniform
 
-_STREAM = 301  # keeps the draw of crops apart from all others
 _MIN_CROP_AREA = 0.35  # a crop's least share of the image; as timm's recipes for fine-tuning
 
 
@@ -138,7 +137,7 @@ def _random_crops(
     dataset: LabeledDataset, indices: np.ndarray, transform: EvalTransform, seed: int, epoch: int
 ) -> np.ndarray:
     """Return random crops of images, (b, size, size, 3) uint8: the same for the same seed and epoch."""
-    u = uniform(indices, 4, seed=seed, epoch=epoch, stream=_STREAM)
+    u = uniform(indices, 4, seed=seed, epoch=epoch, stream=Stream.FINETUNE)
     return np.stack([
         _random_crop(_read_image(dataset, index, transform.resize_size), transform, u_i)
         for index, u_i in zip(indices.tolist(), u, strict=True)

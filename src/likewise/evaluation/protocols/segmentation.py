@@ -20,9 +20,8 @@ from likewise.evaluation.datasets.dense import SegmentationDataset
 from likewise.evaluation.protocols.detection import FeatureMapExtractor
 from likewise.models.encoders import ImageEncoder
 from likewise.parallel import prefetch_map
-from likewise.rng import uniform
+from likewise.rng import Stream, uniform
 
-_STREAM = 303  # keeps the draw of flips apart from all others
 _NUM_LEVELS = 2  # the coarsest maps, which know most; the coarser is enlarged to the finer
 
 
@@ -305,7 +304,7 @@ class _SegmentationTrainer:
             order = np.random.default_rng((config.seed, epoch)).permutation(indices)
             for start in range(0, len(order), config.batch_size):
                 batch_indices = order[start : start + config.batch_size]
-                u = uniform(batch_indices, 1, seed=config.seed, epoch=epoch, stream=_STREAM)[:, 0]
+                u = uniform(batch_indices, 1, seed=config.seed, epoch=epoch, stream=Stream.SEGMENTATION)[:, 0]
                 yield batch_indices, u < 0.5
 
 
