@@ -68,7 +68,7 @@ def test_other_settings_inputs_or_kinds_raise(tmp_path: Path) -> None:
     assert (tmp_path / "b" / "mine.txt").read_text() == "precious"
 
 
-def test_damaged_or_newer_manifests_are_told(tmp_path: Path) -> None:
+def test_damaged_or_newer_manifests_raise(tmp_path: Path) -> None:
     Artifact.create_or_resume(tmp_path / "a", "thing", {}, {})
     (tmp_path / "a" / MANIFEST).write_text("{")
     with pytest.raises(ArtifactError, match="damaged"):
@@ -80,7 +80,7 @@ def test_damaged_or_newer_manifests_are_told(tmp_path: Path) -> None:
         Artifact.open(tmp_path / "none", "thing")
 
 
-def test_a_failed_write_leaves_the_old_file(tmp_path: Path) -> None:
+def test_failed_write_keeps_the_old_file(tmp_path: Path) -> None:
     target = tmp_path / "f.txt"
     target.write_text("old")
     with pytest.raises(RuntimeError), atomic_write(target) as temporary:
@@ -90,7 +90,7 @@ def test_a_failed_write_leaves_the_old_file(tmp_path: Path) -> None:
     assert [p.name for p in tmp_path.iterdir()] == ["f.txt"]
 
 
-def test_a_full_disk_is_one_sentence() -> None:
+def test_full_disk_raises_artifact_error() -> None:
     # /dev/full takes no byte: the real error, without filling a disk.
     full = Path("/dev/full")
     with pytest.raises(OSError, match="No space") as caught:
@@ -98,7 +98,7 @@ def test_a_full_disk_is_one_sentence() -> None:
     assert caught.value.errno == errno.ENOSPC
 
 
-def test_no_space_left_names_the_file_and_what_to_do(tmp_path: Path) -> None:
+def test_full_disk_error_names_the_file(tmp_path: Path) -> None:
     with (
         pytest.raises(ArtifactError, match=r"no space left to write .*f\.npy.*run the same command again"),
         atomic_write(tmp_path / "f.npy"),
@@ -107,7 +107,7 @@ def test_no_space_left_names_the_file_and_what_to_do(tmp_path: Path) -> None:
     assert not list(tmp_path.iterdir())
 
 
-def test_arrays_with_objects_are_refused(tmp_path: Path) -> None:
+def test_object_arrays_raise(tmp_path: Path) -> None:
     np.save(tmp_path / "evil.npy", np.array([{"a": 1}]), allow_pickle=True)
     with pytest.raises(ValueError, match="allow_pickle"):
         mmap_array(tmp_path / "evil.npy")
@@ -115,7 +115,7 @@ def test_arrays_with_objects_are_refused(tmp_path: Path) -> None:
     assert mmap_array(tmp_path / "good.npy").tolist() == [0, 1, 2, 3, 4]
 
 
-def test_keys_cover_settings_and_inputs_whatever_their_order(tmp_path: Path) -> None:
+def test_config_hash_ignores_order(tmp_path: Path) -> None:
     assert config_hash("a", {"x": 1, "y": 2}, {}) == config_hash("a", {"y": 2, "x": 1}, {})
     keys = {
         config_hash("a", {"x": 1}, {}),
@@ -131,13 +131,13 @@ def test_keys_cover_settings_and_inputs_whatever_their_order(tmp_path: Path) -> 
     assert fingerprint(tmp_path / "d") != one
 
 
-def test_slugs_are_safe_folder_names() -> None:
+def test_slugify_gives_safe_folder_names() -> None:
     assert slugify("sentence-transformers/all-MiniLM-L6-v2") == "all-MiniLM-L6-v2"
     assert slugify("../..") == "unnamed"
     assert "/" not in slugify("a b/c d:e")
 
 
-def test_settings_go_to_yaml_and_back(tmp_path: Path) -> None:
+def test_yaml_round_trip(tmp_path: Path) -> None:
     write_yaml(tmp_path / "s.yaml", {"rate": 0.0, "name": "x"})
     assert read_yaml(tmp_path / "s.yaml") == {"rate": 0.0, "name": "x"}
     (tmp_path / "bad.yaml").write_text("a: [")
@@ -147,7 +147,7 @@ def test_settings_go_to_yaml_and_back(tmp_path: Path) -> None:
         read_yaml(tmp_path / "none.yaml")
 
 
-def test_older_format_is_refused(tmp_path: Path) -> None:
+def test_older_format_raises(tmp_path: Path) -> None:
     Artifact.create_or_resume(tmp_path / "a", "thing", {}, {}).finish({})
     manifest = json.loads((tmp_path / "a" / MANIFEST).read_text())
     (tmp_path / "a" / MANIFEST).write_text(json.dumps(manifest | {"format": FORMAT_VERSION - 1}))

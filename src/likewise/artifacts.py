@@ -236,7 +236,7 @@ def atomic_write(path: Path) -> Iterator[Path]:
     """Yield a temporary name beside `path`; it takes the final name only if the block succeeds.
 
     Raises:
-        ArtifactError: where the disk is full.
+        ArtifactError: if the disk is full.
     """
     tmp_path = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
@@ -249,10 +249,10 @@ def atomic_write(path: Path) -> Iterator[Path]:
 
 @contextmanager
 def disk_full_as_error(path: Path) -> Iterator[None]:
-    """Say in one sentence that there is no space left to write a file.
+    """Turn a full disk into an error that names the file and the free space.
 
     Raises:
-        ArtifactError: where the disk is full.
+        ArtifactError: if the disk is full.
     """
     try:
         yield
@@ -260,21 +260,21 @@ def disk_full_as_error(path: Path) -> Iterator[None]:
         if error.errno == errno.ENOSPC:
             free_mib = shutil.disk_usage(path.parent).free // 2**20
             raise ArtifactError(
-                f"no space left to write {path} ({free_mib} MiB free); free some and run the same "
-                f"command again: "
-                "what is finished is kept"
+                f"no space left to write {path} ({free_mib} MiB free); free some space and repeat the same "
+                "call, which resumes",
+                path=path,
             ) from error
         raise
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write a text file, whole or not at all."""
+    """Write a text file atomically."""
     with atomic_write(path) as tmp_path:
         tmp_path.write_text(text, encoding="utf-8")
 
 
 def write_json(path: Path, value: Any) -> None:
-    """Write a value as indented JSON, whole or not at all."""
+    """Write a value as indented JSON atomically."""
     write_text(path, json.dumps(value, indent=1, sort_keys=True, ensure_ascii=False, default=str) + "\n")
 
 
@@ -282,16 +282,16 @@ def read_json(path: Path) -> Any:
     """Read a JSON file.
 
     Raises:
-        InputError: where the file is no JSON.
+        InvalidInputError: if the file is not valid JSON.
     """
     try:
         return json.loads(path.read_text(encoding="utf-8"))
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise InvalidInputError(f"{path} is not valid JSON: {error}") from error
+        raise InvalidInputError(f"{path} is not valid JSON: {error}", path=path) from error
 
 
 def read_jsonl(path: Path) -> list[dict[str, Any]]:
-    """Read JSON Lines; a line cut short by a kill is left out, and a missing file has none."""
+    """Read JSON Lines; skip a line that a kill truncated, and return no rows for a missing file."""
     rows = []
     for line in path.read_text(encoding="utf-8").splitlines() if path.is_file() else []:
         try:
@@ -302,18 +302,18 @@ def read_jsonl(path: Path) -> list[dict[str, Any]]:
 
 
 def write_array(path: Path, array: np.ndarray) -> None:
-    """Write a `.npy` file, whole or not at all."""
+    """Write a `.npy` file atomically."""
     with atomic_write(path) as tmp_path, tmp_path.open("wb") as stream:
         np.save(stream, array, allow_pickle=False)
 
 
 def load_array(path: Path) -> np.ndarray:
-    """Read a `.npy` file into memory; pickled objects are refused."""
+    """Read a `.npy` file into memory; pickled objects raise ValueError."""
     return np.load(path, allow_pickle=False)
 
 
 def mmap_array(path: Path) -> np.ndarray:
-    """Map a `.npy` file into memory, read-only; pickled objects are refused."""
+    """Map a `.npy` file into memory, read-only; pickled objects raise ValueError."""
     return np.load(path, mmap_mode="r" if path.stat().st_size > 4096 else None, allow_pickle=False)
 
 
@@ -323,13 +323,13 @@ def shard_name(stem: str, index: int, suffix: str) -> str:
 
 
 def slugify(name: str) -> str:
-    """Return a name that is safe as a folder name: the last part of a path or hub name."""
+    """Return the last part of a path or hub name, with unsafe characters replaced."""
     tail = name.rstrip("/").rsplit("/", maxsplit=1)[-1]
     return "".join(c if c.isalnum() or c in "._-" else "-" for c in tail).strip(".-") or "unnamed"
 
 
 def write_yaml(path: Path, values: dict[str, Any]) -> None:
-    """Write settings as YAML, in their order."""
+    """Write a mapping as YAML, in its order."""
     write_text(path, yaml.safe_dump(values, sort_keys=False))
 
 
@@ -337,14 +337,18 @@ def read_yaml(path: Path) -> dict[str, Any]:
     """Read a YAML mapping.
 
     Raises:
-        InputError: where the file is missing, is no YAML, or is no mapping.
+        InvalidInputError: if the file is missing, is not valid YAML, or is not a mapping.
     """
     if not path.is_file():
-        raise InvalidInputError(f"{path} does not exist")
+        raise InvalidInputError(f"{path} does not exist", path=path)
     try:
         values = yaml.safe_load(path.read_text(encoding="utf-8"))
     except yaml.YAMLError as error:
-        raise InvalidInputError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from error
+        raise InvalidInputError(
+            f"{path} is not valid YAML: {' '.join(str(error).split())}", path=path
+        ) from error
     if not isinstance(values, dict):
-        raise InvalidInputError(f"{path} holds no settings: a mapping of names to values is needed")
+        raise InvalidInputError(
+            f"{path} holds no settings: a mapping of names to values is required", path=path
+        )
     return values
