@@ -131,7 +131,7 @@ def snapshot(folder: Path) -> dict[str, bytes]:
         ("embeddings", ["embed", "--encoder", MINILM]),
         ("neighbors", ["neighbors", "-k", "5"]),
         (
-            "packed",
+            "image_cache",
             [
                 "train",
                 "--out",
@@ -153,8 +153,8 @@ def test_killed_at_any_moment_and_run_again(
 ) -> None:
     copy = tmp_path / "c"
     shutil.copytree(collection.path, copy)
-    shutil.rmtree(copy / "packed", ignore_errors=True)
-    if stage != "packed":
+    shutil.rmtree(copy / "image_cache", ignore_errors=True)
+    if stage != "image_cache":
         shutil.rmtree(copy / stage)
     arguments = [sys.executable, "-m", "likewise.cli", command[0], str(copy), *command[1:], "--quiet"]
     process = subprocess.Popen(arguments, cwd=tmp_path)

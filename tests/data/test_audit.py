@@ -153,7 +153,7 @@ def test_each_fault_is_counted(audited: AuditReport, faulty: CaptionDataset) -> 
         "single_groups": 1,
     }
     for finding in findings(audited).values():
-        assert finding["share"] == pytest.approx(finding["count"] / max(finding["total"], 1))
+        assert finding["fraction"] == pytest.approx(finding["count"] / max(finding["total"], 1))
         assert bool(finding["examples"]) == bool(finding["count"])
         for shown in finding["examples"]:
             record = faulty[shown["position"]]
@@ -163,15 +163,15 @@ def test_each_fault_is_counted(audited: AuditReport, faulty: CaptionDataset) -> 
 
 def test_only_wordings_that_say_nothing_are_boilerplate(audited: AuditReport) -> None:
     templates = {template["text"]: template for template in audited.report["templates"]}
-    assert {text: template["boilerplate"] for text, template in templates.items()} == {
+    assert {text: template["is_boilerplate"] for text, template in templates.items()} == {
         "# year guarantee read about the terms in the brochure": True,
         "acme men white wall clock": False,  # by its looks alone
         PRAISE: False,  # by its label alone
         "dog": False,  # too short to be sure
     }
     title, praise = templates["acme men white wall clock"], templates[PRAISE]
-    assert title["looks"] < 0.9 <= praise["looks"]
-    assert title["wording"] >= 0.5
+    assert title["image_diversity"] < 0.9 <= praise["image_diversity"]
+    assert title["word_specificity"] >= 0.5
     assert praise["label_agreement"] == 1
     assert all(template["images"] == 24 for template in templates.values())
 
@@ -194,7 +194,9 @@ def test_looks_are_relative_to_random_pairs(audited: AuditReport, faulty: Captio
     ]
     clocks = [picture for picture, record in zip(small, faulty, strict=True) if TITLE in record.captions]
     title = next(t for t in audited.report["templates"] if t["text"].startswith("acme"))
-    assert title["looks"] == pytest.approx(mean_difference(clocks) / mean_difference(small), rel=0.05)
+    assert title["image_diversity"] == pytest.approx(
+        mean_difference(clocks) / mean_difference(small), rel=0.05
+    )
 
 
 def test_the_filter_leaves_out_what_says_nothing(audited: AuditReport, faulty: CaptionDataset) -> None:
@@ -314,7 +316,7 @@ def test_no_captions_at_all(tmp_path: Path) -> None:
     done = audit_dataset(made(tmp_path, [(f"{i}.png", "", "", "") for i in range(30)]))
     told = findings(done)
     assert told["without_caption"]["count"] == 30
-    assert told["shared"]["count"] == told["shared"]["share"] == 0
+    assert told["shared"]["count"] == told["shared"]["fraction"] == 0
     assert done.report["captions"] == 0
     assert done.report["lengths"] is None
     assert done.report["languages"] == {"captions": 0, "of": 0, "counts": []}
@@ -444,7 +446,7 @@ def test_the_command_line(faulty: CaptionDataset, audited: AuditReport) -> None:
     again = run("audit", str(faulty.path), "--json", "--quiet")
     values = json.loads(again.stdout)
     assert values["findings"]["boilerplate"]["count"] == 24
-    assert values["left_out"] == audited.report["filter"]
+    assert values["excluded"] == audited.report["filter"]
     assert Path(values["page"]).is_file()
     assert again.stderr == ""
 
@@ -454,7 +456,7 @@ def test_the_command_line_refuses_in_one_sentence(tmp_path: Path) -> None:
     assert told.returncode == 1
     assert (
         told.stderr.strip()
-        == f"error: there is no collection at {tmp_path / 'nowhere'}: the folder does not exist"
+        == f"error: there is no dataset at {tmp_path / 'nowhere'}: the folder does not exist"
     )
     assert "Example:" in run("audit", "--help").stdout
 

@@ -295,7 +295,7 @@ def test_json_lines(tmp_path: Path, pictures: list[Picture]) -> None:
     )
     got = import_dataset(table, tmp_path / "out")
     assert _told(got) == {f"{n}.jpg": (d, (c, "x y z")) for n, d, c in pictures}
-    assert {(told["where"], told["reason"]) for told in got.skipped_entries()} == {
+    assert {(told["location"], told["reason"]) for told in got.skipped_entries()} == {
         ("t.jsonl line 8", "line is not valid JSON"),
         ("t.jsonl line 9", "line holds no JSON object"),
         ("t.jsonl line 10", "line is not UTF-8"),
@@ -422,7 +422,7 @@ def test_tar_members(tmp_path: Path, pictures: list[Picture]) -> None:
     assert {key: captions for key, (_, captions) in _told(got).items()} == {
         "t/s": ("late",), "t/../../evil": (), "t/000.114.28": (), "t/000.171.33": (), "t//abs": ()
     }  # fmt: skip
-    assert {p.name for p in tmp_path.rglob("*")} == {"t.tar", "out", "artifact.json", "records-00000.parquet"}
+    assert {p.name for p in tmp_path.rglob("*")} == {"t.tar", "out", "artifact.json", "samples-00000.parquet"}
 
 
 @pytest.mark.parametrize("where", ["data", "header", "garbage"])
@@ -609,7 +609,7 @@ def test_odd_images_are_kept_and_broken_ones_told(tmp_path: Path, pictures: list
     assert {r.id: (r.width, r.height) for r in got} == {
         "cmyk": (40, 30), "deep": (30, 30), "clear": (20, 10), "grey": (8, 9), "png_inside": (20, 10)
     }  # fmt: skip
-    reasons = {told["where"]: told["reason"] for told in got.skipped_entries()}
+    reasons = {told["location"]: told["reason"] for told in got.skipped_entries()}
     assert reasons == {name: reason for name, (_, reason) in broken.items()} | {"gone.jpg": "file is missing"}
     assert got.artifact.manifest.skipped == dict.fromkeys(reasons.values(), 1)
     assert any(s.startswith("skipped 5:") for s in heard.said)
@@ -630,7 +630,7 @@ def test_paths_in_tables(tmp_path: Path, pictures: list[Picture]) -> None:
     table = _write(tmp_path / "t" / "t.jsonl", "\n".join(map(json.dumps, lines)))
     got = import_dataset(table, tmp_path / "out")
     assert [r.id for r in got] == rows[:2]
-    assert {told["where"]: told["reason"] for told in got.skipped_entries()} == {
+    assert {told["location"]: told["reason"] for told in got.skipped_entries()} == {
         "t.jsonl line 3": "file is missing",
         "t.jsonl line 4": "row names no image",
         "t.jsonl line 5": "image is a web address, not a file",
@@ -648,10 +648,10 @@ def test_ids_that_occur_twice(tmp_path: Path, pictures: list[Picture]) -> None:
     got = import_dataset(table, tmp_path / "out", options, shard_rows=2)
     assert [r.id for r in got] == ["0", "same", "2", "3", "5"]
     assert list(got.skipped_entries()) == [
-        {"id": "same", "where": "t.csv line 6", "reason": "id occurs twice"}
+        {"id": "same", "location": "t.csv line 6", "reason": "id occurs twice"}
     ]
     # Also where the first was imported by an earlier run.
-    for name in ("records-00002.parquet", "skipped-00002.jsonl"):
+    for name in ("samples-00002.parquet", "skipped-00002.jsonl"):
         (tmp_path / "out" / name).unlink()
     _unfinish(tmp_path / "out")
     assert [r.id for r in import_dataset(table, tmp_path / "out", options, shard_rows=2)] == [
@@ -699,7 +699,7 @@ def test_faulty_rows(tmp_path: Path, pictures: list[Picture]) -> None:
     ]
     got = import_dataset(_write(tmp_path / "t.csv", "\r\n".join(rows)), tmp_path / "out")
     assert [(r.id, r.captions) for r in got] == [(names[0], ("two lines",)), (names[5], ("fine",))]
-    assert [(told["where"], told["reason"]) for told in got.skipped_entries()] == [
+    assert [(told["location"], told["reason"]) for told in got.skipped_entries()] == [
         ("t.csv line 4", "row has too few columns"),
         ("t.csv line 5", "row has too many columns"),
         ("t.csv line 7", "row is not valid CSV"),
@@ -857,17 +857,17 @@ def test_resumed_equals_uninterrupted(tmp_path: Path, many: Path, removed: str) 
     import_dataset(many, out, options, shard_rows=4)
     _unfinish(out)
     gone = {
-        "first": ["records-00000.parquet", "skipped-00000.jsonl"],
-        "records only": ["records-00006.parquet"],
-        "last": ["records-00011.parquet"],
+        "first": ["samples-00000.parquet", "skipped-00000.jsonl"],
+        "records only": ["samples-00006.parquet"],
+        "last": ["samples-00011.parquet"],
         "all": [p.name for p in out.iterdir() if p.name != "artifact.json"],
-        "stale skips": ["records-00001.parquet"],
+        "stale skips": ["samples-00001.parquet"],
     }[removed]
     for name in gone:
         (out / name).unlink()
     if removed == "stale skips":
-        _write(out / "skipped-00001.jsonl", '{"id": "x", "where": "x", "reason": "x"}\n')
-    _write(out / ".records-00000.parquet.999999999.tmp", b"half")
+        _write(out / "skipped-00001.jsonl", '{"id": "x", "location": "x", "reason": "x"}\n')
+    _write(out / ".samples-00000.parquet.999999999.tmp", b"half")
     heard = Listening()
     import_dataset(many, out, options, shard_rows=4, progress=heard)
     assert _files(out) == _files(tmp_path / "whole")
@@ -879,24 +879,24 @@ def test_resumed_equals_uninterrupted(tmp_path: Path, many: Path, removed: str) 
 _CHILD = """
 import sys, time
 from contextlib import contextmanager
-from likewise.collection.importing import import_collection
-from likewise.collection.sources import ImportOptions
-from likewise.progress import SILENT, Progress, Task
+from likewise.data.importing import import_dataset
+from likewise.data.readers import ImportOptions
+from likewise.progress import Progress, ProgressBar
 
-class Slow(Task):
-    def advance(self, amount=1, note=None):
+class SlowProgressBar(ProgressBar):
+    def update(self, n=1, postfix=None):
         time.sleep(0.05)
 
 class SlowProgress(Progress):
     @contextmanager
-    def task(self, name, total, unit, done=0):
-        yield Slow()
+    def task(self, description, total, unit, completed=0):
+        yield SlowProgressBar()
 
-    def say(self, sentence):
+    def log(self, message):
         pass
 
 options = ImportOptions(id_column="id")
-import_collection(sys.argv[1], sys.argv[2], options, shard_rows=4, progress=SlowProgress())
+import_dataset(sys.argv[1], sys.argv[2], options, shard_rows=4, progress=SlowProgress())
 """
 
 
@@ -905,14 +905,14 @@ def test_killed_and_run_again(tmp_path: Path, many: Path, monkeypatch: pytest.Mo
     child = subprocess.Popen([sys.executable, "-c", _CHILD, str(many), str(out)])
     try:
         deadline = time.monotonic() + 30
-        while not (out / "records-00000.parquet").exists():
+        while not (out / "samples-00000.parquet").exists():
             assert time.monotonic() < deadline
             assert child.poll() is None
             time.sleep(0.002)
     finally:
         os.kill(child.pid, signal.SIGKILL)
         child.wait()
-    done = len(list(out.glob("records-*")))
+    done = len(list(out.glob("samples-*")))
     assert 0 < done < 12
     with pytest.raises(ArtifactError, match="incomplete"):
         CaptionDataset(out)

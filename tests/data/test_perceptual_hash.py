@@ -29,7 +29,7 @@ from likewise.errors import ArtifactError, InvalidInputError
 
 def copied(collection: CaptionDataset, folder: Path) -> CaptionDataset:
     """The same collection elsewhere, so that what a test writes into it stays there."""
-    names = ("packed", "embeddings", "neighbors", "hashes", "audit")
+    names = ("image_cache", "embeddings", "neighbors", "hashes", "audit")
     return CaptionDataset(
         shutil.copytree(collection.path, folder / "c", ignore=shutil.ignore_patterns(*names))
     )

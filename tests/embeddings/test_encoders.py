@@ -269,7 +269,7 @@ def test_hashing_keeps_the_neighbors_of_exact_tfidf(own: int, monkeypatch: pytes
     from sklearn.feature_extraction.text import TfidfVectorizer
 
     # With 256 columns of their own, most of the 1,400 words of these captions share theirs.
-    monkeypatch.setattr("likewise.embeddings.lexical._OWN", own)
+    monkeypatch.setattr("likewise.embeddings.lexical._NUM_DIRECT_COLUMNS", own)
     captions = sorted({emoji.name for emoji in load_emoji()})
     exact: Any = TfidfVectorizer(analyzer=lambda text: re.findall(r"\w+", text.lower())).fit_transform(
         captions

@@ -62,9 +62,9 @@ def embed(
     result = {
         "embeddings": str(embeddings.path),
         embeddings.modality: len(embeddings),
-        "dimension": embeddings.dim,
+        "dim": embeddings.dim,
     }
-    result |= {"without_direction": embeddings.num_zero_vectors, "skipped": skipped}
+    result |= {"num_zero_vectors": embeddings.num_zero_vectors, "skipped": skipped}
     notes = [f"{count:,} skipped ({reason})" for reason, count in skipped.items()]
     if embeddings.num_zero_vectors:
         notes.insert(0, f"{embeddings.num_zero_vectors:,} without direction (nothing in them is known)")
@@ -167,7 +167,7 @@ def import_(
     )
     imported = import_dataset(source, dataset, options, num_workers=num_workers, progress=common.progress())
     summary = imported.summary()
-    common.print_result({"collection": str(dataset), **summary}, "\n".join(import_summary(dataset, summary)))
+    common.print_result({"dataset": str(dataset), **summary}, "\n".join(import_summary(dataset, summary)))
 
 
 @app.command(help_epilogue="Example: `likewise audit photos.likewise`")

@@ -104,7 +104,7 @@ def _stage_commands(
 
 def _is_dataset(source: Path) -> bool:
     manifest_path = source / "artifact.json"
-    return manifest_path.is_file() and json.loads(manifest_path.read_text()).get("kind") == "collection"
+    return manifest_path.is_file() and json.loads(manifest_path.read_text()).get("kind") == "dataset"
 
 
 def _to_flags(section: dict[str, Any]) -> list[str]:

@@ -15,7 +15,7 @@ import pyarrow.parquet as pq
 from likewise.artifacts import Artifact, atomic_write, shard_name
 from likewise.errors import ArtifactError
 
-ARTIFACT_KIND = "collection"
+ARTIFACT_KIND = "dataset"
 SHARD_ROWS = 4096
 _ROW_GROUP_SIZE = 512
 
@@ -120,7 +120,7 @@ class CaptionDataset:
     def shard_paths(self) -> list[Path]:
         """The record files, in order."""
         num_shards = self.artifact.manifest.counts["shards"]
-        paths = [self.path / shard_name("records", i, "parquet") for i in range(num_shards)]
+        paths = [self.path / shard_name("samples", i, "parquet") for i in range(num_shards)]
         for path in paths:
             if not path.is_file():
                 raise ArtifactError(f"{path} is missing; import the collection anew into another folder")

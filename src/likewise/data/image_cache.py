@@ -32,7 +32,7 @@ from likewise.progress import NULL_PROGRESS, Progress
 
 logger = logging.getLogger(__name__)
 
-ARTIFACT_KIND = "packed images"
+ARTIFACT_KIND = "image cache"
 RAW_LIMIT = 192
 RAW_BYTES = 4 * 2**30
 _MAX_SHARD_ROWS = 1024  # images a shard, at most
@@ -97,9 +97,9 @@ def build_image_cache(
         else _MAX_SHARD_ROWS
     )
     codec = "rgb" if is_raw else f"jpeg-{_JPEG_QUALITY}"
-    path = dataset.path / "packed" / f"{short_side}px-{codec}"
+    path = dataset.path / "image_cache" / f"{short_side}px-{codec}"
     settings = {"short_side": short_side, "codec": codec, "rows": shard_rows}
-    artifact = Artifact.create_or_resume(path, ARTIFACT_KIND, settings, {"collection": dataset.key})
+    artifact = Artifact.create_or_resume(path, ARTIFACT_KIND, settings, {"dataset": dataset.key})
     if artifact.is_complete:
         return ImageCache(artifact)
 

@@ -105,7 +105,7 @@ def shard_chunks(entries: Iterable[Entry], shard_rows: int) -> Iterator[list[Ent
 _DECODE_BATCH_SIZE = 16  # images decoded by a thread before it hands back
 _NUM_EXAMPLES = 3
 _DEFAULT_OPTIONS = ImportOptions()
-_NON_HASHED = ("root", "images", "source", "guesses")
+_NON_HASHED = ("root", "images", "source", "inferred")
 
 
 def import_dataset(
@@ -149,7 +149,7 @@ def import_dataset(
     try:
         importer.run(reader, options.limit, progress)
     except InvalidInputError:
-        if not any(target.glob("records-*.parquet")):
+        if not any(target.glob("samples-*.parquet")):
             _remove_output(target, keep_dir=existed)
         raise
     counts, skipped = _count_samples(target, importer.num_shards)
@@ -175,7 +175,7 @@ def _import_settings(source: str, reader: Reader, options: ImportOptions, shard_
         "where": list(options.where),
     }
     settings["images"] = None if options.images is None else str(options.images)
-    recorded = {"root": str(reader.root), "source": source, "guesses": reader.inferred_settings()}
+    recorded = {"root": str(reader.root), "source": source, "inferred": reader.inferred_settings()}
     return settings | {"shard_rows": shard_rows} | recorded
 
 
@@ -207,7 +207,7 @@ class _Importer:
         with progress.task("import", total, "images", completed=min(num_done, total)) as bar:
             for index, chunk in enumerate(shard_chunks(entries, self.shard_rows)):
                 self.num_shards = index + 1
-                if not (self.target / shard_name("records", index, "parquet")).is_file():
+                if not (self.target / shard_name("samples", index, "parquet")).is_file():
                     self._write_shard(index, chunk, bar)
 
     def _write_shard(self, index: int, chunk: list[RawSample | SkippedSample], bar: ProgressBar) -> None:
@@ -224,7 +224,7 @@ class _Importer:
         if skipped:
             lines = [json.dumps(asdict(skipped_sample), sort_keys=True) + "\n" for skipped_sample in skipped]
             write_text(skipped_path, "".join(lines))
-        write_samples(self.target / shard_name("records", index, "parquet"), samples)
+        write_samples(self.target / shard_name("samples", index, "parquet"), samples)
 
     def _decode_batch(self, batch: list[RawSample | SkippedSample]) -> list[Sample | SkippedSample]:
         return [
@@ -251,7 +251,7 @@ def _decode_sample(entry: RawSample, root: Path) -> Sample | SkippedSample:
 
 def _shard_files(target: Path) -> list[Path]:
     """Return the files of records and of what was skipped."""
-    return [*target.glob("records-*.parquet"), *target.glob("skipped-*.jsonl")]
+    return [*target.glob("samples-*.parquet"), *target.glob("skipped-*.jsonl")]
 
 
 def _count_entries(path: Path) -> int:
@@ -265,7 +265,7 @@ def _count_samples(target: Path, num_shards: int) -> tuple[dict[str, int], dict[
     """Count over all shards, also of earlier runs: records, captions, and what was skipped by reason."""
     counts = Counter(shards=num_shards, images=0, captions=0, without_caption=0, with_several_captions=0)
     for index in range(num_shards):
-        rows = pq.read_table(target / shard_name("records", index, "parquet"), columns=["captions"])
+        rows = pq.read_table(target / shard_name("samples", index, "parquet"), columns=["captions"])
         lengths = [len(captions) for captions in rows.column("captions").to_pylist()]
         counts["images"] += len(lengths)
         counts["captions"] += sum(lengths)

@@ -21,7 +21,7 @@ from likewise.errors import ArtifactError, InvalidInputError
 from likewise.parallel import default_num_workers, prefetch_map
 from likewise.progress import NULL_PROGRESS, Progress
 
-ARTIFACT_KIND = "image hashes"
+ARTIFACT_KIND = "perceptual hashes"
 MAX_HAMMING = 3
 HAMMING_LIMIT = 8
 MAX_THUMBNAIL_RMS = 0.07  # copies saved anew stay below it; from 0.08 on, chains of like products form
@@ -109,7 +109,7 @@ def compute_perceptual_hashes(
     dataset = CaptionDataset.open(dataset)
     settings = {"hash": "difference 9x8", "decoded_side": _DECODE_SIZE, "thumbnail": _THUMBNAIL_SIZE}
     artifact = Artifact.create_or_resume(
-        dataset.path / "hashes", ARTIFACT_KIND, settings, {"collection": dataset.key}
+        dataset.path / "hashes", ARTIFACT_KIND, settings, {"dataset": dataset.key}
     )
     if not artifact.is_complete:
         artifact = _hash_missing(

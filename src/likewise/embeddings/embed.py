@@ -227,7 +227,7 @@ def _artifact_spec(dataset: CaptionDataset, spec: EncoderSpec) -> tuple[Path, di
     settings: dict[str, Any] = {"encoder": spec.name, "dtype": "float16"} | spec.options.overrides
     if spec.modality == "images":
         settings["modality"] = "images"
-    inputs = {"collection": dataset.key, "encoder": spec.weights_id}
+    inputs = {"dataset": dataset.key, "encoder": spec.weights_id}
     key = config_hash(ARTIFACT_KIND, settings, inputs)
     # A scheme belongs to the folder's name, but of a hub name only the last part does.
     name = spec.name.replace("/", "-").replace(":", "-") if spec.scheme else spec.name
@@ -267,9 +267,9 @@ def _embed_missing_shards(
         raise InvalidInputError(f"no image of {dataset.path} can be read: {reasons}")
     counts = {
         spec.modality: totals.num_rows,
-        "dimension": embedder.dim,
+        "dim": embedder.dim,
         "shards": len(shards),
-        "without_direction": totals.num_zero_vectors,
+        "num_zero_vectors": totals.num_zero_vectors,
     }
     return artifact.finish(counts, totals.skipped)
 

@@ -18,7 +18,7 @@ class Embeddings:
         """Open embeddings; raises ArtifactError where there are none."""
         self.artifact = Artifact.open(Path(path), ARTIFACT_KIND)
         self.path = self.artifact.path
-        self.dim: int = self.artifact.manifest.counts["dimension"]
+        self.dim: int = self.artifact.manifest.counts["dim"]
 
     def __len__(self) -> int:
         return self.artifact.manifest.counts[self.modality]
@@ -36,7 +36,7 @@ class Embeddings:
     @property
     def num_zero_vectors(self) -> int:
         """How many rows are zero, because the encoder knew nothing in them."""
-        return self.artifact.manifest.counts.get("without_direction", 0)
+        return self.artifact.manifest.counts.get("num_zero_vectors", 0)
 
     @property
     def num_shards(self) -> int:

@@ -178,7 +178,7 @@ def _audit_notes(report: dict[str, Any], absent: list[str]) -> list[str]:
     lines += [
         f"boilerplate: `{template['text'][:72]}` ({figures.count_noun(template['images'], 'image')})"
         for template in report["templates"]
-        if template["boilerplate"]
+        if template["is_boilerplate"]
     ]
     if report["groups"]:
         groups = report["groups"]

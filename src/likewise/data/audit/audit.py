@@ -63,13 +63,13 @@ class AuditReport:
 
     def summary(self) -> dict[str, Any]:
         """Return the counts of the report without examples."""
-        finding_fields = ("count", "total", "unit", "share", "filtered")
+        finding_fields = ("count", "total", "unit", "fraction", "filtered")
         findings = {
             finding["name"]: {name: finding[name] for name in finding_fields}
             for finding in self.report["findings"]
         }
         report_fields = ("images", "captions", "lengths", "languages", "groups", "labels")
-        counts = {"findings": findings, "left_out": self.report["filter"]}
+        counts = {"findings": findings, "excluded": self.report["filter"]}
         return {"audit": str(self.path), **{name: self.report[name] for name in report_fields}, **counts}
 
 
@@ -95,7 +95,7 @@ def audit_dataset(
     validate_max_hamming(config.max_hamming)
     dataset = CaptionDataset.open(dataset)
     artifact = Artifact.create_or_resume(
-        dataset.path / "audit", ARTIFACT_KIND, asdict(config), {"collection": dataset.key}
+        dataset.path / "audit", ARTIFACT_KIND, asdict(config), {"dataset": dataset.key}
     )
     report_path = artifact.path / "report.json"
     if artifact.is_complete:
@@ -144,7 +144,7 @@ def _build_report(
         "languages": detect_languages(dataset, num_captions, progress),
         "repeated": repeated_captions(dataset, scan),
         "templates": [template.to_dict(dataset) for template in templates[:_NUM_TEMPLATES]],
-        "openings": _frequent_phrases(scan),
+        "frequent_phrases": _frequent_phrases(scan),
         "clusters": near_duplicates.largest_clusters(dataset),
         "groups": summarize_groups(dataset, scan),
         "labels": {
@@ -179,7 +179,7 @@ def _image_findings(
 def _frequent_phrases(scan: CaptionScan) -> list[dict[str, Any]]:
     min_count = max(MIN_TEMPLATE_IMAGES, int(np.ceil(_MIN_PHRASE_FRACTION * len(scan.caption_hashes))))
     phrases = top_phrases(scan.frequent_phrases.counts, min_count)[:_NUM_PHRASES]
-    return [{"end": phrase.end, "words": phrase.text, "captions": count} for phrase, count in phrases]
+    return [{"position": phrase.end, "text": phrase.text, "captions": count} for phrase, count in phrases]
 
 
 def _iter_filter_rows(

@@ -6,11 +6,14 @@ from typing import Any
 
 import numpy as np
 
-from likewise.data.audit import scan as words
 from likewise.data.audit.scan import (
+    FILE_NAME_ONLY,
+    FILLER_ONLY,
     LONG_CAPTION_WORDS,
     MAX_EXAMPLES,
+    NO_LETTERS,
     SHORT_CAPTION_WORDS,
+    URL_ONLY,
     CaptionScan,
     Finding,
     canonicalize_caption,
@@ -76,10 +79,10 @@ class Template:
         return {
             "text": self.text,
             "images": len(self.images),
-            "looks": self.image_diversity,
-            "wording": self.word_specificity,
+            "image_diversity": self.image_diversity,
+            "word_specificity": self.word_specificity,
             "label_agreement": self.label_agreement,
-            "boilerplate": self.is_boilerplate,
+            "is_boilerplate": self.is_boilerplate,
             "examples": self.examples(dataset, MAX_EXAMPLES),
         }
 
@@ -240,10 +243,10 @@ def _detect_language(identifier: Any, caption: str) -> str:
 
 
 _UNINFORMATIVE = (
-    (words.NO_LETTERS, "captions without a letter"),
-    (words.URL_ONLY, "captions: only a web address"),
-    (words.FILE_NAME_ONLY, "captions: only a file name"),
-    (words.FILLER_ONLY, "captions: only filler words"),
+    (NO_LETTERS, "captions without a letter"),
+    (URL_ONLY, "captions: only a web address"),
+    (FILE_NAME_ONLY, "captions: only a file name"),
+    (FILLER_ONLY, "captions: only filler words"),
 )
 _NUM_REPEATED = 12
 

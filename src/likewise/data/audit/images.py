@@ -94,7 +94,7 @@ def summarize_groups(dataset: CaptionDataset, scan: CaptionScan) -> dict[str, An
         "smallest": int(counts.min()),
         "median": float(np.median(counts)),
         "largest": int(counts.max()),
-        "single": int((counts == 1).sum()),
+        "singletons": int((counts == 1).sum()),
         "examples": [
             {"name": name, "images": int((known == group_hash).sum())}
             for name, group_hash in zip(names, largest_hashes, strict=True)

@@ -48,7 +48,7 @@ class Finding:
 
     def to_dict(self) -> dict[str, Any]:
         """Return the finding as JSON values."""
-        return vars(self) | {"share": self.fraction, "examples": list(self.examples)}
+        return vars(self) | {"fraction": self.fraction, "examples": list(self.examples)}
 
 
 def make_example(position: int, sample_id: str, caption: str | None) -> dict[str, Any]:
