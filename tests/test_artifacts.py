@@ -100,7 +100,7 @@ def test_full_disk_raises_artifact_error() -> None:
 
 def test_full_disk_error_names_the_file(tmp_path: Path) -> None:
     with (
-        pytest.raises(ArtifactError, match=r"no space left to write .*f\.npy.*run the same command again"),
+        pytest.raises(ArtifactError, match=r"no space left to write .*f\.npy.*repeat the same call"),
         atomic_write(tmp_path / "f.npy"),
     ):
         Path("/dev/full").write_bytes(b"x" * 10_000)
