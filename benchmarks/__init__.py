@@ -1,3 +1,6 @@
 """Speed against named peers, and quality on real data; `python -m benchmarks` runs what takes minutes."""
 
-import likewise  # noqa: F401  # Before torch, so that threads wait as likewise tells them, as in its commands.
+import os
+
+# As in the command line (see likewise/cli/__main__.py). It must be set before torch is imported.
+os.environ.setdefault("GOMP_SPINCOUNT", "10000")

@@ -53,7 +53,7 @@ def measure(target: Path, items: Path, also: list[Path], out: Path, figures: Fig
     sets = [open_labeled(items, label_column="articleType"), *(open_labeled(path) for path in also)]
     for result in evaluate(target, sets, PROTOCOLS, out=out):
         for protocol, told in result["protocols"].items():
-            key = (result["set"]["name"], protocol, arm)
+            key = (result["dataset"]["name"], protocol, arm)
             figures.setdefault(key, []).append(100 * told["scores"][0]["value"])
 
 

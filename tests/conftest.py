@@ -1,8 +1,12 @@
 """Fixtures on real data: emoji from installed packages, as the demo uses them."""
 
 import csv
+import os
 import shutil
 from pathlib import Path
+
+# As in the command line (see likewise/cli/__main__.py). It must be set before torch is imported.
+os.environ.setdefault("GOMP_SPINCOUNT", "10000")
 
 import pytest
 from jaxtyping import install_import_hook

@@ -7,7 +7,6 @@ run = likewise.train(collection, "run", likewise.TrainSettings(backbone="resnet1
 likewise.evaluate(run.path, "labelled/")
 """
 
-import os
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
@@ -27,11 +26,6 @@ if TYPE_CHECKING:
     from likewise.report.run_report import write_report
     from likewise.training.config import TrainConfig
     from likewise.training.train import Run, train
-
-# OpenMP's threads spin while they wait for each other. Unbounded, they take the processors from the threads
-# that make batches and from other programs (training 3 times slower on 2 cores of which one is busy); without
-# any spinning, small products wait for the scheduler (the linear probe 6 times slower).
-os.environ.setdefault("GOMP_SPINCOUNT", "10000")
 
 __version__ = "0.1.0"
 __all__ = [

@@ -437,7 +437,7 @@ def test_imagenet_names_the_archives_of_its_home(tmp_path: Path) -> None:
 
 
 def test_a_set_that_is_there_needs_no_source(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("LIKEWISE_SETS", str(tmp_path))
+    monkeypatch.setenv("LIKEWISE_DATASETS", str(tmp_path))
     write(tmp_path / "imagenet" / "labels.csv", "file,split,label")
     assert download_dataset("imagenet") == tmp_path / "imagenet"
     assert not (tmp_path / "imagenet" / "source").exists()

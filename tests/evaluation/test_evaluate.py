@@ -99,12 +99,12 @@ def test_linear_probe_is_scikit_learns_at_the_chosen_cost(folder: Path, out: Pat
 
 
 def test_results_say_what_was_left_out(out: Path) -> None:
-    about = results(out)["set"]
-    assert about["classes"] == 3
+    about = results(out)["dataset"]
+    assert about["num_classes"] == 3
     assert about["skipped"] == {"damaged": 1, "not an image": 1, "sides differ more than 20 to 1": 1}
     for protocol in ("linear", "fewshot", "knn", "retrieval"):
         for score in results(out)["protocols"][protocol]["scores"]:
-            items = np.load(next(out.glob("kinds-*")) / score["items"])
+            items = np.load(next(out.glob("kinds-*")) / score["per_item"])
             assert items.mean() == pytest.approx(score["value"], abs=1e-6)
 
 
@@ -244,8 +244,8 @@ def test_grey_transparent_16_bit_and_cmyk_images_are_read_and_one_image_a_class_
     (result,) = evaluate(
         "random:resnet10t", tmp_path / "modes", ("knn",), image_size=32, out=tmp_path / "out"
     )
-    assert result["set"]["skipped"] == {}
-    assert result["set"]["images"] == {"train": 8, "test": 8}
+    assert result["dataset"]["skipped"] == {}
+    assert result["dataset"]["num_images"] == {"train": 8, "test": 8}
     features = np.load(next((tmp_path / "out/features").glob("*/features.npy")))
     assert np.isfinite(features).all()
     names = [Path(file).name for file in open_labeled(tmp_path / "modes").files]
@@ -272,4 +272,4 @@ def test_rows_without_a_label_are_counted(folder: Path, tmp_path: Path) -> None:
     (result,) = evaluate(
         "random:resnet10t", tmp_path / "t.csv", ("knn",), image_size=32, out=tmp_path / "out"
     )
-    assert result["set"]["skipped"]["without a file or a label"] == 2
+    assert result["dataset"]["skipped"]["without a file or a label"] == 2

@@ -228,14 +228,14 @@ def test_a_run_with_a_text_tower_is_judged_by_words(clip_run: Path, captions: Pa
     tensors = load_tensors(clip_run / "encoder.safetensors")[0]
     x = rows(3, encoder.feature_dim)
     torch.testing.assert_close(
-        encoder.text_alignment.project_image(x), x @ tensors["language.projection.weight"].T
+        encoder.text_alignment.project_image(x), x @ tensors["image_projection.weight"].T
     )
     words = encoder.text_alignment.encode_text(["a cat", "a dog", "a cat"])
     torch.testing.assert_close(words[0], words[2])
     assert not torch.allclose(words[0], words[1])
     (found,) = evaluate(clip_run, captions, ("image-text",))
-    assert found["set"]["captions"] == 80
-    assert found["set"]["skipped"] == {"without a file or a caption": 1}
+    assert found["dataset"]["num_captions"] == 80
+    assert found["dataset"]["skipped"] == {"without a file or a caption": 1}
     scores = {s["metric"]: s for s in found["protocols"]["image-text"]["scores"]}
     assert scores["image to text recall@10"]["n"] == 40
     assert scores["text to image recall@10"]["n"] == 80
@@ -248,7 +248,7 @@ def test_a_run_with_a_text_tower_is_judged_by_words(clip_run: Path, captions: Pa
     images = open_labeled(emoji, label_column="category")
     test = images.splits == "test"
     sentences = [f"a photo of a {name}." for name in images.classes]
-    space = torch.from_numpy(features[test]) @ tensors["language.projection.weight"].T
+    space = torch.from_numpy(features[test]) @ tensors["image_projection.weight"].T
     answers = torch.cosine_similarity(
         space[:, None], encoder.text_alignment.encode_text(sentences)[None], dim=2
     ).argmax(dim=1)

@@ -114,7 +114,7 @@ def test_segmentation_runs_from_a_table_and_counts_what_it_leaves_out(halves: Pa
         ignore_index=(9,),
         out=tmp_path / "out",
     )
-    skipped = result["set"]["skipped"]
+    skipped = result["dataset"]["skipped"]
     assert list(skipped.values()) == [1, 1]
     assert any(reason.startswith("masks of another size") for reason in skipped)
     scores = result["protocols"]["segmentation"]["scores"]

@@ -11,6 +11,12 @@ from likewise.cli import data, evaluation, training  # noqa: F401
 from likewise.cli.common import app, print_error
 from likewise.errors import InterruptedRunError, LikewiseError
 
+# GNU OpenMP threads busy-wait for each other. Without a bound they take the cores from the threads that make
+# batches and from other programs (training is 3 times slower on 2 cores of which one is busy); without any
+# spinning, small matrix products wait for the scheduler (the linear probe is 6 times slower). It is read when
+# torch is imported, which happens later, inside the commands.
+os.environ.setdefault("GOMP_SPINCOUNT", "10000")
+
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Run the command line and leave with 0 (done), 1 (failed), 2 (bad usage) or 130 (interrupted)."""

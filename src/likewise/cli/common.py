@@ -68,15 +68,15 @@ def results_table(results: Sequence[dict[str, Any]]) -> list[str]:
     """Lay out what was measured on each set, in percent with 95 % intervals."""
     lines = []
     for result in results:
-        dataset_info = result["set"]
+        dataset_info = result["dataset"]
         description = (
-            f"{dataset_info['classes']} classes"
-            if "classes" in dataset_info
-            else f"{dataset_info['captions']:,} captions"
+            f"{dataset_info['num_classes']} classes"
+            if "num_classes" in dataset_info
+            else f"{dataset_info['num_captions']:,} captions"
         )
-        lines.append(f"{dataset_info['name']}: {description}, images {dataset_info['images']}")
+        lines.append(f"{dataset_info['name']}: {description}, images {dataset_info['num_images']}")
         lines += [f"  skipped {count:,}: {reason}" for reason, count in dataset_info["skipped"].items()]
-        test_only_classes = dataset_info.get("classes_only_in_test", [])
+        test_only_classes = dataset_info.get("test_only_classes", [])
         if test_only_classes:
             lines.append(
                 f"  classes only in test, which no classifier learns: {', '.join(test_only_classes)}"

@@ -103,18 +103,18 @@ def evaluate(
         str(encoder), backbone=backbone, image_size=image_size, prefix=weights_prefix, exclude=weights_exclude
     )
     encoder_args = {
-        "target": str(encoder),
+        "encoder": str(encoder),
         "backbone": backbone,
-        "prefix": weights_prefix,
-        "drop": list(weights_exclude),
-        "size": image_size,
+        "weights_prefix": weights_prefix,
+        "weights_exclude": list(weights_exclude),
+        "image_size": image_size,
     }
     out_dir = Path(out) if out is not None else _default_out_dir(encoder)
     config = config or ProtocolConfig()
     num_parameters = sum(p.numel() for p in image_encoder.model.parameters())
     encoder_info = image_encoder.to_dict() | {
-        "parameters": num_parameters,
-        "operations": count_flops(image_encoder),
+        "num_parameters": num_parameters,
+        "flops": count_flops(image_encoder),
     }
     results = []
     for annotation_type, dataset in opened_datasets:
@@ -139,7 +139,7 @@ def evaluate(
         )
         dataset_config = _config_for(dataset, config)
         artifact = _create_artifact(image_encoder, dataset, dataset_config, out_dir)
-        header = {"asked": encoder_args, "encoder": encoder_info, "protocols": {}}
+        header = {"requested": encoder_args, "encoder": encoder_info, "protocols": {}}
         protocol_names = [name for name in protocols if PROTOCOLS[name].requires == annotation_type]
         results.append(_run_protocols(context, protocol_names, dataset_config, artifact, header, progress))
     return results
@@ -208,10 +208,10 @@ def _default_out_dir(encoder: str | Path) -> Path:
 def _create_artifact(
     encoder: ImageEncoder, dataset: EvalDataset, config: ProtocolConfig, out_dir: Path
 ) -> Artifact:
-    settings = {"set": dataset.name, "encoder": encoder.name, "transform": encoder.to_dict()["transform"]}
+    settings = {"dataset": dataset.name, "encoder": encoder.name, "transform": encoder.to_dict()["transform"]}
     # Other settings get another folder: what was measured before is never overwritten.
     settings["protocols"] = asdict(config)
-    inputs = {"weights": encoder.fingerprint, "set": dataset.key}
+    inputs = {"encoder": encoder.fingerprint, "dataset": dataset.key}
     key = config_hash(ARTIFACT_KIND, {k: v for k, v in settings.items() if k != "encoder"}, inputs)
     return Artifact.create_or_resume(
         out_dir / f"{dataset.name}-{key[:8]}", ARTIFACT_KIND, settings, inputs, non_hashed=("encoder",)
@@ -228,7 +228,7 @@ def _run_protocols(
 ) -> dict[str, Any]:
     """Run the protocols that have not been run yet, writing the results after each."""
     path = artifact.path / RESULTS_FILE
-    result = read_json(path) if path.is_file() else header | {"set": _describe_dataset(context)}
+    result = read_json(path) if path.is_file() else header | {"dataset": _describe_dataset(context)}
     if artifact.is_complete and all(name in result["protocols"] for name in protocols):
         logger.info(f"{context.dataset.name} was measured before: {path}")
         return result
@@ -237,12 +237,12 @@ def _run_protocols(
             if name not in result["protocols"]:
                 scores = _run_protocol(name, context, config)
                 result["protocols"][name] = {
-                    "settings": PROTOCOLS[name].config_dict(config),
+                    "config": PROTOCOLS[name].config_dict(config),
                     "scores": [_save_score(name, score, artifact.path) for score in scores],
                 }
                 write_json(path, result)
             bar.update(postfix=name)
-    artifact.finish({"protocols": len(result["protocols"])}, result["set"]["skipped"])
+    artifact.finish({"protocols": len(result["protocols"])}, result["dataset"]["skipped"])
     return read_json(path)
 
 
@@ -262,22 +262,22 @@ def _describe_dataset(context: EvalContext) -> dict[str, Any]:
         excluded = {"without a file or a caption": dataset.num_skipped}
         details = {
             "caption_column": dataset.caption_column,
-            "captions": sum(map(len, dataset.captions)),
-            "images": {"test": len(dataset)},
+            "num_captions": sum(map(len, dataset.captions)),
+            "num_images": {"test": len(dataset)},
         }
     elif isinstance(dataset, LabeledDataset):
         excluded = dataset.skipped
         details = {
             "label_column": dataset.label_column,
             "split_column": dataset.split_column,
-            "classes": len(dataset.classes),
-            "images": dataset.split_counts(),
-            "classes_only_in_test": dataset.test_only_classes(),
+            "num_classes": len(dataset.classes),
+            "num_images": dataset.split_counts(),
+            "test_only_classes": dataset.test_only_classes(),
         }
     else:
         excluded = dataset.skipped
         counts = {split: int((dataset.splits == split).sum()) for split in ("train", "test")}
-        details = {"classes": len(dataset.classes), "images": counts}
+        details = {"num_classes": len(dataset.classes), "num_images": counts}
     skipped = {} if context.precomputed_features is None else dict(context.precomputed_features.skipped)
     return (
         header
@@ -289,14 +289,14 @@ def _describe_dataset(context: EvalContext) -> dict[str, Any]:
 def _save_score(protocol: str, score: Score, out_dir: Path) -> dict[str, Any]:
     """Write the items of a score beside the results and return what the results say of it."""
     stem = f"{protocol}-{slugify(score.metric.replace(' ', '-').replace('@', '-at-'))}"
-    write_array(out_dir / f"items-{stem}.npy", score.per_item)
+    write_array(out_dir / f"per-item-{stem}.npy", score.per_item)
     entry: dict[str, Any] = {
         "metric": score.metric,
         **asdict(score.estimate),
         "n": len(score.per_item) if score.n is None else score.n,
-        "items": f"items-{stem}.npy",
+        "per_item": f"per-item-{stem}.npy",
         "groups": None,
-        "paired": "no" if score.metric == MEAN_CLASS_ACCURACY else score.pairing,
+        "pairing": "no" if score.metric == MEAN_CLASS_ACCURACY else score.pairing,
         "details": score.details,
     }
     if score.groups is not None:

@@ -63,10 +63,10 @@ def extract_features(
     torch_device = torch.device(resolve_device(device))
     # What graphics processors compute in half precision is not to the last digit what others do in float32.
     settings = encoder.to_dict() | {
-        "set": dataset.name,
+        "dataset": dataset.name,
         "precision": "half" if torch_device.type == "cuda" else "float32",
     }
-    inputs = {"weights": encoder.fingerprint, "set": dataset.key}
+    inputs = {"encoder": encoder.fingerprint, "dataset": dataset.key}
     # What an encoder is called does not change what it sees.
     key = config_hash(ARTIFACT_KIND, {k: v for k, v in settings.items() if k != "name"}, inputs)
     artifact = Artifact.create_or_resume(

@@ -62,18 +62,18 @@ def _read_rows(path: Path) -> list[ResultRow]:
     result = read_json(path)
     return [
         ResultRow(
-            dataset=result["set"]["name"],
-            dataset_key=result["set"]["key"],
-            encoder_key=f"{result['encoder']['weights']} {result['encoder']['transform']}",
-            flops=result["encoder"]["operations"],
+            dataset=result["dataset"]["name"],
+            dataset_key=result["dataset"]["key"],
+            encoder_key=f"{result['encoder']['fingerprint']} {result['encoder']['transform']}",
+            flops=result["encoder"]["flops"],
             protocol=protocol,
             metric=score["metric"],
             estimate=Estimate(value=score["value"], low=score["low"], high=score["high"]),
             n=score["n"],
-            per_item=mmap_array(path.parent / score["items"]),
+            per_item=mmap_array(path.parent / score["per_item"]),
             groups=None if score["groups"] is None else mmap_array(path.parent / score["groups"]),
-            pairing=score["paired"],
-            config=protocol_result["settings"],
+            pairing=score["pairing"],
+            config=protocol_result["config"],
             details=score["details"],
         )
         for protocol, protocol_result in result["protocols"].items()
@@ -92,7 +92,7 @@ class MetricComparison:
     def to_dict(self) -> dict[str, Any]:
         """Return it as plain values."""
         return {
-            "set": self.baseline.dataset,
+            "dataset": self.baseline.dataset,
             "protocol": self.baseline.protocol,
             "metric": self.baseline.metric,
             "n": self.baseline.n,

@@ -14,7 +14,8 @@ from likewise.artifacts import atomic_write
 from likewise.errors import ArtifactError, ModelError
 from likewise.models.backbones import BackboneConfig, build_backbone
 
-TEXT_PREFIX = "language."
+TEXT_TOWER_PREFIX = "text_tower."
+IMAGE_PROJECTION_PREFIX = "image_projection."
 _METADATA_KEY = "likewise"
 
 
@@ -76,7 +77,7 @@ def save_encoder(
     `text_state` is what `likewise.models.language` needs besides: its weights, and what its tower is made of.
     """
     tensors, tower_config = text_state or ({}, None)
-    metadata = {"kind": "encoder", "backbone": asdict(config), "language": tower_config}
+    metadata = {"kind": "encoder", "backbone": asdict(config), "text_tower": tower_config}
     save_tensors(path, backbone.state_dict() | tensors, metadata)
 
 
@@ -96,7 +97,9 @@ def load_backbone(path: Path, image_size: int | None = None) -> tuple[nn.Module,
     config = config if image_size is None else replace(config, image_size=image_size)
     model, feature_dim = build_backbone(config)
     load_state_dict_strict(
-        model, {k: v for k, v in tensors.items() if not k.startswith(TEXT_PREFIX)}, str(path)
+        model,
+        {k: v for k, v in tensors.items() if not k.startswith((TEXT_TOWER_PREFIX, IMAGE_PROJECTION_PREFIX))},
+        str(path),
     )
     return model, config, feature_dim
 

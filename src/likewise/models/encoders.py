@@ -54,8 +54,8 @@ class ImageEncoder:
         """Return what results say of it."""
         return {
             "name": self.name,
-            "weights": self.fingerprint,
-            "width": self.feature_dim,
+            "fingerprint": self.fingerprint,
+            "feature_dim": self.feature_dim,
             "transform": asdict(self.transform),
         }
 

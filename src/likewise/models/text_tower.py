@@ -12,7 +12,12 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from likewise.errors import DependencyError, ModelError
-from likewise.models.checkpoints import TEXT_PREFIX, load_state_dict_strict, load_tensors
+from likewise.models.checkpoints import (
+    IMAGE_PROJECTION_PREFIX,
+    TEXT_TOWER_PREFIX,
+    load_state_dict_strict,
+    load_tensors,
+)
 
 CONTEXT_LENGTH = 77
 VOCAB_SIZE = 49_408
@@ -97,10 +102,10 @@ class TextAlignment:
 
 def text_state_dict(tower: nn.Module, projection: nn.Module) -> dict[str, Tensor]:
     """Return the weights of a text tower and of the projection of images, by the names they are kept."""
-    modules = {"tower": tower, "projection": projection}
+    modules = {TEXT_TOWER_PREFIX: tower, IMAGE_PROJECTION_PREFIX: projection}
     return {
-        f"{TEXT_PREFIX}{module_name}.{name}": tensor
-        for module_name, module in modules.items()
+        f"{prefix}{name}": tensor
+        for prefix, module in modules.items()
         for name, tensor in module.state_dict().items()
     }
 
@@ -113,13 +118,13 @@ def load_text_alignment(path: Path) -> TextAlignment | None:
         DependencyError: where open_clip is not installed.
     """
     tensors, metadata = load_tensors(path)
-    if metadata.get("language") is None:
+    if metadata.get("text_tower") is None:
         return None
-    tower = TextTower(**metadata["language"])
-    projection_weight = tensors.get(f"{TEXT_PREFIX}projection.weight")
+    tower = TextTower(**metadata["text_tower"])
+    projection_weight = tensors.get(f"{IMAGE_PROJECTION_PREFIX}weight")
     if projection_weight is None:
         raise ModelError(f"{path} has a text tower but no projection of images")
-    load_state_dict_strict(tower, _strip_prefix(tensors, f"{TEXT_PREFIX}tower."), str(path))
+    load_state_dict_strict(tower, _strip_prefix(tensors, TEXT_TOWER_PREFIX), str(path))
     tower.eval().requires_grad_(False)
     return TextAlignment(
         encode_text=lambda captions: encode_captions(tower, tokenize, captions),

@@ -386,17 +386,17 @@ def _describe_dataset(dataset_key: str, columns: Sequence[ReportEntry]) -> list[
         (entry, result)
         for entry in columns
         for result in entry.results
-        if result["set"]["key"] == dataset_key
+        if result["dataset"]["key"] == dataset_key
     ]
-    info = entry_results[0][1]["set"]
-    split_counts = [f"{count_noun(count, 'image')} to {split}" for split, count in info["images"].items()]
+    info = entry_results[0][1]["dataset"]
+    split_counts = [f"{count_noun(count, 'image')} to {split}" for split, count in info["num_images"].items()]
     size_text = (
-        count_noun(info["classes"], "class", "classes")
-        if "classes" in info
-        else count_noun(info["captions"], "caption", "captions")
+        count_noun(info["num_classes"], "class", "classes")
+        if "num_classes" in info
+        else count_noun(info["num_captions"], "caption", "captions")
     )
     lines = [f"{size_text}; {join_words(split_counts)}."]
-    test_only_classes = info.get("classes_only_in_test") or []
+    test_only_classes = info.get("test_only_classes") or []
     if test_only_classes:
         class_names = ", ".join(test_only_classes[:8]) + (", …" if test_only_classes[8:] else "")
         lines.append(
@@ -405,7 +405,7 @@ def _describe_dataset(dataset_key: str, columns: Sequence[ReportEntry]) -> list[
             "never name."
         )
     for entry, result in entry_results:
-        skipped = [f"{count:,} {reason}" for reason, count in sorted(result["set"]["skipped"].items())]
+        skipped = [f"{count:,} {reason}" for reason, count in sorted(result["dataset"]["skipped"].items())]
         if skipped:
             lines.append(f"Skipped with {entry.name}: {', '.join(skipped)}.")
     return lines

@@ -379,20 +379,23 @@ class ReproductionCommands:
 
     def _evaluate_command(self, entry: ReportEntry, result: dict[str, Any]) -> str:
         protocols = result["protocols"]
-        fewshot = protocols.get("fewshot", {}).get("settings", {})
+        fewshot = protocols.get("fewshot", {}).get("config", {})
         overrides = {name: fewshot.get(name) for name in ("ways", "shots", "episodes")}
         overrides["mean_class_accuracy"] = (
-            any(p["settings"].get("mean_class_accuracy") for p in protocols.values()) or None
+            any(p["config"].get("mean_class_accuracy") for p in protocols.values()) or None
         )
-        dataset_info, requested = result["set"], result["asked"]
+        dataset_info, requested = result["dataset"], result["requested"]
         for name, default in (("label_column", "label"), ("split_column", "split")):
             overrides[name] = None if dataset_info.get(name, default) == default else dataset_info[name]
         overrides["caption_column"] = dataset_info.get("caption_column")
-        epochs = [p["settings"]["epochs"] for p in protocols.values() if "epochs" in p["settings"]]
+        epochs = [p["config"]["epochs"] for p in protocols.values() if "epochs" in p["config"]]
         overrides["epochs"] = epochs[0] if len(set(epochs)) == 1 else None
-        finetuned = [p for p in protocols.values() if p["settings"].get("backbone") == "tuned"]
+        finetuned = [p for p in protocols.values() if p["config"].get("backbone") == "tuned"]
         overrides["tune"] = bool(finetuned) or None
-        overrides |= {name: requested[name] or None for name in ("backbone", "prefix", "drop", "size")}
+        overrides |= {
+            name: requested[name] or None
+            for name in ("backbone", "weights_prefix", "weights_exclude", "image_size")
+        }
         flags = {
             "on": self._relative(Path(dataset_info["path"])),
             "protocol": ",".join(protocols),
@@ -401,9 +404,9 @@ class ReproductionCommands:
         if entry.run is not None:
             return _command_line("evaluate", self._relative(entry.path), **flags)
         encoder = (
-            requested["target"]
-            if ":" in requested["target"]
-            else self._relative(Path(requested["target"]).resolve())
+            requested["encoder"]
+            if ":" in requested["encoder"]
+            else self._relative(Path(requested["encoder"]).resolve())
         )
         return _command_line("evaluate", encoder, **flags, out=self._relative(entry.path))
 

@@ -294,7 +294,7 @@ def download_dataset(name: str, root: Path | None = None, progress: Progress = N
 
     Args:
         name: A name of the catalogue.
-        root: Where the set lies or shall lie; by default $LIKEWISE_SETS or ~/.cache/likewise/sets, /NAME.
+        root: Folder of the dataset; defaults to `NAME` in $LIKEWISE_DATASETS or ~/.cache/likewise/datasets.
         progress: Where to tell what is downloaded and written.
 
     Raises:
@@ -326,8 +326,8 @@ def download_dataset(name: str, root: Path | None = None, progress: Progress = N
 
 
 def dataset_dir(name: str) -> Path:
-    """Return where a known set lies by default: $LIKEWISE_SETS or ~/.cache/likewise/sets, /NAME."""
-    return Path(os.environ.get("LIKEWISE_SETS") or "~/.cache/likewise/sets").expanduser() / name
+    """Return where a known set lies by default: $LIKEWISE_DATASETS or ~/.cache/likewise/datasets, /NAME."""
+    return Path(os.environ.get("LIKEWISE_DATASETS") or "~/.cache/likewise/datasets").expanduser() / name
 
 
 def is_downloaded(name: str) -> bool:
