@@ -51,7 +51,7 @@ def settings(views: str, seed: int, epochs: int) -> TrainConfig:
 def measure(target: Path, items: Path, also: list[Path], out: Path, figures: Figures, arm: str) -> None:
     """Evaluate one encoder on all sets and add its figures, in percent, to those of its arm."""
     sets = [open_labeled(items, label_column="articleType"), *(open_labeled(path) for path in also)]
-    for result in evaluate(target, sets, PROTOCOLS, out=out):
+    for result in evaluate(target, sets, PROTOCOLS, out=out).raw:
         for protocol, told in result["protocols"].items():
             key = (result["dataset"]["name"], protocol, arm)
             figures.setdefault(key, []).append(100 * told["scores"][0]["value"])

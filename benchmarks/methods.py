@@ -68,7 +68,7 @@ def figures(target: Path, items: Path, also: list[Path], out: Path) -> list[str]
     """Evaluate one encoder and return its figures in percent, with 95 % intervals over test items."""
     sets = [open_labeled(items, label_column="articleType"), *(open_labeled(path) for path in also)]
     cells = []
-    for result in evaluate(target, sets, PROTOCOLS, out=out):
+    for result in evaluate(target, sets, PROTOCOLS, out=out).raw:
         for protocol in PROTOCOLS:
             told = result["protocols"][protocol]["scores"][0]
             half = (told["high"] - told["low"]) / 2

@@ -13,7 +13,7 @@ SOURCE = Path(likewise.__file__).parent
 GROUND = {"errors", "artifacts", "rng", "parallel", "distributed", "progress"}
 ROOMS = {
     "data": set(),
-    "models": set(),
+    "models": {"data"},
     "embeddings": {"data", "models"},
     "neighbors": {"embeddings", "data"},
     "pairs": {"neighbors", "embeddings", "data"},
@@ -21,7 +21,7 @@ ROOMS = {
     "evaluation": {"models", "data"},
     "report": {"data", "neighbors", "pairs", "evaluation"},
     "demo": {"data", "embeddings", "neighbors", "pairs", "training", "evaluation", "report"},
-    "cli": {"data", "embeddings", "neighbors", "pairs", "training", "evaluation", "report", "demo"},
+    "cli": {"data", "embeddings", "neighbors", "pairs", "training", "evaluation", "report", "demo", "models"},
 }
 GROUND_ORDER = {
     "errors": set(),
@@ -92,6 +92,18 @@ def test_nothing_heavy_is_loaded_before_the_arguments_are_parsed() -> None:
     assert told.stdout.strip() == "[]"
 
 
-def test_every_public_name_can_be_loaded() -> None:
+def test_public_names_are_the_same_for_imports_and_type_checkers() -> None:
+    imported = {
+        alias.asname or alias.name: node.module
+        for block in ast.parse((SOURCE / "__init__.py").read_text()).body
+        if isinstance(block, ast.If)
+        for node in block.body
+        if isinstance(node, ast.ImportFrom)
+        for alias in node.names
+    }
+    assert imported == likewise._MODULES
+    assert sorted(likewise.__all__) == sorted(imported)
     for name in likewise.__all__:
         assert getattr(likewise, name) is not None
+    assert set(likewise.__all__) <= set(dir(likewise))
+    assert (SOURCE / "py.typed").is_file()

@@ -1,10 +1,11 @@
-"""Learn image encoders from captioned images: pictures that are described alike, learn alike.
+"""Language-guided contrastive pre-training: images with similar captions become positive pairs.
 
-collection = likewise.import_collection("photos/", "photos.likewise")
-likewise.embed(collection, "all-mpnet-base-v2")
-likewise.find_neighbors(collection)
-run = likewise.train(collection, "run", likewise.TrainSettings(backbone="resnet18", size=64))
-likewise.evaluate(run.path, "labelled/")
+dataset = likewise.import_dataset("photos/", "photos.likewise")
+likewise.embed(dataset, encoder="all-MiniLM-L6-v2")
+run = likewise.train(dataset, out="run", config=likewise.TrainConfig(backbone="resnet18", image_size=64))
+encoder = likewise.load_encoder(run)
+features = encoder.encode(["cat.jpg", "dog.jpg"])
+print(likewise.evaluate(encoder, datasets=["eurosat"], protocols=["linear", "knn"]).table())
 """
 
 from importlib import import_module
@@ -12,64 +13,117 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from likewise.data.audit.audit import audit_dataset
+    from likewise.data.audit.config import AuditConfig
     from likewise.data.dataset import CaptionDataset
+    from likewise.data.images import UnreadableImageError
     from likewise.data.importing import import_dataset
     from likewise.data.readers.base import ImportOptions
+    from likewise.embeddings.config import EncoderOptions
     from likewise.embeddings.embed import embed
-    from likewise.errors import LikewiseError
-    from likewise.evaluation.evaluate import evaluate
+    from likewise.errors import (
+        ArtifactError,
+        DependencyError,
+        InterruptedRunError,
+        InvalidInputError,
+        LikewiseError,
+        ModelError,
+        TrainingError,
+    )
+    from likewise.evaluation.evaluate import ColumnOptions, evaluate
+    from likewise.evaluation.protocols import ProtocolConfig
+    from likewise.evaluation.results import EvalResults, compare, read_results
+    from likewise.models.encoders import ImageEncoder, load_encoder
     from likewise.neighbors.config import SearchConfig
     from likewise.neighbors.index import find_neighbors
     from likewise.pairs.analyze import analyze_pairs
     from likewise.pairs.build import build_pairs
     from likewise.pairs.config import PairConfig
+    from likewise.pairs.sampling import Pairs
     from likewise.report.run_report import write_report
     from likewise.training.config import TrainConfig
     from likewise.training.train import Run, train
 
 __version__ = "0.1.0"
 __all__ = [
+    "ArtifactError",
+    "AuditConfig",
     "CaptionDataset",
+    "ColumnOptions",
+    "DependencyError",
+    "EncoderOptions",
+    "EvalResults",
+    "ImageEncoder",
     "ImportOptions",
+    "InterruptedRunError",
+    "InvalidInputError",
     "LikewiseError",
+    "ModelError",
     "PairConfig",
+    "Pairs",
+    "ProtocolConfig",
     "Run",
     "SearchConfig",
     "TrainConfig",
+    "TrainingError",
+    "UnreadableImageError",
     "analyze_pairs",
     "audit_dataset",
     "build_pairs",
+    "compare",
     "embed",
     "evaluate",
     "find_neighbors",
     "import_dataset",
+    "load_encoder",
+    "read_results",
     "train",
     "write_report",
 ]
 
-# Names are loaded when first used: `import likewise` and `likewise --help` stay fast without torch.
-_HOMES = {
+# Public names are imported on first use: `import likewise` and `likewise --help` do not import torch.
+_MODULES = {
+    "ArtifactError": "likewise.errors",
+    "AuditConfig": "likewise.data.audit.config",
     "CaptionDataset": "likewise.data.dataset",
+    "ColumnOptions": "likewise.evaluation.evaluate",
+    "DependencyError": "likewise.errors",
+    "EncoderOptions": "likewise.embeddings.config",
+    "EvalResults": "likewise.evaluation.results",
+    "ImageEncoder": "likewise.models.encoders",
     "ImportOptions": "likewise.data.readers.base",
+    "InterruptedRunError": "likewise.errors",
+    "InvalidInputError": "likewise.errors",
     "LikewiseError": "likewise.errors",
+    "ModelError": "likewise.errors",
     "PairConfig": "likewise.pairs.config",
+    "Pairs": "likewise.pairs.sampling",
+    "ProtocolConfig": "likewise.evaluation.protocols",
     "Run": "likewise.training.train",
-    "TrainConfig": "likewise.training.config",
     "SearchConfig": "likewise.neighbors.config",
-    "audit_dataset": "likewise.data.audit.audit",
+    "TrainConfig": "likewise.training.config",
+    "TrainingError": "likewise.errors",
+    "UnreadableImageError": "likewise.data.images",
     "analyze_pairs": "likewise.pairs.analyze",
+    "audit_dataset": "likewise.data.audit.audit",
+    "build_pairs": "likewise.pairs.build",
+    "compare": "likewise.evaluation.results",
     "embed": "likewise.embeddings.embed",
     "evaluate": "likewise.evaluation.evaluate",
-    "import_dataset": "likewise.data.importing",
     "find_neighbors": "likewise.neighbors.index",
-    "build_pairs": "likewise.pairs.build",
+    "import_dataset": "likewise.data.importing",
+    "load_encoder": "likewise.models.encoders",
+    "read_results": "likewise.evaluation.results",
     "train": "likewise.training.train",
     "write_report": "likewise.report.run_report",
 }
 
 
 def __getattr__(name: str) -> Any:
-    """Load a public name from where it lives."""
-    if name not in _HOMES:
+    """Import a public name from its module."""
+    if name not in _MODULES:
         raise AttributeError(f"module 'likewise' has no attribute {name!r}")
-    return getattr(import_module(_HOMES[name]), name)
+    return getattr(import_module(_MODULES[name]), name)
+
+
+def __dir__() -> list[str]:
+    return [*globals(), *__all__]

@@ -18,7 +18,7 @@ from likewise.errors import DependencyError
 from likewise.evaluation.evaluate import evaluate
 from likewise.evaluation.protocols import ProtocolConfig
 from likewise.evaluation.protocols.fewshot import FewShotConfig
-from likewise.evaluation.results import MetricComparison, compare, read_results
+from likewise.evaluation.results import MetricComparison, compare_metrics, read_results
 from likewise.neighbors.index import find_neighbors
 from likewise.pairs.config import PairConfig, PairSource
 from likewise.parallel import default_num_workers, prefetch_map
@@ -299,4 +299,4 @@ def run_demo(
         title="Emoji, drawn by two houses",
         image_credits=CREDITS,
     )
-    return report_path, compare([read_results(path) for path in (*run_paths, untrained_dir)])
+    return report_path, compare_metrics([read_results(path) for path in (*run_paths, untrained_dir)])

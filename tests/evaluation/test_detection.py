@@ -18,7 +18,7 @@ from likewise.evaluation.protocols.detection import (
     build_detector,
     run_detection,
 )
-from likewise.evaluation.results import compare, read_results
+from likewise.evaluation.results import compare_metrics, read_results
 from likewise.models.encoders import load_encoder
 
 CPU = torch.device("cpu")
@@ -107,12 +107,11 @@ def test_detection_is_kept_and_compared(squares: Path, tmp_path: Path) -> None:
         )
     )
     for name in ("resnet10t", "resnet18"):
-        (result,) = evaluate(
-            f"random:{name}", squares, ("detection",), config=settings, image_size=64, out=tmp_path / name
-        )
-    scores = result["protocols"]["detection"]["scores"]
+        encoder = load_encoder(f"random:{name}", image_size=64)
+        results = evaluate(encoder, squares, ("detection",), config=settings, out=tmp_path / name)
+    scores = results.raw[0]["protocols"]["detection"]["scores"]
     assert [score["metric"] for score in scores] == ["AP", "AP50", "AP75"]
     assert scores[0]["n"] == 12
-    (first, *_) = compare([read_results(tmp_path / name) for name in ("resnet10t", "resnet18")])
+    (first, *_) = compare_metrics([read_results(tmp_path / name) for name in ("resnet10t", "resnet18")])
     assert first.differences[0] is not None
     assert 0 < first.differences[0].p_value <= 1

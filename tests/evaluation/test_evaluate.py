@@ -1,5 +1,6 @@
-"""Evaluation end to end on real pictures: figures that can be recomputed, kept on disk, and compared."""
+"""Evaluation end to end on real images: values that can be recomputed, stored on disk, and compared."""
 
+import csv
 import json
 import shutil
 from pathlib import Path
@@ -10,266 +11,303 @@ import torch
 from PIL import Image
 from sklearn.linear_model import LogisticRegression
 
-from likewise.errors import ArtifactError, InvalidInputError
+import likewise
+from likewise.errors import ArtifactError, InvalidInputError, LikewiseError
 from likewise.evaluation.datasets.labeled import open_labeled
 from likewise.evaluation.evaluate import evaluate
 from likewise.evaluation.features import extract_features
 from likewise.evaluation.protocols import ProtocolConfig
 from likewise.evaluation.protocols.fewshot import FewShotConfig
 from likewise.evaluation.protocols.linear import LinearProbeConfig
-from likewise.evaluation.results import compare, read_results
-from likewise.models.encoders import load_encoder
+from likewise.evaluation.results import compare_metrics, read_results
+from likewise.models.encoders import ImageEncoder, load_encoder
 
-SETTINGS = ProtocolConfig(fewshot=FewShotConfig(ways=2, shots=2, episodes=50))
+CONFIG = ProtocolConfig(fewshot=FewShotConfig(ways=2, shots=2, episodes=50))
 
 
-def by_category(emoji: Path, target: Path, *, bad: bool = False) -> Path:
-    """Lay some emoji out as split/class/file, by their category, with unreadable files on demand."""
-    import csv
+def test_evaluate_an_encoder(folder: Path, tmp_path: Path) -> None:
+    encoder = likewise.load_encoder("random:resnet10t", image_size=32)
+    results = likewise.evaluate(encoder, folder, ["knn", "clustering"], out=tmp_path / "out")
+    accuracy = results["categories", "knn", "accuracy"]
+    assert 0 <= accuracy.low <= accuracy.value <= accuracy.high <= 1
+    assert [(row.protocol, row.metric) for row in results] == [
+        ("clustering", "NMI"),
+        ("clustering", "ARI"),
+        ("knn", "accuracy"),
+    ]
+    header, *_, last_line = results.table().splitlines()
+    assert header.split() == ["dataset", "protocol", "metric", "value", "95", "%", "interval", "n"]
+    assert last_line.split()[:4] == ["categories", "knn", "accuracy", f"{100 * accuracy.value:.1f}"]
+    assert last_line.index("knn") == header.index("protocol")
+    frame = results.to_dataframe()
+    assert frame.loc[frame.metric == "accuracy", "value"].item() == accuracy.value
+    assert results.path == tmp_path / "out"
+    assert likewise.read_results(tmp_path / "out").to_dataframe().equals(frame)
+    with pytest.raises(KeyError, match="clustering"):
+        results["categories", "linear", "accuracy"]
 
+
+def small_encoder(name: str = "resnet10t", image_size: int = 48) -> ImageEncoder:
+    return load_encoder(f"random:{name}", image_size=image_size)
+
+
+def copy_categories(emoji: Path, root: Path, *, with_unreadable: bool = False) -> Path:
+    """Copy some emoji into the layout split/category/file, on demand with unreadable files."""
     with emoji.open() as stream:
         for row in csv.DictReader(stream):
             if row["category"] in ("objects", "animals-and-nature", "symbols"):
-                place = target / row["split"] / row["category"] / f"{row['house']}-{row['instance']}.png"
-                place.parent.mkdir(parents=True, exist_ok=True)
-                shutil.copy(emoji.parent / row["file"], place)
-    if bad:
-        first = sorted((target / "test").rglob("*.png"))[0]
+                path = root / row["split"] / row["category"] / f"{row['domain']}-{row['instance']}.png"
+                path.parent.mkdir(parents=True, exist_ok=True)
+                shutil.copy(emoji.parent / row["file"], path)
+    if with_unreadable:
+        first = sorted((root / "test").rglob("*.png"))[0]
         (first.parent / "broken.png").write_bytes(first.read_bytes()[:200])
         (first.parent / "text.jpg").write_text("no image")
-        (first.parent / "wide.png").parent.mkdir(exist_ok=True)
         Image.new("RGB", (900, 10)).save(first.parent / "wide.png")
-    return target
+    return root
 
 
 @pytest.fixture(scope="module")
 def folder(emoji: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return by_category(emoji, tmp_path_factory.mktemp("sets") / "kinds", bad=True)
+    root = tmp_path_factory.mktemp("datasets") / "categories"
+    return copy_categories(emoji, root, with_unreadable=True)
 
 
 @pytest.fixture(scope="module")
 def out(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    target = tmp_path_factory.mktemp("results")
-    evaluate(
-        "random:resnet10t",
-        folder,
-        ("linear", "fewshot", "knn", "retrieval"),
-        config=SETTINGS,
-        image_size=48,
-        out=target,
-    )
-    return target
+    path = tmp_path_factory.mktemp("results")
+    evaluate(small_encoder(), folder, ("linear", "fewshot", "knn", "retrieval"), config=CONFIG, out=path)
+    return path
 
 
-def results(out: Path) -> dict:
-    (file,) = out.glob("kinds-*/results.json")
+def read_json_results(out: Path) -> dict:
+    (file,) = out.glob("categories-*/results.json")
     return json.loads(file.read_text())
 
 
-def test_features_are_the_models_on_resized_centres(folder: Path, tmp_path: Path) -> None:
-    encoder = load_encoder("random:resnet10t", image_size=48)
-    images = open_labeled(folder)
-    features = extract_features(encoder, images, tmp_path, batch_size=7)
+def test_features_are_those_of_the_model_on_resized_center_crops(folder: Path, tmp_path: Path) -> None:
+    encoder = small_encoder()
+    dataset = open_labeled(folder)
+    features = extract_features(encoder, dataset, tmp_path, batch_size=7)
     assert features.skipped == {"damaged": 1, "not an image": 1, "sides differ more than 20 to 1": 1}
-    assert len(features.indices) == len(images) - 3
-    row = int(features.indices[11])
-    picture = Image.open(folder / images.files[row]).convert("RGBA")
-    flat = Image.alpha_composite(Image.new("RGBA", picture.size, "white"), picture).convert("RGB")
+    assert len(features.indices) == len(dataset) - 3
+    index = int(features.indices[11])
+    image = Image.open(folder / dataset.files[index]).convert("RGBA")
+    rgb = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
     pixels = (
-        torch.from_numpy(np.asarray(flat.resize((48, 48), Image.Resampling.BICUBIC)).copy()).permute(2, 0, 1)
+        torch.from_numpy(np.asarray(rgb.resize((48, 48), Image.Resampling.BICUBIC)).copy()).permute(2, 0, 1)
         / 255
     )
     mean, std = (torch.tensor(v).view(3, 1, 1) for v in ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)))
-    expected = encoder.model(((pixels - mean) / std)[None])[0]
-    torch.testing.assert_close(torch.from_numpy(features.vectors[row]), expected, atol=1e-4, rtol=1e-3)
+    expected = encoder.model(((pixels - mean) / std)[None].to(encoder.device))[0].cpu()
+    torch.testing.assert_close(torch.from_numpy(features.vectors[index]), expected, atol=1e-4, rtol=1e-3)
 
 
-def test_linear_probe_is_scikit_learns_at_the_chosen_cost(folder: Path, out: Path) -> None:
-    told = results(out)["protocols"]["linear"]["scores"][0]
-    images = open_labeled(folder)
-    features = extract_features(load_encoder("random:resnet10t", image_size=48), images, out / "features")
-    vectors, splits, labels = (a[features.indices] for a in (features.vectors, images.splits, images.labels))
-    peer = LogisticRegression(C=told["details"]["cost"], max_iter=20_000, tol=1e-6)
-    peer.fit(vectors[splits == "train"].astype(np.float64), labels[splits == "train"])
-    score = peer.score(vectors[splits == "test"].astype(np.float64), labels[splits == "test"])
-    assert told["value"] == pytest.approx(score, abs=0.02)
-    assert told["low"] < told["value"] < told["high"]
-    assert told["n"] == (splits == "test").sum()
-    assert told["details"]["converged"]
+def test_linear_probe_matches_scikit_learn_at_the_selected_cost(folder: Path, out: Path) -> None:
+    score = read_json_results(out)["protocols"]["linear"]["scores"][0]
+    dataset = open_labeled(folder)
+    features = extract_features(small_encoder(), dataset, out / "features")
+    vectors, splits, labels = (
+        array[features.indices] for array in (features.vectors, dataset.splits, dataset.labels)
+    )
+    reference = LogisticRegression(C=score["details"]["cost"], max_iter=20_000, tol=1e-6)
+    reference.fit(vectors[splits == "train"].astype(np.float64), labels[splits == "train"])
+    accuracy = reference.score(vectors[splits == "test"].astype(np.float64), labels[splits == "test"])
+    assert score["value"] == pytest.approx(accuracy, abs=0.02)
+    assert score["low"] < score["value"] < score["high"]
+    assert score["n"] == (splits == "test").sum()
+    assert score["details"]["converged"]
 
 
-def test_results_say_what_was_left_out(out: Path) -> None:
-    about = results(out)["dataset"]
-    assert about["num_classes"] == 3
-    assert about["skipped"] == {"damaged": 1, "not an image": 1, "sides differ more than 20 to 1": 1}
+def test_results_count_unreadable_images(out: Path) -> None:
+    info = read_json_results(out)["dataset"]
+    assert info["num_classes"] == 3
+    assert info["skipped"] == {"damaged": 1, "not an image": 1, "sides differ more than 20 to 1": 1}
     for protocol in ("linear", "fewshot", "knn", "retrieval"):
-        for score in results(out)["protocols"][protocol]["scores"]:
-            items = np.load(next(out.glob("kinds-*")) / score["per_item"])
-            assert items.mean() == pytest.approx(score["value"], abs=1e-6)
+        for score in read_json_results(out)["protocols"][protocol]["scores"]:
+            per_item = np.load(next(out.glob("categories-*")) / score["per_item"])
+            assert per_item.mean() == pytest.approx(score["value"], abs=1e-6)
 
 
-def test_a_second_call_measures_nothing_anew(folder: Path, out: Path) -> None:
-    before = {p: p.stat().st_mtime_ns for p in out.rglob("*.npy")}
-    again = evaluate("random:resnet10t", folder, ("linear",), config=SETTINGS, image_size=48, out=out)
-    assert {p: p.stat().st_mtime_ns for p in out.rglob("*.npy")} == before
-    assert again[0]["protocols"]["linear"] == results(out)["protocols"]["linear"]
+def test_second_call_reads_results_from_disk(folder: Path, out: Path) -> None:
+    before = {path: path.stat().st_mtime_ns for path in out.rglob("*.npy")}
+    results = evaluate(small_encoder(), folder, "linear", config=CONFIG, out=out)
+    assert {path: path.stat().st_mtime_ns for path in out.rglob("*.npy")} == before
+    assert results.raw[0]["protocols"]["linear"] == read_json_results(out)["protocols"]["linear"]
 
 
-def test_comparison_is_paired_and_by_name(folder: Path, out: Path, tmp_path: Path) -> None:
-    evaluate("random:resnet14t", folder, ("linear", "knn"), config=SETTINGS, image_size=48, out=tmp_path)
-    rows = compare([read_results(out), read_results(tmp_path)])
-    assert {(r.baseline.protocol, r.baseline.metric) for r in rows} == {
+def test_encoder_by_name_and_default_folder(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    results = evaluate("random:test_resnet", open_labeled(folder), "knn")
+    assert results.path == Path("evaluation-random-test_resnet")
+    assert results[0].encoder == "random:test_resnet"
+    assert results.raw[0]["requested"] == {
+        "encoder": "random:test_resnet",
+        "backbone": None,
+        "weights_prefix": "",
+        "weights_exclude": [],
+        "image_size": None,
+    }
+
+
+def test_comparison_is_paired_by_item(folder: Path, out: Path, tmp_path: Path) -> None:
+    evaluate(small_encoder("resnet14t"), folder, ("linear", "knn"), config=CONFIG, out=tmp_path)
+    comparisons = compare_metrics([read_results(out), read_results(tmp_path)])
+    assert {(c.baseline.protocol, c.baseline.metric) for c in comparisons} == {
         ("linear", "accuracy"),
         ("knn", "accuracy"),
     }
-    for row in rows:
-        (difference,) = row.differences
+    for comparison in comparisons:
+        (difference,) = comparison.differences
         assert difference is not None
-        assert difference.value == pytest.approx(row.estimates[1].value - row.estimates[0].value, abs=1e-6)
-    with pytest.raises(ArtifactError, match="holds no evaluation"):
+        expected = comparison.estimates[1].value - comparison.estimates[0].value
+        assert difference.value == pytest.approx(expected, abs=1e-6)
+    with pytest.raises(ArtifactError) as error:
         read_results(tmp_path / "nothing")
+    assert error.value.path == tmp_path / "nothing"
 
 
-def test_cross_house_retrieval_looks_in_the_other_house(emoji: Path, tmp_path: Path) -> None:
-    (result,) = evaluate("random:resnet10t", emoji.parent, ("retrieval",), image_size=48, out=tmp_path)
-    scores = {s["metric"]: s for s in result["protocols"]["retrieval"]["scores"]}
-    assert scores["recall@1"]["value"] <= scores["recall@5"]["value"]
-    assert scores["recall@1"]["groups"] is not None
-    images = open_labeled(emoji.parent)
-    test = images.splits == "test"
-    assert images.instances is not None
-    assert images.domains is not None
-    both = set(images.instances[test & (images.domains == "twemoji")]) & set(
-        images.instances[test & (images.domains == "openmoji")]
+def test_cross_domain_retrieval_searches_the_other_domain(emoji: Path, tmp_path: Path) -> None:
+    results = evaluate(small_encoder(), emoji.parent, "retrieval", out=tmp_path)
+    scores = {row.metric: row for row in results}
+    assert scores["recall@1"].value <= scores["recall@5"].value
+    assert scores["recall@1"].groups is not None
+    dataset = open_labeled(emoji.parent)
+    is_test = dataset.splits == "test"
+    assert dataset.instances is not None
+    assert dataset.domains is not None
+    in_both = set(dataset.instances[is_test & (dataset.domains == "twemoji")]) & set(
+        dataset.instances[is_test & (dataset.domains == "openmoji")]
     )
-    assert scores["recall@1"]["n"] == 2 * len(both)
+    assert scores["recall@1"].n == 2 * len(in_both)
 
 
-def test_no_concept_is_in_both_splits(emoji: Path) -> None:
-    images = open_labeled(emoji.parent)
-    assert images.instances is not None
-    train, test = (set(images.instances[images.splits == split]) for split in ("train", "test"))
+def test_no_instance_is_in_both_splits(emoji: Path) -> None:
+    dataset = open_labeled(emoji.parent)
+    assert dataset.instances is not None
+    train, test = (set(dataset.instances[dataset.splits == split]) for split in ("train", "test"))
     assert len(test) > 10
     assert not train & test
 
 
 @pytest.mark.parametrize(
-    ("table", "match"),
+    ("table", "match", "field"),
     [
-        ("name,split,label\n", "no column of image files"),
-        ("file,split,kind\n", "no column 'label'; it has file, split, kind; use --label-column"),
-        ("file,label\n", "no column 'split'.*--split-column"),
-        ("file,split,label\na.png,later,x\n", "row 2: 'later' is no split"),
-        ("file,split,label\na.png,train,x\n", "has no test images"),
-        ("file,split,label\na.png,train,x\nb.png,test,x\n", "1 class; at least 2"),
-        ("file,split,label\na.png,train,x\nb.png,test,y\n", "no train image.*can be read: 2 file is missing"),
+        ("name,split,label\n", "column of image files", None),
+        ("file,split,kind\n", "no column 'label'.*file, split, kind", "label_column"),
+        ("file,label\n", "no column 'split'", "split_column"),
+        ("file,split,label\na.png,later,x\n", "row 2: 'later'", None),
+        ("file,split,label\na.png,train,x\n", "no test images", None),
+        ("file,split,label\na.png,train,x\nb.png,test,x\n", "1 class; at least 2", None),
+        ("file,split,label\na.png,train,x\nb.png,test,y\n", "no train image.*2 file is missing", None),
     ],
 )
-def test_tables_that_are_no_sets_are_refused(table: str, match: str, tmp_path: Path) -> None:
-    (tmp_path / "set.csv").write_text(table)
-    with pytest.raises(InvalidInputError, match=match):
-        evaluate("random:resnet10t", tmp_path / "set.csv", image_size=48, out=tmp_path / "out")
+def test_invalid_tables_raise(table: str, match: str, field: str | None, tmp_path: Path) -> None:
+    (tmp_path / "data.csv").write_text(table)
+    with pytest.raises(InvalidInputError, match=match) as error:
+        evaluate(small_encoder(), tmp_path / "data.csv", out=tmp_path / "out")
+    assert error.value.field == field
 
 
-def test_other_bad_input_is_refused(folder: Path, tmp_path: Path) -> None:
-    with pytest.raises(InvalidInputError, match="does not exist"):
-        evaluate("random:resnet10t", tmp_path / "no", image_size=48, out=tmp_path)
+def test_invalid_arguments_raise(folder: Path, tmp_path: Path) -> None:
+    def error_of(
+        dataset: Path, protocols: tuple[str, ...] = ("knn",), config: ProtocolConfig | None = None
+    ) -> LikewiseError:
+        with pytest.raises(InvalidInputError) as error:
+            evaluate(small_encoder(), dataset, protocols, config=config, out=tmp_path)
+        return error.value
+
     (tmp_path / "empty").mkdir()
-    with pytest.raises(InvalidInputError, match="neither a labels.csv nor images"):
-        evaluate("random:resnet10t", tmp_path / "empty", image_size=48, out=tmp_path)
-    with pytest.raises(InvalidInputError, match="unknown protocol 'lineer'.*linear"):
-        evaluate("random:resnet10t", folder, ("lineer",), image_size=48, out=tmp_path)
-    with pytest.raises(InvalidInputError, match="fewshot on kinds: "):
-        evaluate(
-            "random:resnet10t",
-            folder,
-            ("fewshot",),
-            config=ProtocolConfig(fewshot=FewShotConfig(ways=9)),
-            image_size=48,
-            out=tmp_path,
-        )
+    for path in (tmp_path / "missing", tmp_path / "empty"):
+        assert error_of(path).path == path
+    assert "linear" in str(error_of(folder, ("lineer",)))
+    assert error_of(folder, ()).field == "protocols"
+    config = ProtocolConfig(fewshot=FewShotConfig(ways=9))
+    assert "fewshot on categories" in str(error_of(folder, ("fewshot",), config))
 
 
-def test_other_settings_never_overwrite_what_was_measured(folder: Path, tmp_path: Path) -> None:
+def test_other_options_never_overwrite_results(folder: Path, tmp_path: Path) -> None:
     for shots in (1, 2):
-        chosen = ProtocolConfig(fewshot=FewShotConfig(ways=2, shots=shots, episodes=20))
-        evaluate("random:resnet10t", folder, ("fewshot",), config=chosen, image_size=48, out=tmp_path)
-    rows = read_results(tmp_path)
-    assert sorted(row.config["shots"] for row in rows) == [1, 2]
-    assert len({row.key for row in rows}) == 2
+        config = ProtocolConfig(fewshot=FewShotConfig(ways=2, shots=shots, episodes=20))
+        evaluate(small_encoder(), folder, "fewshot", config=config, out=tmp_path)
+    results = read_results(tmp_path)
+    assert sorted(row.config["shots"] for row in results) == [1, 2]
+    assert len({row.key for row in results}) == 2
+    with pytest.raises(KeyError, match="2 results with different options"):
+        results["categories", "fewshot", "accuracy"]
 
 
-def test_results_of_several_encoders_in_one_folder_are_refused(folder: Path, tmp_path: Path) -> None:
-    for size in (32, 48):
-        evaluate("random:resnet10t", folder, ("knn",), image_size=size, out=tmp_path)
-    with pytest.raises(ArtifactError, match="several weights or input sizes"):
+def test_results_of_several_encoders_in_one_folder_raise(folder: Path, tmp_path: Path) -> None:
+    for image_size in (32, 48):
+        evaluate(small_encoder(image_size=image_size), folder, "knn", out=tmp_path)
+    with pytest.raises(ArtifactError) as error:
         read_results(tmp_path)
+    assert error.value.field == "out"
 
 
-def test_means_over_classes_are_not_compared_item_by_item(folder: Path, tmp_path: Path) -> None:
-    chosen = ProtocolConfig(linear=LinearProbeConfig(mean_class_accuracy=True))
+def test_means_over_classes_are_not_compared_by_item(folder: Path, tmp_path: Path) -> None:
+    config = ProtocolConfig(linear=LinearProbeConfig(mean_class_accuracy=True))
     for name in ("resnet10t", "resnet14t"):
-        evaluate(f"random:{name}", folder, ("knn",), config=chosen, image_size=48, out=tmp_path / name)
-    (row,) = compare([read_results(tmp_path / "resnet10t"), read_results(tmp_path / "resnet14t")])
+        evaluate(small_encoder(name), folder, "knn", config=config, out=tmp_path / name)
+    (row,) = compare_metrics([read_results(tmp_path / "resnet10t"), read_results(tmp_path / "resnet14t")])
     assert row.baseline.metric == "mean per-class accuracy"
     assert row.differences == [None]
 
 
-def test_half_filled_columns_for_retrieval_are_refused(tmp_path: Path) -> None:
+def test_incomplete_retrieval_columns_and_other_files_raise(tmp_path: Path) -> None:
     rows = ["a.png,train,x,", "b.png,test,x,1", "c.png,test,y,"]
-    (tmp_path / "set.csv").write_text("\n".join(["file,split,label,instance", *rows]) + "\n")
-    with pytest.raises(InvalidInputError, match="column 'instance' is empty for 1 test images"):
-        open_labeled(tmp_path / "set.csv")
-    (tmp_path / "set.csv").write_bytes(b"file,split,label\n\xff.png,train,x\n")
-    with pytest.raises(InvalidInputError, match="no UTF-8 table"):
-        open_labeled(tmp_path / "set.csv")
-    (tmp_path / "set.parquet").write_bytes(b"PAR1")
-    with pytest.raises(InvalidInputError, match="give a folder, or a .csv or .tsv file"):
-        open_labeled(tmp_path / "set.parquet")
+    (tmp_path / "data.csv").write_text("\n".join(["file,split,label,instance", *rows]) + "\n")
+    with pytest.raises(InvalidInputError, match="'instance' is empty for 1 test images"):
+        open_labeled(tmp_path / "data.csv")
+    (tmp_path / "data.csv").write_bytes(b"file,split,label\n\xff.png,train,x\n")
+    with pytest.raises(InvalidInputError, match="UTF-8"):
+        open_labeled(tmp_path / "data.csv")
+    (tmp_path / "data.parquet").write_bytes(b"PAR1")
+    with pytest.raises(InvalidInputError, match=r"\.csv or \.tsv"):
+        open_labeled(tmp_path / "data.parquet")
 
 
-def test_grey_transparent_16_bit_and_cmyk_images_are_read_and_one_image_a_class_is_refused(
-    tmp_path: Path,
-) -> None:
+def test_all_image_modes_are_read(tmp_path: Path) -> None:
     rng = np.random.default_rng(0)
     for split in ("train", "test"):
-        for kind in ("stone", "wool"):
-            folder = tmp_path / "modes" / split / kind
-            folder.mkdir(parents=True)
-            grey = rng.integers(0, 256, (40, 44), np.uint8)
-            Image.fromarray(grey).save(folder / "grey.png")
-            Image.fromarray(grey.astype(np.uint16) * 257).save(folder / "deep.png")
-            Image.fromarray(np.stack([grey] * 4, axis=2), "RGBA").save(folder / "clear.png")
-            Image.fromarray(np.stack([grey] * 4, axis=2), "CMYK").save(folder / "ink.jpg")
-    (result,) = evaluate(
-        "random:resnet10t", tmp_path / "modes", ("knn",), image_size=32, out=tmp_path / "out"
-    )
-    assert result["dataset"]["skipped"] == {}
-    assert result["dataset"]["num_images"] == {"train": 8, "test": 8}
-    features = np.load(next((tmp_path / "out/features").glob("*/features.npy")))
+        for label in ("stone", "wool"):
+            class_dir = tmp_path / "modes" / split / label
+            class_dir.mkdir(parents=True)
+            gray = rng.integers(0, 256, (40, 44), np.uint8)
+            Image.fromarray(gray).save(class_dir / "gray.png")
+            Image.fromarray(gray.astype(np.uint16) * 257).save(class_dir / "gray16.png")
+            Image.fromarray(np.stack([gray] * 4, axis=2), "RGBA").save(class_dir / "rgba.png")
+            Image.fromarray(np.stack([gray] * 4, axis=2), "CMYK").save(class_dir / "cmyk.jpg")
+    out = tmp_path / "out"
+    (info,) = (raw["dataset"] for raw in evaluate(small_encoder(), tmp_path / "modes", "knn", out=out).raw)
+    assert info["skipped"] == {}
+    assert info["num_images"] == {"train": 8, "test": 8}
+    features = np.load(next((out / "features").glob("*/features.npy")))
     assert np.isfinite(features).all()
     names = [Path(file).name for file in open_labeled(tmp_path / "modes").files]
-    deep, plain = (features[[i for i, n in enumerate(names) if n == f"{k}.png"]] for k in ("deep", "grey"))
-    np.testing.assert_allclose(deep, plain, rtol=0.02, atol=0.02)
-    for extra in ("clear.png", "deep.png", "ink.jpg"):
-        for kind in ("stone", "wool"):
-            (tmp_path / "modes/train" / kind / extra).unlink()
-    with pytest.raises(InvalidInputError, match="no class has two images"):
-        evaluate("random:resnet10t", tmp_path / "modes", ("linear",), image_size=32, out=tmp_path / "out")
+    deep, gray = (
+        features[[i for i, name in enumerate(names) if name == file]] for file in ("gray16.png", "gray.png")
+    )
+    np.testing.assert_allclose(deep, gray, rtol=0.02, atol=0.02)
+    for file in ("rgba.png", "gray16.png", "cmyk.jpg"):
+        for label in ("stone", "wool"):
+            (tmp_path / "modes/train" / label / file).unlink()
+    with pytest.raises(InvalidInputError, match="no class has two"):
+        evaluate(small_encoder(), tmp_path / "modes", "linear", out=out)
     with pytest.raises(InvalidInputError, match="5-way 5-shot"):
-        evaluate("random:resnet10t", tmp_path / "modes", ("fewshot",), image_size=32, out=tmp_path / "out")
+        evaluate(small_encoder(), tmp_path / "modes", "fewshot", out=out)
 
 
 def test_rows_without_a_label_are_counted(folder: Path, tmp_path: Path) -> None:
-    images = open_labeled(folder)
+    dataset = open_labeled(folder)
     lines = [
-        f"{folder / file},{split},{images.classes[label]}"
-        for file, split, label in zip(images.files, images.splits, images.labels, strict=True)
+        f"{folder / file},{split},{dataset.classes[label]}"
+        for file, split, label in zip(dataset.files, dataset.splits, dataset.labels, strict=True)
     ]
-    (tmp_path / "t.csv").write_text(
+    (tmp_path / "table.csv").write_text(
         "file,split,label\n" + "\n".join(lines) + f"\n{folder / 'x.png'},train,\n,test,a\n"
     )
-    (result,) = evaluate(
-        "random:resnet10t", tmp_path / "t.csv", ("knn",), image_size=32, out=tmp_path / "out"
-    )
-    assert result["dataset"]["skipped"]["without a file or a label"] == 2
+    results = evaluate(small_encoder(), tmp_path / "table.csv", "knn", out=tmp_path / "out")
+    assert results.raw[0]["dataset"]["skipped"]["without a file or a label"] == 2

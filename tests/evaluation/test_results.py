@@ -1,4 +1,4 @@
-"""Encoders side by side: tests against scipy, ranks worked out by hand, files that others can read."""
+"""Comparison of encoders: tests against scipy, ranks by hand, files in open formats."""
 
 import csv
 import io
@@ -12,9 +12,9 @@ from likewise.errors import InvalidInputError
 from likewise.evaluation.results import (
     EncoderResults,
     ResultRow,
+    compare,
     compare_encoders,
     holm_bonferroni,
-    read_encoder_results,
     welch_difference,
 )
 from likewise.evaluation.statistics import Estimate, bootstrap, paired_difference
@@ -23,48 +23,57 @@ from likewise.report.comparison import to_csv, to_latex, to_markdown, to_rows, w
 RNG = np.random.default_rng(0)
 
 
-def row(where: str, items: np.ndarray, *, paired: str = "items") -> ResultRow:
+def make_row(dataset: str, per_item: np.ndarray, *, pairing: str = "items") -> ResultRow:
     return ResultRow(
-        dataset=where,
-        dataset_key=where,
+        dataset=dataset,
+        dataset_key=dataset,
         encoder_key="",
         flops=1,
         protocol="linear",
         metric="accuracy",
-        estimate=bootstrap(items),
-        n=len(items),
-        per_item=items,
+        estimate=bootstrap(per_item),
+        n=len(per_item),
+        per_item=per_item,
         groups=None,
-        pairing=paired,
+        pairing=pairing,
         config={},
         details={},
     )
 
 
-def entry(name: str, *seeds: dict[str, np.ndarray]) -> EncoderResults:
-    found = tuple({r.key: r for r in (row(k, v) for k, v in seed.items())} for seed in seeds)
-    return EncoderResults(name=name, rows_by_seed=found)
+def make_encoder(name: str, *seeds: dict[str, np.ndarray]) -> EncoderResults:
+    rows_by_seed = tuple(
+        {row.key: row for row in (make_row(dataset, per_item) for dataset, per_item in seed.items())}
+        for seed in seeds
+    )
+    return EncoderResults(name=name, rows_by_seed=rows_by_seed)
 
 
-def draw(share: float, n: int = 400) -> np.ndarray:
-    return (RNG.random(n) < share).astype(float)
+def sample_correct(accuracy: float, n: int = 400) -> np.ndarray:
+    return (RNG.random(n) < accuracy).astype(float)
 
 
-def test_one_seed_is_tested_on_the_same_items_and_marked_when_it_holds_among_all() -> None:
-    base, worse, equal = draw(0.7), draw(0.5), draw(0.7)
-    table = compare_encoders([entry("a", {"x": base}), entry("b", {"x": worse}), entry("c", {"x": equal})])
+def test_one_seed_is_tested_on_the_same_items_with_holm_correction() -> None:
+    baseline, worse, equal = sample_correct(0.7), sample_correct(0.5), sample_correct(0.7)
+    table = compare_encoders(
+        [make_encoder("a", {"x": baseline}), make_encoder("b", {"x": worse}), make_encoder("c", {"x": equal})]
+    )
     first, second, third = table.rows[0].cells
     assert first is not None and second is not None and third is not None
     assert first.difference is None
-    assert second.difference == paired_difference(base, worse)
+    assert second.difference == paired_difference(baseline, worse)
     assert (second.significant, third.significant) == (True, False)
     assert "▼" in to_rows(table)[1][5]
 
 
-def test_several_seeds_are_tested_by_welch_and_shown_with_students_interval() -> None:
-    seeds = {name: [draw(share) for _ in range(4)] for name, share in (("a", 0.5), ("b", 0.8))}
-    table = compare_encoders([entry(name, *({"x": s} for s in each)) for name, each in seeds.items()])
-    a, b = (np.array([s.mean() for s in each]) for each in seeds.values())
+def test_several_seeds_are_tested_by_welch_with_students_interval() -> None:
+    seeds = {
+        name: [sample_correct(accuracy) for _ in range(4)] for name, accuracy in (("a", 0.5), ("b", 0.8))
+    }
+    table = compare_encoders(
+        [make_encoder(name, *({"x": s} for s in values)) for name, values in seeds.items()]
+    )
+    a, b = (np.array([s.mean() for s in values]) for values in seeds.values())
     cell = table.rows[0].cells[1]
     assert cell is not None and cell.difference is not None
     expected = ttest_ind(b, a, equal_var=False)
@@ -75,16 +84,16 @@ def test_several_seeds_are_tested_by_welch_and_shown_with_students_interval() ->
     assert welch_difference(np.array([0.5, 0.5]), np.array([0.5, 0.5])).p_value == 1
 
 
-def test_holm_is_the_step_down_procedure() -> None:
+def test_holm_bonferroni_is_the_step_down_procedure() -> None:
     assert holm_bonferroni([0.01, 0.04, 0.03, 0.005], 0.05) == [True, False, False, True]
     assert holm_bonferroni([0.02, 0.02, 0.02], 0.05) == [False, False, False]
     assert holm_bonferroni([], 0.05) == []
 
 
-def test_ranks_and_means_are_over_the_sets_that_all_have() -> None:
+def test_ranks_and_means_are_over_shared_datasets() -> None:
     values = {"x": (0.9, 0.8, 0.7), "y": (0.6, 0.6, 0.2), "z": (0.1, 0.5, 0.9)}
     entries = [
-        entry(
+        make_encoder(
             name, {s: np.full(10, v[i]) for s, v in values.items()} | ({"only": np.ones(3)} if i == 0 else {})
         )
         for i, name in enumerate("abc")
@@ -100,8 +109,10 @@ def test_ranks_and_means_are_over_the_sets_that_all_have() -> None:
     assert only.cells[0] is not None and only.cells[0].rank is None
 
 
-def test_files_hold_what_the_table_says(tmp_path: Path) -> None:
-    table = compare_encoders([entry("a_1", {"x": draw(0.7)}), entry("b|2", {"x": draw(0.4)})])
+def test_files_hold_the_values_of_the_table(tmp_path: Path) -> None:
+    table = compare_encoders(
+        [make_encoder("a_1", {"x": sample_correct(0.7)}), make_encoder("b|2", {"x": sample_correct(0.4)})]
+    )
     rows = list(csv.DictReader(io.StringIO(to_csv(table))))
     assert [r["encoder"] for r in rows] == ["a_1", "b|2"]
     cell = table.rows[0].cells[1]
@@ -127,18 +138,34 @@ def test_files_hold_what_the_table_says(tmp_path: Path) -> None:
     assert (tmp_path / "out/comparison.svg").read_bytes() == first
 
 
-def test_names_must_differ(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("likewise.evaluation.results.read_results", lambda _: [row("x", draw(0.5))])
-    entries = read_encoder_results(["mine=a/run,b/run", str(tmp_path)])
-    assert [e.name for e in entries] == ["mine", tmp_path.name]
-    assert len(entries[0].rows_by_seed) == 2
-    with pytest.raises(InvalidInputError, match="NAME=run"):
-        read_encoder_results(["a/run", "b/run"])
+def test_compare_reads_results_and_requires_distinct_names(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rows = {name: [make_row("x", sample_correct(0.5))] for name in ("run", "other")}
+    monkeypatch.setattr("likewise.evaluation.results.read_results", lambda path: rows[Path(path).name])
+    comparison = compare([["a/run", "b/run"], tmp_path / "other"], names=["mine", None])
+    assert comparison.encoder_names == ("mine", "other")
+    assert comparison.encoder_flops == (1, 1)
+    frame = comparison.to_dataframe()
+    assert frame["encoder"].tolist() == ["mine", "other"]
+    assert frame["value"].tolist() == [rows["run"][0].value, rows["other"][0].value]
+    assert comparison.table().splitlines()[0].split() == [
+        "dataset",
+        "protocol",
+        "metric",
+        "n",
+        "mine",
+        "other",
+    ]
+    assert f"{100 * rows['other'][0].value:.1f} [" in comparison.table()
+    with pytest.raises(InvalidInputError) as error:
+        compare(["a/run", "b/run"])
+    assert error.value.field == "encoders"
 
 
-def test_an_estimate_of_one_seed_is_its_own() -> None:
-    items = draw(0.3)
-    cell = compare_encoders([entry("a", {"x": items})]).rows[0].cells[0]
+def test_estimate_of_one_seed_is_its_bootstrap() -> None:
+    per_item = sample_correct(0.3)
+    cell = compare_encoders([make_encoder("a", {"x": per_item})]).rows[0].cells[0]
     assert cell is not None
-    assert cell.estimate == bootstrap(items)
+    assert cell.estimate == bootstrap(per_item)
     assert isinstance(cell.estimate, Estimate)

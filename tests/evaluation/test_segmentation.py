@@ -12,7 +12,7 @@ from sklearn.metrics import jaccard_score
 
 from likewise.errors import InvalidInputError
 from likewise.evaluation.datasets.dense import open_segmentation
-from likewise.evaluation.evaluate import evaluate
+from likewise.evaluation.evaluate import ColumnOptions, evaluate
 from likewise.evaluation.protocols import ProtocolConfig
 from likewise.evaluation.protocols.segmentation import (
     SegmentationConfig,
@@ -106,14 +106,13 @@ def test_segmentation_runs_from_a_table_and_counts_what_it_leaves_out(halves: Pa
     (tmp_path / "classes.txt").write_text("0 dark\n1 light\n")
     settings = ProtocolConfig(segmentation=SegmentationConfig(image_size=64, epochs=1))
     (result,) = evaluate(
-        "random:resnet10t",
+        load_encoder("random:resnet10t", image_size=64),
         tmp_path,
         ("segmentation",),
         config=settings,
-        image_size=64,
-        ignore_index=(9,),
+        columns=ColumnOptions(ignore_index=(9,)),
         out=tmp_path / "out",
-    )
+    ).raw
     skipped = result["dataset"]["skipped"]
     assert list(skipped.values()) == [1, 1]
     assert any(reason.startswith("masks of another size") for reason in skipped)

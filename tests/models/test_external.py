@@ -131,10 +131,10 @@ def test_weights_behind_a_prefix_are_named_in_the_error_and_load_with_it(tmp_pat
     model = timm.create_model("resnet10t", num_classes=0)
     moco = {f"module.encoder_q.{k}": v for k, v in model.state_dict().items()}
     save_file(moco | {"module.queue": torch.zeros(3)}, tmp_path / "moco.safetensors")
-    with pytest.raises(ModelError, match=r"--prefix module\.encoder_q\."):
+    with pytest.raises(ModelError, match=r"`weights_prefix` module\.encoder_q\."):
         load_encoder(str(tmp_path / "moco.safetensors"), backbone="resnet10t")
     encoder = load_encoder(
-        str(tmp_path / "moco.safetensors"), backbone="resnet10t", prefix="module.encoder_q."
+        str(tmp_path / "moco.safetensors"), backbone="resnet10t", weights_prefix="module.encoder_q."
     )
     torch.testing.assert_close(
         encoder.model.state_dict()["conv1.0.weight"], model.state_dict()["conv1.0.weight"]
@@ -145,7 +145,7 @@ def test_weights_behind_a_prefix_are_named_in_the_error_and_load_with_it(tmp_pat
         load_encoder(str(tmp_path / "extra.safetensors"), backbone="resnet10t")
     assert (
         load_encoder(
-            str(tmp_path / "extra.safetensors"), backbone="resnet10t", exclude=("extra.",)
+            str(tmp_path / "extra.safetensors"), backbone="resnet10t", weights_exclude=("extra.",)
         ).feature_dim
         == 512
     )
@@ -167,7 +167,7 @@ def test_torch_hub_entries_load_from_a_folder(tmp_path: Path) -> None:
     encoder = load_encoder(f"hub:{tmp_path}/tiny", image_size=64)
     assert encoder.feature_dim == 4
     assert (encoder.transform.image_size, encoder.transform.resize_size) == (64, 73)
-    with pytest.raises(ModelError, match="no torch module"):
+    with pytest.raises(ModelError, match="not a torch module"):
         load_encoder(f"hub:{tmp_path}/words")
     with pytest.raises(ModelError, match="cannot load 'absent'"):
         load_encoder(f"hub:{tmp_path}/absent")

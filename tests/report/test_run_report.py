@@ -22,6 +22,7 @@ from likewise.evaluation.protocols import ProtocolConfig
 from likewise.evaluation.protocols.fewshot import FewShotConfig
 from likewise.evaluation.results import read_results
 from likewise.evaluation.statistics import Difference
+from likewise.models.encoders import load_encoder
 from likewise.neighbors.index import find_neighbors
 from likewise.pairs.config import PairConfig
 from likewise.report.format import (
@@ -136,15 +137,8 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
     protocols = ("linear", "knn", "fewshot", "retrieval")
     for name in ("own", "alike"):
         evaluate(base / name, table.parent, protocols, config=_PROBES, device="cpu")
-    evaluate(
-        "random:resnet10t",
-        table.parent,
-        protocols,
-        config=_PROBES,
-        image_size=32,
-        out=base / "floor",
-        device="cpu",
-    )
+    encoder = load_encoder("random:resnet10t", image_size=32, device="cpu")
+    evaluate(encoder, table.parent, protocols, config=_PROBES, out=base / "floor")
     return base
 
 

@@ -120,10 +120,19 @@ def evaluate(
         num_workers: Threads that read images.
         device: Where features are computed.
     """
+    from likewise.evaluation.evaluate import ColumnOptions
     from likewise.evaluation.evaluate import evaluate as evaluate_encoder
+    from likewise.models.encoders import load_encoder
 
     results = evaluate_encoder(
-        encoder,
+        load_encoder(
+            encoder,
+            backbone=backbone,
+            weights_prefix=weights_prefix,
+            weights_exclude=weights_exclude or (),
+            image_size=image_size,
+            device=device,
+        ),
         parse_list(dataset),
         parse_list(protocol),
         config=_protocol_config(
@@ -142,20 +151,17 @@ def evaluate(
                 "image_size": image_size,
             },
         ),
-        label_column=label_column,
-        split_column=split_column,
-        caption_column=caption_column,
-        ignore_index=_parse_ints(ignore_index),
-        backbone=backbone,
-        weights_prefix=weights_prefix,
-        weights_exclude=weights_exclude or (),
-        image_size=image_size,
+        columns=ColumnOptions(
+            label=label_column,
+            split=split_column,
+            caption=caption_column,
+            ignore_index=_parse_ints(ignore_index),
+        ),
         out=out,
         num_workers=num_workers,
-        device=device,
         progress=common.progress(),
     )
-    common.print_result({"results": results}, "\n".join(results_table(results)))
+    common.print_result({"results": results.raw}, "\n".join(results_table(results.raw)))
 
 
 def _parse_ints(text: str) -> tuple[int, ...]:
@@ -216,20 +222,16 @@ def compare(
             differ only in their seed, `NAME=` before them to call them so. All are compared with the first.
         out: A folder to write the table to as CSV, Markdown and LaTeX, with plots.
     """
-    from likewise.evaluation.results import compare_encoders, read_encoder_results
+    from likewise.evaluation.results import compare as compare_encoders
     from likewise.report.comparison import LEGEND, to_rows, write_comparison
 
-    encoder_results = read_encoder_results(encoders)
-    comparison = compare_encoders(encoder_results)
-    flops = [next(iter(result.rows_by_seed[0].values())).flops for result in encoder_results]
-    paths = (
-        []
-        if out is None
-        else write_comparison(comparison, out, [num_flops and num_flops / 1e9 for num_flops in flops])
-    )
-    lines = [*format_table(to_rows(comparison)), LEGEND, *(f"written: {path}" for path in paths)]
+    names, _, paths = zip(*(encoder.rpartition("=") for encoder in encoders), strict=True)
+    comparison = compare_encoders([parse_list(seeds) for seeds in paths], [name or None for name in names])
+    gflops = [None if flops is None else flops / 1e9 for flops in comparison.encoder_flops]
+    files = [] if out is None else write_comparison(comparison, out, gflops)
+    lines = [*format_table(to_rows(comparison)), LEGEND, *(f"written: {path}" for path in files)]
     common.print_result(
-        {"table": asdict(comparison), "files": [str(path) for path in paths]}, "\n".join(lines)
+        {"table": asdict(comparison), "files": [str(path) for path in files]}, "\n".join(lines)
     )
 
 

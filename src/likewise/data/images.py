@@ -95,8 +95,7 @@ def _decode_with_pillow(data: bytes) -> np.ndarray:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             with Image.open(io.BytesIO(data)) as image:
-                check_image_size(*image.size)
-                return np.asarray(_to_rgb(image))
+                return convert_image(image)
     except UnidentifiedImageError as error:
         raise UnreadableImageError("not an image") from error
     except UnreadableImageError:
@@ -105,6 +104,16 @@ def _decode_with_pillow(data: bytes) -> np.ndarray:
         raise UnreadableImageError("too many pixels") from error
     except Exception as error:  # Pillow's decoders raise almost anything on damaged input
         raise UnreadableImageError("damaged") from error
+
+
+def convert_image(image: Image.Image) -> np.ndarray:
+    """Convert a Pillow image to RGB: (h, w, 3) uint8, with transparency composited on white.
+
+    Raises:
+        UnreadableImageError: for an image that `check_image_size` refuses.
+    """
+    check_image_size(*image.size)
+    return np.asarray(_to_rgb(image))
 
 
 def _to_rgb(image: Image.Image) -> Image.Image:

@@ -1,1 +1,1 @@
-"""Backbones, heads, and the files that hold their weights."""
+"""Backbones, image encoders, text towers, and their weight files."""

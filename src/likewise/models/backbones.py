@@ -1,4 +1,4 @@
-"""Backbones: any timm model as a feature extractor, with a stem fit for small images."""
+"""Backbones: any timm model as a feature extractor, with an optional stem for small images."""
 
 import contextlib
 import io
@@ -21,37 +21,34 @@ _TINY_IMAGE = 40
 
 @dataclass(frozen=True, kw_only=True)
 class BackboneConfig:
-    """What it takes to build the same backbone again.
-
-    Attributes:
-        name: A timm model.
-        image_size: Side of its square input in pixels.
-        stem: `standard`, or `small`: keeps the resolution that a stem made for 224 pixels throws away.
-    """
+    """Everything needed to build a backbone again."""
 
     name: str
+    """A timm model."""
     image_size: int
+    """Side of the square input in pixels."""
     stem: str = "default"
+    """`default`, or `cifar`, which keeps the resolution that a stem for 224 pixels discards."""
 
 
 def default_stem(image_size: int) -> str:
-    """Return the stem for an input side: `small` up to 64 pixels."""
+    """Return the stem for an image size: `cifar` up to 64 pixels."""
     return "cifar" if image_size <= SMALL_IMAGE else "default"
 
 
 def build_backbone(config: BackboneConfig, *, pretrained: bool = False) -> tuple[nn.Module, int]:
-    """Build a timm model that gives pooled features.
+    """Build a timm model that returns pooled features.
 
     Args:
-        config: Which one.
-        pretrained: Whether timm fetches its weights from the hub (needs a network).
+        config: Name, input size and stem.
+        pretrained: Whether to download the weights of the model (needs a network).
 
     Returns:
-        The model, images (b, 3, size, size) -> features (b, d); and d.
+        The model, images (b, 3, image_size, image_size) -> features (b, d); and d.
 
     Raises:
         ModelError: for an unknown name (with close matches), an input size that the model refuses, weights
-            that cannot be fetched, or features that are not one vector an image.
+            that cannot be downloaded, or features that are not one vector per image.
     """
     if config.name.split(".")[0] not in timm.list_models():
         raise ModelError(f"unknown backbone {config.name!r}.{did_you_mean(config.name, timm.list_models())}")
@@ -67,7 +64,7 @@ def build_backbone(config: BackboneConfig, *, pretrained: bool = False) -> tuple
 
 
 def _timm_options(config: BackboneConfig) -> dict[str, Any]:
-    """Return what timm must be told so that a model takes this input size."""
+    """Return the options of `timm.create_model` for this input size and stem."""
     with torch.device("meta"), contextlib.redirect_stdout(io.StringIO()):
         meta_model = timm.create_model(config.name, pretrained=False, num_classes=0)
     options: dict[str, Any] = {}
@@ -84,7 +81,7 @@ def _has_fixed_size(model: nn.Module) -> bool:
 
 
 def _use_cifar_stem(model: ResNet, *, is_tiny: bool) -> None:
-    """Drop the max-pool, and up to 40 pixels the first stride too, as is usual for CIFAR."""
+    """Remove the max-pool and, up to 40 pixels, the first stride, as is common for CIFAR."""
     model.add_module("maxpool", nn.Identity())
     if is_tiny:
         first_conv = next(module for module in model.conv1.modules() if isinstance(module, nn.Conv2d))
@@ -93,16 +90,16 @@ def _use_cifar_stem(model: ResNet, *, is_tiny: bool) -> None:
 
 @torch.no_grad()
 def check_input_size(model: nn.Module, name: str, image_size: int) -> None:
-    """Make sure that a backbone takes views of another side too.
+    """Check that a backbone accepts square images of a size.
 
     Raises:
-        ModelError: where it does not.
+        ModelError: if it does not.
     """
     try:
         model.eval()(torch.zeros(1, 3, image_size, image_size))
-    except Exception as error:  # shape faults deep in somebody else's forward
+    except Exception as error:  # shape errors deep in the model's own forward
         raise ModelError(
-            f"the backbone {name!r} does not take {image_size}x{image_size} images: {error}"
+            f"the backbone {name!r} does not accept {image_size}x{image_size} images: {error}"
         ) from error
 
 
@@ -112,6 +109,6 @@ def _feature_dim(model: nn.Module, config: BackboneConfig) -> int:
     features = model(torch.zeros(1, 3, config.image_size, config.image_size))
     if features.ndim != 2:
         raise ModelError(
-            f"the backbone {config.name!r} gives {tuple(features.shape)}, not one vector an image"
+            f"the backbone {config.name!r} returns {tuple(features.shape)}, not one vector per image"
         )
     return features.shape[1]

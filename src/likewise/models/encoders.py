@@ -1,57 +1,163 @@
-"""Anything that turns an image into one vector, opened by what it is called: a run, a timm name, a file."""
+"""Image encoders: runs, weight files and models of other libraries, loaded by name and used by `encode`."""
 
 import hashlib
-from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+import os
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
+import numpy as np
 import timm
 import torch
+from jaxtyping import Float
+from PIL import Image
 from torch import Tensor, nn
 
 from likewise.artifacts import Artifact
-from likewise.errors import DependencyError, ModelError, did_you_mean
+from likewise.data.dataset import CaptionDataset, ImageRef
+from likewise.data.images import (
+    UnreadableImageError,
+    check_image_size,
+    convert_image,
+    decode_image,
+    read_image_bytes,
+)
+from likewise.errors import DependencyError, InvalidInputError, ModelError, did_you_mean
 from likewise.models.backbones import BackboneConfig, build_backbone, default_stem
 from likewise.models.checkpoints import load_backbone, load_state_dict, load_state_dict_strict
 from likewise.models.external import load_huggingface_model, load_torch_hub_model, load_torchvision_model
 from likewise.models.text_tower import TextAlignment, encode_captions, load_text_alignment
 from likewise.models.transforms import EvalTransform
+from likewise.parallel import default_num_workers, prefetch_map, resolve_device
+from likewise.progress import NULL_PROGRESS, Progress
 
 ENCODER_FILE = "encoder.safetensors"
-# Pixels of a batch. On a processor the maps of a larger one outgrow the caches, and memory is taken from the
-# system and given back at every layer: 4 images of 224 px at a time go four times faster than 64.
+ENCODER_FORMATS = (
+    "timm:NAME, random:NAME, torchvision:NAME, clip:ARCH/WEIGHTS, hub:OWNER/REPO/ENTRY or hf:NAME"
+)
+# Pixels per batch. On a CPU the feature maps of larger batches exceed the caches, and memory is allocated and
+# freed at every layer: batches of 4 images of 224 px are four times faster than batches of 64.
 _PIXELS_PER_BATCH = {"cpu": 4 * 224**2, "cuda": 256 * 224**2}
+
+ImageInput = str | os.PathLike[str] | Image.Image | np.ndarray | Tensor
+"""A path, a Pillow image, or pixels (h, w, 3) uint8."""
+_Item = TypeVar("_Item")
 
 
 @dataclass(frozen=True, kw_only=True)
 class ImageEncoder:
-    """A frozen image encoder with its own way of being fed.
-
-    Attributes:
-        name: What to call it in tables.
-        model: Images (b, 3, size, size) -> features (b, width), in evaluation mode.
-        transform: How images are fed.
-        feature_dim: Features an image.
-        fingerprint: A fingerprint of its weights.
-        text_alignment: How captions come into one space with its features; None where it has no text tower.
-    """
+    """A frozen image encoder with its preprocessing."""
 
     name: str
+    """Name in tables."""
     model: nn.Module
+    """Images (b, 3, image_size, image_size) -> features (b, d), in evaluation mode."""
     transform: EvalTransform
+    """Preprocessing: resize, center crop and normalization."""
     feature_dim: int
+    """Number of features per image, d."""
     fingerprint: str
+    """Hash of the weights and the structure of the model."""
     text_alignment: TextAlignment | None = None
+    """Text tower and projections into the joint space; None for encoders without a text tower."""
+    load_args: Mapping[str, Any] = field(default_factory=dict)
+    """Arguments of `load_encoder` that load this encoder again."""
+
+    @property
+    def device(self) -> torch.device:
+        """The device of the model."""
+        return next(iter(self.model.parameters()), torch.empty(0)).device
+
+    def encode(
+        self,
+        images: ImageInput | Iterable[ImageInput] | CaptionDataset,
+        *,
+        batch_size: int | None = None,
+        device: str | None = None,
+        num_workers: int | None = None,
+        progress: Progress = NULL_PROGRESS,
+    ) -> Float[Tensor, "n d"]:
+        """Compute the features of images.
+
+        Args:
+            images: Paths, Pillow images, or pixels (h, w, 3) uint8; a single one of these; or a dataset.
+            batch_size: Images per forward pass; defaults to a fast one for the device and image size.
+            device: Device of the computation; defaults to that of the model.
+            num_workers: Threads that read images; defaults to the number of cores.
+            progress: Progress reporter.
+
+        Returns:
+            Features (n, d) float32 on the CPU, in the order of `images`.
+
+        Raises:
+            UnreadableImageError: for the first image that is missing, damaged or refused, with its `path`.
+            InvalidInputError: for pixels of another shape or type.
+        """
+        if isinstance(images, str | os.PathLike) and Path(images).is_dir():
+            images = CaptionDataset(os.fspath(images))
+        if isinstance(images, CaptionDataset):
+            num_images, root = len(images), images.root
+            inputs: Iterable[ImageInput | ImageRef] = (sample.image for sample in images)
+        else:
+            inputs, root = _as_list(images), Path()
+            num_images = len(inputs)
+        features, start = torch.empty(num_images, self.feature_dim), 0
+        batches = self.encode_batches(
+            inputs, root=root, batch_size=batch_size, device=device, num_workers=num_workers
+        )
+        with progress.task("encoding", num_images, "images") as bar:
+            for batch_features, errors in batches:
+                for index, error in enumerate(errors, start):
+                    if error is not None:
+                        raise UnreadableImageError(
+                            f"{error.path or f'image {index}'}: {error}", path=error.path
+                        ) from error
+                features[start : start + len(batch_features)] = torch.from_numpy(batch_features)
+                start += len(batch_features)
+                bar.update(len(batch_features))
+        return features
+
+    def encode_batches(
+        self,
+        images: Iterable[ImageInput | ImageRef],
+        *,
+        root: Path = Path(),
+        batch_size: int | None = None,
+        device: str | None = None,
+        num_workers: int | None = None,
+    ) -> Iterator[tuple[Float[np.ndarray, "b d"], list[UnreadableImageError | None]]]:
+        """Compute features batch by batch, with constant memory.
+
+        Args:
+            images: Paths, Pillow images, pixels, or references into a dataset.
+            root: Folder of relative paths.
+            batch_size: Images per forward pass, as in `encode`.
+            device: Device of the computation, as in `encode`.
+            num_workers: Threads that read images, as in `encode`.
+
+        Yields:
+            Features (b, d) float32, NaN for unreadable images; and for each image its error or None.
+        """
+        torch_device = self.device if device is None else torch.device(resolve_device(device))
+        self.model.to(torch_device).to(memory_format=torch.channels_last)
+        batch_size = self.inference_batch_size(torch_device) if batch_size is None else batch_size
+        num_workers = default_num_workers() if num_workers is None else num_workers
+        for crops, errors in prefetch_map(
+            lambda batch: self._load_crops(batch, root), _batched(images, batch_size), num_workers
+        ):
+            features = self._forward(crops, torch_device)
+            features[[error is not None for error in errors]] = np.nan
+            yield features, errors
 
     def inference_batch_size(self, device: torch.device) -> int:
-        """Return how many images of its size a forward pass on a device should hold, to be fast."""
-        return max(
-            1, _PIXELS_PER_BATCH.get(device.type, _PIXELS_PER_BATCH["cpu"]) // self.transform.image_size**2
-        )
+        """Return the number of images per forward pass that is fast on a device."""
+        num_pixels = _PIXELS_PER_BATCH.get(device.type, _PIXELS_PER_BATCH["cpu"])
+        return max(1, num_pixels // self.transform.image_size**2)
 
     def to_dict(self) -> dict[str, Any]:
-        """Return what results say of it."""
+        """Return the description of the encoder in results: name, fingerprint, feature_dim, transform."""
         return {
             "name": self.name,
             "fingerprint": self.fingerprint,
@@ -59,51 +165,126 @@ class ImageEncoder:
             "transform": asdict(self.transform),
         }
 
+    def _load_crops(
+        self, images: Sequence[ImageInput | ImageRef], root: Path
+    ) -> tuple[np.ndarray, list[UnreadableImageError | None]]:
+        """Return center crops (b, image_size, image_size, 3) uint8, black for unreadable images."""
+        image_size = self.transform.image_size
+        crops = np.zeros((len(images), image_size, image_size, 3), np.uint8)
+        errors: list[UnreadableImageError | None] = [None] * len(images)
+        for i, image in enumerate(images):
+            try:
+                crops[i] = self.transform.center_crop(_load_pixels(image, root, self.transform.resize_size))
+            except UnreadableImageError as error:
+                errors[i] = UnreadableImageError(str(error), path=_path_of(image, root))
+        return crops, errors
 
-ENCODER_FORMATS = (
-    "timm:NAME, random:NAME, torchvision:NAME, clip:ARCH/WEIGHTS, hub:OWNER/REPO/ENTRY or hf:NAME"
-)
+    @torch.inference_mode()
+    def _forward(self, crops: np.ndarray, device: torch.device) -> np.ndarray:
+        images = self.transform.normalize(torch.from_numpy(crops).to(device))
+        with torch.autocast(device.type, enabled=device.type == "cuda"):
+            features = self.model(images)
+        return features.float().cpu().numpy()
+
+
+def _as_list(images: ImageInput | Iterable[ImageInput]) -> list[ImageInput]:
+    if isinstance(images, str | os.PathLike | Image.Image):
+        return [images]
+    if isinstance(images, np.ndarray | Tensor):
+        return [images] if images.ndim == 3 else list(images)
+    return list(images)
+
+
+def _batched(items: Iterable[_Item], batch_size: int) -> Iterator[list[_Item]]:
+    iterator = iter(items)
+    while batch := list(islice(iterator, batch_size)):
+        yield batch
+
+
+def _load_pixels(image: ImageInput | ImageRef, root: Path, short_side: int) -> np.ndarray:
+    """Return the pixels of an image, (h, w, 3) uint8; JPEG files may be decoded at a reduced size."""
+    if isinstance(image, Image.Image):
+        return convert_image(image)
+    if isinstance(image, np.ndarray | Tensor):
+        pixels = image.cpu().numpy() if isinstance(image, Tensor) else image
+        if pixels.dtype != np.uint8 or pixels.ndim != 3 or pixels.shape[2] != 3:
+            raise InvalidInputError(
+                f"`images` must hold pixels (h, w, 3) of uint8, got {pixels.shape} of {pixels.dtype}",
+                field="images",
+            )
+        check_image_size(pixels.shape[1], pixels.shape[0])
+        return pixels
+    ref = image if isinstance(image, ImageRef) else ImageRef(path=os.fspath(image))
+    return decode_image(read_image_bytes(ref, root), short_side)
+
+
+def _path_of(image: ImageInput | ImageRef, root: Path) -> Path | None:
+    if isinstance(image, ImageRef):
+        return None if image.path is None else root / image.path
+    return root / image if isinstance(image, str | os.PathLike) else None
 
 
 @torch.no_grad()
 def count_flops(encoder: ImageEncoder) -> int | None:
-    """Count the multiplications and additions that one image takes; None where torch cannot count them."""
+    """Return the floating-point operations per image, or None if torch cannot count them."""
     from torch.utils.flop_counter import FlopCounterMode
 
     image_size = encoder.transform.image_size
-    device = next(iter(encoder.model.parameters()), torch.empty(0)).device
     with FlopCounterMode(display=False) as counter:
-        encoder.model(torch.zeros(1, 3, image_size, image_size, device=device))
+        encoder.model(torch.zeros(1, 3, image_size, image_size, device=encoder.device))
     return counter.get_total_flops() or None
 
 
 def load_encoder(
-    name_or_path: str,
+    encoder: str | os.PathLike[str],
     *,
     backbone: str | None = None,
+    weights_prefix: str = "",
+    weights_exclude: Sequence[str] = (),
     image_size: int | None = None,
-    prefix: str = "",
-    exclude: Sequence[str] = (),
+    device: str | None = None,
 ) -> ImageEncoder:
-    """Open an image encoder.
+    """Load an image encoder.
 
     Args:
-        name_or_path: A finished run; `timm:NAME` or `torchvision:NAME` (pretrained weights, from their hubs
-            or
-            caches); `random:NAME` (a timm model with random weights, as a floor); `clip:ARCH/WEIGHTS` (an
-            open_clip model, WEIGHTS being one of its tags or a file); `hub:OWNER/REPO/ENTRY` or
-            `hub:FOLDER/ENTRY` (torch.hub, which runs the repository's code); `hf:NAME` (a vision model of
-            Hugging Face, or a folder of one); or a file of weights.
-        backbone: For a file that does not say so itself: the timm model its weights are for, or
-            `torchvision:NAME`.
-        image_size: Side of the input in pixels; by default what the model was trained with.
-        prefix: For such a file: what stands before the names of the backbone's weights, as in
-            `module.encoder_q.`; weights without it are left out.
-        exclude: For such a file: beginnings of names that are left out. Everything else must fit.
+        encoder: A finished run or its path; a file of weights; or a name: `timm:NAME` or `torchvision:NAME`
+            (pretrained weights), `random:NAME` (a timm model with random weights, as a baseline),
+            `clip:ARCH/WEIGHTS` (open_clip; WEIGHTS is one of its tags or a file), `hub:OWNER/REPO/ENTRY` or
+            `hub:FOLDER/ENTRY` (torch.hub, which executes the code of that repository), `hf:NAME` or
+            `hf:FOLDER` (a vision model of Hugging Face).
+        backbone: The timm model, or `torchvision:NAME`, of a weight file that does not name it itself.
+        weights_prefix: Prefix of the backbone's weights in such a file, such as `module.encoder_q.`; weights
+            without it are ignored.
+        weights_exclude: Prefixes of weights to ignore in such a file; all others must fit.
+        image_size: Side of the input in pixels; defaults to that of training.
+        device: Device of the model; defaults to a GPU if there is one.
 
     Raises:
-        ModelError: where the target is nothing of these, or weights are missing or do not fit.
+        ModelError: if there is no such encoder, or its weights are missing or do not fit.
+        ArtifactError: if a directory is not a finished run.
+        DependencyError: if `clip:` or a text tower needs open_clip, which is not installed.
     """
+    name_or_path = os.fspath(encoder)
+    device = resolve_device(device)
+    loaded = _load(name_or_path, backbone, weights_prefix, tuple(weights_exclude), image_size)
+    loaded.model.to(device)
+    load_args = {
+        "encoder": name_or_path,
+        "backbone": backbone,
+        "weights_prefix": weights_prefix,
+        "weights_exclude": list(weights_exclude),
+        "image_size": image_size,
+    }
+    return replace(loaded, load_args=load_args)
+
+
+def _load(
+    name_or_path: str,
+    backbone: str | None,
+    weights_prefix: str,
+    weights_exclude: tuple[str, ...],
+    image_size: int | None,
+) -> ImageEncoder:
     scheme, _, name = name_or_path.partition(":")
     if scheme in _LOADERS and name:
         return _LOADERS[scheme](name, image_size)
@@ -112,10 +293,12 @@ def load_encoder(
         Artifact.open(path, "run")
         return _load_saved_encoder(path / ENCODER_FILE, path.resolve().name, image_size)
     if not path.is_file():
-        raise ModelError(f"{name_or_path} is no run, no file of weights, and not {ENCODER_FORMATS}")
+        raise ModelError(
+            f"{name_or_path} is not a run, not a file of weights, and not {ENCODER_FORMATS}", path=path
+        )
     if backbone is None:
         return _load_saved_encoder(path, path.stem, image_size)
-    return _load_weights(path, backbone, image_size, prefix, tuple(exclude))
+    return _load_weights(path, backbone, weights_prefix, weights_exclude, image_size)
 
 
 def _load_saved_encoder(path: Path, name: str, image_size: int | None) -> ImageEncoder:
@@ -125,7 +308,7 @@ def _load_saved_encoder(path: Path, name: str, image_size: int | None) -> ImageE
 
 
 def _load_weights(
-    path: Path, backbone: str, image_size: int | None, prefix: str, exclude: tuple[str, ...]
+    path: Path, backbone: str, prefix: str, exclude: tuple[str, ...], image_size: int | None
 ) -> ImageEncoder:
     tensors = load_state_dict(path)
     state_dict = {
@@ -145,7 +328,7 @@ def _load_weights(
         pretrained_cfg = timm.get_pretrained_cfg(backbone)
         classifier = pretrained_cfg.classifier if pretrained_cfg is not None else "fc"
         head_names = (classifier,) if isinstance(classifier, str) else tuple(classifier or ())
-    # A classifier is no part of an encoder; anything else that does not fit is an error.
+    # The classifier is not part of the encoder; all other weights must fit.
     state_dict = {
         k: v
         for k, v in state_dict.items()
@@ -154,26 +337,26 @@ def _load_weights(
     try:
         load_state_dict_strict(model, state_dict, str(path))
     except ModelError as error:
-        raise ModelError(f"{error}{_suggest_prefix(model, tensors, prefix)}") from error
+        raise ModelError(f"{error}{_suggest_prefix(model, tensors, prefix)}", path=path) from error
     return _build_encoder(path.stem, model, transform, _feature_dim(model, transform.image_size))
 
 
 def _suggest_prefix(model: nn.Module, tensors: dict[str, Tensor], prefix: str) -> str:
-    """Say which prefix the names in a file have before those of the model."""
+    """Return a hint at the prefix that the names in a file have before those of the model, if any."""
     first_key = next(iter(model.state_dict()))
     prefixes = [
         key.removesuffix(first_key)
         for key in tensors
         if key.endswith(first_key) and key.removesuffix(first_key) != prefix
     ]
-    return f"; perhaps they are those of --prefix {prefixes[0]}" if prefixes and prefixes[0] else ""
+    return f"; try `weights_prefix` {prefixes[0]}" if prefixes and prefixes[0] else ""
 
 
 def _feature_dim(model: nn.Module, image_size: int) -> int:
     with torch.no_grad():
         features = model.eval()(torch.zeros(1, 3, image_size, image_size))
     if not isinstance(features, Tensor) or features.ndim != 2:
-        raise ModelError("this model does not give one vector an image")
+        raise ModelError("this model does not return one feature vector per image")
     return features.shape[1]
 
 
@@ -186,17 +369,16 @@ def _load_timm(name: str, image_size: int | None) -> ImageEncoder:
 
 def _load_random(name: str, image_size: int | None) -> ImageEncoder:
     image_size = _timm_image_size(name, image_size)
-    torch.manual_seed(0)
-    model, feature_dim = build_backbone(
-        BackboneConfig(name=name, image_size=image_size, stem=default_stem(image_size))
-    )
-    return _build_encoder(
-        f"random:{name}", model, EvalTransform(image_size=image_size, resize_size=image_size), feature_dim
-    )
+    config = BackboneConfig(name=name, image_size=image_size, stem=default_stem(image_size))
+    with torch.random.fork_rng(devices=[]):
+        torch.default_generator.manual_seed(0)
+        model, feature_dim = build_backbone(config)
+    transform = EvalTransform(image_size=image_size, resize_size=image_size)
+    return _build_encoder(f"random:{name}", model, transform, feature_dim)
 
 
 def _load_clip_encoder(name: str, image_size: int | None) -> ImageEncoder:
-    """Open an image tower; where its model squeezes images into a square, the centre is cut out instead."""
+    """Load an image tower; models that squash images to a square get a center crop instead."""
     model: Any = load_clip(name, image_size)
     import open_clip
 
@@ -244,23 +426,23 @@ def load_clip(name: str, image_size: int | None = None) -> nn.Module:
     """Load both towers of an open_clip model, in evaluation mode.
 
     Args:
-        name: `ARCH/WEIGHTS`: an architecture that open_clip knows, and one of its tags or a file.
-        image_size: Side of the image tower's input in pixels; by default what the model was trained with.
+        name: `ARCH/WEIGHTS`: an architecture of open_clip, and one of its tags or a file.
+        image_size: Side of the image tower's input in pixels; defaults to that of training.
 
     Raises:
-        DependencyError: where open_clip is not installed.
+        DependencyError: if open_clip is not installed.
         ModelError: for an unknown architecture or tag, or weights that cannot be loaded.
     """
     try:
         import open_clip
     except ImportError as error:
-        raise DependencyError("clip:… needs open_clip: pip install 'likewise[clip]'") from error
+        raise DependencyError("`clip:` encoders need open_clip: pip install 'likewise[clip]'") from error
     arch, _, weights = name.partition("/")
     if arch not in open_clip.list_models():
         raise ModelError(f"unknown CLIP model {arch!r}.{did_you_mean(arch, open_clip.list_models())}")
     tags = open_clip.list_pretrained_tags_by_model(arch)
     if weights not in tags and not Path(weights).is_file():
-        raise ModelError(f"{weights!r} is neither a file nor weights of {arch}; it has {', '.join(tags)}")
+        raise ModelError(f"{weights!r} is neither a file nor a tag of {arch}; its tags: {', '.join(tags)}")
     try:
         model = open_clip.create_model(arch, pretrained=weights, force_image_size=image_size)
     except Exception as error:  # open_clip and the hub raise a dozen types
@@ -286,7 +468,7 @@ def _timm_image_size(name: str, image_size: int | None) -> int:
 
 
 def _timm_transform(model: nn.Module, image_size: int | None) -> EvalTransform:
-    """Return the transform that a timm model's own configuration asks for."""
+    """Return the preprocessing of a timm model's own configuration."""
     data_config: dict[str, Any] = timm.data.resolve_model_data_config(model)
     image_size = int(data_config["input_size"][-1]) if image_size is None else image_size
     return EvalTransform(
@@ -308,7 +490,7 @@ def _build_encoder(
     text_alignment: TextAlignment | None = None,
 ) -> ImageEncoder:
     model.eval().requires_grad_(False)
-    # The printed structure tells strides and pools apart, which hold no weights.
+    # The printed structure covers strides and pooling, which have no weights.
     digest = hashlib.blake2b(str(model).encode(), digest_size=8)
     for key, tensor in model.state_dict().items():
         digest.update(key.encode() + str(tuple(tensor.shape)).encode())

@@ -1,4 +1,4 @@
-"""Encoders that other libraries keep, torchvision, torch.hub and Hugging Face, fed as they ask to be."""
+"""Models of torchvision, torch.hub and Hugging Face, with their own preprocessing."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -13,7 +13,7 @@ from likewise.models.text_tower import TextAlignment, encode_captions
 from likewise.models.transforms import EvalTransform
 
 _HEAD_NAMES = ("fc", "classifier", "heads", "head")
-# Pillow's numbers, which Hugging Face's configurations use.
+# Pillow's enum values, which Hugging Face's configurations use.
 _PIL_INTERPOLATION = {2: "bilinear", 3: "bicubic"}
 
 
@@ -23,10 +23,11 @@ def load_torchvision_model(
     """Build a torchvision classifier without its last layer.
 
     Returns:
-        Images (b, 3, side, side) -> features (b, width); how it is fed; and what its last layer was called.
+        The model, images (b, 3, image_size, image_size) -> features (b, d); its preprocessing; and the name
+        of the removed layer.
 
     Raises:
-        ModelError: for an unknown name, weights that cannot be fetched, or a model that is no classifier.
+        ModelError: for an unknown name, weights that cannot be downloaded, or a model without a classifier.
     """
     model_names = torchvision.models.list_models(module=torchvision.models)
     if name not in model_names:
@@ -49,7 +50,7 @@ def load_torchvision_model(
 
 
 def _remove_classifier(model: nn.Module, name: str) -> str:
-    """Put nothing in the place of a classifier's last layer, and return what that was called."""
+    """Replace the last layer of a classifier by the identity, and return the name of that layer."""
     for head_name in _HEAD_NAMES:
         module = getattr(model, head_name, None)
         if isinstance(module, nn.Linear):
@@ -60,32 +61,32 @@ def _remove_classifier(model: nn.Module, name: str) -> str:
             layer_name = [key for key, _ in module.named_children()][last_linear]
             module.add_module(layer_name, nn.Identity())
             return f"{head_name}.{layer_name}"
-    raise ModelError(f"torchvision:{name} is no image classifier whose last layer can be taken off")
+    raise ModelError(f"torchvision:{name} is not an image classifier with a removable last layer")
 
 
 def load_torch_hub_model(name: str, image_size: int | None) -> tuple[nn.Module, EvalTransform]:
-    """Load `OWNER/REPO/ENTRY` or `FOLDER/ENTRY` by torch.hub; this runs the code that stands there.
+    """Load `OWNER/REPO/ENTRY` or `FOLDER/ENTRY` by torch.hub; this executes the code of the repository.
 
-    Nothing in torch.hub says how a model is fed: unless it carries a timm configuration, it is fed as models
-    for ImageNet usually are.
+    torch.hub does not define the preprocessing, so that of ImageNet models is used: 224 pixels, resized to
+    256, normalized.
 
     Raises:
-        ModelError: where there is no such entry, or it is no model.
+        ModelError: if there is no such entry, or it is not a model.
     """
     repo, _, entry_point = name.rpartition("/")
     source = "local" if Path(repo).is_dir() else "github"
     try:
         model: Any = torch.hub.load(repo, entry_point, source=source, trust_repo=True)
-    except Exception as error:  # somebody else's code
+    except Exception as error:  # the repository's own code
         raise ModelError(f"cannot load {entry_point!r} from {repo!r} by torch.hub: {error}") from error
     if not isinstance(model, nn.Module):
-        raise ModelError(f"{entry_point!r} of {repo!r} gives {type(model).__name__}, no torch module")
+        raise ModelError(f"{entry_point!r} of {repo!r} returns {type(model).__name__}, not a torch module")
     image_size = 224 if image_size is None else image_size
     return model, EvalTransform(image_size=image_size, resize_size=round(image_size / 0.875))
 
 
 class PooledVisionModel(nn.Module):
-    """A Hugging Face vision model that gives one vector an image."""
+    """A Hugging Face vision model that returns one vector per image."""
 
     def __init__(self, model: Any, *, projected: bool, use_pooler: bool) -> None:
         super().__init__()
@@ -101,20 +102,20 @@ class PooledVisionModel(nn.Module):
         if pooled is not None and self.use_pooler:
             return pooled.flatten(1)
         hidden_states = output.last_hidden_state
-        # The first token of a transformer stands for the whole image; maps are averaged.
+        # The first token of a transformer represents the image; feature maps are averaged.
         return hidden_states[:, 0] if hidden_states.ndim == 3 else hidden_states.mean(dim=(2, 3))
 
 
 def load_huggingface_model(
     name: str, image_size: int | None
 ) -> tuple[nn.Module, EvalTransform, TextAlignment | None]:
-    """Load a vision model of Hugging Face by its name or folder: pooled output, else first token, else mean.
+    """Load a vision model of Hugging Face by its name or folder.
 
-    A model with an image and a text tower (CLIP, SigLIP) gives its projected image features, and its
-    language side.
+    Its features are the pooled output, else the first token, else the mean over positions. A model with two
+    towers (CLIP, SigLIP) returns its projected image features and its text tower.
 
     Raises:
-        ModelError: where it cannot be loaded, or lacks weights.
+        ModelError: if it cannot be loaded or lacks weights.
     """
     from transformers import AutoModel
 
@@ -123,7 +124,7 @@ def load_huggingface_model(
         model, loading_info = AutoModel.from_pretrained(name, output_loading_info=True)
     except Exception as error:  # the hub raises a dozen types
         raise ModelError(f"cannot load hf:{name}: {str(error).splitlines()[0]}") from error
-    # What a file lacks is filled with random numbers and no error; only a pooling layer can be done without.
+    # transformers initializes missing weights at random, without an error; only a pooling layer is optional.
     missing_keys = [key for key in loading_info["missing_keys"] if not key.startswith("pooler.")]
     if missing_keys:
         raise ModelError(
@@ -144,7 +145,7 @@ def _huggingface_transform(name: str, image_size: int | None) -> EvalTransform:
     try:
         processor_config, _ = ImageProcessingMixin.get_image_processor_dict(name)
     except OSError as error:
-        raise ModelError(f"hf:{name} does not say how images are fed (preprocessor_config.json)") from error
+        raise ModelError(f"hf:{name} has no preprocessor_config.json") from error
     short_side = _parse_size(processor_config.get("size"), 224)
     crop_size = (
         _parse_size(processor_config.get("crop_size"), short_side)
@@ -174,7 +175,7 @@ def _build_text_alignment(model: Any, name: str) -> TextAlignment:
     tokenizer: Any = AutoTokenizer.from_pretrained(name)
 
     def encode_tokens(tokens: Any) -> Tensor:
-        features = model.get_text_features(**tokens)
+        features = model.get_text_features(**tokens.to(model.device))
         return features if isinstance(features, Tensor) else features.pooler_output
 
     def encode_text(captions: Sequence[str]) -> Tensor:

@@ -1,4 +1,4 @@
-"""The text tower of CLIP, and how captions become its tokens."""
+"""The text tower of CLIP, its tokenizer, and the alignment of captions and images."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -28,10 +28,10 @@ class TextTower(nn.Module):
     """The transformer of CLIP (Radford et al. 2021, section 2.4), as open_clip builds it, untrained."""
 
     def __init__(self, *, width: int, layers: int, embed_dim: int) -> None:
-        """Make a tower of `layers` blocks of `width`, heads of 64, projected to `embed_dim`.
+        """Build a tower of `layers` blocks of `width`, with heads of 64, projected to `embed_dim`.
 
         Raises:
-            DependencyError: where open_clip is not installed.
+            DependencyError: if open_clip is not installed.
         """
         super().__init__()
         self.config = {"width": width, "layers": layers, "embed_dim": embed_dim}
@@ -45,26 +45,26 @@ class TextTower(nn.Module):
         )
 
     def forward(self, tokens: Tensor) -> Tensor:
-        """Embed captions: tokens (b, t) int64, t at most 77, zero after the end token -> (b, joint).
+        """Embed captions: tokens (b, t) int64, t at most 77, zero after the end token -> (b, embed_dim).
 
-        open_clip's own forward wants all 77 places; what follows the end token changes nothing behind a
-        causal mask, so a batch may be cut to its longest caption.
+        open_clip's own forward requires all 77 tokens. Under a causal mask, tokens after the end token have
+        no effect, so a batch may be truncated to its longest caption.
         """
         transformer, length = self.transformer, tokens.shape[1]
         x = transformer.token_embedding(tokens) + transformer.positional_embedding[:length]
         x = transformer.ln_final(
             transformer.transformer(x, attn_mask=transformer.attn_mask[:length, :length])
         )
-        # The end token has the highest number.
+        # The end token has the largest id.
         end_states = x[torch.arange(len(x), device=x.device), tokens.argmax(dim=1)]
         return end_states @ transformer.text_projection
 
 
 def tokenize(captions: list[str]) -> Tensor:
-    """Turn captions into CLIP's tokens: (n, 77) int64, zero after the end token; long captions are cut.
+    """Tokenize captions for CLIP: (n, 77) int64, zero after the end token; long captions are truncated.
 
     Raises:
-        DependencyError: where open_clip is not installed.
+        DependencyError: if open_clip is not installed.
     """
     return _tokenizer()(captions, CONTEXT_LENGTH)
 
@@ -79,7 +79,8 @@ def _import_open_clip(module: str) -> Any:
         return import_module(f"open_clip.{module}")
     except ImportError as error:
         raise DependencyError(
-            "a text tower needs open_clip: pip install 'likewise[clip]', or give --text frozen"
+            "a text tower needs open_clip: pip install 'likewise[clip]', or set `text_tower` to 'frozen'",
+            field="text_tower",
         ) from error
 
 
@@ -89,19 +90,16 @@ _BATCH_SIZE = 256
 
 @dataclass(frozen=True, kw_only=True)
 class TextAlignment:
-    """How captions and an encoder's features come into one space, where cosine similarity compares them.
-
-    Attributes:
-        encode_text: Captions -> (n, joint) float32.
-        project_image: Features (m, width) -> (m, joint).
-    """
+    """Projections of captions and image features into a joint space, compared by cosine similarity."""
 
     encode_text: Callable[[Sequence[str]], Tensor]
+    """Captions -> (n, embed_dim) float32."""
     project_image: Callable[[Tensor], Tensor]
+    """Image features (m, d) -> (m, embed_dim)."""
 
 
 def text_state_dict(tower: nn.Module, projection: nn.Module) -> dict[str, Tensor]:
-    """Return the weights of a text tower and of the projection of images, by the names they are kept."""
+    """Return the weights of a text tower and of the image projection, by their names in encoder files."""
     modules = {TEXT_TOWER_PREFIX: tower, IMAGE_PROJECTION_PREFIX: projection}
     return {
         f"{prefix}{name}": tensor
@@ -111,11 +109,11 @@ def text_state_dict(tower: nn.Module, projection: nn.Module) -> dict[str, Tensor
 
 
 def load_text_alignment(path: Path) -> TextAlignment | None:
-    """Read the language side from a file of `save_encoder`; None where it was trained without a text tower.
+    """Read the text tower and the image projection of a file of `save_encoder`; None if it has none.
 
     Raises:
-        ModelError: where the file is damaged.
-        DependencyError: where open_clip is not installed.
+        ModelError: if the file is damaged.
+        DependencyError: if open_clip is not installed.
     """
     tensors, metadata = load_tensors(path)
     if metadata.get("text_tower") is None:
@@ -123,7 +121,7 @@ def load_text_alignment(path: Path) -> TextAlignment | None:
     tower = TextTower(**metadata["text_tower"])
     projection_weight = tensors.get(f"{IMAGE_PROJECTION_PREFIX}weight")
     if projection_weight is None:
-        raise ModelError(f"{path} has a text tower but no projection of images")
+        raise ModelError(f"{path} has a text tower but no image projection", path=path)
     load_state_dict_strict(tower, _strip_prefix(tensors, TEXT_TOWER_PREFIX), str(path))
     tower.eval().requires_grad_(False)
     return TextAlignment(
@@ -140,6 +138,6 @@ def _strip_prefix(tensors: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
 def encode_captions(
     tower: Callable[[T], Tensor], tokenizer: Callable[[list[str]], T], captions: Sequence[str]
 ) -> Float[Tensor, "n j"]:
-    """Embed captions, a few hundred at a time."""
+    """Embed captions in batches, on the device of the tower: n captions -> (n, j) float32 on the CPU."""
     batches = (list(captions[i : i + _BATCH_SIZE]) for i in range(0, len(captions), _BATCH_SIZE))
-    return torch.cat([tower(tokenizer(batch)).float() for batch in batches])
+    return torch.cat([tower(tokenizer(batch)).float().cpu() for batch in batches])

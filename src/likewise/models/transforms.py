@@ -1,4 +1,4 @@
-"""How an image is fed to an encoder."""
+"""Preprocessing of images for a frozen encoder."""
 
 from dataclasses import dataclass
 
@@ -12,16 +12,21 @@ from likewise.models.backbones import IMAGENET_MEAN, IMAGENET_STD
 
 @dataclass(frozen=True, kw_only=True)
 class EvalTransform:
-    """How an image is fed: short side resized, centre cut out, channels standardised."""
+    """Preprocessing: resize of the short side, center crop, normalization of the channels."""
 
     image_size: int
+    """Side of the crop in pixels."""
     resize_size: int
+    """Short side before the crop in pixels."""
     interpolation: str = "bicubic"
+    """Interpolation of the resize: `bicubic` or `bilinear`."""
     mean: tuple[float, ...] = IMAGENET_MEAN
+    """Mean of each channel, in [0, 1]."""
     std: tuple[float, ...] = IMAGENET_STD
+    """Standard deviation of each channel."""
 
     def center_crop(self, pixels: np.ndarray) -> np.ndarray:
-        """Return the centre: (h, w, 3) uint8 -> (size, size, 3) uint8."""
+        """Resize and crop the center: (h, w, 3) uint8 -> (image_size, image_size, 3) uint8."""
         image = Image.fromarray(pixels)
         scale = self.resize_size / min(image.size)
         new_size = [max(self.resize_size, round(side * scale)) for side in image.size]
@@ -30,7 +35,7 @@ class EvalTransform:
         return np.asarray(resized.crop((left, top, left + self.image_size, top + self.image_size)))
 
     def normalize(self, crops: Tensor) -> Tensor:
-        """Turn crops (b, size, size, 3) uint8 into what a model takes: (b, 3, size, size) float32."""
+        """Normalize crops (b, s, s, 3) uint8 for a model: (b, 3, s, s) float32."""
         images = crops.permute(0, 3, 1, 2).float() / 255
         mean, std = (torch.tensor(v, device=images.device).view(3, 1, 1) for v in (self.mean, self.std))
         return ((images - mean) / std).contiguous(memory_format=torch.channels_last)

@@ -152,7 +152,7 @@ def _add_results(entry: ReportEntry, paths: list[Path]) -> ReportEntry:
     try:
         return replace(
             entry,
-            rows=read_results(entry.path),
+            rows=list(read_results(entry.path)),
             results=[read_json(result_path) for result_path in sorted(paths)],
         )
     except READ_ERRORS as error:

@@ -4,7 +4,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
 from typing import Any
 
-from likewise.evaluation.results import ResultRow, compare
+from likewise.evaluation.results import ResultRow, compare_metrics
 from likewise.evaluation.statistics import Difference, Estimate
 from likewise.pairs.config import PairConfig
 from likewise.report.format import (
@@ -306,7 +306,7 @@ def build_result_tables(entries: Sequence[ReportEntry]) -> ResultTables | None:
         if entry is baseline_entry
         else {
             comparison.baseline.key: comparison.differences[0]
-            for comparison in compare([baseline_entry.rows, entry.rows])
+            for comparison in compare_metrics([baseline_entry.rows, entry.rows])
         }
         for entry in columns
     ]

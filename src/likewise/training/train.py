@@ -57,6 +57,10 @@ class Run:
         self.artifact = Artifact.open(Path(path), ARTIFACT_KIND)
         self.path = self.artifact.path
 
+    def __fspath__(self) -> str:
+        """Return the path of the run, so that a run can be passed wherever a path can."""
+        return str(self.path)
+
     @property
     def encoder_path(self) -> Path:
         """The file with the trained backbone."""

@@ -1,1 +1,1 @@
-"""Sets to evaluate on: labelled, captioned, with boxes or masks, one's own or well known."""
+"""Evaluation datasets: labels, captions, boxes or masks, from files or downloaded by name."""

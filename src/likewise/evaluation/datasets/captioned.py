@@ -1,4 +1,4 @@
-"""Images with their captions, to find one by the other."""
+"""Images with captions, for image-text retrieval."""
 
 import csv
 from dataclasses import dataclass
@@ -19,40 +19,38 @@ _CAPTION_COLUMNS = ("caption", "captions", "text", "title", "description")
 
 @dataclass(frozen=True, kw_only=True)
 class CaptionedDataset(ImageDataset):
-    """Images with one or several captions each.
-
-    Attributes:
-        caption_column: Where the captions came from.
-        captions: The captions of each image.
-        num_skipped: Rows without a file or a caption, which are left out.
-    """
+    """Images with one or several captions each."""
 
     caption_column: str
+    """Column of the captions in the table."""
     captions: tuple[tuple[str, ...], ...]
+    """The captions of each image."""
     num_skipped: int
+    """Number of excluded rows, without a file or a caption."""
 
 
 def open_captioned(path: str | Path, *, caption_column: str | None = None) -> CaptionedDataset:
     """Open the test images of a table of captions.
 
     Args:
-        path: A CSV or TSV file with a column of files and one of captions, several rows for an image with
-            several captions, or a folder with a `captions.csv`. Where it has a column `split`, only its rows
-            of `test` count.
-        caption_column: The column of captions; found by its usual names where not given.
+        path: A CSV or TSV file with columns of files and captions, one row per caption, or a folder with a
+            `captions.csv`. If it has a column `split`, only rows of `test` are read.
+        caption_column: Column of the captions; detected by its name if None.
 
     Raises:
-        InputError: where there is no such table, or it has no captions.
+        InvalidInputError: if there is no such table, or it has no captions.
     """
     path = Path(path)
     table = path / "captions.csv" if path.is_dir() else path
     if not table.is_file():
         raise InvalidInputError(
-            f"{table} does not exist; captions are read from a table with a file and a caption"
+            f"{table} does not exist; image-text retrieval needs a table of files and captions", path=table
         )
     captions, column, num_skipped = read_table(table, partial(_read_captions, column=caption_column))
     if not captions:
-        raise InvalidInputError(f"{table} has no caption of a test image in its column {column!r}")
+        raise InvalidInputError(
+            f"{table} has no caption of a test image in its column {column!r}", path=table
+        )
     return CaptionedDataset(
         name=f"{dataset_name(table)}-captions",
         path=path,
@@ -76,10 +74,13 @@ def _read_captions(
         else next((name for name in fieldnames if name.lower() in _CAPTION_COLUMNS), None)
     )
     if caption_col is None or caption_col not in fieldnames:
-        suggestion = "" if caption_col is None else did_you_mean(caption_col, fieldnames)
+        missing, suggestion = "column of captions", ""
+        if caption_col is not None:
+            missing, suggestion = f"column {caption_col!r}", did_you_mean(caption_col, fieldnames)
         raise InvalidInputError(
-            f"{table} has no column of captions{'' if caption_col is None else f' {caption_col!r}'}; it has "
-            f"{', '.join(fieldnames)}; use --caption-column.{suggestion}"
+            f"`caption_column`: {table} has no {missing}; it has {', '.join(fieldnames)}.{suggestion}",
+            field="caption_column",
+            path=table,
         )
     captions: dict[str, list[str]] = {}
     num_skipped = 0

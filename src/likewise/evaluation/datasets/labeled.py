@@ -1,4 +1,4 @@
-"""Labelled sets of images to evaluate on, read from a folder or a table."""
+"""Labeled images, read from a folder or a table."""
 
 import csv
 import hashlib
@@ -26,21 +26,18 @@ T = TypeVar("T")
 
 @dataclass(frozen=True, kw_only=True)
 class ImageDataset:
-    """Images to compute features of.
-
-    Attributes:
-        name: What to call it in tables.
-        path: The folder or table it was read from.
-        root: The folder that files are relative to.
-        files: n paths.
-        key: A fingerprint of the table and of the files' names and sizes.
-    """
+    """Images of an evaluation dataset."""
 
     name: str
+    """Name in tables."""
     path: Path
+    """The folder or table that it was read from."""
     root: Path
+    """Folder that `files` are relative to."""
     files: tuple[str, ...]
+    """n paths."""
     key: str
+    """Fingerprint of the table and of the names and sizes of the files."""
 
     def __len__(self) -> int:
         return len(self.files)
@@ -48,33 +45,29 @@ class ImageDataset:
 
 @dataclass(frozen=True, kw_only=True)
 class LabeledDataset(ImageDataset):
-    """Images with a label and a split each.
-
-    Attributes:
-        label_column: Where its labels came from, in a table.
-        split_column: Where its splits came from, in a table.
-        splits: (n,) of `train`, `val`, `test`.
-        labels: (n,) int64, the class of each image.
-        classes: The classes' names, sorted.
-        instances: (n,) what each image shows, for retrieval, or None.
-        domains: (n,) where each image comes from, for retrieval, or None.
-        boxes: (n, 4) float64, where in the image its subject is: x0 y0 x1 y1 as the table has them, NaN
-            where it does not say; or None.
-        skipped: What of the table was left out, by reason.
-    """
+    """Images with a label and a split each."""
 
     label_column: str
+    """Column of the labels in the table."""
     split_column: str
+    """Column of the splits in the table."""
     splits: np.ndarray
+    """(n,) of `train`, `val` and `test`."""
     labels: np.ndarray
+    """(n,) int64, the class of each image."""
     classes: tuple[str, ...]
+    """Names of the classes, sorted."""
     instances: np.ndarray | None
+    """(n,) object instance of each image, for retrieval, or None."""
     domains: np.ndarray | None
+    """(n,) domain of each image, for cross-domain retrieval, or None."""
     boxes: np.ndarray | None
+    """(n, 4) float64, box of each subject as x0 y0 x1 y1 in the units of the table or NaN; or None."""
     skipped: dict[str, int] = field(default_factory=dict)
+    """Number of excluded rows and boxes by reason."""
 
     def split_counts(self) -> dict[str, int]:
-        """Return how many images each split has."""
+        """Return the number of images per split."""
         return {
             split: int((self.splits == split).sum())
             for split in SPLIT_ALIASES
@@ -82,7 +75,7 @@ class LabeledDataset(ImageDataset):
         }
 
     def test_only_classes(self) -> list[str]:
-        """Return the classes that occur in test but not in train or val: no classifier can name them."""
+        """Return the classes that occur in test but not in train or val, which no classifier can predict."""
         train_labels = set(self.labels[self.splits != "test"].tolist())
         return [
             self.classes[i] for i in sorted(set(self.labels[self.splits == "test"].tolist()) - train_labels)
@@ -102,22 +95,24 @@ class _LabeledImage:
 def open_labeled(
     path: str | Path, *, label_column: str = "label", split_column: str = "split"
 ) -> LabeledDataset:
-    """Open a labelled set.
+    """Open a labeled dataset.
 
     Args:
-        path: A folder laid out as `split/class/image` or with a `labels.csv` inside, or a CSV or TSV file
-            with a column of files, one of labels, and one of splits. Columns `instance` and `domain`, where
-            a table has them, serve retrieval, `x0`, `y0`, `x1` and `y1` localisation.
-        label_column: The table's column of labels.
-        split_column: The table's column of splits.
+        path: A folder with the layout `split/class/image` or with a `labels.csv`, or a CSV or TSV file with
+            columns of files, labels and splits. The optional columns `instance` and `domain` are for
+            retrieval, `x0`, `y0`, `x1` and `y1` for localization. Without `test` images, `val` is the test
+            split.
+        label_column: Column of the labels.
+        split_column: Column of the splits.
 
     Raises:
-        InputError: where there is no such set, a column is missing, or train or test is empty.
+        InvalidInputError: if there is no such dataset, a column is missing, or train or test is empty.
     """
     path = Path(path)
     if not path.exists():
         raise InvalidInputError(
-            f"{path} does not exist; give a folder laid out as split/class/image, or a CSV file"
+            f"{path} does not exist; a folder with the layout split/class/image or a CSV file is needed",
+            path=path,
         )
     table = path / "labels.csv" if path.is_dir() else path
     skipped: Counter[str] = Counter()
@@ -133,7 +128,7 @@ def open_labeled(
 
 
 def dataset_name(table: Path) -> str:
-    """Return what to call a set by its table: the folder's name where the table's own says nothing."""
+    """Return the name of a dataset from its table: the folder's name if that of the table is generic."""
     is_generic = table.stem in ("items", "labels", "captions", "index")
     return table.resolve().parent.name if is_generic else table.stem
 
@@ -148,36 +143,40 @@ def _read_folder(path: Path) -> list[_LabeledImage]:
                     rows.append(_LabeledImage(file=relative_path, split=split, label=file.parent.name))
     if not rows:
         raise InvalidInputError(
-            f"{path} holds neither a labels.csv nor images laid out as train/CLASS/… and test/CLASS/…"
+            f"{path} holds neither a labels.csv nor images with the layout train/CLASS/… and test/CLASS/…",
+            path=path,
         )
     return rows
 
 
 def read_table(table: Path, read_rows: Callable[[Path, csv.DictReader], T]) -> T:
-    """Open a CSV or TSV file and read it, with one sentence for what is no such file.
+    """Open a CSV or TSV file and apply `read_rows` to it.
 
     Raises:
-        InputError: where it is no UTF-8 table.
+        InvalidInputError: if it is not a UTF-8 table.
     """
     if table.suffix not in (".csv", ".tsv"):
-        raise InvalidInputError(f"{table} is no table: give a folder, or a .csv or .tsv file")
+        raise InvalidInputError(f"{table} is not a folder, nor a .csv or .tsv file", path=table)
     try:
         with table.open(encoding="utf-8-sig", newline="") as stream:
             return read_rows(table, csv.DictReader(stream, delimiter="\t" if table.suffix == ".tsv" else ","))
     except (UnicodeDecodeError, csv.Error) as error:
-        raise InvalidInputError(f"{table} is no UTF-8 table with commas (tabs in .tsv): {error}") from error
+        raise InvalidInputError(
+            f"{table} is not a UTF-8 table with commas (tabs in .tsv): {error}", path=table
+        ) from error
 
 
 def find_file_column(table: Path, columns: Sequence[str]) -> str:
-    """Return the column that names image files.
+    """Return the column of image files.
 
     Raises:
-        InputError: where there is none.
+        InvalidInputError: if there is none.
     """
     column = next((name for name in columns if name.lower() in _FILE_COLUMNS), None)
     if column is None:
         raise InvalidInputError(
-            f"{table} has no column of image files ({', '.join(_FILE_COLUMNS)}); it has {', '.join(columns)}"
+            f"{table} has no column of image files ({', '.join(_FILE_COLUMNS)}); it has {', '.join(columns)}",
+            path=table,
         )
     return column
 
@@ -187,11 +186,13 @@ def _read_rows(
 ) -> tuple[list[_LabeledImage], Counter[str]]:
     fieldnames = list(reader.fieldnames or [])
     file_col, (label_col, split_col) = find_file_column(table, fieldnames), columns
-    for name, flag in ((label_col, "--label-column"), (split_col, "--split-column")):
+    for name, field_name in ((label_col, "label_column"), (split_col, "split_column")):
         if name not in fieldnames:
-            suggestion = did_you_mean(name, fieldnames)
             raise InvalidInputError(
-                f"{table} has no column {name!r}; it has {', '.join(fieldnames)}; use {flag}.{suggestion}"
+                f"`{field_name}`: {table} has no column {name!r}; it has {', '.join(fieldnames)}."
+                f"{did_you_mean(name, fieldnames)}",
+                field=field_name,
+                path=table,
             )
     rows, skipped = [], Counter[str]()
     for row_number, row in enumerate(reader, start=2):
@@ -213,7 +214,7 @@ def _read_rows(
 
 
 def _parse_box(row: dict[str, str], location: str, skipped: Counter[str]) -> tuple[float, ...] | None:
-    """Return where the subject is; None where the row does not say, or, counted, its box has no area."""
+    """Return the box of the subject; None if the row has none, or, counted as skipped, one without area."""
     if not any(row[column] for column in _BOX_COLUMNS):
         return None
     try:
@@ -224,21 +225,21 @@ def _parse_box(row: dict[str, str], location: str, skipped: Counter[str]) -> tup
         ) from error
     if x0 < x1 and y0 < y1:
         return x0, y0, x1, y1
-    count_skipped(skipped, "boxes without area, left out", location)
+    count_skipped(skipped, "boxes without area, excluded", location)
     return None
 
 
 def count_skipped(skipped: Counter[str], reason: str, location: str) -> None:
-    """Count what is wrong in a set, under a name that tells where it occurred first."""
+    """Count a problem of a dataset by its reason and first location."""
     skipped[next((key for key in skipped if key.startswith(reason)), f"{reason} (first: {location})")] += 1
 
 
 def parse_split(name: str, location: str) -> str:
-    """Return which split a name means; raises InputError where it means none."""
+    """Return the split of a name such as `validation`; raises InvalidInputError for an unknown name."""
     for split, aliases in SPLIT_ALIASES.items():
         if name.strip().lower() in aliases:
             return split
-    raise InvalidInputError(f"{location}: {name!r} is no split; use train, val or test")
+    raise InvalidInputError(f"{location}: {name!r} is not a split; use train, val or test")
 
 
 def _build_dataset(
@@ -255,11 +256,12 @@ def _build_dataset(
     for required_split in ("train", "test"):
         if required_split not in splits:
             raise InvalidInputError(
-                f"{path} has no {required_split} images; found: {', '.join(sorted(set(splits))) or 'nothing'}"
+                f"{path} has no {required_split} images, only {', '.join(sorted(set(splits))) or 'none'}",
+                path=path,
             )
     classes = tuple(sorted({row.label for row in rows}))
     if len(classes) < 2:
-        raise InvalidInputError(f"{path} has {len(classes)} class; at least 2 are needed to tell apart")
+        raise InvalidInputError(f"{path} has {len(classes)} class; at least 2 are needed", path=path)
     class_index = {label: i for i, label in enumerate(classes)}
     boxes = np.array([row.box or (np.nan,) * 4 for row in rows])
     return LabeledDataset(
@@ -281,7 +283,7 @@ def _build_dataset(
 
 
 def fingerprint(root: Path, rows: Sequence[object], files: Sequence[str]) -> str:
-    """Return a key of what a table says of files and of their sizes."""
+    """Return a hash of the rows of a table and of the sizes of their files."""
     digest = hashlib.blake2b(digest_size=8)
     for row, file in zip(rows, files, strict=True):
         path = root / file
@@ -293,12 +295,12 @@ def fingerprint(root: Path, rows: Sequence[object], files: Sequence[str]) -> str
 def _retrieval_column(
     name: str, values: list[str | None], splits: np.ndarray, path: Path
 ) -> np.ndarray | None:
-    """Return a column that serves retrieval, if there is one; it must be filled where it is looked at."""
+    """Return a column for retrieval, if there is one; raises InvalidInputError if test images lack it."""
     if not any(values):
         return None
     num_empty = sum(not value for value, split in zip(values, splits, strict=True) if split == "test")
     if num_empty:
         raise InvalidInputError(
-            f"{path}: column {name!r} is empty for {num_empty} test images; fill it or drop it"
+            f"{path}: column {name!r} is empty for {num_empty} test images; fill it or remove it", path=path
         )
     return np.array([value or "" for value in values])
