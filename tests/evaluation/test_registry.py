@@ -1,3 +1,5 @@
+"""The registry of named datasets."""
+
 from dataclasses import replace
 from pathlib import Path
 
@@ -15,13 +17,13 @@ from likewise.evaluation.datasets.registry import (
 from support import save_png
 
 
-def test_the_catalogue_holds_the_suite_of_the_paper_and_more() -> None:
+def test_registry_holds_the_datasets_of_the_paper_and_more() -> None:
     paper = (
         "food101 cifar10 cifar100 cub200 sun397 cars aircraft dtd pets caltech101 flowers102 stl10 eurosat"
     )
     assert {*paper.split(), "resisc45", "patch_camelyon"} <= set(DATASETS)
     assert len(DATASETS) == 22
-    assert {name for name, told in DATASETS.items() if told.metric == MEAN_CLASS_ACCURACY} == {
+    assert {name for name, info in DATASETS.items() if info.metric == MEAN_CLASS_ACCURACY} == {
         "aircraft",
         "pets",
         "caltech101",
@@ -30,47 +32,48 @@ def test_the_catalogue_holds_the_suite_of_the_paper_and_more() -> None:
 
 
 @pytest.mark.parametrize("name", DATASETS)
-def test_an_entry_is_whole(name: str) -> None:
-    told = DATASETS[name]
-    assert {"train", "test"} <= set(told.split_sizes) <= {"train", "val", "test"}
-    assert all(count >= told.num_classes for count in told.split_sizes.values())
-    assert told.homepage.startswith("http")
-    assert told.download.reader in READERS
-    assert told.files
-    assert told.download_mb > 0
+def test_entries_are_complete(name: str) -> None:
+    info = DATASETS[name]
+    assert {"train", "test"} <= set(info.split_sizes) <= {"train", "val", "test"}
+    assert all(count >= info.num_classes for count in info.split_sizes.values())
+    assert info.homepage.startswith("http")
+    assert info.download.reader in READERS
+    assert info.files
+    assert info.download_mb > 0
 
 
-def test_split_sizes_follow_from_the_rule() -> None:
+def test_split_sizes_agree_with_images_per_class() -> None:
     for name in ("eurosat", "resisc45"):
-        told = DATASETS[name]
-        assert told.download.images_per_class is not None
+        info = DATASETS[name]
+        assert info.download.images_per_class is not None
         assert {
-            s: told.num_classes * (n or 0) for s, n in told.download.images_per_class.items()
-        } == told.split_sizes
+            s: info.num_classes * (n or 0) for s, n in info.download.images_per_class.items()
+        } == info.split_sizes
     # 9,144 images in 101 categories and the background.
     assert DATASETS["caltech101"].split_sizes == {"train": 30 * 102, "test": 9144 - 30 * 102}
 
 
-def test_unknown_names_are_told_with_close_ones() -> None:
-    with pytest.raises(InvalidInputError, match="no known set 'cifar11'.*Did you mean cifar10"):
+def test_unknown_names_raise_with_close_matches() -> None:
+    with pytest.raises(InvalidInputError, match="'cifar11'.*Did you mean cifar10") as error:
         get_dataset_info("cifar11")
+    assert error.value.field == "datasets"
 
 
-def test_a_set_is_checked_against_the_catalogue(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_incomplete_datasets_raise(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for split, count in (("train", 3), ("test", 2)):
         for label in ("pink", "rose"):
             for index in range(count):
                 save_png(tmp_path / split / label / f"{index}.png")
-    images = open_labeled(tmp_path)
+    dataset = open_labeled(tmp_path)
     monkeypatch.setitem(
         DATASETS, "tiny", replace(DATASETS["dtd"], num_classes=2, split_sizes={"train": 6, "test": 4})
     )
-    check_complete("tiny", images)
-    with pytest.raises(InvalidInputError) as told:
-        check_complete("food101", images)
-    assert str(told.value) == (
+    check_complete("tiny", dataset)
+    with pytest.raises(InvalidInputError) as error:
+        check_complete("food101", dataset)
+    assert str(error.value) == (
         "food101 has 6 of 75,750 train images, 4 of 25,250 test images and 2 of 101 classes: it is "
-        f"incomplete; delete {tmp_path} and run again"
+        f"incomplete; delete {tmp_path} and download it again"
     )
     with pytest.raises(InvalidInputError, match="dtd has .*0 of 1,880 val images"):
-        check_complete("dtd", images)
+        check_complete("dtd", dataset)

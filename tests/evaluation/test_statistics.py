@@ -1,3 +1,5 @@
+"""Bootstrap and permutation tests: values by hand, literal implementations, and coverage on simulations."""
+
 from itertools import product
 
 import numpy as np
@@ -8,7 +10,7 @@ from jaxtyping import TypeCheckError
 
 from likewise.evaluation.statistics import bootstrap, mean_per_class, normal_interval, paired_difference
 
-# With the import hook the annotations speak first.
+# With the import hook of the tests, the annotations raise first.
 WRONG_SHAPE = (ValueError, TypeCheckError)
 
 
@@ -20,7 +22,7 @@ def test_values_by_hand() -> None:
     assert paired_difference(scores, np.array([True, True, True, True])).value == 0.25
 
 
-def test_interval_of_fair_coins_is_that_of_the_binomial() -> None:
+def test_interval_of_fair_coins_is_binomial() -> None:
     scores = np.arange(400) % 2
     interval = bootstrap(scores, num_resamples=20_000)
     assert interval.low == pytest.approx(0.5 - 1.96 * 0.025, abs=0.004)
@@ -32,11 +34,11 @@ def literal_bootstrap(
 ) -> np.ndarray:
     names = np.unique(groups)
     members = {name: scores[groups == name] for name in names}
-    draws = rng.choice(names, size=(resamples, len(names)))
-    return np.array([np.concatenate([members[name] for name in draw]).mean() for draw in draws])
+    resampled = rng.choice(names, size=(resamples, len(names)))
+    return np.array([np.concatenate([members[name] for name in row]).mean() for row in resampled])
 
 
-def test_cluster_bootstrap_is_the_literal_one() -> None:
+def test_cluster_bootstrap_matches_a_literal_one() -> None:
     rng = np.random.default_rng(3)
     groups = rng.integers(0, 25, 200)
     scores = rng.random(200) + groups / 25
@@ -83,7 +85,7 @@ def enumerated_p_value(differences: list[float]) -> float:
         [0, 0, 0],
     ],
 )
-def test_p_value_is_the_exact_one(differences: list[float]) -> None:
+def test_p_value_matches_enumeration(differences: list[float]) -> None:
     a = np.full(len(differences), 0.5)
     result = paired_difference(a, a + differences, num_resamples=40_000)
     assert result.p_value == pytest.approx(enumerated_p_value(differences), abs=0.01)
@@ -118,22 +120,22 @@ def test_paired_interval_is_narrower_than_the_two_intervals() -> None:
     result = paired_difference(a, b)
     assert 0.01 < result.low < result.value < result.high < 0.02
     assert result.p_value == 1 / 2001
-    alone = bootstrap(a)
-    assert alone.high - alone.low > 10 * (result.high - result.low)
+    single = bootstrap(a)
+    assert single.high - single.low > 10 * (result.high - result.low)
 
 
 @given(st.lists(st.booleans(), min_size=1, max_size=30), st.integers(0, 5))
-def test_order_swap_and_single_groups_do_not_matter(flags: list[bool], seed: int) -> None:
+def test_order_and_single_item_groups_do_not_matter(flags: list[bool], seed: int) -> None:
     scores = np.array(flags)
     interval = bootstrap(scores, seed=seed, num_resamples=50)
     assert 0 <= interval.low <= interval.high <= 1
     assert bootstrap(scores[::-1], seed=seed, num_resamples=50) == interval
     assert bootstrap(scores, np.arange(len(scores)), 50, seed) == interval
     zeros = np.zeros(len(scores))
-    forth = paired_difference(zeros, scores, num_resamples=50, seed=seed)
-    back = paired_difference(scores, zeros, num_resamples=50, seed=seed)
-    assert forth.value == -back.value
-    assert forth.p_value == back.p_value
+    forward = paired_difference(zeros, scores, num_resamples=50, seed=seed)
+    backward = paired_difference(scores, zeros, num_resamples=50, seed=seed)
+    assert forward.value == -backward.value
+    assert forward.p_value == backward.p_value
 
 
 def test_blocks_do_not_change_the_result(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -148,13 +150,13 @@ def test_mean_per_class_resamples_inside_classes() -> None:
     rng = np.random.default_rng(4)
     labels = np.repeat(np.arange(4), [200, 100, 50, 25])
     correct = rng.random(375) < np.array([0.9, 0.7, 0.5, 0.3])[labels]
-    shares = np.array([correct[labels == label].mean() for label in range(4)])
-    error = np.sqrt(np.sum(shares * (1 - shares) / np.array([200, 100, 50, 25]))) / 4
+    accuracies = np.array([correct[labels == label].mean() for label in range(4)])
+    error = np.sqrt(np.sum(accuracies * (1 - accuracies) / np.array([200, 100, 50, 25]))) / 4
     interval = mean_per_class(correct, labels, num_resamples=10_000)
-    assert interval.value == pytest.approx(shares.mean())
-    assert interval.low == pytest.approx(shares.mean() - 1.96 * error, abs=0.1 * error)
-    assert interval.high == pytest.approx(shares.mean() + 1.96 * error, abs=0.1 * error)
-    # Classes far apart, all of one mind: resampling across classes would have a width, inside has none.
+    assert interval.value == pytest.approx(accuracies.mean())
+    assert interval.low == pytest.approx(accuracies.mean() - 1.96 * error, abs=0.1 * error)
+    assert interval.high == pytest.approx(accuracies.mean() + 1.96 * error, abs=0.1 * error)
+    # Constant within classes: resampling across classes would have a width, within classes it has none.
     certain = mean_per_class(np.array([1, 1, 0, 0]), np.array(["cat", "cat", "dog", "dog"]))
     assert (certain.low, certain.high) == (0.5, 0.5)
 
@@ -167,7 +169,7 @@ def test_normal_interval_by_hand() -> None:
     assert interval.high == pytest.approx(0.5 + margin)
 
 
-def test_programmer_errors() -> None:
+def test_invalid_arguments_raise() -> None:
     two, three = np.zeros(2), np.zeros(3)
     with pytest.raises(WRONG_SHAPE):
         bootstrap(two, three)

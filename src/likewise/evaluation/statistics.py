@@ -1,10 +1,10 @@
-"""How sure a score is: bootstrap intervals, paired differences, and means over episodes.
+"""Bootstrap intervals, paired tests of differences, and means over episodes.
 
-Scores are fractions in 0..1, one per test item (an item's score is 0 or 1 for accuracy, anything between
-for average precision). All intervals are 95 %.
+Scores are fractions in [0, 1], one per test item: 0 or 1 for accuracy, any value for average precision. All
+intervals are 95 %.
 
-Equal items are interchangeable, so the draws work on the distinct values and how often each occurs. The
-distribution is exactly that of drawing items, and an accuracy over a million images costs as much as one
+Items with equal scores are interchangeable, so resampling works on the distinct scores and their counts. The
+distribution is exactly that of resampling items, and the accuracy over a million images costs as much as that
 over two.
 """
 
@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import numpy as np
 from jaxtyping import Float, Shaped
 
-# Cells of one block of draws: 32 MiB as 64-bit integers, whatever the number of items and resamples.
+# Elements of a block of resamples: 32 MiB as 64-bit integers, for any number of items and resamples.
 _BLOCK_ELEMENTS = 2**22
 
 
@@ -45,14 +45,14 @@ def bootstrap(
     """Estimate the mean score with a percentile bootstrap interval (Efron 1979).
 
     Args:
-        scores: one score an item, boolean or float.
-        groups: the group of each item, any dtype. When given, whole groups are resampled (the cluster
-            bootstrap: Field and Welsh 2007), which is right when items of one group resemble each other.
-        num_resamples: number of bootstrap resamples.
-        seed: seed of the draws.
+        scores: (n,) one score per item, boolean or float.
+        groups: (n,) group of each item, any dtype. If given, whole groups are resampled (the cluster
+            bootstrap: Field and Welsh 2007), for items that are correlated within groups.
+        num_resamples: Number of bootstrap resamples.
+        seed: Seed of the random numbers.
 
     Raises:
-        ValueError: no scores, shapes that differ, or no resamples.
+        ValueError: for no scores, different shapes, or no resamples.
     """
     sums, sizes = _group_sums(_validate_scores(scores, groups, num_resamples), groups)
     means = _resampled_means(sums, sizes, num_resamples, np.random.default_rng(seed))
@@ -68,19 +68,19 @@ def paired_difference(
 ) -> Difference:
     """Estimate mean(b) - mean(a) for two systems scored on the same items, and test that it is zero.
 
-    The interval is the bootstrap's on the differences. The p-value is the share of random sign flips of the
-    items (or of whole groups) with a mean at least as far from zero (Fisher's randomisation test), two-sided,
-    with one added above and below so that it is never zero (Phipson and Smyth 2010).
+    The interval is that of the bootstrap on the differences. The p-value is the fraction of random sign flips
+    of the items (or of whole groups) whose mean is at least as far from zero (Fisher's randomization test),
+    two-sided, with one added to numerator and denominator so that it is never zero (Phipson and Smyth 2010).
 
     Args:
-        a: scores of the first system, boolean or float.
-        b: scores of the second system on the same items in the same order.
-        groups: the group of each item; whole groups are resampled and flipped.
-        num_resamples: number of bootstrap resamples, and of sign flips.
-        seed: seed of the draws.
+        a: (n,) scores of the first system, boolean or float.
+        b: (n,) scores of the second system on the same items in the same order.
+        groups: (n,) group of each item; whole groups are resampled and flipped.
+        num_resamples: Number of bootstrap resamples, and of sign flips.
+        seed: Seed of the random numbers.
 
     Raises:
-        ValueError: no scores, shapes that differ, or no resamples.
+        ValueError: for no scores, different shapes, or no resamples.
     """
     scores_a, scores_b = _validate_scores(a, b, num_resamples), _validate_scores(b, groups, num_resamples)
     sums, sizes = _group_sums(scores_b - scores_a, groups)
@@ -97,10 +97,14 @@ def paired_difference(
 
 
 def bootstrap_difference(value: float, differences: Float[np.ndarray, " r"]) -> Difference:
-    """Tell a difference with the percentile interval of its changes on drawn test sets (Efron 1979).
+    """Test a difference by its values on resampled test sets, with a percentile interval (Efron 1979).
 
-    The p-value is twice the share of draws on the other side of zero, or on it, with one added above and
-    below so that it is never zero.
+    The p-value is twice the fraction of resamples on the opposite side of zero, or on it, with one added to
+    numerator and denominator so that it is never zero.
+
+    Args:
+        value: The observed difference.
+        differences: (r,) the difference on each resample.
     """
     low, high = np.quantile(differences, [0.025, 0.975])
     num_opposite = min(np.count_nonzero(differences <= 0), np.count_nonzero(differences >= 0))
@@ -114,19 +118,19 @@ def mean_per_class(
     num_resamples: int = 2000,
     seed: int = 0,
 ) -> Estimate:
-    """Estimate the mean over classes of each class's mean score; items are resampled inside their class.
+    """Estimate the mean over classes of each class's mean score; items are resampled within their class.
 
-    Classes are taken as given, not as a sample of classes. A class with one item adds nothing to the width of
-    the interval, so with many such classes the interval is too narrow.
+    The classes are fixed, not a sample of classes. A class with one item adds nothing to the width of the
+    interval, so with many such classes the interval is too narrow.
 
     Args:
-        correct: one score an item, boolean or float.
-        labels: the class of each item, any dtype.
-        num_resamples: number of bootstrap resamples.
-        seed: seed of the draws.
+        correct: (n,) one score per item, boolean or float.
+        labels: (n,) class of each item, any dtype.
+        num_resamples: Number of bootstrap resamples.
+        seed: Seed of the random numbers.
 
     Raises:
-        ValueError: no scores, shapes that differ, or no resamples.
+        ValueError: for no scores, different shapes, or no resamples.
     """
     scores = _validate_scores(correct, labels, num_resamples)
     _, inverse, counts = np.unique(labels, return_inverse=True, return_counts=True)
@@ -144,7 +148,7 @@ def normal_interval(values: Float[np.ndarray, " n"]) -> Estimate:
     """Estimate the mean of independent values with an interval of 1.96 standard errors to both sides.
 
     Raises:
-        ValueError: fewer than two values, which have no standard error.
+        ValueError: for fewer than two values, which have no standard error.
     """
     if len(values) < 2:
         raise ValueError(f"a standard error needs at least two values, got {len(values)}")
@@ -167,7 +171,7 @@ def _validate_scores(
 def _group_sums(
     scores: Float[np.ndarray, " n"], groups: Shaped[np.ndarray, " n"] | None
 ) -> tuple[Float[np.ndarray, " g"], Float[np.ndarray, " g"]]:
-    """Sum and size of each group; without groups each item is its own."""
+    """Return the sum and size of each group; without groups each item is a group of one."""
     if groups is None:
         return scores, np.ones_like(scores)
     _, inverse = np.unique(groups, return_inverse=True)
@@ -180,7 +184,7 @@ def _resampled_means(
     num_resamples: int,
     rng: np.random.Generator,
 ) -> Float[np.ndarray, " r"]:
-    """Mean score of each resample: multinomial counts of the distinct groups times their sums and sizes."""
+    """Return the mean of each resample: multinomial counts of distinct groups times their sums and sizes."""
     distinct, counts = np.unique(np.stack([sums, sizes], axis=1), axis=0, return_counts=True)
     block_totals = [
         rng.multinomial(len(sums), counts / len(sums), size=block_size) @ distinct
@@ -193,9 +197,9 @@ def _resampled_means(
 def _permutation_p_value(
     sums: Float[np.ndarray, " g"], num_resamples: int, rng: np.random.Generator
 ) -> float:
-    """Share of random signs with |sum| at least as large as observed; a group of size m stays one coin."""
+    """Return the fraction of random signs with |sum| at least as large as observed; one sign per group."""
     magnitudes, counts = np.unique(np.abs(sums), return_counts=True)
-    # A sum in another order differs in its last bits, and an outcome equal to the observed one must count.
+    # Sums in another order differ in the last bits, but outcomes equal to the observed one must count.
     observed = abs(sums.sum()) - 1e-9 * magnitudes @ counts
     num_extreme = 0
     for block_size in _block_sizes(num_resamples, len(magnitudes)):
@@ -205,7 +209,7 @@ def _permutation_p_value(
 
 
 def _block_sizes(num_resamples: int, num_columns: int) -> list[int]:
-    """Rows of each block of draws; the stream of draws, and so the result, does not depend on them."""
+    """Return the number of resamples of each block; results do not depend on it."""
     block_size = max(1, _BLOCK_ELEMENTS // num_columns)
     return [min(block_size, num_resamples - start) for start in range(0, num_resamples, block_size)]
 

@@ -1,4 +1,4 @@
-"""Images with boxes, read from the formats that detection sets come in."""
+"""Images with boxes or masks, read from common formats of detection and segmentation."""
 
 import csv
 import json
@@ -30,24 +30,21 @@ DEFAULT_IGNORE_INDEX = 255
 
 @dataclass(frozen=True, kw_only=True)
 class SegmentationDataset(ImageDataset):
-    """Images with a mask and a split each.
-
-    Attributes:
-        mask_files: n paths, relative to the same folder as the images.
-        splits: (n,) of `train` and `test`.
-        classes: The classes' names, by the number that stands for them in masks.
-        ignore_index: Numbers in masks that count neither way.
-        skipped: What was left out, by reason, with the first file it occurs in.
-    """
+    """Images with a mask and a split each."""
 
     mask_files: tuple[str, ...]
+    """n paths, relative to `root`."""
     splits: np.ndarray
+    """(n,) of `train` and `test`."""
     classes: tuple[str, ...]
+    """Names of the classes, in the order of their values in masks."""
     ignore_index: tuple[int, ...]
+    """Ignored values in masks."""
     skipped: dict[str, int]
+    """Number of excluded images by reason, with the first file."""
 
     def load_mask(self, index: int) -> np.ndarray:
-        """Return the mask of an image, (h, w) int64, -1 where it counts neither way."""
+        """Return the mask of an image, (h, w) int64, -1 for ignored pixels."""
         with Image.open(self.root / self.mask_files[index]) as image:
             class_ids = np.asarray(image).astype(np.int64)
         return np.where(np.isin(class_ids, self.ignore_index), -1, class_ids)
@@ -56,17 +53,17 @@ class SegmentationDataset(ImageDataset):
 def open_segmentation(
     path: str | Path, ignore_index: tuple[int, ...] = (DEFAULT_IGNORE_INDEX,)
 ) -> SegmentationDataset:
-    """Open a set of images with masks: 8-bit grey or palette images that hold class numbers.
+    """Open a dataset of images with masks: 8-bit gray or palette images of class numbers.
 
     Args:
         path: A CSV file, or a folder with an `index.csv`, with columns of files, `mask` and `split`; or a
-            folder laid out as `train/images`, `train/masks`, `test/images` and so on, with equal names.
-            Names of classes stand in a `classes.txt` beside it, one a line, where there is one. Where there
-            is no `test`, `val` is tested on; else it is learned from.
-        ignore_index: Numbers that count neither way.
+            folder with the layout `train/images`, `train/masks`, `test/images` and so on, with equal names.
+            An optional `classes.txt` beside it has the names of the classes, one per line. `val` is the test
+            split if there is no `test`, else part of `train`.
+        ignore_index: Ignored values in masks.
 
     Raises:
-        InputError: where there is no such set, a mask is none, or train or test is empty.
+        InvalidInputError: if there is no such dataset, a mask is invalid, or train or test is empty.
     """
     path = Path(path)
     table = path / "index.csv" if path.is_dir() else path
@@ -76,7 +73,8 @@ def open_segmentation(
         root, rows, name = path, _read_mask_folders(path), path.resolve().name
     else:
         raise InvalidInputError(
-            f"{path} does not exist; give a folder with an index.csv or train/images, train/masks"
+            f"{path} does not exist; a folder with an index.csv or train/images and train/masks is needed",
+            path=path,
         )
     skipped: Counter[str] = Counter()
     entries, max_class_id = [], 0
@@ -90,7 +88,7 @@ def open_segmentation(
     for split in ("train", "test"):
         if split not in splits:
             raise InvalidInputError(
-                f"{path} has no {split} images with a mask; left out: {dict(skipped) or 'none'}"
+                f"{path} has no {split} images with a mask; excluded: {dict(skipped) or 'none'}", path=path
             )
     files = tuple(file for file, _, _ in entries)
     return SegmentationDataset(
@@ -112,7 +110,9 @@ def _read_index(table: Path, reader: csv.DictReader) -> list[tuple[str, str, str
     file_col = find_file_column(table, fieldnames)
     for name in ("mask", "split"):
         if name not in fieldnames:
-            raise InvalidInputError(f"{table} has no column {name!r}; it has {', '.join(fieldnames)}")
+            raise InvalidInputError(
+                f"{table} has no column {name!r}; it has {', '.join(fieldnames)}", path=table
+            )
     return [
         (row[file_col], row["mask"], parse_split(row["split"] or "", f"{table}, row {row_number}"))
         for row_number, row in enumerate(reader, start=2)
@@ -130,36 +130,44 @@ def _read_mask_folders(path: Path) -> list[tuple[str, str, str]]:
                     (image_path.relative_to(path).as_posix(), mask_path.relative_to(path).as_posix(), split)
                 )
     if not entries:
-        raise InvalidInputError(f"{path} holds neither an index.csv nor train/images and train/masks")
+        raise InvalidInputError(
+            f"{path} holds neither an index.csv nor train/images and train/masks", path=path
+        )
     return entries
 
 
 def _check_mask(
     root: Path, file: str, mask: str, ignore_index: tuple[int, ...], skipped: Counter[str]
 ) -> int | None:
-    """Return the highest class of a mask, or None and count why it cannot be used."""
+    """Return the largest class in a mask, or None for an unusable mask, which is counted as skipped."""
     try:
         with Image.open(root / file) as image, Image.open(root / mask) as mask_image:
             if mask_image.mode not in ("L", "P"):
-                requirement = "8-bit grey or palette images with class numbers are needed"
-                raise InvalidInputError(f"{root / mask} is a mask in {mask_image.mode}: {requirement}")
+                raise InvalidInputError(
+                    f"{root / mask} has mode {mask_image.mode}; masks must be 8-bit gray or palette images",
+                    path=root / mask,
+                )
             if image.size != mask_image.size:
-                count_skipped(skipped, "masks of another size than their image", mask)
+                count_skipped(skipped, "masks whose size differs from their image", mask)
                 return None
             class_ids = np.flatnonzero(np.bincount(np.asarray(mask_image).ravel()))
     except OSError:
-        count_skipped(skipped, "images or masks missing or damaged", mask)
+        count_skipped(skipped, "missing or damaged images or masks", mask)
         return None
     return int(max((class_id for class_id in class_ids.tolist() if class_id not in ignore_index), default=0))
 
 
 def _read_class_names(path: Path, max_class_id: int, ignore_index: tuple[int, ...]) -> tuple[str, ...]:
     lines = path.read_text().splitlines() if path.is_file() else []
-    # Some write the number before the name.
+    # Some files have the number before the name.
     class_names = [line.strip().removeprefix(f"{i} ") for i, line in enumerate(filter(str.strip, lines))]
     if class_names and max_class_id >= len(class_names):
-        message = f"{len(class_names)} classes, but masks hold {max_class_id}"
-        raise InvalidInputError(f"{path} names {message}; name it too, or use --ignore {max_class_id}")
+        raise InvalidInputError(
+            f"{path} names {len(class_names)} classes, but masks hold class {max_class_id}; "
+            "name it, or add it to `ignore_index`",
+            field="ignore_index",
+            path=path,
+        )
     while class_names and len(class_names) - 1 in ignore_index:
         class_names.pop()
     return tuple(class_names) or tuple(map(str, range(max_class_id + 1)))
@@ -170,28 +178,25 @@ _BOX_COLUMNS = ("x0", "y0", "x1", "y1")
 
 @dataclass(frozen=True, kw_only=True)
 class DetectionDataset(ImageDataset):
-    """Images with boxes and a split each.
-
-    Attributes:
-        splits: (n,) of `train` and `test`.
-        boxes: For each image (k, 4) float64, x0 y0 x1 y1 as shares of its sides, inside it.
-        labels: For each image (k,) int64, the class of each box.
-        is_crowd: For each image (k,) bool, which boxes stand for many things at once.
-        classes: The classes' names, sorted.
-        skipped: What was cut, left out or is missing, by reason, with the first place it occurs.
-    """
+    """Images with boxes and a split each."""
 
     splits: np.ndarray
+    """(n,) of `train` and `test`."""
     boxes: tuple[np.ndarray, ...]
+    """Per image (k, 4) float64, x0 y0 x1 y1 as fractions of width and height, in [0, 1]."""
     labels: tuple[np.ndarray, ...]
+    """Per image (k,) int64, the class of each box."""
     is_crowd: tuple[np.ndarray, ...]
+    """Per image (k,) bool, boxes of a crowd, which count neither as right nor as missed."""
     classes: tuple[str, ...]
+    """Names of the classes, sorted."""
     skipped: dict[str, int]
+    """Number of clipped or excluded boxes by reason, with the first location."""
 
 
 @dataclass
 class _AnnotatedImage:
-    """An image as a file tells of it: boxes in pixels where it gives the size, else as shares."""
+    """The annotations of an image: boxes in pixels of `image_size`, or as fractions if that is (1, 1)."""
 
     file: str
     split: str
@@ -199,21 +204,22 @@ class _AnnotatedImage:
     boxes: list[tuple[str, tuple[float, ...], bool, str]] = field(default_factory=list)
 
     def add_box(self, label: str, xyxy: Iterable[float], location: str, *, is_crowd: bool = False) -> None:
-        """Note a box and where it stands."""
+        """Add a box and its location in the annotation file."""
         self.boxes.append((label, tuple(xyxy), is_crowd, location))
 
 
 def open_detection(path: str | Path) -> DetectionDataset:
-    """Open a set of images with boxes.
+    """Open a dataset of images with boxes.
 
     Args:
         path: A CSV file, or a folder with a `boxes.csv`, with columns of files, `split`, `label`, `x0`,
-            `y0`, `x1`, `y1`, as shares of the image's sides or in pixels; or a folder as COCO (`annotations/
-            instances_*.json`), Pascal VOC (`Annotations`, `ImageSets/Main`) or YOLO (a YAML file with
-            `train`, `val` and `names`) have it. Where there is no `test`, `val` is tested on.
+            `y0`, `x1`, `y1`, as fractions of width and height or in pixels; or a folder in the format of COCO
+            (`annotations/instances_*.json`), Pascal VOC (`Annotations`, `ImageSets/Main`) or YOLO (a YAML
+            file with `train`, `val` and `names`). `val` is the test split if there is no `test`, else part of
+            `train`.
 
     Raises:
-        InputError: where it is none of these, or train or test is empty.
+        InvalidInputError: if it is none of these, or train or test is empty.
     """
     path = Path(path)
     table = path / "boxes.csv" if path.is_dir() else path
@@ -226,7 +232,8 @@ def open_detection(path: str | Path) -> DetectionDataset:
             if images:
                 return _build_dataset(path.resolve().name, path, path, images)
     raise InvalidInputError(
-        f"{path} holds no boxes: give a boxes.csv, or a folder as COCO, Pascal VOC or YOLO lay it out"
+        f"{path} holds no boxes: neither a boxes.csv, nor a folder as in COCO, Pascal VOC or YOLO",
+        path=path,
     )
 
 
@@ -235,7 +242,9 @@ def _read_csv(table: Path, reader: csv.DictReader) -> list[_AnnotatedImage]:
     file_col = find_file_column(table, fieldnames)
     missing = [name for name in ("split", "label", *_BOX_COLUMNS) if name not in fieldnames]
     if missing:
-        raise InvalidInputError(f"{table} has no column {missing[0]!r}; it has {', '.join(fieldnames)}")
+        raise InvalidInputError(
+            f"{table} has no column {missing[0]!r}; it has {', '.join(fieldnames)}", path=table
+        )
     images: dict[str, _AnnotatedImage] = {}
     max_coordinate = 0.0
     for row_number, row in enumerate(reader, start=2):
@@ -244,7 +253,7 @@ def _read_csv(table: Path, reader: csv.DictReader) -> list[_AnnotatedImage]:
             row[file_col], _AnnotatedImage(row[file_col], parse_split(row["split"] or "", location))
         )
         if not any(row[column] for column in _BOX_COLUMNS):
-            continue  # an image without anything in it
+            continue  # an image without boxes
         try:
             xyxy = tuple(float(row[column]) for column in _BOX_COLUMNS)
         except (TypeError, ValueError) as error:
@@ -264,7 +273,7 @@ def _image_size(path: Path) -> tuple[float, float]:
         with Image.open(path) as image:
             return float(image.width), float(image.height)
     except OSError:
-        return (1.0, 1.0)  # it is counted as missing or damaged when it is read
+        return (1.0, 1.0)  # counted as missing or damaged when it is read
 
 
 def _read_coco(path: Path) -> Iterator[_AnnotatedImage]:
@@ -296,7 +305,8 @@ def _read_coco(path: Path) -> Iterator[_AnnotatedImage]:
                 )
         except (KeyError, TypeError, ValueError) as error:
             raise InvalidInputError(
-                f"{annotation_file} is no COCO file of instances: {type(error).__name__} {error}"
+                f"{annotation_file} is not a COCO instances file: {type(error).__name__} {error}",
+                path=annotation_file,
             ) from error
         yield from images.values()
 
@@ -309,7 +319,7 @@ def _image_folder(path: Path, split: str) -> str:
 
 
 def _read_voc(path: Path) -> Iterator[_AnnotatedImage]:
-    """Read Pascal VOC; its difficult objects count, as crowds do, neither way."""
+    """Read Pascal VOC; its difficult objects are treated as crowds."""
     for split in ("train", "val", "test"):
         list_file = path / "ImageSets/Main" / f"{split}.txt"
         lines = list_file.read_text().splitlines() if list_file.is_file() else []
@@ -324,7 +334,7 @@ def _read_voc(path: Path) -> Iterator[_AnnotatedImage]:
 
 
 def _voc_image(xml_path: Path, split: str) -> _AnnotatedImage:
-    tree = ElementTree.fromstring(xml_path.read_bytes())  # noqa: S314  # expat resolves no outer entities
+    tree = ElementTree.fromstring(xml_path.read_bytes())  # noqa: S314  # expat resolves no external entities
     width, height = (float(tree.findtext(f"size/{key}", "")) for key in ("width", "height"))
     image = _AnnotatedImage(
         f"JPEGImages/{tree.findtext('filename', f'{xml_path.stem}.jpg')}", split, (width, height)
@@ -333,7 +343,7 @@ def _voc_image(xml_path: Path, split: str) -> _AnnotatedImage:
         bounds = (node.findtext(f"bndbox/{key}", "") for key in ("xmin", "ymin", "xmax", "ymax"))
         x0, y0, x1, y1 = map(float, bounds)
         is_difficult = node.findtext("difficult", "0").strip() == "1"
-        # Its first pixel is 1, and its last one belongs to the box.
+        # Pixels are numbered from 1, and the last one belongs to the box.
         xyxy = (x0 - 1, y0 - 1, x1, y1)
         image.add_box(
             node.findtext("name", ""), xyxy, f"{xml_path.name}, object {object_number}", is_crowd=is_difficult
@@ -381,7 +391,7 @@ def _yolo_image(path: Path, image_path: Path, split: str, class_names: Any) -> _
 
 
 def _yolo_label_path(image_path: Path) -> Path:
-    """Return where the boxes of an image stand: `labels` in place of `images` in its path, or beside it."""
+    """Return the label file of an image: `labels` instead of `images` in its path, or beside the image."""
     parts = list(image_path.parts)
     if "images" in parts:
         index = len(parts) - 1 - parts[::-1].index("images")
@@ -398,10 +408,12 @@ def _build_dataset(name: str, path: Path, root: Path, images: list[_AnnotatedIma
     ]
     for split in ("train", "test"):
         if split not in splits:
-            raise InvalidInputError(f"{path} has no {split} images; found: {', '.join(sorted(set(splits)))}")
+            raise InvalidInputError(
+                f"{path} has no {split} images, only {', '.join(sorted(set(splits)))}", path=path
+            )
     classes = tuple(sorted({label for boxes in boxes_by_image for label, _, _ in boxes}))
     if not classes:
-        raise InvalidInputError(f"{path} has images but no boxes")
+        raise InvalidInputError(f"{path} has images but no boxes", path=path)
     class_index = {label: i for i, label in enumerate(classes)}
     files = [image.file for image in images]
     return DetectionDataset(
@@ -430,13 +442,13 @@ def _build_dataset(name: str, path: Path, root: Path, images: list[_AnnotatedIma
 def _clip_box(
     image: _AnnotatedImage, skipped: Counter[str], box: tuple[str, tuple[float, ...], bool, str]
 ) -> tuple[str, tuple[float, ...], bool] | None:
-    """Return a box as shares of the image and cut at its edge, or None where nothing is left of it."""
+    """Return a box as fractions, clipped to the image, or None, counted as skipped, if nothing remains."""
     label, xyxy, is_crowd, location = box
     normalized = np.array(xyxy) / np.tile(image.image_size, 2)
     clipped = normalized.clip(0, 1)
     if not (clipped[:2] < clipped[2:]).all():
-        count_skipped(skipped, "boxes without area inside the image, left out", location)
+        count_skipped(skipped, "boxes without area inside the image, excluded", location)
         return None
     if np.abs(clipped - normalized).max() > 0.01:
-        count_skipped(skipped, "boxes reaching over the edge, cut there", location)
+        count_skipped(skipped, "boxes beyond the edge of the image, clipped", location)
     return label, tuple(clipped.tolist()), is_crowd

@@ -1,11 +1,12 @@
-"""Fetch well-known sets by name: downloaded once, then a folder with a `labels.csv` like any other."""
+"""Download named datasets, once, into a folder with a `labels.csv` like any other dataset."""
 
 import csv
 import hashlib
 import json
 import logging
 import os
-import socket
+import urllib.error
+import urllib.request
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -13,6 +14,7 @@ from dataclasses import dataclass, replace
 from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 from likewise.artifacts import atomic_write, disk_full_as_error, write_json
@@ -28,6 +30,7 @@ _CUB_MD5 = "97eceeb196236b17998738112f37df78"
 _SUN397_PARTITIONS_URL = "https://vision.princeton.edu/projects/2010/SUN/download/Partitions.zip"
 _SUN397_PARTITIONS_MD5 = "29a205c0a0129d21f36cbecfefe81881"
 _PCAM_URL = "https://zenodo.org/records/2546921/files/"
+_TIMEOUT_SECONDS = 60.0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,24 +40,24 @@ class ImageItem:
     file: Path
     split: str
     label: str
-    hash_key: str = ""  # what its place in a split by hash depends on
+    hash_key: str = ""  # decides its split, in datasets that are split by hash
 
 
 @dataclass(frozen=True, kw_only=True)
 class DownloadJob:
-    """What a reader is to read, and where."""
+    """The input of a reader."""
 
     spec: DownloadSpec
-    root: Path  # where downloads go
+    root: Path  # folder of the downloads
     progress: Progress
 
 
 def _hash_split(items: Iterable[ImageItem], images_per_class: Mapping[str, int | None]) -> list[ImageItem]:
-    """Split each class in the order of a hash of its images' keys, the same on every machine.
+    """Split each class in the order of a hash of the images' keys, the same on every machine.
 
     Args:
         items: Images with keys that are unique within a class.
-        images_per_class: How many of each class a split takes, in turn; None takes the rest.
+        images_per_class: Images per class of each split, in this order; None is the rest.
     """
     items_by_class: dict[str, list[ImageItem]] = defaultdict(list)
     for item in items:
@@ -80,21 +83,22 @@ def _open_torchvision(job: DownloadJob, split: str, download: bool = True) -> An
 
 
 def _iter_samples(dataset: Any) -> Iterator[tuple[Path, str]]:
-    """Yield file and label of each image of a torchvision set that keeps files, whatever it calls them."""
+    """Yield file and label of each image of a torchvision dataset of files."""
+    # The attributes differ by class.
     for name in ("_image_files", "_images"):
         if hasattr(dataset, name):
             samples = list(zip(getattr(dataset, name), dataset._labels, strict=True))
             break
     else:
         samples = dataset._samples if hasattr(dataset, "_samples") else dataset.samples
-    # A class of ImageNet has many names, and two classes share one: its WordNet number is unique.
+    # A class of ImageNet has many names, and two classes share one; the WordNet id is unique.
     class_names = getattr(dataset, "wnids", None) or getattr(dataset, "classes", None)
     for file, label in samples:
         yield Path(file), class_names[label] if class_names else f"{label:02d}"
 
 
 def _read_files(job: DownloadJob, download: bool = True) -> list[ImageItem]:
-    """Read a set whose images are files: nothing is copied."""
+    """Read a dataset of image files, without copying them."""
     samples_by_split = [
         (split, _iter_samples(_open_torchvision(job, split, download))) for split in job.spec.split_args
     ]
@@ -106,7 +110,7 @@ def _read_files(job: DownloadJob, download: bool = True) -> list[ImageItem]:
 
 
 def _read_arrays(job: DownloadJob, download: bool = True) -> list[ImageItem]:
-    """Read a set whose images are arrays: each is written once as PNG."""
+    """Read a dataset of arrays; each image is written once as PNG."""
     items = []
     for split in job.spec.split_args:
         dataset = _open_torchvision(job, split, download)
@@ -130,7 +134,7 @@ def _write_png(dataset: Any, class_names: list[str] | None, folder: Path, index:
 
 
 def _read_aircraft(job: DownloadJob) -> list[ImageItem]:
-    """Its archive has no checksum in torchvision: it takes its name only when it is whole."""
+    """Read FGVC-Aircraft; its archive has no checksum in torchvision, so it is renamed once complete."""
     from torchvision.datasets import FGVCAircraft
     from torchvision.datasets.utils import download_url
 
@@ -161,7 +165,7 @@ def _unsplit_item(file: Path, label: str) -> ImageItem:
 
 
 def _read_clevr(job: DownloadJob) -> list[ImageItem]:
-    """Few of its images serve, as in CLIP; its test images have no labels."""
+    """Read a subset of CLEVR, as in CLIP; its test images have no labels."""
     items = []
     for split, images_per_class in (("train", {"train": 1500, "val": 500}), ("val", {"test": 500})):
         dataset = _open_torchvision(job, split)
@@ -184,7 +188,7 @@ def _read_sun397(job: DownloadJob) -> list[ImageItem]:
         _download_and_extract(_SUN397_PARTITIONS_URL, job.root, _SUN397_PARTITIONS_MD5, "partitions")
     _open_torchvision(job, "train")
     return [
-        # A line is /a/abbey/FILE: the letter only sorts the folders, and a class may have two levels.
+        # A line is /a/abbey/FILE: the letter is only a folder, and a class may have two levels.
         ImageItem(file=job.root / "SUN397" / line[1:], split=split, label=line[3 : line.rindex("/")])
         for split, list_file in list_files.items()
         for line in list_file.read_text().split()
@@ -215,11 +219,11 @@ def _read_cub200(job: DownloadJob) -> list[ImageItem]:
 
 
 def _read_pcam(job: DownloadJob) -> list[ImageItem]:
-    """Taken from Zenodo, its home, with torchvision's checksums: torchvision itself asks Google Drive."""
+    """Read PatchCamelyon from Zenodo with torchvision's checksums; torchvision itself uses Google Drive."""
     from torchvision.datasets import PCAM
 
     if find_spec("h5py") is None:
-        raise DependencyError("patch_camelyon is stored as HDF5, which h5py reads: pip install h5py")
+        raise DependencyError("patch_camelyon is stored as HDF5 and needs h5py: pip install h5py")
     for split_files in PCAM._FILES.values():
         for file, _, md5 in split_files.values():
             if not (job.root / "pcam" / file).is_file():
@@ -229,7 +233,7 @@ def _read_pcam(job: DownloadJob) -> list[ImageItem]:
 
 
 def _read_parquet(job: DownloadJob) -> list[ImageItem]:
-    """Read a set of the hub: encoded images are written once as they are."""
+    """Read a dataset of the Hugging Face hub; its encoded images are written once, unchanged."""
     from huggingface_hub import snapshot_download
 
     splits = {split: args["split"] for split, args in job.spec.split_args.items()}
@@ -238,16 +242,16 @@ def _read_parquet(job: DownloadJob) -> list[ImageItem]:
         snapshot_download(job.spec.loader, repo_type="dataset", allow_patterns=patterns, local_dir=job.root)
     items = []
     for split, source_split in splits.items():
-        # Without network the hub's client returns the folder as it is, and raises nothing.
+        # Without a network the hub's client returns the folder as it is, without an error.
         if not (shards := _find_shards(job.root, source_split)):
-            raise FileNotFoundError(f"parts of {source_split} are missing")
+            raise FileNotFoundError(f"shards of {source_split} are missing")
         folder = job.root.parent / "images" / source_split
         items += [item for shard in shards for item in _extract_shard(shard, split, folder)]
     return items if job.spec.images_per_class is None else _hash_split(items, job.spec.images_per_class)
 
 
 def _find_shards(folder: Path, split: str) -> list[Path]:
-    """Return the shards of a split, named split-00000-of-00002, or nothing unless all are there."""
+    """Return the shards of a split, named split-00000-of-00002, or an empty list if any is missing."""
     shards = sorted((folder / "data").glob(f"{split}-*-of-*.parquet"))
     return shards if shards and len(shards) == int(shards[0].stem.split("-of-")[1].split("-")[0]) else []
 
@@ -279,28 +283,28 @@ READERS: dict[str, Callable[[DownloadJob], list[ImageItem]]] = {
     "clevr_counts": _read_clevr,
     "cub200": _read_cub200,
     "eurosat": _read_eurosat,
-    "imagenet": partial(_read_files, download=False),  # a person puts the archives there
+    "imagenet": partial(_read_files, download=False),  # its terms forbid an automatic download
     "patch_camelyon": _read_pcam,
     "sun397": _read_sun397,
 }
 
 
 _LABELS_FILE = "labels.csv"
-_STATE_FILE = "begun.json"
+_STATE_FILE = "extracting.json"
 
 
 def download_dataset(name: str, root: Path | None = None, progress: Progress = NULL_PROGRESS) -> Path:
-    """Return the folder of a known set, for `open_set`; what is not there yet is downloaded.
+    """Return the folder of a named dataset, for `open_labeled`; download it first if it is missing.
 
     Args:
-        name: A name of the catalogue.
+        name: A name of the registry.
         root: Folder of the dataset; defaults to `NAME` in $LIKEWISE_DATASETS or ~/.cache/likewise/datasets.
-        progress: Where to tell what is downloaded and written.
+        progress: Progress reporter.
 
     Raises:
-        InputError: where the name is unknown, or the set is not there and cannot be downloaded; the message
-            says what to put where.
-        DependencyError: where a package that reads the set is missing.
+        InvalidInputError: for an unknown name, or if the download fails; the message names the files to
+            download by hand and their folder.
+        DependencyError: if a package that reads the dataset is missing.
     """
     info = get_dataset_info(name)
     root = root or dataset_dir(name)
@@ -309,54 +313,62 @@ def download_dataset(name: str, root: Path | None = None, progress: Progress = N
     source_dir = root / "source"
     source_dir.mkdir(parents=True, exist_ok=True)
     logger.info(
-        f"fetching {info.title} into {root}: about {info.download_mb:,} MB where not there yet, from "
-        f"{info.homepage} (licence: {info.license})"
+        f"downloading {info.title} to {root}: up to {info.download_mb:,} MB from {info.homepage} "
+        f"(license: {info.license})"
     )
     try:
-        with disk_full_as_error(source_dir), _socket_timeout(), _cleanup_on_failure(source_dir, info.files):
+        with disk_full_as_error(source_dir), _download_timeout(), _cleanup_on_failure(source_dir, info.files):
             items = READERS[info.download.reader](
                 DownloadJob(spec=info.download, root=source_dir, progress=progress)
             )
     except LikewiseError:
         raise
-    except Exception as error:  # each library and each server raises its own
-        raise InvalidInputError(_manual_download_message(name, info, source_dir, error)) from error
+    except Exception as error:  # each library and server raises its own types
+        raise InvalidInputError(
+            _manual_download_message(name, info, source_dir, error), path=source_dir
+        ) from error
     _write_table(root, items)
     return root
 
 
 def dataset_dir(name: str) -> Path:
-    """Return where a known set lies by default: $LIKEWISE_DATASETS or ~/.cache/likewise/datasets, /NAME."""
+    """Return the default folder of a dataset: NAME in $LIKEWISE_DATASETS or ~/.cache/likewise/datasets."""
     return Path(os.environ.get("LIKEWISE_DATASETS") or "~/.cache/likewise/datasets").expanduser() / name
 
 
 def is_downloaded(name: str) -> bool:
-    """Tell whether a known set was fetched."""
+    """Return whether a named dataset has been downloaded."""
     return (dataset_dir(name) / _LABELS_FILE).is_file()
 
 
 def _manual_download_message(name: str, info: DatasetInfo, source_dir: Path, error: Exception) -> str:
     reason = " ".join(f"{type(error).__name__}: {error}".split())[:200]
     files = f"{', '.join(info.files)} from {info.homepage} into {source_dir}"
-    return f"to make {name}, put {files} (at these paths; delete damaged copies) and run again ({reason})"
+    return f"cannot download {name}: {reason}. Put {files} (at these paths; delete damaged copies) and retry"
 
 
 @contextmanager
-def _socket_timeout(seconds: float = 60.0) -> Iterator[None]:
-    """Give up a server that stays silent: by default Python waits for ever."""
-    previous_timeout = socket.getdefaulttimeout()
-    socket.setdefaulttimeout(seconds)
+def _download_timeout() -> Iterator[None]:
+    """Give the downloads of torchvision a timeout, for which it has no option."""
+    from torchvision.datasets import utils
+
+    request = SimpleNamespace(
+        Request=urllib.request.Request, urlopen=partial(urllib.request.urlopen, timeout=_TIMEOUT_SECONDS)
+    )
+    # Only the name inside torchvision's module is replaced, so no other code is affected.
+    original = utils.urllib
+    setattr(utils, "urllib", SimpleNamespace(request=request, error=urllib.error))  # noqa: B010
     try:
         yield
     finally:
-        socket.setdefaulttimeout(previous_timeout)
+        utils.urllib = original
 
 
 @contextmanager
 def _cleanup_on_failure(source_dir: Path, archives: tuple[str, ...]) -> Iterator[None]:
-    """Remove what a failed or killed run unpacked, but neither archives nor what the user had put there.
+    """Remove the files that a failed or killed run extracted, but neither archives nor files of the user.
 
-    torchvision takes a folder that exists for a finished one, so a half-unpacked one must not stay.
+    torchvision takes an existing folder for a complete one, so a partly extracted one must not remain.
     """
     state_file = source_dir / _STATE_FILE
     if state_file.is_file():
@@ -380,7 +392,7 @@ def _remove_extracted(source_dir: Path, keep: set[str]) -> None:
         if path.is_dir() and not path.is_symlink():
             if not any(path.iterdir()):
                 path.rmdir()
-        # Whole shards of the hub are kept: their names cannot be known beforehand.
+        # Complete shards of the hub stay: their names are not known in advance.
         elif (
             path.relative_to(source_dir).as_posix() not in keep | {_STATE_FILE} and path.suffix != ".parquet"
         ):
