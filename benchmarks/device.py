@@ -11,7 +11,6 @@ processor give a small shape: it is the same code.
 import argparse
 import tempfile
 from collections.abc import Iterator
-from itertools import count
 from pathlib import Path
 
 import torch
@@ -23,8 +22,9 @@ from benchmarks.timing import alternate, product_rate, wait
 from likewise.data.importing import import_dataset
 from likewise.data.readers.base import ImportOptions
 from likewise.parallel import default_num_workers, resolve_device
+from likewise.training.config import TrainConfig
 from likewise.training.methods.base import Batch
-from likewise.training.train import choose_dtype
+from likewise.training.trainer import choose_dtype
 
 
 def run(device: torch.device, name: str, size: int, batch: int, steps: int, rounds: int) -> Iterator[str]:
@@ -34,11 +34,11 @@ def run(device: torch.device, name: str, size: int, batch: int, steps: int, roun
         folder = Path(where)
         table = make_photos(folder / "photos", 2 * batch)
         collection = import_dataset(table, folder / "c", ImportOptions())
-        trainer = make_trainer(
-            collection, folder, "simclr", name, size, batch, steps,
-            device=device, dtype=dtype, workers=max(1, default_num_workers() - 1),
-        )  # fmt: skip
-        fresh = count()
+        config = TrainConfig(
+            backbone=name, image_size=size, batch_size=batch, max_steps=steps, augmentation="simclr"
+        )
+        num_workers = max(1, default_num_workers() - 1)
+        trainer = make_trainer(collection, folder / "run", config, device=device, num_workers=num_workers)
         ready = Batch(
             views=[torch.randn(batch, 3, size, size, device=device) for _ in range(2)], rank_sizes=(batch,)
         )
@@ -49,8 +49,8 @@ def run(device: torch.device, name: str, size: int, batch: int, steps: int, roun
 
         with FlopCounterMode(display=False) as counter:
             bare_steps(trainer, ready, 1)
-        seconds, plain, ratio = alternate(lambda: train(trainer, folder / str(next(fresh))), bare, rounds)
-        waited = train(trainer, folder / "last")[-1]["data_wait"]
+        seconds, plain, ratio = alternate(lambda: train(trainer), bare, rounds)
+        waited = train(trainer)[-1]["data_time_fraction"]
         side = 16384 if device.type == "cuda" else 2048
         rate, peak = counter.get_total_flops() * steps / seconds, product_rate(device, dtype, side)
         shown = 2 * batch * steps

@@ -17,14 +17,15 @@ from likewise.data.readers.base import ImportOptions
 from likewise.evaluation.datasets.labeled import open_labeled
 from likewise.evaluation.evaluate import evaluate
 from likewise.progress import RichProgress
-from likewise.training.train import save_untrained_encoder
+from likewise.training.config import Augmentation
+from likewise.training.initial import save_untrained_encoder
 
 PROTOCOLS = ("linear", "fewshot", "knn")
 Figures = dict[tuple[str, str, str], list[float]]
 
 
 # What is shown with whom, and by which views; the first is what the others are compared with.
-ARMS = {
+ARMS: dict[str, tuple[PairConfig, Augmentation]] = {
     "self": (PairConfig(source="self"), "simclr"),
     "language": (PairConfig(), "crop"),
     "language-simclr": (PairConfig(), "simclr"),
@@ -34,7 +35,7 @@ ARMS = {
 }
 
 
-def settings(views: str, seed: int, epochs: int) -> TrainConfig:
+def settings(views: Augmentation, seed: int, epochs: int) -> TrainConfig:
     """Return the settings of one run: the same for all arms but for the views."""
     return TrainConfig(
         backbone="resnet10t",

@@ -31,7 +31,7 @@ from likewise.data.readers.base import ImportOptions
 from likewise.pairs.build import build_pairs
 from likewise.pairs.config import PairConfig
 from likewise.training.config import ViewSpec
-from likewise.training.loader import PairLoader
+from likewise.training.loader import PairDataset
 
 PHOTOS, PAIRS = 256, 64
 
@@ -93,17 +93,12 @@ def _compare(collection: CaptionDataset, size: int, raw_bytes: int, rounds: int)
         ViewSpec(source=0, augmentation="crop", image_size=size),
         ViewSpec(source=1, augmentation="crop", image_size=size),
     )
-    batches = PairLoader(
-        images,
-        build_pairs(collection, PairConfig(source="self"), images.readable),
-        others,
-        batch_size=PAIRS,
-        seed=0,
-    )
+    pairs = build_pairs(collection, PairConfig(source="self"), images.readable)
+    pair_dataset = PairDataset(images, pairs, view_specs=others)
     anchors = np.arange(PAIRS)
 
     def ours() -> object:
-        return batches.batch_of(anchors, anchors + PAIRS)
+        return pair_dataset.collate(anchors, [anchors + PAIRS], epoch=0)
 
     def lightly() -> object:
         return torch.stack([photos[next(places)][0] for _ in range(2 * PAIRS)])

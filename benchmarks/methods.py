@@ -16,38 +16,39 @@ from likewise.data.readers.base import ImportOptions
 from likewise.evaluation.datasets.labeled import open_labeled
 from likewise.evaluation.evaluate import evaluate
 from likewise.progress import NULL_PROGRESS
+from likewise.training.config import parse_train_config
+from likewise.training.initial import save_untrained_encoder
 from likewise.training.methods.options import METHODS
-from likewise.training.train import save_untrained_encoder
 
 PROTOCOLS = ("linear", "fewshot")
 # What a method's own defaults, made for millions of images at 224 pixels, are too large for.
 SMALL: dict[str, dict[str, Any]] = {
-    "vicreg": {"head": (2048, 2048, 2048)},
-    "barlow-twins": {"head": (2048, 2048, 2048)},
-    "moco-v3": {"head": (2048, 2048, 256)},
-    "swav": {"prototypes": 300},
+    "vicreg": {"projector_dims": (2048, 2048, 2048)},
+    "barlow-twins": {"projector_dims": (2048, 2048, 2048)},
+    "moco-v3": {"projector_dims": (2048, 2048, 256)},
+    "swav": {"num_prototypes": 300},
     **{name: {"text_width": 128, "text_layers": 2} for name in ("clip", "siglip", "declip", "slip")},
 }
 # Beside each method by itself: the baseline with a frozen sentence encoder, several partners at once, labels
 # as the classes, and pairs from within the batch.
 MORE: dict[str, tuple[dict[str, Any], dict[str, PairConfig]]] = {
     "clip, frozen text": (
-        {"method": "clip", "text": "frozen"},
+        {"method": "clip", "text_tower": "frozen"},
         {"self": PairConfig(source="self"), "language": PairConfig()},
     ),
-    "supcon, 3 partners": ({"method": "supcon", "partners": 3}, {"language": PairConfig(k=3)}),
+    "supcon, 3 partners": ({"method": "supcon", "num_positives": 3}, {"language": PairConfig(k=3)}),
     "supcon, labels": ({"method": "supcon"}, {"label": PairConfig(source="label")}),
     "pair-classifier, in batch": (
-        {"method": "pair-classifier", "in_batch": True},
+        {"method": "pair-classifier", "mine_in_batch": True},
         {"self": PairConfig(source="self")},
     ),
 }
 COMMON: dict[str, Any] = {
     "backbone": "resnet10t",
-    "size": 48,
-    "stem": "standard",
+    "image_size": 48,
+    "stem": "default",
     "batch_size": 128,
-    "rate": 4e-3,
+    "base_lr": 4e-3,
 }
 
 
@@ -100,7 +101,7 @@ def main() -> None:
                 continue
             run = told.work / f"{name.replace(', ', '-').replace(' ', '-')}-{pairs}-{seed}"
             began = time.monotonic()
-            done = train(collection, run, TrainConfig(**common | settings), rule, progress=NULL_PROGRESS)
+            done = train(collection, run, parse_train_config(common | settings), rule, progress=NULL_PROGRESS)
             minutes = (time.monotonic() - began) / 60
             cells = figures(run, told.items, told.also, run / "evaluation")
             rank = done.metrics()[-1]["effective_rank"]

@@ -12,7 +12,6 @@ import argparse
 import tempfile
 import warnings
 from collections.abc import Iterator
-from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -31,8 +30,9 @@ from likewise.data.importing import import_dataset
 from likewise.data.readers.base import ImportOptions
 from likewise.demo import make_emoji_dataset
 from likewise.models.backbones import IMAGENET_MEAN, IMAGENET_STD, BackboneConfig, build_backbone
-from likewise.training.checkpoint import TrainState
+from likewise.training.config import TrainConfig
 from likewise.training.methods.modules import projection_head
+from likewise.training.trainer import Trainer
 
 NAME, SIZE, BATCH, HEAD = "resnet18", 64, 64, (2048, 2048, 128)
 
@@ -94,16 +94,23 @@ def run(rounds: int = 3, steps: int = 6) -> Iterator[str]:
         folder = Path(name)
         table = make_emoji_dataset(folder / "emoji", subsample=6)
         collection = import_dataset(table, folder / "c", ImportOptions())
-        fresh = count()
         transform: Any = _views()  # lightly and torch each expect another type of what they take
         pictures: Any = LightlyDataset(str(collection.root), transform=transform)
         for dtype in (torch.float32, torch.bfloat16):
-            trainer = make_trainer(collection, folder, "simclr", NAME, SIZE, BATCH, steps, dtype=dtype)
+            config = TrainConfig(
+                backbone=NAME,
+                image_size=SIZE,
+                batch_size=BATCH,
+                max_steps=steps,
+                augmentation="simclr",
+                precision="fp32" if dtype == torch.float32 else "bf16",
+            )
+            trainer = make_trainer(collection, folder / f"run-{config.precision}", config)
             for peer, made in (("lightly", LikeLightly), ("solo-learn", LikeSoloLearn)):
                 model = made().train()
 
-                def ours(trainer: TrainState = trainer) -> object:
-                    return train(trainer, folder / f"run-{next(fresh)}")
+                def ours(trainer: Trainer = trainer) -> object:
+                    return train(trainer)
 
                 def theirs(model: pl.LightningModule = model, dtype: torch.dtype = dtype) -> None:
                     loader = DataLoader(
@@ -121,8 +128,8 @@ def run(rounds: int = 3, steps: int = 6) -> Iterator[str]:
                     f"{peer}, on Lightning",
                     alternate(ours, theirs, rounds),
                 )
-            row = train(trainer, folder / f"run-{next(fresh)}")[-1]
-            yield f"ours, {dtype}: share of time waited for data {row['data_wait']:.4f}"
+            row = train(trainer)[-1]
+            yield f"ours, {dtype}: share of time waited for data {row['data_time_fraction']:.4f}"
 
 
 def main() -> None:

@@ -10,7 +10,7 @@ import likewise
 SOURCE = Path(likewise.__file__).parent
 
 # Each room may import those that stand in its set; all may import the ground floor.
-GROUND = {"errors", "artifacts", "rng", "parallel", "distributed", "progress"}
+GROUND = {"errors", "artifacts", "rng", "parallel", "distributed", "progress", "run_directory"}
 ROOMS = {
     "data": set(),
     "models": {"data"},
@@ -29,6 +29,7 @@ GROUND_ORDER = {
     "parallel": {"errors"},
     "progress": set(),
     "artifacts": {"errors"},
+    "run_directory": set(),
     "distributed": {"errors"},
 }
 MODULES = sorted(SOURCE.rglob("*.py"))

@@ -40,15 +40,41 @@ if TYPE_CHECKING:
     from likewise.pairs.config import PairConfig
     from likewise.pairs.sampling import Pairs
     from likewise.report.run_report import write_report
+    from likewise.training import losses
     from likewise.training.config import TrainConfig
+    from likewise.training.loader import PairDataset, PairLoader
+    from likewise.training.methods.options import (
+        BarlowTwinsOptions,
+        BYOLOptions,
+        CLIPOptions,
+        DCLOptions,
+        DeCLIPOptions,
+        MethodOptions,
+        MoCoOptions,
+        MoCoV3Options,
+        NNCLROptions,
+        PairClassifierOptions,
+        SigLIPOptions,
+        SimCLROptions,
+        SimSiamOptions,
+        SLIPOptions,
+        SupConOptions,
+        SwAVOptions,
+        VICRegOptions,
+    )
     from likewise.training.train import Run, train
 
 __version__ = "0.1.0"
 __all__ = [
     "ArtifactError",
     "AuditConfig",
+    "BYOLOptions",
+    "BarlowTwinsOptions",
+    "CLIPOptions",
     "CaptionDataset",
     "ColumnOptions",
+    "DCLOptions",
+    "DeCLIPOptions",
     "DependencyError",
     "EncoderOptions",
     "EvalResults",
@@ -57,15 +83,29 @@ __all__ = [
     "InterruptedRunError",
     "InvalidInputError",
     "LikewiseError",
+    "MethodOptions",
+    "MoCoOptions",
+    "MoCoV3Options",
     "ModelError",
+    "NNCLROptions",
+    "PairClassifierOptions",
     "PairConfig",
+    "PairDataset",
+    "PairLoader",
     "Pairs",
     "ProtocolConfig",
     "Run",
+    "SLIPOptions",
     "SearchConfig",
+    "SigLIPOptions",
+    "SimCLROptions",
+    "SimSiamOptions",
+    "SupConOptions",
+    "SwAVOptions",
     "TrainConfig",
     "TrainingError",
     "UnreadableImageError",
+    "VICRegOptions",
     "analyze_pairs",
     "audit_dataset",
     "build_pairs",
@@ -75,6 +115,7 @@ __all__ = [
     "find_neighbors",
     "import_dataset",
     "load_encoder",
+    "losses",
     "read_results",
     "train",
     "write_report",
@@ -84,8 +125,13 @@ __all__ = [
 _MODULES = {
     "ArtifactError": "likewise.errors",
     "AuditConfig": "likewise.data.audit.config",
+    "BYOLOptions": "likewise.training.methods.options",
+    "BarlowTwinsOptions": "likewise.training.methods.options",
+    "CLIPOptions": "likewise.training.methods.options",
     "CaptionDataset": "likewise.data.dataset",
     "ColumnOptions": "likewise.evaluation.evaluate",
+    "DCLOptions": "likewise.training.methods.options",
+    "DeCLIPOptions": "likewise.training.methods.options",
     "DependencyError": "likewise.errors",
     "EncoderOptions": "likewise.embeddings.config",
     "EvalResults": "likewise.evaluation.results",
@@ -94,15 +140,29 @@ _MODULES = {
     "InterruptedRunError": "likewise.errors",
     "InvalidInputError": "likewise.errors",
     "LikewiseError": "likewise.errors",
+    "MethodOptions": "likewise.training.methods.options",
+    "MoCoOptions": "likewise.training.methods.options",
+    "MoCoV3Options": "likewise.training.methods.options",
     "ModelError": "likewise.errors",
+    "NNCLROptions": "likewise.training.methods.options",
+    "PairClassifierOptions": "likewise.training.methods.options",
     "PairConfig": "likewise.pairs.config",
+    "PairDataset": "likewise.training.loader",
+    "PairLoader": "likewise.training.loader",
     "Pairs": "likewise.pairs.sampling",
     "ProtocolConfig": "likewise.evaluation.protocols",
     "Run": "likewise.training.train",
+    "SLIPOptions": "likewise.training.methods.options",
     "SearchConfig": "likewise.neighbors.config",
+    "SigLIPOptions": "likewise.training.methods.options",
+    "SimCLROptions": "likewise.training.methods.options",
+    "SimSiamOptions": "likewise.training.methods.options",
+    "SupConOptions": "likewise.training.methods.options",
+    "SwAVOptions": "likewise.training.methods.options",
     "TrainConfig": "likewise.training.config",
     "TrainingError": "likewise.errors",
     "UnreadableImageError": "likewise.data.images",
+    "VICRegOptions": "likewise.training.methods.options",
     "analyze_pairs": "likewise.pairs.analyze",
     "audit_dataset": "likewise.data.audit.audit",
     "build_pairs": "likewise.pairs.build",
@@ -112,6 +172,7 @@ _MODULES = {
     "find_neighbors": "likewise.neighbors.index",
     "import_dataset": "likewise.data.importing",
     "load_encoder": "likewise.models.encoders",
+    "losses": "likewise.training",
     "read_results": "likewise.evaluation.results",
     "train": "likewise.training.train",
     "write_report": "likewise.report.run_report",
@@ -122,6 +183,8 @@ def __getattr__(name: str) -> Any:
     """Import a public name from its module."""
     if name not in _MODULES:
         raise AttributeError(f"module 'likewise' has no attribute {name!r}")
+    if name == "losses":  # a module, not a name in one
+        return import_module("likewise.training.losses")
     return getattr(import_module(_MODULES[name]), name)
 
 

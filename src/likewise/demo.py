@@ -25,7 +25,8 @@ from likewise.parallel import default_num_workers, prefetch_map
 from likewise.progress import NULL_PROGRESS, Progress
 from likewise.report.run_report import write_report
 from likewise.training.config import TrainConfig
-from likewise.training.train import save_untrained_encoder, train
+from likewise.training.initial import save_untrained_encoder
+from likewise.training.train import train
 
 ARTIFACT_KIND = "emoji pictures"
 RENDER_SIZE = 72

@@ -16,6 +16,8 @@ class Stream(IntEnum):
     CAPTIONS = 102
     VALIDATION = 103
     PAIR_STATS = 104
+    HEADS = 105
+    TRAIN_STEP = 106
     FINETUNE = 301
     DETECTION = 302
     SEGMENTATION = 303

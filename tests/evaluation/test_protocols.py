@@ -27,6 +27,7 @@ from likewise.models.checkpoints import load_tensors
 from likewise.models.encoders import load_encoder
 from likewise.models.text_tower import TextAlignment
 from likewise.training.config import TrainConfig
+from likewise.training.methods.options import CLIPOptions
 from likewise.training.train import train
 
 RNG = np.random.default_rng(0)
@@ -199,13 +200,11 @@ def test_all_protocols_of_a_labelled_set_run_and_compare(tmp_path: Path) -> None
 @pytest.fixture(scope="module")
 def clip_run(collection: CaptionDataset, tmp_path_factory: pytest.TempPathFactory) -> Path:
     settings = TrainConfig(
-        method="clip",
+        method=CLIPOptions(text_width=64, text_layers=1),
         backbone="resnet10t",
         image_size=32,
         batch_size=32,
         max_steps=3,
-        text_width=64,
-        text_layers=1,
     )
     return train(collection, tmp_path_factory.mktemp("clip") / "run", settings).path
 

@@ -1,4 +1,4 @@
-"""Several processes do what one does: the same loss, the same gradients, the same weights."""
+"""Distributed training: several processes have the loss, gradients and weights of one."""
 
 import os
 import socket
@@ -11,121 +11,107 @@ import torch
 from safetensors.torch import load_file
 from torch import nn
 
-import ranks
+from helpers import distributed_worker
+from helpers.methods import VARIANTS, InterruptAfter, InterruptedTrainingError, train_step
 from likewise.data.dataset import CaptionDataset
-from likewise.distributed import DistributedContext
-from likewise.errors import TrainingError
+from likewise.distributed import DistributedContext, convert_to_sync_batchnorm
 from likewise.models.checkpoints import load_tensors
-from likewise.training import trainer as loop
 from likewise.training.config import TrainConfig
+from likewise.training.methods.options import MoCoOptions
 from likewise.training.train import Run, train
 
 FLAGS = (
-    "--backbone resnet10t --size 32 --stem standard --batch-size 31 --steps 4 --rate 0.001 --method moco "
-    "--queue 64 --head 32 16 --quiet --workers 1 --precision float32"
+    "--backbone resnet10t --image-size 32 --stem default --batch-size 31 --max-steps 4 --base-lr 0.001 "
+    "--method moco --memory-bank-size 64 --projector-dims 32 16 --quiet --num-workers 1 --precision fp32"
 )
-SAME = TrainConfig(
+CONFIG = TrainConfig(
     backbone="resnet10t",
     image_size=32,
     stem="default",
     batch_size=31,
     max_steps=4,
     base_lr=0.001,
-    method="moco",
-    memory_bank_size=64,
-    projector_dims=(32, 16),
+    method=MoCoOptions(memory_bank_size=64, projector_dims=(32, 16)),
     precision="fp32",
 )
 
 
 def free_port() -> str:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return str(probe.getsockname()[1])
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        return str(listener.getsockname()[1])
 
 
-def launch(*command: str, count: int = 2) -> list[str]:
-    """Start `count` processes as torchrun does, wait for them, and return what they wrote to stderr."""
+def torchrun(*command: str, world_size: int = 2) -> list[str]:
+    """Run a command in `world_size` processes, as torchrun does, and return their standard errors."""
     port = free_port()
-    started = []
-    for rank in range(count):
+    processes = []
+    for rank in range(world_size):
         env = os.environ | {
             "RANK": str(rank),
             "LOCAL_RANK": str(rank),
-            "WORLD_SIZE": str(count),
+            "WORLD_SIZE": str(world_size),
             "MASTER_ADDR": "127.0.0.1",
             "MASTER_PORT": port,
             "OMP_NUM_THREADS": "1",
         }
-        started.append(
+        processes.append(
             subprocess.Popen([sys.executable, *command], env=env, stderr=subprocess.PIPE, text=True)
         )
-    told = [process.communicate(timeout=240)[1] for process in started]
-    assert [process.returncode for process in started] == [0] * count, "\n".join(told)
-    return told
+    stderrs = [process.communicate(timeout=240)[1] for process in processes]
+    assert [process.returncode for process in processes] == [0] * world_size, "\n".join(stderrs)
+    return stderrs
 
 
 @pytest.fixture(scope="module")
-def together(tmp_path_factory: pytest.TempPathFactory) -> dict[str, torch.Tensor]:
-    out = tmp_path_factory.mktemp("ranks") / "two.safetensors"
-    launch(str(Path(ranks.__file__)), str(out))
+def two_processes(tmp_path_factory: pytest.TempPathFactory) -> dict[str, torch.Tensor]:
+    """The loss, gradients and buffers of every method after a step in two processes."""
+    out = tmp_path_factory.mktemp("distributed") / "two.safetensors"
+    torchrun(str(Path(distributed_worker.__file__)), str(out))
     return load_file(out)
 
 
-@pytest.mark.parametrize("name", ranks.VARIANTS)
-def test_two_processes_have_the_loss_and_gradients_of_one(
-    name: str, together: dict[str, torch.Tensor]
-) -> None:
-    alone = ranks.one_step(name, 0, 1)
-    mine = {key: value for key, value in together.items() if key.startswith(f"{name}/")}
-    assert mine.keys() == alone.keys()
-    assert any("gradient" in key for key in alone)
-    scale = max(float(v.abs().max()) for k, v in alone.items() if "gradient" in k)
-    for key, expected in alone.items():
+@pytest.mark.parametrize("name", VARIANTS)
+def test_two_processes_equal_one(name: str, two_processes: dict[str, torch.Tensor]) -> None:
+    expected = train_step(name, DistributedContext())
+    results = {key: value for key, value in two_processes.items() if key.startswith(f"{name}/")}
+    assert results.keys() == expected.keys()
+    assert any("gradient" in key for key in expected)
+    scale = max(float(v.abs().max()) for k, v in expected.items() if "gradient" in k)
+    for key, value in expected.items():
         atol, rtol = (1e-4 * scale, 1e-3) if "gradient" in key else (1e-5, 1e-4)
-        torch.testing.assert_close(mine[key], expected, atol=atol, rtol=rtol)
+        torch.testing.assert_close(results[key], value, atol=atol, rtol=rtol)
 
 
-def test_parts_of_a_batch_are_all_of_it_once() -> None:
-    for rows in (1, 7, 8, 31):
-        parts = [DistributedContext(rank, 3).local_slice(rows) for rank in range(3)]
-        assert [row for part in parts for row in range(rows)[part]] == list(range(rows))
-        assert DistributedContext(0, 3).shard_sizes(rows) == tuple(len(range(rows)[part]) for part in parts)
+def test_parts_cover_a_batch_once() -> None:
+    for n in (1, 7, 8, 31):
+        slices = [DistributedContext(rank, 3).local_slice(n) for rank in range(3)]
+        assert [row for part in slices for row in range(n)[part]] == list(range(n))
+        assert DistributedContext(0, 3).shard_sizes(n) == tuple(len(range(n)[part]) for part in slices)
 
 
-def test_a_run_of_one_process_goes_on_with_two(
-    collection: CaptionDataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    whole = train(collection, tmp_path / "whole", SAME)
-    original = loop.save_checkpoint
-
-    def save_then_fail(trainer, scaler, step, sums) -> None:  # noqa: ANN001
-        original(trainer, scaler, step, sums)
-        if step == 2:
-            raise TrainingError("stopped on purpose")
-
-    monkeypatch.setattr(loop, "save_checkpoint", save_then_fail)
-    with pytest.raises(TrainingError, match="on purpose"):
-        train(collection, tmp_path / "run", SAME, checkpoint_minutes=0.0)
-    monkeypatch.undo()
+def test_a_run_of_one_process_resumes_with_two(collection: CaptionDataset, tmp_path: Path) -> None:
+    expected_run = train(collection, tmp_path / "expected", CONFIG)
+    with pytest.raises(InterruptedTrainingError):
+        train(collection, tmp_path / "run", CONFIG, checkpoint_minutes=0.0, progress=InterruptAfter(2))
     command = ["-m", "likewise.cli", "train", str(collection.path), "--out", str(tmp_path / "run")]
-    told = launch(*command, *FLAGS.split())
-    assert "Traceback" not in "".join(told)
-    assert "Warning" not in "".join(told)
-    rows, expected = Run(tmp_path / "run").metrics(), whole.metrics()
-    assert [row["step"] for row in rows] == [row["step"] for row in expected] == [1, 2, 3, 4]
-    for row, other in zip(rows, expected, strict=True):
-        assert row["loss"] == pytest.approx(other["loss"], rel=1e-3)
-    mine, theirs = (load_tensors(run / "encoder.safetensors")[0] for run in (tmp_path / "run", whole.path))
-    for name, tensor in theirs.items():
+    stderrs = torchrun(*command, *FLAGS.split())
+    assert "Traceback" not in "".join(stderrs)
+    assert "Warning" not in "".join(stderrs)
+    rows, expected_rows = Run(tmp_path / "run").metrics(), expected_run.metrics()
+    assert [row["step"] for row in rows] == [row["step"] for row in expected_rows] == [1, 2, 3, 4]
+    for row, expected_row in zip(rows, expected_rows, strict=True):
+        assert row["loss"] == pytest.approx(expected_row["loss"], rel=1e-3)
+    weights, expected = (
+        load_tensors(run / "encoder.safetensors")[0] for run in (tmp_path / "run", expected_run.path)
+    )
+    for name, tensor in expected.items():
         if tensor.is_floating_point():
-            # Adam makes steps of equal length of the smallest gradients, rounding included.
-            assert (mine[name] - tensor).abs().mean() < 1e-3 * (1 + tensor.abs().mean()), name
+            # Adam's steps have the same length for the smallest gradients, rounding errors included.
+            assert (weights[name] - tensor).abs().mean() < 1e-3 * (1 + tensor.abs().mean()), name
 
 
-def test_shared_batch_norm_keeps_the_names_of_weights() -> None:
-    from likewise.distributed import convert_to_sync_batchnorm
-
+def test_sync_batch_norm_keeps_the_names_of_weights() -> None:
     model = nn.Sequential(
         nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4), nn.Sequential(nn.BatchNorm1d(4, affine=False))
     )

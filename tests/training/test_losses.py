@@ -1,4 +1,4 @@
-"""Losses against the formula in float64, against lightly, and by their properties."""
+"""NT-Xent against the formula in float64 and lightly, and its properties."""
 
 import math
 
@@ -12,11 +12,11 @@ from hypothesis import strategies as st
 from likewise.training.losses import false_negative_fraction, false_negative_weights, nt_xent_loss
 
 
-def naive_nt_xent(first: np.ndarray, second: np.ndarray, temperature: float) -> float:
+def naive_nt_xent(z1: np.ndarray, z2: np.ndarray, temperature: float) -> float:
     """Equation 1 of Chen et al. 2020, term by term."""
-    views = np.concatenate([first, second]).astype(np.float64)
+    views = np.concatenate([z1, z2]).astype(np.float64)
     views /= np.linalg.norm(views, axis=1, keepdims=True)
-    b = len(first)
+    b = len(z1)
     total = 0.0
     for i in range(2 * b):
         partner = (i + b) % (2 * b)
@@ -26,7 +26,7 @@ def naive_nt_xent(first: np.ndarray, second: np.ndarray, temperature: float) -> 
 
 
 def test_by_hand() -> None:
-    # Two pairs of equal views, orthogonal to each other: each picks one of e^(1/t), 1, 1.
+    # Two pairs of equal views, orthogonal to each other: the logits are 1/t, 0, 0.
     views = torch.eye(2)
     expected = -math.log(math.e / (math.e + 2))
     assert nt_xent_loss(views, views, 1.0).item() == pytest.approx(expected, rel=1e-6)
@@ -41,89 +41,87 @@ def test_by_hand() -> None:
 )
 def test_nt_xent_equals_the_formula_and_lightly(b: int, d: int, t: float, seed: int) -> None:
     generator = torch.Generator().manual_seed(seed)
-    first, second = (torch.randn(b, d, generator=generator, requires_grad=True) for _ in range(2))
-    loss = nt_xent_loss(first, second, t)
-    assert loss.item() == pytest.approx(
-        naive_nt_xent(first.detach().numpy(), second.detach().numpy(), t), abs=1e-5
-    )
-    ours = torch.autograd.grad(loss, [first, second])
-    peer = lightly.loss.NTXentLoss(temperature=t)(first, second)
-    theirs = torch.autograd.grad(peer, [first, second])
-    assert loss.item() == pytest.approx(peer.item(), abs=1e-5)
-    for mine, other in zip(ours, theirs, strict=True):
-        torch.testing.assert_close(mine, other, atol=1e-5, rtol=1e-4)
+    z1, z2 = (torch.randn(b, d, generator=generator, requires_grad=True) for _ in range(2))
+    loss = nt_xent_loss(z1, z2, t)
+    assert loss.item() == pytest.approx(naive_nt_xent(z1.detach().numpy(), z2.detach().numpy(), t), abs=1e-5)
+    gradients = torch.autograd.grad(loss, [z1, z2])
+    expected = lightly.loss.NTXentLoss(temperature=t)(z1, z2)
+    expected_gradients = torch.autograd.grad(expected, [z1, z2])
+    assert loss.item() == pytest.approx(expected.item(), abs=1e-5)
+    for gradient, expected_gradient in zip(gradients, expected_gradients, strict=True):
+        torch.testing.assert_close(gradient, expected_gradient, atol=1e-5, rtol=1e-4)
 
 
-def test_nt_xent_does_not_mind_order_side_or_length() -> None:
-    first, second = torch.randn(2, 9, 5)
-    loss = nt_xent_loss(first, second, 0.1)
+def test_nt_xent_is_invariant_to_order_side_and_scale() -> None:
+    z1, z2 = torch.randn(2, 9, 5)
+    loss = nt_xent_loss(z1, z2, 0.1)
     order = torch.randperm(9)
-    torch.testing.assert_close(nt_xent_loss(first[order], second[order], 0.1), loss)
-    torch.testing.assert_close(nt_xent_loss(second, first, 0.1), loss)
-    torch.testing.assert_close(nt_xent_loss(7 * first, 0.2 * second, 0.1), loss)
-    assert nt_xent_loss(first, second[order.roll(1)], 0.1) != loss
+    torch.testing.assert_close(nt_xent_loss(z1[order], z2[order], 0.1), loss)
+    torch.testing.assert_close(nt_xent_loss(z2, z1, 0.1), loss)
+    torch.testing.assert_close(nt_xent_loss(7 * z1, 0.2 * z2, 0.1), loss)
+    assert nt_xent_loss(z1, z2[order.roll(1)], 0.1) != loss
 
 
 def naive_with_captions(
-    first: np.ndarray, second: np.ndarray, captions: np.ndarray, temperature: float, alike: float, mode: str
+    z1: np.ndarray, z2: np.ndarray, captions: np.ndarray, temperature: float, threshold: float, mode: str
 ) -> float:
-    """The loss with false negatives masked, weighted or softened, term by term in float64."""
-    views = np.concatenate([first, second]).astype(np.float64)
+    """The loss with false negatives masked, reweighted or as soft targets, term by term in float64."""
+    views = np.concatenate([z1, z2]).astype(np.float64)
     views /= np.linalg.norm(views, axis=1, keepdims=True)
-    said = captions.astype(np.float64)
-    v, b, total = len(views), len(first), 0.0
+    captions = captions.astype(np.float64)
+    v, b, total = len(views), len(z1), 0.0
     for i in range(v):
         partner = (i + b) % v
         score, count, target = {}, {}, {}
         for j in (j for j in range(v) if j != i):
-            s = said[i] @ said[j]
+            s = captions[i] @ captions[j]
             score[j], count[j], target[j] = (
                 math.exp(views[i] @ views[j] / temperature),
                 1.0,
                 float(j == partner),
             )
-            if j != partner and s >= alike:
-                count[j] = {"mask": 0.0, "weight": min(1.0, max(0.0, (1 - s) / (1 - alike)))}.get(mode, 1.0)
-                target[j] = s if mode == "soften" else 0.0
-        whole = sum(score[j] * count[j] for j in score)
+            if j != partner and s >= threshold:
+                count[j] = {"mask": 0.0, "reweight": min(1.0, max(0.0, (1 - s) / (1 - threshold)))}.get(
+                    mode, 1.0
+                )
+                target[j] = s if mode == "soft_targets" else 0.0
+        denominator = sum(score[j] * count[j] for j in score)
         mass = sum(target.values())
-        total -= sum(target[j] / mass * math.log(score[j] / whole) for j in score if target[j] > 0)
+        total -= sum(target[j] / mass * math.log(score[j] / denominator) for j in score if target[j] > 0)
     return total / v
 
 
 @settings(deadline=None, max_examples=40)
 @given(
     b=st.integers(2, 10),
-    mode=st.sampled_from(["mask", "weight", "soften"]),
-    alike=st.sampled_from([0.3, 0.6, 0.9]),
+    mode=st.sampled_from(["mask", "reweight", "soft_targets"]),
+    threshold=st.sampled_from([0.3, 0.6, 0.9]),
     seed=st.integers(0, 10**6),
 )
-def test_false_negatives_equal_the_formula(b: int, mode: str, alike: float, seed: int) -> None:
+def test_false_negatives_equal_the_formula(b: int, mode: str, threshold: float, seed: int) -> None:
     generator = torch.Generator().manual_seed(seed)
-    first, second = (torch.randn(b, 6, generator=generator, requires_grad=True) for _ in range(2))
+    z1, z2 = (torch.randn(b, 6, generator=generator, requires_grad=True) for _ in range(2))
     captions = torch.nn.functional.normalize(torch.randn(2 * b, 3, generator=generator), dim=1)
     captions[0] = 0  # one image without a caption
-    weights, targets = false_negative_weights(captions @ captions.T, alike, mode)
-    loss = nt_xent_loss(first, second, 0.2, weights, targets)
+    weights, targets = false_negative_weights(captions @ captions.T, threshold, mode)
+    loss = nt_xent_loss(z1, z2, 0.2, weights, targets)
     expected = naive_with_captions(
-        first.detach().numpy(), second.detach().numpy(), captions.numpy(), 0.2, alike, mode
+        z1.detach().numpy(), z2.detach().numpy(), captions.numpy(), 0.2, threshold, mode
     )
     assert loss.item() == pytest.approx(expected, abs=2e-5)
-    for gradient in torch.autograd.grad(loss, [first, second]):
+    for gradient in torch.autograd.grad(loss, [z1, z2]):
         assert torch.isfinite(gradient).all()
 
 
-def test_nothing_alike_changes_nothing() -> None:
-    first, second = torch.randn(2, 7, 5)
+def test_dissimilar_captions_change_nothing() -> None:
+    z1, z2 = torch.randn(2, 7, 5)
     similarity = torch.eye(14)
-    for mode in ("mask", "weight", "soften"):
+    for mode in ("mask", "reweight", "soft_targets"):
         weights, targets = false_negative_weights(similarity, 0.5, mode)
-        torch.testing.assert_close(
-            nt_xent_loss(first, second, 0.1, weights, targets), nt_xent_loss(first, second, 0.1)
-        )
+        torch.testing.assert_close(nt_xent_loss(z1, z2, 0.1, weights, targets), nt_xent_loss(z1, z2, 0.1))
 
 
-def test_share_of_alike_negatives_by_hand() -> None:
+def test_false_negative_fraction_by_hand() -> None:
     # Anchors 0 and 1 share a caption, and so do their partners: 8 of the 4 x 2 ordered negatives of v = 4.
     assert false_negative_fraction(torch.ones(4, 4), 0.8).item() == 1.0
     # Each pair shares its own caption and nothing else.

@@ -1,4 +1,4 @@
-"""Every loss and its gradients against a peer, or the formula in float64, on random inputs."""
+"""Every loss and its gradients against lightly, open_clip or the formula in float64, on random inputs."""
 
 import math
 from collections.abc import Callable, Sequence
@@ -24,17 +24,17 @@ def draw(b: int, d: int, seed: int, count: int = 2) -> list[Tensor]:
     return [torch.randn(b, d, generator=generator, requires_grad=True) for _ in range(count)]
 
 
-def assert_same(ours: Tensor, theirs: Tensor, inputs: Sequence[Tensor]) -> None:
+def assert_same(loss: Tensor, expected: Tensor, inputs: Sequence[Tensor]) -> None:
     """Compare value and gradients; a difference is relative where the loss is large."""
-    torch.testing.assert_close(ours, theirs.to(ours.dtype).reshape(()), atol=1e-5, rtol=1e-5)
-    mine, others = (torch.autograd.grad(each.sum(), inputs) for each in (ours, theirs))
-    for gradient, other in zip(mine, others, strict=True):
-        torch.testing.assert_close(gradient, other.to(gradient.dtype), atol=1e-5, rtol=1e-4)
+    torch.testing.assert_close(loss, expected.to(loss.dtype).reshape(()), atol=1e-5, rtol=1e-5)
+    gradients, expected_gradients = (torch.autograd.grad(x.sum(), inputs) for x in (loss, expected))
+    for gradient, expected_gradient in zip(gradients, expected_gradients, strict=True):
+        torch.testing.assert_close(gradient, expected_gradient.to(gradient.dtype), atol=1e-5, rtol=1e-4)
 
 
-PEERS: dict[str, tuple[Callable[..., Tensor], Callable[..., Tensor]]] = {
+REFERENCES: dict[str, tuple[Callable[..., Tensor], Callable[..., Tensor]]] = {
     "dcl": (lambda a, b: losses.dcl_loss(a, b, 0.2), lightly.loss.DCLLoss(temperature=0.2)),
-    "negative cosine": (losses.negative_cosine, lightly.loss.NegativeCosineSimilarity()),
+    "negative cosine": (losses.negative_cosine_loss, lightly.loss.NegativeCosineSimilarity()),
     "vicreg": (losses.vicreg_loss, lightly.loss.VICRegLoss()),
     "barlow twins": (losses.barlow_twins_loss, lightly.loss.BarlowTwinsLoss()),
     "clip": (
@@ -50,121 +50,121 @@ PEERS: dict[str, tuple[Callable[..., Tensor], Callable[..., Tensor]]] = {
 }
 
 
-@pytest.mark.parametrize("name", PEERS)
+@pytest.mark.parametrize("name", REFERENCES)
 @settings(deadline=None, max_examples=20)
 @given(**Sizes)
-def test_equals_the_peer(name: str, b: int, d: int, seed: int) -> None:
+def test_equals_the_reference(name: str, b: int, d: int, seed: int) -> None:
     inputs = draw(b, d, seed)
-    ours, theirs = PEERS[name]
-    assert_same(ours(*inputs), theirs(*inputs), inputs)
+    loss_fn, reference = REFERENCES[name]
+    assert_same(loss_fn(*inputs), reference(*inputs), inputs)
 
 
 @settings(deadline=None, max_examples=20)
 @given(**Sizes, n=st.integers(12, 20))
 def test_info_nce_equals_the_formula(b: int, d: int, seed: int, n: int) -> None:
     queries, keys = draw(b, d, seed)[0], draw(n, d, seed + 1)[0]
-    partner = torch.arange(b).flip(0)
-    q, k = (normalize(each.double(), dim=1) for each in (queries, keys))
+    labels = torch.arange(b).flip(0)
+    q, k = (normalize(x.double(), dim=1) for x in (queries, keys))
     total = torch.zeros((), dtype=torch.float64)
     for i in range(b):
         scores = [torch.exp(q[i] @ k[j] / 0.3) for j in range(n)]
-        total = total - torch.log(scores[int(partner[i])] / sum(scores))
-    assert_same(losses.info_nce_loss(queries, keys, partner, 0.3), total / b, [queries, keys])
+        total = total - torch.log(scores[int(labels[i])] / sum(scores))
+    assert_same(losses.info_nce_loss(queries, keys, labels, 0.3), total / b, [queries, keys])
 
 
 @settings(deadline=None, max_examples=20)
 @given(**Sizes, q=st.integers(1, 9))
-def test_contrast_with_a_queue_equals_the_formula(b: int, d: int, seed: int, q: int) -> None:
+def test_moco_loss_equals_the_formula(b: int, d: int, seed: int, q: int) -> None:
     queries, keys = draw(b, d, seed)
-    queue = normalize(draw(q, d, seed + 1, 1)[0].detach(), dim=1)
-    a, k, n = (normalize(each.double(), dim=1) for each in (queries, keys, queue))
+    bank = normalize(draw(q, d, seed + 1, 1)[0].detach(), dim=1)
+    a, k, n = (normalize(x.double(), dim=1) for x in (queries, keys, bank))
     total = torch.zeros((), dtype=torch.float64)
     for i in range(b):
-        own = torch.exp(a[i] @ k[i] / 0.2)
+        positive = torch.exp(a[i] @ k[i] / 0.2)
         total = total - torch.log(
-            own / (own + torch.stack([torch.exp(a[i] @ other / 0.2) for other in n]).sum())
+            positive / (positive + torch.stack([torch.exp(a[i] @ key / 0.2) for key in n]).sum())
         )
-    assert_same(losses.moco_loss(queries, keys, queue, 0.2), total / b, [queries, keys])
+    assert_same(losses.moco_loss(queries, keys, bank, 0.2), total / b, [queries, keys])
 
 
 @settings(deadline=None, max_examples=20)
 @given(**Sizes)
-def test_supervised_contrast_equals_the_formula(b: int, d: int, seed: int) -> None:
+def test_supcon_loss_equals_the_formula(b: int, d: int, seed: int) -> None:
     (views,) = draw(b, d, seed, 1)
-    groups = torch.from_numpy(np.random.default_rng(seed).integers(0, 3, b))
-    unit = normalize(views.double(), dim=1)
-    total, anchors = torch.zeros((), dtype=torch.float64), 0
+    labels = torch.from_numpy(np.random.default_rng(seed).integers(0, 3, b))
+    z = normalize(views.double(), dim=1)
+    total, num_anchors = torch.zeros((), dtype=torch.float64), 0
     for i in range(b):
-        positives = [p for p in range(b) if p != i and groups[p] == groups[i]]
-        others = sum(torch.exp(unit[i] @ unit[a] / 0.5) for a in range(b) if a != i)
+        positives = [p for p in range(b) if p != i and labels[p] == labels[i]]
+        others = sum(torch.exp(z[i] @ z[a] / 0.5) for a in range(b) if a != i)
         if positives:
-            anchors += 1
-            said = [torch.log(torch.exp(unit[i] @ unit[p] / 0.5) / others) for p in positives]
-            total = total - torch.stack(said).mean()
-    if anchors:
-        assert_same(losses.supcon_loss(views, groups, 0.5), total / anchors, [views])
+            num_anchors += 1
+            log_probs = [torch.log(torch.exp(z[i] @ z[p] / 0.5) / others) for p in positives]
+            total = total - torch.stack(log_probs).mean()
+    if num_anchors:
+        assert_same(losses.supcon_loss(views, labels, 0.5), total / num_anchors, [views])
     else:
-        assert losses.supcon_loss(views, groups, 0.5) == 0
+        assert losses.supcon_loss(views, labels, 0.5) == 0
 
 
-def test_supervised_contrast_of_pairs_is_nt_xent() -> None:
-    first, second = torch.randn(2, 8, 5)
+def test_supcon_loss_of_pairs_is_nt_xent() -> None:
+    z1, z2 = torch.randn(2, 8, 5)
     pairs = torch.arange(8).repeat(2)
     torch.testing.assert_close(
-        losses.supcon_loss(torch.cat([first, second]), pairs, 0.1), losses.nt_xent_loss(first, second, 0.1)
+        losses.supcon_loss(torch.cat([z1, z2]), pairs, 0.1), losses.nt_xent_loss(z1, z2, 0.1)
     )
 
 
 @settings(deadline=None, max_examples=20)
-@given(**Sizes, alike=st.sampled_from([0.3, 0.8]), mode=st.sampled_from(["mask", "weight"]))
-def test_decoupled_with_weights_equals_the_formula(
-    b: int, d: int, seed: int, alike: float, mode: str
+@given(**Sizes, threshold=st.sampled_from([0.3, 0.8]), mode=st.sampled_from(["mask", "reweight"]))
+def test_dcl_loss_with_weights_equals_the_formula(
+    b: int, d: int, seed: int, threshold: float, mode: str
 ) -> None:
-    first, second = draw(b, d, seed)
-    said = normalize(draw(2 * b, 3, seed + 1, 1)[0].detach(), dim=1)
-    weights, _ = losses.false_negative_weights(said @ said.T, alike, mode)
+    z1, z2 = draw(b, d, seed)
+    captions = normalize(draw(2 * b, 3, seed + 1, 1)[0].detach(), dim=1)
+    weights, _ = losses.false_negative_weights(captions @ captions.T, threshold, mode)
     assert weights is not None
-    unit = normalize(torch.cat([first, second]).double(), dim=1)
+    z = normalize(torch.cat([z1, z2]).double(), dim=1)
     rows = []
     for i in range(2 * b):
         partner = (i + b) % (2 * b)
         others = [j for j in range(2 * b) if j not in (i, partner) and weights[i, j] > 0]
         if others:
             negatives = torch.stack(
-                [float(weights[i, j]) * torch.exp(unit[i] @ unit[j] / 0.5) for j in others]
+                [float(weights[i, j]) * torch.exp(z[i] @ z[j] / 0.5) for j in others]
             ).sum()
-            rows.append(torch.log(negatives) - unit[i] @ unit[partner] / 0.5)
-    ours = losses.dcl_loss(first, second, 0.5, weights)
+            rows.append(torch.log(negatives) - z[i] @ z[partner] / 0.5)
+    loss = losses.dcl_loss(z1, z2, 0.5, weights)
     if rows:
-        assert_same(ours, torch.stack(rows).mean(), [first, second])
+        assert_same(loss, torch.stack(rows).mean(), [z1, z2])
     else:
-        assert ours == 0
-        assert all(torch.isfinite(g).all() for g in torch.autograd.grad(ours, [first, second]))
+        assert loss == 0
+        assert all(torch.isfinite(g).all() for g in torch.autograd.grad(loss, [z1, z2]))
 
 
 @settings(deadline=None, max_examples=20)
 @given(n=st.integers(2, 20), p=st.integers(2, 12), seed=st.integers(0, 10**6))
-def test_sinkhorn_equals_lightly_and_uses_prototypes_alike(n: int, p: int, seed: int) -> None:
+def test_sinkhorn_equals_lightly_and_uses_prototypes_equally(n: int, p: int, seed: int) -> None:
     scores = normalize(draw(n, p, seed, 1)[0].detach(), dim=1)
     codes = losses.sinkhorn(scores)
     torch.testing.assert_close(
         codes, lightly_sinkhorn(scores, iterations=3, epsilon=0.05), atol=1e-5, rtol=1e-4
     )
     torch.testing.assert_close(codes.sum(dim=1), torch.ones(n))
-    many = losses.sinkhorn(scores, iterations=500)
-    torch.testing.assert_close(many.sum(dim=0), torch.full((p,), n / p), atol=0.05, rtol=0.02)
+    converged = losses.sinkhorn(scores, iterations=500)
+    torch.testing.assert_close(converged.sum(dim=0), torch.full((p,), n / p), atol=0.05, rtol=0.02)
 
 
-def test_sinkhorn_takes_scores_whose_exponential_is_infinite() -> None:
+def test_sinkhorn_does_not_overflow() -> None:
     assert torch.isfinite(losses.sinkhorn(50 * torch.randn(6, 4))).all()
 
 
 @settings(deadline=None, max_examples=20)
-@given(b=st.integers(2, 10), small=st.integers(0, 3), seed=st.integers(0, 10**6))
-def test_swapped_prediction_equals_lightly(b: int, small: int, seed: int) -> None:
+@given(b=st.integers(2, 10), num_local=st.integers(0, 3), seed=st.integers(0, 10**6))
+def test_swav_loss_equals_lightly(b: int, num_local: int, seed: int) -> None:
     generator = torch.Generator().manual_seed(seed)
-    scores = [torch.rand(b, 5, generator=generator, requires_grad=True) for _ in range(2 + small)]
-    codes = [losses.sinkhorn(each.detach()) for each in scores[:2]]
+    scores = [torch.rand(b, 5, generator=generator, requires_grad=True) for _ in range(2 + num_local)]
+    codes = [losses.sinkhorn(x.detach()) for x in scores[:2]]
     assert_same(
         losses.swav_loss(scores, codes, 0.1),
         lightly.loss.SwaVLoss()(scores[:2], scores[2:]),
@@ -173,9 +173,9 @@ def test_swapped_prediction_equals_lightly(b: int, small: int, seed: int) -> Non
 
 
 def test_values_by_hand() -> None:
-    # One other image: its two views are the negatives of each view, at a right angle, e^0 each.
+    # One other image: its two orthogonal views are the negatives of each view, e^0 each.
     assert losses.dcl_loss(torch.eye(2), torch.eye(2), 1.0).item() == pytest.approx(math.log(2) - 1)
-    assert losses.negative_cosine(torch.eye(3), 2 * torch.eye(3)).item() == pytest.approx(-1)
+    assert losses.negative_cosine_loss(torch.eye(3), 2 * torch.eye(3)).item() == pytest.approx(-1)
     # Unit scale, no bias: two matches at cosine 1, two mismatches at cosine 0.
     expected = math.log(1 + math.exp(-1)) + math.log(2)
     one, zero = torch.tensor(1.0), torch.tensor(0.0)

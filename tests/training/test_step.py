@@ -1,6 +1,7 @@
-"""What each method makes of its losses: outputs of a batch to one figure, against the papers' formulas."""
+"""The loss of each method from the outputs of a batch, against the formulas of the papers and their peers."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import lightly.loss
 import numpy as np
@@ -11,181 +12,207 @@ from lightly.models.modules import NNMemoryBankModule
 from torch import Tensor, nn
 from torch.nn.functional import cosine_similarity, cross_entropy, normalize
 
-import ranks
-from likewise.training.methods.base import Batch, LossOutput, Method
-from likewise.training.methods.contrastive import NNCLR, MoCo
+from helpers.methods import CAPTION_DIM, VARIANTS, small_bank
+from likewise.training.methods.base import Batch, Method, StepOutput
+from likewise.training.methods.build import build_method
+from likewise.training.methods.contrastive import NNCLR, MoCo, SimCLR
 from likewise.training.methods.image_text import DeCLIP
 from likewise.training.methods.non_contrastive import SwAV
-from likewise.training.methods.registry import build_method
+from likewise.training.methods.options import MethodOptions, SimCLROptions, SLIPOptions
 
-WIDTH = 8
+FEATURE_DIM = 8
+
+
+def test_a_method_is_a_module_that_returns_a_loss() -> None:
+    """The first test to read: a method in a plain training step."""
+    backbone = nn.Sequential(nn.Flatten(), nn.Linear(3 * 4 * 4, FEATURE_DIM))
+    method = SimCLR(backbone, FEATURE_DIM, SimCLROptions(projector_dims=(16, 8), temperature=0.1))
+    views = [torch.randn(5, 3, 4, 4), torch.randn(5, 3, 4, 4)]
+    output = method(Batch(views=views, rank_sizes=(5,)))
+    output.loss.backward()
+    assert output.features.shape == (10, FEATURE_DIM)
+    z1, z2 = method.encode(Batch(views=views, rank_sizes=(5,)))[1]
+    torch.testing.assert_close(output.loss, lightly.loss.NTXentLoss(temperature=0.1)(z1, z2))
 
 
 def build(name: str) -> Method:
+    return build_from(VARIANTS[name].method_options)
+
+
+def build_from(options: MethodOptions) -> Method:
     torch.manual_seed(0)
-    return build_method(
-        ranks.VARIANTS[name], nn.Linear(4, WIDTH), WIDTH, memory_bank_size=16, caption_embedding_dim=6
-    ).train()
+    backbone = nn.Linear(4, FEATURE_DIM)
+    return build_method(small_bank(options), backbone, FEATURE_DIM, caption_embedding_dim=CAPTION_DIM).train()
 
 
-def rows(count: int, width: int = 12, b: int = 7) -> list[Tensor]:
+def random_outputs(count: int, dim: int = 12, b: int = 7) -> list[Tensor]:
     generator = torch.Generator().manual_seed(5)
-    return [torch.randn(b, width, generator=generator) for _ in range(count)]
+    return [torch.randn(b, dim, generator=generator) for _ in range(count)]
 
 
-def judge(method: Method, outputs: Sequence[Tensor], **shown: object) -> LossOutput:
-    batch = {"views": [], "sizes": (len(outputs[0]),)} | shown
-    return method.compute_loss(outputs, Batch(**batch))  # pyrefly: ignore[bad-argument-type]
+def compute_loss(method: Method, outputs: Sequence[Tensor], **fields: object) -> StepOutput:
+    batch = Batch(views=[], rank_sizes=(len(outputs[0]),))
+    return method.compute_loss(outputs, replace(batch, **fields))  # pyrefly: ignore[bad-argument-type]
 
 
 def test_simsiam_and_byol() -> None:
-    said_1, said_2, first, second = rows(4)
-    expected = -(cosine_similarity(said_1, second) + cosine_similarity(said_2, first)).mean() / 2
-    torch.testing.assert_close(judge(build("simsiam"), [said_1, said_2, first, second]).loss, expected)
-    unit = [normalize(each, dim=1) for each in (said_1, said_2, first, second)]
-    squares = (unit[0] - unit[3]).square().sum(dim=1) + (unit[1] - unit[2]).square().sum(dim=1)
-    torch.testing.assert_close(judge(build("byol"), [said_1, said_2, first, second]).loss, squares.mean())
+    outputs = random_outputs(4)
+    pred_1, pred_2, z1, z2 = outputs
+    expected = -(cosine_similarity(pred_1, z2) + cosine_similarity(pred_2, z1)).mean() / 2
+    torch.testing.assert_close(compute_loss(build("simsiam"), outputs).loss, expected)
+    pred_1, pred_2, z1, z2 = (normalize(x, dim=1) for x in outputs)
+    squares = (pred_1 - z2).square().sum(dim=1) + (pred_2 - z1).square().sum(dim=1)
+    torch.testing.assert_close(compute_loss(build("byol"), outputs).loss, squares.mean())
 
 
-def test_nnclr_is_lightlys_on_the_neighbors_that_lightly_finds() -> None:
-    method, (first, second, said_1, said_2) = build("nnclr"), rows(4)
+def test_nnclr_equals_lightly_on_lightlys_neighbors() -> None:
+    method, (z1, z2, pred_1, pred_2) = build("nnclr"), random_outputs(4)
     assert isinstance(method, NNCLR)
     bank = NNMemoryBankModule(size=(16, 12))
     bank.bank = method.memory_bank.bank.clone()  # pyrefly: ignore[bad-assignment]
-    near_1, near_2 = (bank(each, update=False) for each in (first, second))
-    own = torch.arange(7)
+    neighbors_1, neighbors_2 = (bank(z, update=False) for z in (z1, z2))
+    labels = torch.arange(7)
     expected = sum(
-        cross_entropy(normalize(said, dim=1) @ normalize(near, dim=1).T / 0.1, own) / 2
-        for said, near in ((said_2, near_1), (said_1, near_2))
+        cross_entropy(normalize(pred, dim=1) @ normalize(neighbors, dim=1).T / 0.1, labels) / 2
+        for pred, neighbors in ((pred_2, neighbors_1), (pred_1, neighbors_2))
     )
-    torch.testing.assert_close(judge(method, [first, second, said_1, said_2]).loss, expected)
-    torch.testing.assert_close(method.memory_bank.bank[:7], normalize(second, dim=1))
+    torch.testing.assert_close(compute_loss(method, [z1, z2, pred_1, pred_2]).loss, expected)
+    torch.testing.assert_close(method.memory_bank.bank[:7], normalize(z2, dim=1))
 
 
-def test_moco_takes_negatives_from_the_queue_as_it_was_and_fills_it() -> None:
-    method, (queries, keys) = build("moco"), rows(2)
+def test_moco_compares_with_the_previous_memory_bank_and_enqueues_the_keys() -> None:
+    method, (queries, keys) = build("moco"), random_outputs(2)
     assert isinstance(method, MoCo)
-    before = method.memory_bank.bank.clone()
+    previous_bank = method.memory_bank.bank.clone()
     expected = []
-    q, k = (normalize(each, dim=1) for each in (queries, keys))
+    q, k = (normalize(x, dim=1) for x in (queries, keys))
     for i in range(7):
-        scores = torch.cat([(q[i] @ k[i]).view(1), before @ q[i]]) / 0.2
-        expected.append(cross_entropy(scores[None], torch.zeros(1, dtype=torch.long)))
-    torch.testing.assert_close(judge(method, [queries, keys]).loss, torch.stack(expected).mean())
+        logits = torch.cat([(q[i] @ k[i]).view(1), previous_bank @ q[i]]) / 0.2
+        expected.append(cross_entropy(logits[None], torch.zeros(1, dtype=torch.long)))
+    torch.testing.assert_close(compute_loss(method, [queries, keys]).loss, torch.stack(expected).mean())
     torch.testing.assert_close(method.memory_bank.bank[:7], k)
-    torch.testing.assert_close(method.memory_bank.bank[7:], before[7:])
+    torch.testing.assert_close(method.memory_bank.bank[7:], previous_bank[7:])
 
 
 def test_moco_v3_sums_both_directions() -> None:
-    queries_1, queries_2, keys_1, keys_2 = rows(4)
-    own = torch.arange(7)
-    both = sum(
-        cross_entropy(normalize(q, dim=1) @ normalize(k, dim=1).T / 0.2, own)
+    queries_1, queries_2, keys_1, keys_2 = random_outputs(4)
+    labels = torch.arange(7)
+    expected = sum(
+        cross_entropy(normalize(q, dim=1) @ normalize(k, dim=1).T / 0.2, labels)
         for q, k in ((queries_1, keys_2), (queries_2, keys_1))
     )
     outputs = [queries_1, queries_2, keys_1, keys_2]
-    torch.testing.assert_close(judge(build("moco-v3"), outputs).loss, 2 * 0.2 * both)
+    torch.testing.assert_close(compute_loss(build("moco-v3"), outputs).loss, 2 * 0.2 * expected)
 
 
-@pytest.mark.parametrize("progress", [0.1, 0.5])
-def test_swav_is_lightlys_with_the_queue_from_its_share_on(progress: float) -> None:
-    method, outputs = build("swav"), [normalize(each, dim=1) for each in rows(3)]
+@pytest.mark.parametrize("train_fraction", [0.1, 0.5])
+def test_swav_equals_lightly_and_uses_the_memory_bank_after_its_start(train_fraction: float) -> None:
+    method, outputs = build("swav"), [normalize(z, dim=1) for z in random_outputs(3)]
     assert isinstance(method, SwAV)
     assert method.memory_bank_1 is not None
     assert method.memory_bank_2 is not None
-    scores = [each @ normalize(method.prototypes, dim=1).T for each in outputs]
-    remembered = [
-        q.bank @ normalize(method.prototypes, dim=1).T for q in (method.memory_bank_1, method.memory_bank_2)
-    ]
-    expected = lightly.loss.SwaVLoss()(scores[:2], scores[2:], remembered if progress > 0.15 else None)
-    loss = judge(method, outputs, progress=progress).loss
+    prototypes = normalize(method.prototypes, dim=1)
+    scores = [z @ prototypes.T for z in outputs]
+    bank_scores = [bank.bank @ prototypes.T for bank in (method.memory_bank_1, method.memory_bank_2)]
+    expected = lightly.loss.SwaVLoss()(scores[:2], scores[2:], bank_scores if train_fraction > 0.15 else None)
+    loss = compute_loss(method, outputs, train_fraction=train_fraction).loss
     torch.testing.assert_close(loss, expected.reshape(()), atol=1e-5, rtol=1e-4)
     torch.testing.assert_close(method.memory_bank_2.bank[:7], outputs[1])
 
 
-def test_prototypes_stand_still_in_the_beginning() -> None:
-    for progress, still in ((0.0, True), (0.5, False)):
+def test_prototypes_are_frozen_at_the_start() -> None:
+    for train_fraction, is_frozen in ((0.0, True), (0.5, False)):
         method = build("swav")
         assert isinstance(method, SwAV)
-        judge(method, [normalize(each, dim=1) for each in rows(3)], progress=progress).loss.backward()
+        outputs = [normalize(z, dim=1) for z in random_outputs(3)]
+        compute_loss(method, outputs, train_fraction=train_fraction).loss.backward()
         assert method.prototypes.grad is not None
-        assert bool((method.prototypes.grad == 0).all()) == still
+        assert bool((method.prototypes.grad == 0).all()) == is_frozen
 
 
-def test_supcon_takes_labels_where_there_are_some() -> None:
-    outputs = rows(2)
-    alone = judge(build("supcon"), outputs)
+def test_supcon_uses_labels_if_there_are_any() -> None:
+    outputs = random_outputs(2)
     expected = lightly.loss.NTXentLoss(temperature=0.1)(*outputs)
-    torch.testing.assert_close(alone.loss, expected)
-    # Images without label are positives of nobody but their own partner.
-    unlabelled = judge(build("supcon"), outputs, groups=torch.full((7,), -1))
-    torch.testing.assert_close(unlabelled.loss, expected)
-    # The unlabelled one is a class of its own, here 3.
+    torch.testing.assert_close(compute_loss(build("supcon"), outputs).loss, expected)
+    # Images without a label are positives of their partners only.
+    unlabeled = compute_loss(build("supcon"), outputs, labels=torch.full((7,), -1))
+    torch.testing.assert_close(unlabeled.loss, expected)
+    # The unlabeled image is a class of its own, here 3.
     labels, classes = torch.tensor([0, 0, 1, 1, 1, 2, -1]), torch.tensor([0, 0, 1, 1, 1, 2, 3]).repeat(2)
     views = normalize(torch.cat(outputs), dim=1)
-    logits = (views @ views.T / 0.1).fill_diagonal_(-torch.inf)
-    said = logits.log_softmax(dim=1)
-    means = [said[i][(classes == classes[i]) & (torch.arange(14) != i)].mean() for i in range(14)]
-    loss = judge(build("supcon"), outputs, groups=labels).loss
+    log_probs = (views @ views.T / 0.1).fill_diagonal_(-torch.inf).log_softmax(dim=1)
+    means = [log_probs[i][(classes == classes[i]) & (torch.arange(14) != i)].mean() for i in range(14)]
+    loss = compute_loss(build("supcon"), outputs, labels=labels).loss
     torch.testing.assert_close(loss, -torch.stack(means).mean())
 
 
-def test_clip_learns_its_scale_and_holds_it_below_a_hundred() -> None:
-    method, (images, texts) = build("clip"), rows(2)
-    scale = torch.tensor(1 / 0.07)
-    peer = open_clip.loss.ClipLoss()
-    unit = normalize(images, dim=1), normalize(texts, dim=1)
-    torch.testing.assert_close(judge(method, [images, texts]).loss, peer(*unit, scale))
+def test_clip_learns_its_logit_scale_and_clamps_it_to_100() -> None:
+    method, (images, texts) = build("clip"), random_outputs(2)
+    logit_scale = torch.tensor(1 / 0.07)
+    peer_loss = open_clip.loss.ClipLoss()
+    features = normalize(images, dim=1), normalize(texts, dim=1)
+    torch.testing.assert_close(compute_loss(method, [images, texts]).loss, peer_loss(*features, logit_scale))
     with torch.no_grad():
-        method.get_parameter("scale").fill_(99.0)
-    torch.testing.assert_close(judge(method, [images, texts]).loss, peer(*unit, torch.tensor(100.0)))
+        method.get_parameter("logit_scale").fill_(99.0)
+    output = compute_loss(method, [images, texts])
+    torch.testing.assert_close(output.loss, peer_loss(*features, torch.tensor(100.0)))
+    assert output.logs["logit_scale"] == pytest.approx(100.0)
 
 
-def test_declip_adds_a_fifth_of_the_nearest_captions_in_the_queue() -> None:
-    method, (images, texts) = build("declip"), rows(2)
+def test_siglip_has_a_logit_scale_and_a_bias() -> None:
+    images, texts = random_outputs(2)
+    expected = open_clip.loss.SigLipLoss()(
+        normalize(images, dim=1), normalize(texts, dim=1), torch.tensor(10.0), torch.tensor(-10.0)
+    )
+    torch.testing.assert_close(compute_loss(build("siglip"), [images, texts]).loss, expected)
+
+
+def test_declip_adds_a_fifth_of_the_loss_with_the_nearest_captions() -> None:
+    method, (images, texts) = build("declip"), random_outputs(2)
     assert isinstance(method, DeCLIP)
-    i, t, queue = normalize(images, dim=1), normalize(texts, dim=1), method.memory_bank.bank.clone()
-    nearest = queue[(t @ queue.T).argmax(dim=1)]
-    scale = torch.tensor(1 / 0.07)
-    clip = open_clip.loss.ClipLoss()(i, t, scale)
-    neighbors = cross_entropy(scale * i @ nearest.T, torch.arange(7))
-    torch.testing.assert_close(judge(method, [images, texts]).loss, 0.8 * clip + 0.2 * neighbors)
+    i, t, bank = normalize(images, dim=1), normalize(texts, dim=1), method.memory_bank.bank.clone()
+    nearest = bank[(t @ bank.T).argmax(dim=1)]
+    logit_scale = torch.tensor(1 / 0.07)
+    clip_loss = open_clip.loss.ClipLoss()(i, t, logit_scale)
+    neighbor_loss = cross_entropy(logit_scale * i @ nearest.T, torch.arange(7))
+    loss = compute_loss(method, [images, texts]).loss
+    torch.testing.assert_close(loss, 0.8 * clip_loss + 0.2 * neighbor_loss)
     torch.testing.assert_close(method.memory_bank.bank[:7], t)
 
 
 def test_slip_is_the_sum_of_clip_and_simclr() -> None:
-    first, second, images, texts = rows(4)
-    expected = lightly.loss.NTXentLoss(temperature=0.1)(first, second) + open_clip.loss.ClipLoss()(
+    z1, z2, images, texts = random_outputs(4)
+    expected = lightly.loss.NTXentLoss(temperature=0.1)(z1, z2) + open_clip.loss.ClipLoss()(
         normalize(images, dim=1), normalize(texts, dim=1), torch.tensor(1 / 0.07)
     )
-    torch.testing.assert_close(judge(build("slip"), [first, second, images, texts]).loss, expected)
+    torch.testing.assert_close(compute_loss(build("slip"), [z1, z2, images, texts]).loss, expected)
 
 
-def test_frozen_texts_are_the_partners_or_ones_own_where_the_partner_has_none() -> None:
+def test_frozen_texts_are_those_of_the_partner_if_it_has_a_caption() -> None:
     method = build("clip, frozen")
-    captions = normalize(torch.randn(2, 7, 6), dim=-1)
+    captions = normalize(torch.randn(2, 7, CAPTION_DIM), dim=-1)
     captions[1, 3] = 0
-    meant = captions[1].clone()
-    meant[3] = captions[0, 3]
-    texts = meant @ method.get_parameter("texts.projection.weight").T
-    (images,) = rows(1)
+    expected_captions = captions[1].clone()
+    expected_captions[3] = captions[0, 3]
+    texts = expected_captions @ method.get_parameter("text_branch.projection.weight").T
+    (images,) = random_outputs(1)
     expected = open_clip.loss.ClipLoss()(
         normalize(images, dim=1), normalize(texts, dim=1), torch.tensor(1 / 0.07)
     )
-    torch.testing.assert_close(judge(method, [images], captions=captions).loss, expected)
-    with pytest.raises(TypeError, match="need the vectors of captions"):
-        judge(method, [images])
+    torch.testing.assert_close(compute_loss(method, [images], caption_embeddings=captions).loss, expected)
+    with pytest.raises(TypeError, match="caption_embeddings"):
+        compute_loss(method, [images])
 
 
-def test_vectors_of_slip_are_ones_own() -> None:
-    from dataclasses import replace
-
-    settings = replace(ranks.VARIANTS["slip"], text_tower="frozen", text_width=512, text_layers=12)
-    method = build_method(settings, nn.Linear(4, WIDTH), WIDTH, caption_embedding_dim=6)
-    captions = normalize(torch.randn(2, 7, 6), dim=-1)
-    outputs = [*rows(2), rows(1, 512)[0]]
-    other = captions.clone()
-    other[1] = normalize(torch.randn(7, 6), dim=-1)
-    losses = [float(judge(method, outputs, captions=each).loss.detach()) for each in (captions, other)]
+def test_frozen_texts_of_slip_are_those_of_the_anchor() -> None:
+    method = build_from(SLIPOptions(text_tower="frozen", projector_dims=(24, 12)))
+    captions = normalize(torch.randn(2, 7, CAPTION_DIM), dim=-1)
+    outputs = [*random_outputs(2), random_outputs(1, 512)[0]]
+    other_partners = captions.clone()
+    other_partners[1] = normalize(torch.randn(7, CAPTION_DIM), dim=-1)
+    losses = [
+        float(compute_loss(method, outputs, caption_embeddings=embeddings).loss.detach())
+        for embeddings in (captions, other_partners)
+    ]
     assert np.isfinite(losses).all()
     assert losses[0] == losses[1]

@@ -3,15 +3,18 @@
 import json
 import shlex
 from collections.abc import Iterator
+from dataclasses import field, fields, make_dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, get_type_hints
 
+import docstring_parser
 from cyclopts import CycloptsError, Parameter
 
 from likewise.cli.common import COMMON_OPTIONS, CommonOptions, app
 from likewise.errors import InvalidInputError, did_you_mean
 from likewise.pairs.config import PairConfig
-from likewise.training.config import TrainConfig
+from likewise.training.config import TrainConfig, parse_train_config, validate_combination
+from likewise.training.methods.options import METHODS
 
 # The stages of a chain, in order, and what each works on beside its flags.
 _STAGES = ("import", "embed", "train", "evaluate")
@@ -137,15 +140,55 @@ def _validate_command(command: list[str], recipe: Path) -> None:
         message = " ".join(str(error).split())
         raise InvalidInputError(f"{recipe}, section {command[0]}: {message}") from error
     if command[0] == "train":
-        from likewise.pairs.config import PairConfig
-        from likewise.training.config import TrainConfig, validate_combination
-
         arguments = bound.arguments
-        validate_combination(arguments.get("settings", TrainConfig()), arguments.get("rule", PairConfig()))
+        config = _train_config(
+            arguments.get("config", _DEFAULT_TRAIN_CONFIG), arguments.get("method_options")
+        )
+        validate_combination(config, arguments.get("pair_config", _DEFAULT_PAIR_CONFIG))
 
 
 _DEFAULT_TRAIN_CONFIG = TrainConfig()
 _DEFAULT_PAIR_CONFIG = PairConfig()
+
+
+def _method_flags() -> Any:
+    """Return a dataclass with the options of all methods as flags; None means not given."""
+    hints: dict[str, Any] = {}
+    docs: dict[str, str] = {}
+    defaults: dict[str, dict[str, list[str]]] = {}
+    for method, options in METHODS.items():
+        for base in reversed(options.__mro__[:-1]):
+            for param in docstring_parser.parse_from_object(base).params:
+                docs.setdefault(param.arg_name, " ".join((param.description or "").split()))
+        for option in fields(options):
+            hints.setdefault(option.name, get_type_hints(options)[option.name])
+            value = option.default
+            if option.name == "memory_bank_size":
+                value = getattr(options, "default_memory_bank_size", None)
+            text = " ".join(map(str, value)) if isinstance(value, tuple) else str(value)
+            defaults.setdefault(option.name, {}).setdefault(text, []).append(method)
+    flags = []
+    for name, hint in hints.items():
+        parts = "; ".join(f"{', '.join(methods)}: {text}" for text, methods in defaults[name].items())
+        parameter = Parameter(help=f"{docs[name]} ({parts})")
+        flags.append((name, Annotated[hint | None, parameter], field(default=None)))
+    return make_dataclass("MethodFlags", flags, frozen=True, kw_only=True, namespace={"__module__": __name__})
+
+
+_MethodFlags = _method_flags()
+MethodFlags = Annotated[
+    _MethodFlags, Parameter(name="*", group="Options of the method", consume_multiple=True)
+]
+
+
+def _train_config(config: TrainConfig, method_flags: Any) -> TrainConfig:
+    """Return the config with the options of the method that were given as flags."""
+    settings = {item.name: getattr(config, item.name) for item in fields(config)}
+    if method_flags is not None:
+        settings |= {name: value for name, value in vars(method_flags).items() if value is not None}
+    return parse_train_config(settings)
+
+
 TrainFlags = Annotated[TrainConfig, Parameter(name="*", group="Training", consume_multiple=True)]
 PairFlags = Annotated[PairConfig, Parameter(name="*", group="Who is shown with whom")]
 
@@ -161,6 +204,7 @@ def train(
     out: Path,
     pair_config: PairFlags = _DEFAULT_PAIR_CONFIG,
     config: TrainFlags = _DEFAULT_TRAIN_CONFIG,
+    method_options: MethodFlags | None = None,
     num_workers: int | None = None,
     device: str | None = None,
     checkpoint_minutes: float = 2.0,
@@ -184,7 +228,7 @@ def train(
     run = train_encoder(
         dataset,
         out,
-        config,
+        _train_config(config, method_options),
         pair_config,
         num_workers=num_workers,
         device=device,
@@ -204,16 +248,17 @@ def train(
 
 @app.command(help_epilogue="Example: `likewise methods`")
 def methods(*, common: CommonOptions = COMMON_OPTIONS) -> None:
-    """List the methods of `train`: what each asks, what it tells an image from, and what it needs besides."""
-    from likewise.training.methods.options import METHODS
-
+    """List the methods of `train`: objective, source of negatives, and requirements."""
     rows = {
-        name: {"asks": options.summary, "negatives": options.negatives, "needs": list(options.requirements)}
+        name: {
+            "summary": options.summary,
+            "negatives": options.negatives,
+            "requirements": list(options.requirements),
+        }
         for name, options in METHODS.items()
     }
     lines = []
     for name, options in METHODS.items():
-        negatives = "nothing" if options.negatives == "none" else options.negatives
-        requirements = f"; needs: {', '.join(options.requirements)}" if options.requirements else ""
-        lines += [f"{name:<16}{options.summary}", f"{'':<16}tells images from: {negatives}{requirements}"]
+        requirements = f"; requires: {', '.join(options.requirements)}" if options.requirements else ""
+        lines += [f"{name:<16}{options.summary}", f"{'':<16}negatives: {options.negatives}{requirements}"]
     common.print_result({"methods": rows}, "\n".join(lines))

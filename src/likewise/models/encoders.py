@@ -32,8 +32,8 @@ from likewise.models.text_tower import TextAlignment, encode_captions, load_text
 from likewise.models.transforms import EvalTransform
 from likewise.parallel import default_num_workers, prefetch_map, resolve_device
 from likewise.progress import NULL_PROGRESS, Progress
+from likewise.run_directory import RunDirectory
 
-ENCODER_FILE = "encoder.safetensors"
 ENCODER_FORMATS = (
     "timm:NAME, random:NAME, torchvision:NAME, clip:ARCH/WEIGHTS, hub:OWNER/REPO/ENTRY or hf:NAME"
 )
@@ -291,7 +291,7 @@ def _load(
     path = Path(name_or_path)
     if path.is_dir():
         Artifact.open(path, "run")
-        return _load_saved_encoder(path / ENCODER_FILE, path.resolve().name, image_size)
+        return _load_saved_encoder(RunDirectory(path).encoder, path.resolve().name, image_size)
     if not path.is_file():
         raise ModelError(
             f"{name_or_path} is not a run, not a file of weights, and not {ENCODER_FORMATS}", path=path

@@ -13,8 +13,8 @@ import numpy as np
 from likewise.artifacts import MANIFEST, Artifact, Manifest, mmap_array, read_json, read_jsonl, read_yaml
 from likewise.errors import InvalidInputError, LikewiseError
 from likewise.evaluation.results import ResultRow, read_results
+from likewise.run_directory import RunDirectory
 
-METRICS_FILE = "metrics.jsonl"
 UNTRAINED_PREFIX = "random:"
 # What files that were damaged or written by other versions raise when they are read.
 READ_ERRORS = (LikewiseError, OSError, ValueError, KeyError, TypeError, IndexError, AttributeError)
@@ -113,13 +113,13 @@ def _is_evaluation_only(path: Path) -> bool:
 
 def _read_run(path: Path) -> ReportEntry:
     manifest = Artifact.open(path, "run").manifest
-    config = read_yaml(path / "config.yaml")
+    config = read_yaml(RunDirectory(path).config)
     derived = config.pop("derived", None) or {}
     run = RunInfo(
         manifest=manifest,
         config=config,
         derived=derived,
-        metrics=read_jsonl(path / METRICS_FILE),
+        metrics=read_jsonl(RunDirectory(path).metrics),
         preview=_read_preview(path),
     )
     entry = ReportEntry(
@@ -161,7 +161,8 @@ def _add_results(entry: ReportEntry, paths: list[Path]) -> ReportEntry:
 
 def _read_preview(path: Path) -> PairPreview | None:
     try:
-        views, pairs = mmap_array(path / "preview.npy"), read_json(path / "preview.json")
+        run_dir = RunDirectory(path)
+        views, pairs = mmap_array(run_dir.preview_views), read_json(run_dir.preview_pairs)
     except READ_ERRORS:
         return None
     is_valid = (

@@ -134,11 +134,11 @@ def open_run_dataset(run: RunInfo) -> CaptionDataset:
     Raises:
         ArtifactError: where it is gone, or another has taken its place.
     """
-    path = run.derived.get("collection")
+    path = run.derived.get("dataset")
     if path is None:
         raise ArtifactError("the run does not say which collection it was trained on")
     dataset = CaptionDataset(Path(path))
-    if dataset.key != run.manifest.inputs.get("collection") or len(dataset) == 0:
+    if dataset.key != run.manifest.inputs.get("dataset") or len(dataset) == 0:
         raise ArtifactError(f"the collection at {path} is no longer the one that the run was trained on")
     return dataset
 
@@ -373,8 +373,8 @@ class ReproductionCommands:
         ]
 
     def _train_command(self, entry: ReportEntry, run: RunInfo) -> str:
-        dataset = self._relative(Path(str(run.derived.get("collection"))))
-        config = run.derived.get("asked", run.config)
+        dataset = self._relative(Path(str(run.derived.get("dataset"))))
+        config = run.derived.get("non_default", run.config)
         return _command_line("train", dataset, out=self._relative(entry.path), **config)
 
     def _evaluate_command(self, entry: ReportEntry, result: dict[str, Any]) -> str:

@@ -1,8 +1,8 @@
-"""Views: what an image looks like each time it is shown.
+"""Augmentation: random crops on the host, color augmentation on the device.
 
-Every random number is a function of (seed, epoch, image, view), drawn by `likewise.draws`, so views do not
-depend on workers or on where a run was resumed. Crops are cut on the host; colours are changed on the
-device, whole batches at a time with parameters of their own for each image.
+Every random number is a function of (seed, epoch, image, view), from `likewise.rng`, so views depend neither
+on the number of workers nor on the step from which a run resumed. Color augmentation runs on whole batches,
+with separate parameters per image.
 """
 
 from dataclasses import dataclass, replace
@@ -27,28 +27,24 @@ _FLOAT32_TINY = torch.finfo(torch.float32).tiny
 
 @dataclass(frozen=True, kw_only=True)
 class AugmentationConfig:
-    """How views are made.
-
-    Attributes:
-        crop_scale: Least and greatest share of the image's area that a crop covers (sides 3:4 to 4:3).
-        flip_prob: Share of views that are mirrored.
-        jitter_strength: Greatest change of brightness, contrast, saturation (relative) and hue (turns), or
-            None.
-        jitter_prob: Share of views that are jittered.
-        grayscale_prob: Share of views without colour.
-        blur_prob: Share of views that are blurred, by a Gaussian of sigma 0.1 to 2 pixels cut to 15x15 at 224
-            pixels and in proportion at other sizes.
-    """
+    """Parameters of an augmentation."""
 
     crop_scale: tuple[float, float]
+    """Range of the area of a crop as a fraction of the image; the aspect ratio is 3:4 to 4:3."""
     flip_prob: float = 0.0
+    """Probability of a horizontal flip."""
     jitter_strength: tuple[float, float, float, float] | None = None
+    """Maximum change of brightness, contrast and saturation (relative) and of hue (turns); None for none."""
     jitter_prob: float = 0.8
+    """Probability of color jitter."""
     grayscale_prob: float = 0.0
+    """Probability of grayscale."""
     blur_prob: float = 0.0
+    """Probability of a Gaussian blur, with sigma 0.1 to 2 pixels and a 15x15 kernel at 224 pixels, in
+    proportion at other sizes."""
 
 
-# Both as in the LGSSL code.
+# As in the LGSSL code.
 AUGMENTATIONS = {
     "crop": AugmentationConfig(crop_scale=(0.5, 1.0)),
     "simclr": AugmentationConfig(
@@ -62,43 +58,48 @@ AUGMENTATIONS = {
 
 
 def get_augmentation(name: str, crop_scale: tuple[float, float] | None = None) -> AugmentationConfig:
-    """Return a recipe by name, with other crops than its own where they are given.
+    """Return an augmentation by name.
+
+    Args:
+        name: `crop` or `simclr`.
+        crop_scale: Replaces the range of the area of a crop.
 
     Raises:
-        InputError: for an unknown name, listing the known ones.
+        InvalidInputError: if the name is unknown.
     """
     if name not in AUGMENTATIONS:
         raise InvalidInputError(
-            f"unknown views {name!r}; known: "
-            f"{', '.join(AUGMENTATIONS)}.{did_you_mean(name, list(AUGMENTATIONS))}"
+            f"unknown augmentation {name!r}; known: "
+            f"{', '.join(AUGMENTATIONS)}.{did_you_mean(name, list(AUGMENTATIONS))}",
+            field="augmentation",
         )
     return AUGMENTATIONS[name] if crop_scale is None else replace(AUGMENTATIONS[name], crop_scale=crop_scale)
 
 
 @dataclass(frozen=True)
 class ViewParams:
-    """The random numbers of one view of some images: `crop` (b, 41) and `color` (b, 9), in [0, 1)."""
+    """The random numbers of one view of b images: `crop` (b, 41) and `color` (b, 9) float64 in [0, 1)."""
 
     crop: np.ndarray
     color: np.ndarray
 
 
 def sample_view_params(positions: np.ndarray, view: int, *, seed: int, epoch: int) -> ViewParams:
-    """Draw one view's numbers for images (b,) int64."""
+    """Sample the random numbers of one view of images (b,) int64."""
     u = uniform(positions, _NUM_CROP_PARAMS + NUM_COLOR_PARAMS, seed=seed, epoch=epoch, stream=view)
     return ViewParams(u[:, :_NUM_CROP_PARAMS], u[:, _NUM_CROP_PARAMS:])
 
 
 def compute_crop_boxes(shapes: np.ndarray, params: np.ndarray, scale: tuple[float, float]) -> np.ndarray:
-    """Choose crops as torchvision's RandomResizedCrop does (Szegedy et al. 2015).
+    """Sample crops as torchvision's RandomResizedCrop does (Szegedy et al. 2015).
 
-    Ten tries of a random area and a random aspect between 3/4 and 4/3; the first that fits is taken, else
-    the largest centred crop whose aspect is within those bounds.
+    Up to ten attempts with a random area and an aspect ratio of 3:4 to 4:3; if none fits, the largest
+    centered crop within those bounds.
 
     Args:
-        shapes: (b, 2) heights and widths.
-        params: (b, 41) in [0, 1): four numbers a try (area, aspect, top, left) and one for the flip.
-        scale: Bounds of the share of the area.
+        shapes: (b, 2), heights and widths.
+        params: (b, 41) in [0, 1): four numbers per attempt (area, aspect, top, left) and one for the flip.
+        scale: Range of the area as a fraction of the image.
 
     Returns:
         (b, 4) int64: top, left, height, width.
@@ -123,9 +124,9 @@ def _center_crop_boxes(heights: np.ndarray, widths: np.ndarray) -> np.ndarray:
 
 
 def crop_resize(pixels: np.ndarray, box: np.ndarray, image_size: int, *, flip: bool) -> Tensor:
-    """Cut one crop and resize it: (h, w, 3) uint8 and (top, left, height, width) -> (3, size, size) uint8."""
+    """Crop and resize: (h, w, 3) uint8 and (top, left, height, width) -> (3, size, size) uint8."""
     top, left, height, width = box.tolist()
-    # Copied because torch takes no read-only memory; only the crop is, not the image.
+    # A copy, because torch does not support read-only memory; of the crop only, not of the image.
     crop = torch.from_numpy(pixels[top : top + height, left : left + width].copy()).permute(2, 0, 1)
     view = tv.resize(crop, [image_size, image_size], antialias=True)
     return view.flip(-1) if flip else view
@@ -134,10 +135,15 @@ def crop_resize(pixels: np.ndarray, box: np.ndarray, image_size: int, *, flip: b
 def color_augment(
     images: Float[Tensor, "b 3 h w"], params: np.ndarray, config: AugmentationConfig
 ) -> Float[Tensor, "b 3 h w"]:
-    """Jitter, grey and blur images in [0, 1], each by its own draws (b, 9).
+    """Apply color jitter, grayscale and blur to images in [0, 1].
 
-    The operations and the distributions of their parameters are torchvision's ColorJitter (in a random order
-    for each image), RandomGrayscale and GaussianBlur.
+    The operations and the distributions of their parameters are those of torchvision's ColorJitter (in a
+    random order per image), RandomGrayscale and GaussianBlur.
+
+    Args:
+        images: Images in [0, 1].
+        params: (b, 9) float64 in [0, 1), the random numbers of each image.
+        config: The augmentation.
     """
     if config.jitter_strength is not None:
         images = _jitter(images, params, config.jitter_strength, config.jitter_prob)
@@ -150,7 +156,7 @@ def color_augment(
 
 
 def normalize(images: Float[Tensor, "b 3 h w"]) -> Float[Tensor, "b 3 h w"]:
-    """Subtract ImageNet's mean and divide by its deviation, channel by channel."""
+    """Normalize each channel by ImageNet's mean and standard deviation."""
     mean, std = (
         torch.tensor(values, device=images.device).view(3, 1, 1) for values in (IMAGENET_MEAN, IMAGENET_STD)
     )
@@ -158,7 +164,7 @@ def normalize(images: Float[Tensor, "b 3 h w"]) -> Float[Tensor, "b 3 h w"]:
 
 
 def denormalize(views: Float[Tensor, "... 3 h w"]) -> Float[Tensor, "... 3 h w"]:
-    """Undo `standardise`, back to [0, 1], so that people can look at a view."""
+    """Invert `normalize`; the result is clamped to [0, 1]."""
     mean, std = (
         torch.tensor(values, device=views.device).view(3, 1, 1) for values in (IMAGENET_MEAN, IMAGENET_STD)
     )
@@ -206,7 +212,7 @@ def _saturation(images: Tensor, factor: Tensor) -> Tensor:
 
 
 def _hue(images: Tensor, shift: Tensor) -> Tensor:
-    """Turn the hue in HSV: h' = h + turn, with value and saturation as they are."""
+    """Shift the hue in HSV, h' = h + shift in turns; value and saturation are unchanged."""
     red, green, blue = images.unbind(1)
     value = torch.maximum(torch.maximum(red, green), blue)
     chroma = value - torch.minimum(torch.minimum(red, green), blue)
@@ -215,7 +221,7 @@ def _hue(images: Tensor, shift: Tensor) -> Tensor:
     hue /= chroma.clamp(min=_FLOAT32_TINY)
     hue += torch.where(red_is_max, 0.0, torch.where(green_is_max, 2.0, 4.0))
     hue += 6 * shift.squeeze(1)
-    # Each channel is the value less a share of the spread that depends on its distance in hue
+    # Each channel is the value minus a fraction of the chroma that depends on its distance in hue
     # (the closed form of HSV to RGB: v - c * max(0, min(k, 4 - k, 1)), k = (n + 6h) mod 6).
     k = torch.tensor([5.0, 3.0, 1.0], device=images.device).view(1, 3, 1, 1) + hue.unsqueeze(1)
     k -= (k / 6).floor_().mul_(6)
@@ -236,7 +242,7 @@ def _blur(images: Tensor, mask: np.ndarray, sigma: np.ndarray) -> Tensor:
     blurred = images.index_select(0, indices)
     for dim, padding in ((-2, (0, 0, radius, radius)), (-1, (radius, radius, 0, 0))):
         padded = pad(blurred, padding, "reflect")
-        # A sum of shifted images: kernels are short, and each image has its own weights.
+        # A sum of shifted images: kernels are short, and their weights differ per image.
         blurred = torch.zeros_like(blurred)
         for i, weight in enumerate(kernels.unbind(1)):
             blurred.addcmul_(padded.narrow(dim, i, image_size), weight.view(-1, 1, 1, 1))

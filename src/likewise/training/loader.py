@@ -1,16 +1,22 @@
-"""Batches of pairs, each a function of its step alone, so that a run may stop and go on anywhere."""
+"""`PairDataset` and `PairLoader`: augmented views of positive pairs, in batches.
+
+Every batch is a function of the seed and the step alone, so that a run can stop and resume at any step.
+"""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
+from torch.utils.data import Dataset
 
 from likewise.artifacts import Artifact, load_array, mmap_array, shard_name, write_array
 from likewise.data.dataset import CaptionDataset
-from likewise.data.image_cache import ImageCache
+from likewise.data.image_cache import ImageCache, build_image_cache, cache_resolution
 from likewise.distributed import DistributedContext
 from likewise.models.text_tower import CONTEXT_LENGTH, tokenize
 from likewise.neighbors.vectors import ImageVectors
@@ -28,7 +34,7 @@ from likewise.training.augmentations import (
     normalize,
     sample_view_params,
 )
-from likewise.training.config import ViewSpec
+from likewise.training.config import ViewSpec, default_augmentation
 from likewise.training.methods.base import Batch
 
 ARTIFACT_KIND = "tokens"
@@ -36,7 +42,7 @@ _TOKENIZE_BATCH_SIZE = 1024
 
 
 class CaptionTokens:
-    """Random access to the tokens of captions."""
+    """Random access to tokenized captions."""
 
     def __init__(self, artifact: Artifact, caption_mask: np.ndarray | None = None) -> None:
         """Map the shards; `caption_mask` (num_captions,) bool selects captions (default: all)."""
@@ -59,11 +65,11 @@ class CaptionTokens:
 
     @property
     def has_caption(self) -> np.ndarray:
-        """Which images have a caption: (n,) bool."""
+        """(num_images,) bool, True for images with a caption."""
         return self._captions_per_image > 0
 
     def sample(self, positions: np.ndarray, *, seed: int, epoch: int) -> Tensor:
-        """Return one caption an image, drawn evenly: (b,) int64 -> (b, t) int64, t as the longest needs."""
+        """Sample one caption per image: (b,) int64 -> (b, t) int64, padded to the longest of them."""
         u = uniform(positions, 1, seed=seed, epoch=epoch, stream=Stream.CAPTIONS)[:, 0]
         caption_rows = self._caption_rows[
             self._first_caption[positions] + (u * self._captions_per_image[positions]).astype(np.int64)
@@ -81,15 +87,15 @@ class CaptionTokens:
 def tokenize_captions(
     dataset: CaptionDataset, caption_mask: np.ndarray | None = None, *, progress: Progress = NULL_PROGRESS
 ) -> CaptionTokens:
-    """Tokenise all captions of a collection; finished shards are kept on a rerun.
+    """Tokenize all captions of a dataset; an interrupted call resumes at the missing shards.
 
     Args:
-        dataset: The captions.
-        caption_mask: Which of them count, (captions,) bool; all of them where not given.
-        progress: Where to report.
+        dataset: The dataset.
+        caption_mask: (num_captions,) bool, the captions to use; defaults to all.
+        progress: Progress bars.
 
     Raises:
-        DependencyError: where open_clip, whose tokenizer it is, is not installed.
+        DependencyError: if open_clip, which has the tokenizer, is not installed.
     """
     path = dataset.path / "tokens"
     artifact = Artifact.create_or_resume(
@@ -109,7 +115,7 @@ def tokenize_captions(
                 ]
                 tokens = np.concatenate([np.empty((0, CONTEXT_LENGTH)), *chunks]).astype(np.uint16)
                 write_array(path / shard_name("tokens", shard, "npy"), tokens)
-                # It comes last: where it exists, its tokens are whole.
+                # Written last: it marks the shard as complete.
                 write_array(
                     path / shard_name("counts", shard, "npy"),
                     np.array([len(image_captions) for image_captions in captions], np.int64),
@@ -118,22 +124,40 @@ def tokenize_captions(
     return CaptionTokens(artifact.finish({"shards": len(shards), "images": len(dataset)}), caption_mask)
 
 
-@dataclass(frozen=True)
-class HostBatch:
-    """A batch of b pairs, of which this process shows `part`, before colours are changed.
+@dataclass(frozen=True, kw_only=True)
+class CaptionInputs:
+    """Captions as inputs of a method.
 
     Attributes:
-        anchors: (b,) int64 positions in the collection.
-        partners: One array (b,) for each partner that is shown, equal to the anchor's where it is paired with
-            itself.
-        rank_sizes: How many pairs each process shows.
-        crops: A tensor (part, 3, side, side) uint8 for each view, channels last in memory.
-        color_params: An array (part, 9) of draws in [0, 1) for each view.
-        caption_embeddings: (2, b, d) float32 unit vectors of what describes anchors and first partners,
-            zero where
-            nothing does; None where no method asks for them.
-        tokens: (part, t) int64, a caption of each anchor or its partner; None where no method asks for them.
-        labels: (b,) int64 labels; None where pairs are not made by them.
+        vectors: Caption embeddings; None if the method does not use them.
+        tokens: Tokenized captions; None if the method does not use them.
+        use_partner_caption: Take the caption of the partner instead of the anchor's.
+        has_caption: (num_images,) bool, the images to train on; None for all.
+    """
+
+    vectors: ImageVectors | None = None
+    tokens: CaptionTokens | None = None
+    use_partner_caption: bool = True
+    has_caption: np.ndarray | None = None
+
+
+NO_CAPTIONS, SINGLE_PROCESS = CaptionInputs(), DistributedContext()
+
+
+@dataclass(frozen=True)
+class HostBatch:
+    """A batch of b pairs in host memory, before color augmentation.
+
+    Attributes:
+        anchors: (b,) int64, positions of the anchors in the dataset.
+        partners: Positions of each partner, (b,) int64 per partner; equal to the anchor's for a self pair.
+        rank_sizes: Pairs per process.
+        crops: The local crops of each view, (local, 3, size, size) uint8, channels last in memory.
+        color_params: The random numbers of the color augmentation of each view, (local, 9) in [0, 1).
+        caption_embeddings: (2, b, d) float32, the caption embeddings of anchors and first partners, of unit
+            length; zero without a caption. None if the method does not use them.
+        tokens: (local, t) int64, a tokenized caption per pair; None if the method does not use them.
+        labels: (b,) int64, the label of each pair; None unless pairs are sampled by label.
     """
 
     anchors: np.ndarray
@@ -148,7 +172,13 @@ class HostBatch:
     def to_device(
         self, augmentations: Sequence[AugmentationConfig], device: torch.device, train_fraction: float = 0.0
     ) -> Batch:
-        """Finish the views on a device, each by its recipe, and send what else a method needs there."""
+        """Move the batch to a device, and apply color augmentation and normalization there.
+
+        Args:
+            augmentations: The augmentation of each view.
+            device: The device.
+            train_fraction: The completed fraction of the run, in [0, 1).
+        """
         views = [
             normalize(color_augment(_to_float(crops.to(device, non_blocking=True)), params, augmentation))
             for crops, params, augmentation in zip(self.crops, self.color_params, augmentations, strict=True)
@@ -168,122 +198,118 @@ class HostBatch:
 
 
 def _to_float(crops: Tensor) -> Tensor:
-    """Return pixels (b, 3, h, w) uint8 as float32 in [0, 1], each channel by itself."""
-    # In place, as fresh memory for a large batch takes longer than the division.
+    """Convert pixels (b, 3, h, w) from uint8 to contiguous float32 in [0, 1]."""
+    # In place, because allocating memory for a large batch takes longer than the division.
     return crops.to(torch.float32, memory_format=torch.contiguous_format).div_(255)
 
 
-@dataclass(frozen=True, kw_only=True)
-class CaptionInputs:
-    """What a method wants to know of captions beside the images.
+class PairDataset(Dataset[tuple[Any, ...]]):
+    """Augmented views of positive pairs, as a map-style dataset of torch.
 
-    Attributes:
-        vectors: Their embeddings, an image.
-        tokens: They themselves.
-        use_partner_caption: Whether an anchor's caption is that of its partner.
-        has_caption: Images that have a caption, (n,) bool; the others take no part. None where all do.
+        pairs = likewise.build_pairs(dataset, likewise.PairConfig(source="language", k=3))
+        pair_dataset = likewise.PairDataset(dataset, pairs, image_size=64)
+        view1, view2, index = pair_dataset[0]
+
+    Partner and augmentation of an image are functions of the seed, the epoch and the image; call `set_epoch`
+    before each epoch.
     """
-
-    vectors: ImageVectors | None = None
-    tokens: CaptionTokens | None = None
-    use_partner_caption: bool = True
-    has_caption: np.ndarray | None = None
-
-
-NO_CAPTIONS, SINGLE_PROCESS = CaptionInputs(), DistributedContext()
-
-
-class PairLoader:
-    """The batches of a whole run."""
 
     def __init__(
         self,
-        image_cache: ImageCache,
+        dataset: CaptionDataset | ImageCache | str | Path,
         pairs: Pairs,
-        view_specs: Sequence[ViewSpec],
         *,
-        batch_size: int,
-        seed: int,
+        image_size: int = 224,
+        augmentation: str | None = None,
+        seed: int = 0,
+        view_specs: Sequence[ViewSpec] | None = None,
         caption_inputs: CaptionInputs = NO_CAPTIONS,
-        dist: DistributedContext = SINGLE_PROCESS,
     ) -> None:
-        """Serve pairs of images that take part; each is an anchor once an epoch, but for an incomplete batch.
+        """Combine the images of a dataset with pairs.
 
         Args:
-            image_cache: Their pixels; those that cannot be read take no part.
-            pairs: Who is shown with whom.
-            view_specs: The views of a pair.
-            batch_size: Pairs a batch, over all processes.
-            seed: Decides order, partners and views.
-            caption_inputs: What is wanted of the captions.
-            dist: Which part of each batch is this process's.
+            dataset: A dataset, whose images are decoded and cached on disk, or an image cache.
+            pairs: The pairs; images that cannot be read are excluded.
+            image_size: Height and width of the views in pixels.
+            augmentation: `crop` or `simclr`; defaults to `simclr` for self pairs and to `crop` otherwise.
+            seed: Seed of the order, the partners and the augmentation.
+            view_specs: The views of a pair, instead of `image_size` and `augmentation`; by default one view
+                of the anchor and one of its partner.
+            caption_inputs: Captions that batches include.
         """
-        self.image_cache, self.pairs, self.view_specs, self.caption_inputs = (
-            image_cache,
-            pairs,
-            tuple(view_specs),
-            caption_inputs,
-        )
+        if not isinstance(dataset, ImageCache):
+            dataset = CaptionDataset.open(dataset)
+            dataset = build_image_cache(dataset, cache_resolution(image_size, len(dataset)))
+        if view_specs is None:
+            name = default_augmentation(pairs.pair_config) if augmentation is None else augmentation
+            view_specs = [ViewSpec(source=i, augmentation=name, image_size=image_size) for i in range(2)]
+        self.image_cache, self.pairs, self.caption_inputs = dataset, pairs, caption_inputs
+        self.view_specs = tuple(view_specs)
         self.augmentations = tuple(
-            get_augmentation(spec.augmentation, spec.crop_scale) for spec in view_specs
+            get_augmentation(spec.augmentation, spec.crop_scale) for spec in self.view_specs
         )
-        self.batch_size, self.seed, self.dist = batch_size, seed, dist
-        self.anchors = np.intersect1d(image_cache.readable, pairs.anchors)
+        self.seed, self.epoch = seed, 0
+        self.anchors = np.intersect1d(self.image_cache.readable, pairs.anchors)
         if caption_inputs.has_caption is not None:
             self.anchors = self.anchors[caption_inputs.has_caption[self.anchors]]
-        self._num_partners = max(spec.source for spec in view_specs)
-        self._cached_epoch_order = lru_cache(maxsize=2)(self._epoch_order)
+        # At least one partner, even if no view needs it: its caption may be an input.
+        self._num_partners = max(1, *(spec.source for spec in self.view_specs))
 
-    @property
-    def steps_per_epoch(self) -> int:
-        """How many whole batches an epoch has."""
-        return len(self.anchors) // self.batch_size
+    def set_epoch(self, epoch: int) -> None:
+        """Set the epoch, from 0, that decides the partners and the augmentation."""
+        self.epoch = epoch
 
-    def batch_at(self, step: int) -> HostBatch:
-        """Make the batch of a step counted from 0."""
-        epoch, batch_index = divmod(step, self.steps_per_epoch)
-        anchors = self._cached_epoch_order(epoch)[
-            batch_index * self.batch_size : (batch_index + 1) * self.batch_size
+    def __len__(self) -> int:
+        """Return the number of anchors, each of which has one pair per epoch."""
+        return len(self.anchors)
+
+    def __getitem__(self, index: int) -> tuple[Any, ...]:
+        """Return the views of a pair, (3, size, size) float32 each, normalized, and the anchor's position."""
+        anchors = self.anchors[[index]]
+        batch = self.collate(anchors, self.sample_partners(anchors, self.epoch), self.epoch)
+        views = batch.to_device(self.augmentations, torch.device("cpu")).views
+        return (*(view[0] for view in views), int(anchors[0]))
+
+    def sample_partners(self, anchors: np.ndarray, epoch: int) -> list[np.ndarray]:
+        """Sample the partners of anchors (b,) int64: one array (b,) int64 per partner."""
+        return [
+            self.pairs.sample_partners(anchors, seed=self.seed, epoch=epoch, offset=i / self._num_partners)
+            for i in range(self._num_partners)
         ]
-        return self._make_batch(anchors, self._sample_partners(anchors, epoch), epoch)
 
-    def batch_of(self, anchors: np.ndarray, partners: np.ndarray) -> HostBatch:
-        """Make a batch of given pairs, shown as in the first epoch."""
-        return self._make_batch(anchors, [partners], 0)
+    def collate(
+        self,
+        anchors: np.ndarray,
+        partners: Sequence[np.ndarray],
+        epoch: int,
+        dist: DistributedContext = SINGLE_PROCESS,
+    ) -> HostBatch:
+        """Make a batch of pairs.
 
-    def iterate(self, start: int, stop: int, num_workers: int) -> Iterator[HostBatch]:
-        """Yield the batches of steps start to stop, made ahead of time by `num_workers` threads."""
-        return prefetch_map(self.batch_at, range(start, stop), num_workers)
-
-    def _make_batch(self, anchors: np.ndarray, partners: list[np.ndarray], epoch: int) -> HostBatch:
-        local = self.dist.local_slice(len(anchors))
-        sources = [array[local] for array in (anchors, *partners)]
-        # All views are drawn for the anchor: two anchors that share a partner must not share its view.
+        Args:
+            anchors: (b,) int64, positions of the anchors.
+            partners: Positions of each partner, (b,) int64 per partner.
+            epoch: The epoch that decides the augmentation.
+            dist: The process, which crops the views of its part only.
+        """
+        local = dist.local_slice(len(anchors))
+        sources = [positions[local] for positions in (anchors, *partners)]
+        # Parameters belong to the anchor: anchors with the same partner get different views of it.
         view_params = [
             sample_view_params(sources[0], view_index, seed=self.seed, epoch=epoch)
             for view_index in range(len(self.view_specs))
         ]
+        labels = self.pairs.labels
         return HostBatch(
             anchors,
             partners,
-            self.dist.shard_sizes(len(anchors)),
+            dist.shard_sizes(len(anchors)),
             self._crop_views(sources, view_params),
             [params.color for params in view_params],
             self._caption_embeddings(anchors, partners),
-            self._caption_tokens(anchors[local], [array[local] for array in partners], epoch),
-            None if self.pairs.labels is None else torch.from_numpy(self.pairs.labels[anchors]),
+            self._caption_tokens(sources[0], sources[1], epoch),
+            None if labels is None else torch.from_numpy(labels[anchors]),
         )
-
-    def _epoch_order(self, epoch: int) -> np.ndarray:
-        return self.anchors[epoch_permutation(len(self.anchors), seed=self.seed, epoch=epoch)]
-
-    def _sample_partners(self, anchors: np.ndarray, epoch: int) -> list[np.ndarray]:
-        """Draw as many partners as are shown, and one at least, whose caption may be wanted."""
-        num_partners = max(1, self._num_partners)
-        return [
-            self.pairs.sample_partners(anchors, seed=self.seed, epoch=epoch, offset=i / num_partners)
-            for i in range(num_partners)
-        ]
 
     def _caption_embeddings(self, anchors: np.ndarray, partners: Sequence[np.ndarray]) -> Tensor | None:
         if self.caption_inputs.vectors is None:
@@ -291,19 +317,17 @@ class PairLoader:
         vectors = self.caption_inputs.vectors.get(np.concatenate([anchors, partners[0]]))
         return torch.from_numpy(vectors).unflatten(0, (2, len(anchors)))
 
-    def _caption_tokens(
-        self, anchors: np.ndarray, partners: Sequence[np.ndarray], epoch: int
-    ) -> Tensor | None:
+    def _caption_tokens(self, anchors: np.ndarray, partners: np.ndarray, epoch: int) -> Tensor | None:
         tokens = self.caption_inputs.tokens
         if tokens is None:
             return None
         positions = anchors
         if self.caption_inputs.use_partner_caption:
-            positions = np.where(tokens.has_caption[partners[0]], partners[0], anchors)
+            positions = np.where(tokens.has_caption[partners], partners, anchors)
         return tokens.sample(positions, seed=self.seed, epoch=epoch)
 
     def _crop_views(self, sources: Sequence[np.ndarray], view_params: Sequence[ViewParams]) -> list[Tensor]:
-        """Cut all views, a pair at a time: an image that is shown more than once in it is decoded once."""
+        """Crop all views pair by pair; an image with several views in a pair is decoded once."""
         view_positions = [sources[spec.source] for spec in self.view_specs]
         boxes = [
             compute_crop_boxes(self.image_cache.shapes(positions), params.crop, augmentation.crop_scale)
@@ -324,5 +348,72 @@ class PairLoader:
                 views[view].append(
                     crop_resize(decoded[position], boxes[view][row], spec.image_size, flip=flip)
                 )
-        # Pixels lie as they were cut, channels last: to lay each channel by itself is left to the device.
-        return [torch.stack([view.permute(1, 2, 0) for view in spec]).permute(0, 3, 1, 2) for spec in views]
+        # Pixels stay channels last, as they were cropped; the device changes the layout.
+        return [torch.stack([view.permute(1, 2, 0) for view in crops]).permute(0, 3, 1, 2) for crops in views]
+
+
+class PairLoader:
+    """Shuffled batches of a `PairDataset`, made ahead of time by threads; incomplete batches are dropped.
+
+        loader = likewise.PairLoader(pair_dataset, batch_size=128)
+        for epoch in range(10):
+            pair_dataset.set_epoch(epoch)
+            for view1, view2, index in loader:
+                ...
+
+    Views are cropped on the host and augmented in color on the device, a batch at a time, which is faster
+    than a `torch.utils.data.DataLoader` of the same dataset.
+    """
+
+    def __init__(
+        self,
+        dataset: PairDataset,
+        *,
+        batch_size: int,
+        num_workers: int = 1,
+        device: torch.device | str = "cpu",
+        dist: DistributedContext = SINGLE_PROCESS,
+    ) -> None:
+        """Batch a dataset.
+
+        Args:
+            dataset: The pairs.
+            batch_size: Pairs per batch, over all processes.
+            num_workers: Threads that make batches; they do not change the result.
+            device: The device of the views.
+            dist: The process, which receives its part of each batch.
+        """
+        self.dataset, self.batch_size, self.num_workers = dataset, batch_size, num_workers
+        self.device, self.dist = torch.device(device), dist
+        self._cached_epoch_order = lru_cache(maxsize=2)(self._epoch_order)
+
+    def __len__(self) -> int:
+        """Return the number of batches per epoch."""
+        return len(self.dataset) // self.batch_size
+
+    def __iter__(self) -> Iterator[tuple[Tensor, ...]]:
+        """Yield the batches of the dataset's epoch.
+
+        Each is the views, (b, 3, size, size) float32, normalized, and the positions of the anchors, (b,)
+        int64.
+        """
+        first_step = self.dataset.epoch * len(self)
+        for batch in self.iterate(first_step, first_step + len(self)):
+            local = self.dist.local_slice(len(batch.anchors))
+            views = batch.to_device(self.dataset.augmentations, self.device).views
+            yield (*views, torch.from_numpy(batch.anchors[local]))
+
+    def batch_at(self, step: int) -> HostBatch:
+        """Make the batch of a step, counted from 0 over all epochs."""
+        epoch, batch_index = divmod(step, len(self))
+        start = batch_index * self.batch_size
+        anchors = self._cached_epoch_order(epoch)[start : start + self.batch_size]
+        return self.dataset.collate(anchors, self.dataset.sample_partners(anchors, epoch), epoch, self.dist)
+
+    def iterate(self, start: int, stop: int) -> Iterator[HostBatch]:
+        """Yield the batches of steps `start` to `stop`, made ahead of time by `num_workers` threads."""
+        return prefetch_map(self.batch_at, range(start, stop), self.num_workers)
+
+    def _epoch_order(self, epoch: int) -> np.ndarray:
+        order = epoch_permutation(len(self.dataset), seed=self.dataset.seed, epoch=epoch)
+        return self.dataset.anchors[order]

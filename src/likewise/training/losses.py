@@ -1,4 +1,10 @@
-"""Losses: tensors in, scalar out; no state and no communication."""
+"""Losses as pure functions: tensors in, a scalar out, without state or communication.
+
+    from likewise.training.losses import nt_xent_loss
+    loss = nt_xent_loss(z1, z2, temperature=0.1)
+
+In every signature b is the batch size, d the dimension of the projections and v = 2b the number of views.
+"""
 
 from collections.abc import Sequence
 
@@ -7,7 +13,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from torch.nn.functional import cross_entropy, log_softmax, logsigmoid, mse_loss, normalize, relu
 
-_COSINE_TOLERANCE = 1e-6  # equal unit vectors in float32 are this far from a cosine of 1
+_COSINE_TOLERANCE = 1e-6  # float32 error of the cosine of equal unit vectors
 
 
 def nt_xent_loss(
@@ -17,19 +23,18 @@ def nt_xent_loss(
     weights: Float[Tensor, "v v"] | None = None,
     targets: Float[Tensor, "v v"] | None = None,
 ) -> Float[Tensor, ""]:
-    """Normalised temperature-scaled cross-entropy over both views of a batch (Chen et al. 2020, eq. 1).
+    """Normalized temperature-scaled cross-entropy over both views of a batch (Chen et al. 2020, eq. 1).
 
-    Each of the v = 2b projections picks the other view of its pair among the 2b - 1 that are not itself; the
-    loss is the mean over all 2b.
+    Each of the v = 2b projections classifies the other view of its pair among the 2b - 1 other projections;
+    the loss is the mean over all 2b.
 
     Args:
         z1: Projections of the anchors' views.
         z2: Projections of the partners' views.
-        temperature: What similarities are divided by.
-        weights: How much each view counts as a negative of each other one, from 0 (not at all) to 1; rows and
-            columns in the order anchors, partners. The positive always counts in full.
-        targets: How likely each view should be picked for each other one, not negative; the positive has 1,
-            rows are brought to a sum of 1. The loss is then the cross-entropy to these soft targets.
+        temperature: Softmax temperature.
+        weights: Weight of each view as a negative of each other view, from 0 (ignored) to 1; rows and columns
+            in the order anchors, partners. The positive always has weight 1.
+        targets: Soft targets, not negative; the positive is set to 1, and rows are normalized to sum to 1.
     """
     b = len(z1)
     z = normalize(torch.cat([z1, z2]), dim=1)
@@ -44,24 +49,24 @@ def nt_xent_loss(
         return cross_entropy(logits, labels)
     target_probs = targets.scatter(1, labels[:, None], 1.0).masked_fill(self_mask, 0)
     target_probs = target_probs / target_probs.sum(dim=1, keepdim=True)
-    # 0 times -inf, on the diagonal, is meant to be 0.
+    # The product of 0 and -inf on the diagonal must be 0.
     return -(target_probs * log_softmax(logits, dim=1).masked_fill(self_mask, 0)).sum(dim=1).mean()
 
 
 def false_negative_weights(
     similarity: Float[Tensor, "v v"], threshold: float, mode: str
 ) -> tuple[Float[Tensor, "v v"] | None, Float[Tensor, "v v"] | None]:
-    """Treat views whose captions are alike as less of a negative: weights and targets for `nt_xent`.
+    """Return the weights and targets of likely false negatives for `nt_xent_loss` and `dcl_loss`.
 
     Args:
-        similarity: Cosine similarity of the captions of all views; 0 where an image has none.
-        threshold: From which cosine similarity s on captions count as alike.
-        mode: `mask`: they are no negatives at all. `weight`: they count (1 - s) / (1 - threshold).
-            `soften`: they are negatives no more but targets, in proportion to s (as in supervised contrastive
-            learning, Khosla et al. 2020, with similarity in place of labels).
+        similarity: Caption cosine similarity s of all views; 0 for images without a caption.
+        threshold: Similarity from which a negative counts as false.
+        mode: `mask` ignores false negatives, `reweight` gives them the weight (1 - s) / (1 - threshold), and
+            `soft_targets` makes them targets in proportion to s (as in supervised contrastive learning,
+            Khosla et al. 2020, with similarity in place of labels).
 
     Returns:
-        Weights, targets; None where the mode leaves them as they are.
+        Weights and targets; None for the one that the mode does not use.
     """
     is_similar = similarity >= threshold - _COSINE_TOLERANCE
     if mode == "mask":
@@ -73,7 +78,7 @@ def false_negative_weights(
 
 
 def false_negative_fraction(similarity: Float[Tensor, "v v"], threshold: float) -> Float[Tensor, ""]:
-    """Return the share of the v (v - 2) negatives of a batch whose captions are alike, pairs left out."""
+    """Return the fraction of the v (v - 2) negatives with a caption similarity of at least `threshold`."""
     v = len(similarity)
     false_negatives = (similarity >= threshold - _COSINE_TOLERANCE).float()
     false_negatives = false_negatives.masked_fill(
@@ -91,7 +96,7 @@ def info_nce_loss(
     labels: Int[Tensor, " b"],
     temperature: float | Float[Tensor, ""],
 ) -> Float[Tensor, ""]:
-    """Cross-entropy of picking each query's partner among all keys (van den Oord et al. 2018, eq. 4)."""
+    """Cross-entropy of classifying each query's key among all keys (van den Oord et al. 2018, eq. 4)."""
     return cross_entropy(_l2_normalize(queries) @ _l2_normalize(keys).T / temperature, labels)
 
 
@@ -101,7 +106,7 @@ def moco_loss(
     memory_bank: Float[Tensor, "q d"],
     temperature: float,
 ) -> Float[Tensor, ""]:
-    """Cross-entropy of picking one's own key among it and a queue of unit rows (He et al. 2020, eq. 1)."""
+    """Cross-entropy of each query's key against a memory bank of unit vectors (He et al. 2020, eq. 1)."""
     queries = _l2_normalize(queries)
     positive_sim = (queries * _l2_normalize(keys)).sum(dim=1, keepdim=True)
     logits = torch.cat([positive_sim, queries @ memory_bank.T], dim=1) / temperature
@@ -119,9 +124,9 @@ def dcl_loss(
     Args:
         z1: Projections of the anchors' views.
         z2: Projections of the partners' views.
-        temperature: What similarities are divided by.
-        weights: How much each view counts as a negative of each other one, from 0 to 1, as for `nt_xent`. A
-            view whose negatives all count nothing is left out of the mean.
+        temperature: Softmax temperature.
+        weights: Weight of each view as a negative of each other view, from 0 to 1, as for `nt_xent_loss`.
+            Views whose negatives all have weight 0 are excluded from the mean.
     """
     b = len(z1)
     z = _l2_normalize(torch.cat([z1, z2]))
@@ -132,23 +137,23 @@ def dcl_loss(
         logits = logits + weights.masked_fill(positive_mask, 1).log()
     negatives = logits.masked_fill(self_mask | positive_mask, -torch.inf)
     has_negatives = (negatives > -torch.inf).any(dim=1)
-    # A row without negatives would have -inf here, and its gradient would be no number.
+    # A row without negatives would be -inf here, with a NaN gradient.
     log_denominator = negatives.masked_fill(~has_negatives[:, None], 0).logsumexp(dim=1)
     losses = log_denominator - logits[positive_mask]
     return torch.where(has_negatives, losses, 0).sum() / has_negatives.sum().clamp(min=1)
 
 
 def supcon_loss(z: Float[Tensor, "v d"], labels: Int[Tensor, " v"], temperature: float) -> Float[Tensor, ""]:
-    """Supervised contrastive loss: every other view of one's group is a positive.
+    """Supervised contrastive loss: all other views of the same label are positives.
 
     Khosla et al. 2020, eq. 2 (the mean over positives outside of the logarithm), without the ratio of
-    temperatures by which the authors' code multiplies it. Views that are alone in their group are left out of
-    the mean.
+    temperatures by which the authors' code multiplies it. Views without a positive are excluded from the
+    mean.
 
     Args:
         z: Projections.
-        labels: Which views belong together, by number.
-        temperature: What similarities are divided by.
+        labels: The label of each view.
+        temperature: Softmax temperature.
     """
     z_norm = _l2_normalize(z)
     self_mask = torch.eye(len(z), dtype=torch.bool, device=z.device)
@@ -161,8 +166,10 @@ def supcon_loss(z: Float[Tensor, "v d"], labels: Int[Tensor, " v"], temperature:
     return -mean_log_prob.sum() / (num_positives > 0).sum().clamp(min=1)
 
 
-def negative_cosine(predictions: Float[Tensor, "b d"], targets: Float[Tensor, "b d"]) -> Float[Tensor, ""]:
-    """Minus the mean cosine of partners (Chen and He 2021, "Exploring Simple Siamese", eq. 1)."""
+def negative_cosine_loss(
+    predictions: Float[Tensor, "b d"], targets: Float[Tensor, "b d"]
+) -> Float[Tensor, ""]:
+    """Negative mean cosine similarity (Chen and He 2021, "Exploring Simple Siamese", eq. 1)."""
     return -(_l2_normalize(predictions) * _l2_normalize(targets)).sum(dim=1).mean()
 
 
@@ -170,14 +177,17 @@ def negative_cosine(predictions: Float[Tensor, "b d"], targets: Float[Tensor, "b
 def sinkhorn(
     scores: Float[Tensor, "n p"], epsilon: float = 0.05, iterations: int = 3
 ) -> Float[Tensor, "n p"]:
-    """Assign samples to prototypes softly, all prototypes alike in use (Caron et al. 2020, eq. 3 to 5).
+    """Assign samples to equally used prototypes by Sinkhorn-Knopp (Caron et al. 2020, eq. 3 to 5).
 
     Args:
         scores: Similarity of each of n samples to each of p prototypes.
-        epsilon: The weight of entropy; the smaller, the harder the assignment.
-        iterations: Rounds of the Sinkhorn-Knopp algorithm; rows sum to 1 after the last.
+        epsilon: Weight of the entropy; smaller values give harder assignments.
+        iterations: Iterations of the algorithm; rows sum to 1 after the last.
+
+    Returns:
+        The assignments (codes).
     """
-    # In logarithms: the exponential of a score over 0.05 leaves the range of float32 from scores of 4.5 on.
+    # In logarithms: the exponential of a score over 0.05 overflows float32 from scores of 4.5 on.
     codes = scores / epsilon
     for _ in range(iterations):
         codes = codes - codes.logsumexp(dim=0, keepdim=True)
@@ -188,12 +198,12 @@ def sinkhorn(
 def swav_loss(
     scores: Sequence[Float[Tensor, "b p"]], codes: Sequence[Float[Tensor, "b p"]], temperature: float
 ) -> Float[Tensor, ""]:
-    """Cross-entropy of each view's prototypes to each other one's codes (Caron et al. 2020, eq. 2 and 6).
+    """Cross-entropy of each view's scores to the codes of each other view (Caron et al. 2020, eq. 2 and 6).
 
     Args:
-        scores: Similarity to the prototypes, of each view; those that have codes come first.
-        codes: Assignments, of the first views.
-        temperature: What scores are divided by.
+        scores: Similarity to the prototypes per view; views with codes come first.
+        codes: Assignments of the first views.
+        temperature: Softmax temperature.
     """
     log_probs = [log_softmax(view_scores / temperature, dim=1) for view_scores in scores]
     losses = [
@@ -213,9 +223,9 @@ def vicreg_loss(
     variance_weight: float = 25.0,
     covariance_weight: float = 1.0,
 ) -> Float[Tensor, ""]:
-    """Partners alike, each coordinate spread, coordinates uncorrelated (Bardes et al. 2022, eq. 6).
+    """Invariance, variance and covariance terms (Bardes et al. 2022, eq. 6).
 
-    The variance term is the mean of both views', as in the authors' code; equation 6 has their sum.
+    The variance term is the mean over both views, as in the authors' code; equation 6 has their sum.
     """
     b, d = z1.shape
     variance_losses, covariance_losses = [], []
@@ -234,7 +244,7 @@ def vicreg_loss(
 def barlow_twins_loss(
     z1: Float[Tensor, "b d"], z2: Float[Tensor, "b d"], redundancy_weight: float = 5e-3
 ) -> Float[Tensor, ""]:
-    """Bring the cross-correlation of both views' coordinates to the identity (Zbontar et al. 2021, eq. 1)."""
+    """Distance of the cross-correlation of both views from the identity (Zbontar et al. 2021, eq. 1)."""
     z1_norm, z2_norm = ((z - z.mean(dim=0)) / torch.sqrt(z.var(dim=0, correction=0) + 1e-5)
                 for z in (z1, z2))  # fmt: skip
     correlation = z1_norm.T @ z2_norm / len(z1)
@@ -246,7 +256,7 @@ def barlow_twins_loss(
 def clip_loss(
     image_features: Float[Tensor, "b d"], text_features: Float[Tensor, "b d"], logit_scale: Float[Tensor, ""]
 ) -> Float[Tensor, ""]:
-    """Each image picks its text and each text its image (Radford et al. 2021, figure 3)."""
+    """Symmetric cross-entropy of images and texts (Radford et al. 2021, figure 3)."""
     labels = torch.arange(len(image_features), device=image_features.device)
     return (
         info_nce_loss(image_features, text_features, labels, 1 / logit_scale)
@@ -260,7 +270,7 @@ def siglip_loss(
     logit_scale: Float[Tensor, ""],
     logit_bias: Float[Tensor, ""],
 ) -> Float[Tensor, ""]:
-    """Tell for each image and text by itself whether they belong together (Zhai et al. 2023, algorithm 1)."""
+    """Binary cross-entropy of every image-text pair of the batch (Zhai et al. 2023, algorithm 1)."""
     logits = _l2_normalize(image_features) @ _l2_normalize(text_features).T * logit_scale + logit_bias
     labels = 2 * torch.eye(len(image_features), device=logits.device) - 1
     return -logsigmoid(labels * logits).sum() / len(image_features)

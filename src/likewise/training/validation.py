@@ -1,4 +1,4 @@
-"""Scoring an encoder while it learns, by pairs that it is not trained on."""
+"""Validation on held-out pairs, and metrics that detect collapse."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -14,32 +14,38 @@ from likewise.errors import TrainingError
 from likewise.pairs.sampling import Pairs
 from likewise.rng import Stream
 from likewise.training.config import ViewSpec
-from likewise.training.loader import PairLoader
-from likewise.training.run_dir import effective_rank
+from likewise.training.loader import PairDataset
 
-PRIMARY_METRIC = "mrr"  # what decides which encoder is the best
+PRIMARY_METRIC = "mrr"  # selects the best encoder
 _BATCH_SIZE = 256
 _KNN_K = 20
-_MAX_VAL_FRACTION = 0.5  # of the images, at most, are held out
+_MAX_VAL_FRACTION = 0.5  # of the images
+_COLLAPSE_RANK = 2.0
+_COLLAPSE_STD = 0.01
 
 
 @dataclass(frozen=True)
 class ValidationSplit:
-    """Pairs that no step of training sees: anchors (m,) and their partners (m,) int64."""
+    """Pairs that are held out of training.
+
+    Attributes:
+        anchors: (m,) int64, positions of the anchors.
+        partners: (m,) int64, positions of their partners.
+    """
 
     anchors: np.ndarray
     partners: np.ndarray
 
     def training_positions(self, readable: np.ndarray) -> np.ndarray:
-        """Return the usable images that are left to train on: no anchor, no partner."""
+        """Return the readable images that are neither anchor nor partner: (n,) int64."""
         return np.setdiff1d(readable, np.concatenate([self.anchors, self.partners]))
 
 
 def split_validation(pairs: Pairs, num_pairs: int, *, seed: int) -> ValidationSplit:
-    """Draw pairs of different images, or, where images are paired with themselves, images.
+    """Sample validation pairs: pairs of different images, or single images for self pairs.
 
     Raises:
-        TrainingError: where there are too few.
+        TrainingError: if there are too few images.
     """
     is_self_paired = pairs.pair_config.source == "self"
     eligible = (
@@ -47,9 +53,9 @@ def split_validation(pairs: Pairs, num_pairs: int, *, seed: int) -> ValidationSp
     )
     if num_pairs > _MAX_VAL_FRACTION * len(eligible):
         raise TrainingError(
-            f"--held-out {num_pairs}: only {len(eligible):,} images could be held out, of which at "
-            f"most half are; "
-            f"use {int(_MAX_VAL_FRACTION * len(eligible))} or less"
+            f"`num_val_pairs` must be at most {int(_MAX_VAL_FRACTION * len(eligible))}, half of the "
+            f"{len(eligible):,} images with a partner, got {num_pairs}",
+            field="num_val_pairs",
         )
     anchors = np.sort(np.random.default_rng([seed, Stream.VALIDATION]).permutation(eligible)[:num_pairs])
     partners = pairs.sample_partners(anchors, seed=seed, epoch=0)
@@ -57,7 +63,7 @@ def split_validation(pairs: Pairs, num_pairs: int, *, seed: int) -> ValidationSp
 
 
 class PairRetrievalEvaluator:
-    """Scores an encoder by how well it finds the partners of held-out images."""
+    """Evaluates an encoder by retrieving the partners of validation anchors."""
 
     def __init__(
         self,
@@ -69,37 +75,30 @@ class PairRetrievalEvaluator:
         *,
         seed: int,
     ) -> None:
-        """Fix two views of each pair, made as in training.
+        """Make two fixed views of each pair, as in training.
 
         Args:
-            image_cache: The pixels.
-            pairs: The pairs that `split` was drawn from.
-            split: What is held out.
-            view_spec: How an anchor is shown in training.
-            labels: The label of each held-out anchor by number, (m,) int64, -1 without one; None where there
-                are none.
-            seed: Decides the views.
+            image_cache: The images.
+            pairs: The pairs from which `split` was sampled.
+            split: The validation pairs.
+            view_spec: The view of an anchor in training.
+            labels: (m,) int64, the label of each validation anchor, -1 without one; None without labels.
+            seed: Seed of the augmentation.
         """
-        loader = PairLoader(
-            image_cache,
-            pairs,
-            [
-                view_spec,
-                ViewSpec(source=1, augmentation=view_spec.augmentation, image_size=view_spec.image_size),
-            ],
-            batch_size=len(split.anchors),
-            seed=seed,
+        partner_spec = ViewSpec(
+            source=1, augmentation=view_spec.augmentation, image_size=view_spec.image_size
         )
-        host_batch = loader.batch_of(split.anchors, split.partners)
-        self._views = host_batch.to_device(loader.augmentations, torch.device("cpu")).views
+        pair_dataset = PairDataset(image_cache, pairs, seed=seed, view_specs=[view_spec, partner_spec])
+        batch = pair_dataset.collate(split.anchors, [split.partners], epoch=0)
+        self._views = batch.to_device(pair_dataset.augmentations, torch.device("cpu")).views
         self._labels = None if labels is None else torch.from_numpy(labels)
 
     def evaluate(self, encoder: nn.Module, device: torch.device, dtype: torch.dtype) -> dict[str, float]:
-        """Embed both views of all pairs and compare them; the encoder is left in training mode.
+        """Compute the validation metrics of an encoder; it is in training mode afterwards.
 
         Returns:
-            `mrr` and `recall_at_1` of the partner, `alignment`, `uniformity`, `effective_rank` and, where
-            there are labels, `knn`, the accuracy of the nearest other anchors.
+            `mrr` and `recall_at_1` of the partner, `alignment`, `uniformity`, `effective_rank` and, with
+            labels, `knn`, the accuracy of a nearest-neighbor classifier on the other anchors.
         """
         encoder.eval()
         with torch.inference_mode(), torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
@@ -124,10 +123,37 @@ class PairRetrievalEvaluator:
         return {name: float(value) for name, value in metrics.items()}
 
 
-def retrieval_ranks(anchors: Float[Tensor, "m d"], partners: Float[Tensor, "m d"]) -> Float[Tensor, " m"]:
-    """Return at which place each anchor finds its partner among all partners, by cosine; 1 is first.
+def feature_std(features: Float[Tensor, "n d"]) -> Float[Tensor, ""]:
+    """Return the standard deviation of normalized features: 1 for uniform directions, 0 for constant ones.
 
-    Of equal similarities half count as nearer, so that features that are all the same rank in the middle.
+    The standard deviation of each coordinate, averaged and multiplied by the square root of d (Chen and He
+    2021, "Exploring Simple Siamese", section 4.1).
+    """
+    normalized = normalize(features.float(), dim=1)
+    return normalized.std(dim=0).mean() * normalized.shape[1] ** 0.5
+
+
+def effective_rank(features: Float[Tensor, "n d"]) -> Float[Tensor, ""]:
+    """Return the effective rank of the centered features: the exponential of the entropy of their spectrum.
+
+    Roy and Vetterli 2007, definition 1, with singular values that sum to 1; between 1 and min(n - 1, d).
+    (RankMe, Garrido et al. 2023, uses features that are not centered.)
+    """
+    centered = features.float() - features.float().mean(dim=0)
+    singular_values = torch.linalg.svdvals(centered)
+    p = singular_values / singular_values.sum().clamp(min=1e-12)
+    return torch.exp(-(p * torch.log(p.clamp(min=1e-12))).sum())
+
+
+def has_collapsed(*, rank: float, std: float) -> bool:
+    """Return whether features are nearly the same for all images."""
+    return rank < _COLLAPSE_RANK or std < _COLLAPSE_STD
+
+
+def retrieval_ranks(anchors: Float[Tensor, "m d"], partners: Float[Tensor, "m d"]) -> Float[Tensor, " m"]:
+    """Return the rank of each anchor's partner, from 1, among all partners by cosine similarity.
+
+    Half of the tied similarities rank higher, so that constant features have the middle rank.
     """
     similarity = normalize(anchors, dim=1) @ normalize(partners, dim=1).T
     positive = similarity.diagonal()[:, None]
@@ -140,7 +166,7 @@ def retrieval_ranks(anchors: Float[Tensor, "m d"], partners: Float[Tensor, "m d"
 
 
 def alignment(anchors: Float[Tensor, "m d"], partners: Float[Tensor, "m d"]) -> Float[Tensor, ""]:
-    """Return the mean squared distance of unit partners (Wang and Isola 2020, section 4.1.1)."""
+    """Return the mean squared distance of normalized partners (Wang and Isola 2020, section 4.1.1)."""
     return (normalize(anchors, dim=1) - normalize(partners, dim=1)).square().sum(dim=1).mean()
 
 
@@ -161,11 +187,11 @@ def knn_accuracy(features: Float[Tensor, "m d"], labels: Int[Tensor, " m"]) -> F
 
 
 def best_step(rows: list[dict[str, Any]]) -> int:
-    """Return the step of the best score, the earliest of equals; 0 where nothing was scored."""
+    """Return the step with the best primary metric, the earliest of ties; 0 without validation."""
     return max(rows, key=lambda row: (row[PRIMARY_METRIC], -row["step"]))["step"] if rows else 0
 
 
 def should_stop(rows: list[dict[str, Any]], patience: int | None) -> bool:
-    """Tell whether so many scores have passed without a better one."""
+    """Return whether the last `patience` validations brought no improvement; False if it is None."""
     best = best_step(rows)
     return patience is not None and sum(row["step"] > best for row in rows) >= patience

@@ -1,4 +1,4 @@
-"""The one interface of all methods."""
+"""The interface of all methods, and gradient caching."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
@@ -13,23 +13,23 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils.checkpoint import checkpoint
 
 from likewise.distributed import CPUSyncBatchNorm, all_gather_with_grad
+from likewise.training.methods.modules import projection_head
 
 
 @dataclass(frozen=True, kw_only=True)
 class Batch:
-    """What a step shows.
+    """One batch of b pairs on the device.
 
-    A batch has b pairs, of which this process has its own part: `views` and `tokens` are of that part, the
-    rest is of the whole batch.
+    `views` and `tokens` belong to the local part of this process; all other fields to the whole batch.
 
     Attributes:
-        views: The views that the method asked for, each (part, 3, side, side) float32, standardised.
-        rank_sizes: How many pairs each process has; they sum to b.
-        caption_embeddings: Unit vectors of what describes anchors and partners, (2, b, d); zero where
-            nothing does.
-        tokens: The caption of each anchor, (part, t).
-        labels: Which label each pair is of, (b,); None where pairs are not made by labels.
-        train_fraction: The share of the run that lies behind, in [0, 1).
+        views: The views of the method, each (local, 3, size, size) float32, normalized.
+        rank_sizes: Pairs per process; they sum to b.
+        caption_embeddings: (2, b, d) float32, the caption embeddings of anchors and partners, of unit length;
+            zero without a caption.
+        tokens: (local, t) int64, the tokenized caption of each pair.
+        labels: (b,) int64, the label of each pair; None unless pairs are sampled by label.
+        train_fraction: The completed fraction of the run, in [0, 1).
     """
 
     views: Sequence[Tensor]
@@ -40,72 +40,96 @@ class Batch:
     train_fraction: float = 0.0
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class StepOutput:
-    """What a method makes of a batch.
+    """The loss of a batch and what is logged beside it.
 
     Attributes:
-        loss: The scalar to descend, of the whole batch.
-        features: The backbone's features of all views of this process, detached, for the watch on collapse.
-        logs: Further scalars, left on the device until the loop writes them.
-        skip_update: 1 where the batch teaches nothing and no weight should move, else 0; None where that
-            cannot be.
+        loss: The loss of the whole batch.
+        features: (n, feature_dim), the backbone's features of all local views, detached; set by
+            `Method.forward`.
+        logs: Further scalars to log, on the device.
+        skip_update: 1 if the optimizer update must be skipped (a batch without pairs), else 0; None if the
+            method never skips.
     """
 
     loss: Float[Tensor, ""]
-    features: Float[Tensor, "n w"]
-    logs: dict[str, Tensor] = field(default_factory=dict)
-    skip_update: Float[Tensor, ""] | None = None
-
-
-@dataclass(frozen=True)
-class LossOutput:
-    """A loss with what is to be logged beside it; the fields are those of `Step`."""
-
-    loss: Float[Tensor, ""]
+    features: Float[Tensor, "n w"] | None = None
     logs: dict[str, Tensor] = field(default_factory=dict)
     skip_update: Float[Tensor, ""] | None = None
 
 
 class Method(nn.Module, ABC):
-    """A loss together with the modules it trains; `backbone` is what is kept afterwards.
+    """A pre-training objective with the modules it trains; the backbone is the result of a run.
 
-    A step has two halves: each process embeds its own part of the batch, then all judge the whole. So no
-    method knows how many processes there are, nor in how many chunks its part passes through the network.
+    A step has two halves: `encode` runs on the local part of the batch, `compute_loss` on the outputs of the
+    whole batch, gathered over all processes. Methods therefore depend neither on the number of processes nor
+    on the number of chunks in which the local part passes through the network.
 
     Attributes:
-        grad_cache_chunk_size: Pairs that all processes embed at a time; None for the whole batch at once.
+        backbone: Images (b, 3, h, w) -> features (b, feature_dim).
+        grad_cache_chunk_size: Pairs of all processes per chunk; None for the whole batch at once.
     """
 
-    backbone: nn.Module
     grad_cache_chunk_size: int | None = None
 
+    def __init__(self, backbone: nn.Module, feature_dim: int, options: Any) -> None:
+        """Set the backbone; subclasses add their heads.
+
+        Args:
+            backbone: Images (b, 3, h, w) -> features (b, feature_dim).
+            feature_dim: Features per image.
+            options: The options of the method, of its own class in `methods.options`.
+        """
+        super().__init__()
+        self.backbone = backbone
+
     def on_step_start(self, batch: Batch) -> None:
-        """Do what is done once a step, before anything is embedded."""
+        """Update state at the start of a step, such as a momentum encoder; nothing by default."""
 
     @abstractmethod
     def encode(self, batch: Batch) -> tuple[Tensor, Sequence[Tensor]]:
-        """Return the features (n, w) of all views, and what is to be judged: tensors of `part` rows each."""
+        """Encode the local part of a batch.
+
+        Returns:
+            The features (n, feature_dim) of all views, and the inputs of `compute_loss`, (local, …) each.
+        """
 
     @abstractmethod
-    def compute_loss(self, outputs: Sequence[Tensor], batch: Batch) -> LossOutput:
-        """Return the loss of the whole batch from outputs of b rows each, float32."""
+    def compute_loss(self, outputs: Sequence[Tensor], batch: Batch) -> StepOutput:
+        """Return the loss of the whole batch from its gathered outputs, (b, …) float32 each."""
 
     def forward(self, batch: Batch) -> StepOutput:
-        """Embed, gather, judge."""
+        """Encode the local part, gather the outputs of all processes, and compute the loss."""
         self.on_step_start(batch)
         features, outputs = _encode_in_chunks(self, batch)
-        # Similarities decide who is picked: too much for the 8 bits of mixed precision.
+        # In float32: the 8 bits of mixed precision are too few to rank similarities.
         gathered = [all_gather_with_grad(output.float(), batch.rank_sizes) for output in outputs]
         with torch.autocast(features.device.type, enabled=False):
-            loss_output = self.compute_loss(gathered, batch)
-        return StepOutput(loss_output.loss, features.detach(), loss_output.logs, loss_output.skip_update)
+            output = self.compute_loss(gathered, batch)
+        return replace(output, features=features.detach())
+
+
+class SiameseMethod(Method):
+    """A method that encodes all views by one backbone and one projection head."""
+
+    def __init__(
+        self, backbone: nn.Module, feature_dim: int, options: Any, *, final_norm: bool = False
+    ) -> None:
+        """Set the backbone and the projection head of `options.projector_dims`."""
+        super().__init__(backbone, feature_dim, options)
+        self.projector = projection_head(feature_dim, options.projector_dims, final_norm=final_norm)
+
+    def encode(self, batch: Batch) -> tuple[Tensor, Sequence[Tensor]]:
+        """Return the features and the projection of each view."""
+        features = torch.cat(forward_views(self.backbone, batch.views))
+        return features, self.projector(features).chunk(len(batch.views))
 
 
 def forward_views(backbone: nn.Module, views: Sequence[Tensor]) -> tuple[Tensor, ...]:
-    """Return the features of each view: views of one size pass through the backbone as one batch.
+    """Return the features of each view; consecutive views of one size pass through the backbone together.
 
-    Batch norm's statistics are then those of all these views, as in the SimCLR paper.
+    The statistics of batch norm are then those of all these views, as in the SimCLR paper.
     """
     image_sizes = [view.shape[-1] for view in views]
     features: list[Tensor] = []
@@ -118,12 +142,12 @@ def forward_views(backbone: nn.Module, views: Sequence[Tensor]) -> tuple[Tensor,
 
 
 def _encode_in_chunks(method: Method, batch: Batch) -> tuple[Tensor, Sequence[Tensor]]:
-    """Embed a part of a batch chunk by chunk, and once more in the backward pass; one chunk is just embedded.
+    """Encode the local part in chunks that are encoded again in the backward pass (gradient caching).
 
-    This is gradient caching (Gao et al. 2021, arXiv 2101.06983): the loss is that of the whole batch, and one
-    chunk's activations are in memory at a time.
+    The loss is that of the whole batch, but only the activations of one chunk are in memory at a time (Gao et
+    al. 2021, arXiv 2101.06983).
     """
-    # As many in every process, whose norms wait for each other; and two pairs at least, for norms to compare.
+    # The same number in every process, because batch norm synchronizes; at least two pairs per chunk.
     num_chunks = min(
         -(-sum(batch.rank_sizes) // (method.grad_cache_chunk_size or sum(batch.rank_sizes))),
         min(batch.rank_sizes) // 2,
@@ -137,7 +161,7 @@ def _encode_in_chunks(method: Method, batch: Batch) -> tuple[Tensor, Sequence[Te
     view_chunks = [view.tensor_split(num_chunks) for view in batch.views]
     token_chunks = [None] * num_chunks if batch.tokens is None else batch.tokens.tensor_split(num_chunks)
     chunk_outputs = [
-        # Tensors are arguments, so that the generators of their devices are set back for the repetition.
+        # Tensors are arguments, so that checkpoint restores the generators of their devices.
         checkpoint(
             encode_chunk,
             *inputs,
@@ -152,7 +176,7 @@ def _encode_in_chunks(method: Method, batch: Batch) -> tuple[Tensor, Sequence[Te
 
 @contextmanager
 def _frozen_bn_stats(module: nn.Module) -> Iterator[None]:
-    """Keep the running statistics of batch norms as they are while batches pass through."""
+    """Keep the running statistics of batch norm unchanged while batches pass through."""
     norms: list[Any] = [norm for norm in module.modules() if isinstance(norm, _BatchNorm | CPUSyncBatchNorm)]
     saved_counts = [
         (norm.num_batches_tracked, norm.num_batches_tracked.clone())

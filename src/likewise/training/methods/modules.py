@@ -1,4 +1,4 @@
-"""What methods remember from step to step: a queue of earlier outputs, and a slow copy of the encoder."""
+"""Modules that methods share: projection and prediction heads, memory bank, EMA model."""
 
 import copy
 import math
@@ -11,11 +11,15 @@ from torch.nn.functional import normalize
 
 
 def projection_head(in_dim: int, dims: Sequence[int], *, final_norm: bool = False) -> nn.Sequential:
-    """Build the projection MLP of SimCLR as the paper uses it: features (b, width) -> (b, layers[-1]).
+    """Build the projection MLP of SimCLR, (b, in_dim) -> (b, dims[-1]).
 
-    Linear without bias, BatchNorm and ReLU for each layer, the last one linear alone (Chen et al. 2020,
-    section 2.1; widths 2048-2048-128 in El Banani et al. 2023). `final_norm` puts BatchNorm without gain and
-    shift behind it, as SimSiam does.
+    Each layer is Linear without bias, BatchNorm and ReLU; the last one is Linear alone (Chen et al. 2020,
+    section 2.1; dims 2048-2048-128 in El Banani et al. 2023).
+
+    Args:
+        in_dim: Width of the features.
+        dims: Widths of the layers.
+        final_norm: End with BatchNorm without gain and shift, as SimSiam does.
     """
     layers: list[nn.Module] = []
     for out_dim in dims[:-1]:
@@ -26,7 +30,7 @@ def projection_head(in_dim: int, dims: Sequence[int], *, final_norm: bool = Fals
 
 
 def prediction_head(dim: int, hidden_dim: int) -> nn.Sequential:
-    """Build a prediction MLP: (b, width) -> (b, width) through a hidden layer with BatchNorm and ReLU."""
+    """Build a prediction MLP, (b, dim) -> (b, dim), with one hidden layer, BatchNorm and ReLU."""
     return nn.Sequential(
         nn.Linear(dim, hidden_dim, bias=False),
         nn.BatchNorm1d(hidden_dim),
@@ -36,10 +40,10 @@ def prediction_head(dim: int, hidden_dim: int) -> nn.Sequential:
 
 
 class MemoryBank(nn.Module):
-    """The last outputs, the oldest overwritten first; all of it is state that checkpoints keep."""
+    """A queue of the last outputs; its buffers are part of checkpoints."""
 
     def __init__(self, size: int, dim: int) -> None:
-        """Start with random directions, as MoCo does: they are told apart easily and soon gone."""
+        """Initialize with random unit vectors (as in MoCo), which are soon overwritten."""
         super().__init__()
         self.register_buffer("bank", normalize(torch.randn(size, dim), dim=1))
         self.register_buffer("ptr", torch.zeros((), dtype=torch.long))
@@ -48,26 +52,26 @@ class MemoryBank(nn.Module):
 
     @torch.no_grad()
     def enqueue(self, vectors: Float[Tensor, "b d"]) -> None:
-        """Put rows in, of unit length; `place` stays on the device."""
+        """Overwrite the oldest vectors with new ones, of unit length; `ptr` stays on the device."""
         size = len(self.bank)
         indices = (self.ptr + torch.arange(len(vectors), device=vectors.device)) % size
         self.bank.index_copy_(0, indices, vectors.detach())
         self.ptr.copy_((self.ptr + len(vectors)) % size)
 
     def nearest(self, queries: Float[Tensor, "b d"]) -> Float[Tensor, "b d"]:
-        """Return for each row the most similar one in the queue."""
+        """Return the most similar vector of the bank for each query."""
         with torch.no_grad():
             return self.bank[(normalize(queries, dim=1) @ self.bank.T).argmax(dim=1)]
 
 
 class EMAModel(nn.Module):
-    """A copy of modules whose weights follow the originals as a moving average, without gradients.
+    """A copy of modules whose weights are an exponential moving average (EMA) of the originals.
 
-    Batch norm's statistics are its own, taken from the batches that it sees.
+    Buffers are not averaged: batch norm takes its statistics from the batches that pass through the copy.
     """
 
     def __init__(self, *modules: nn.Module) -> None:
-        """Copy modules."""
+        """Copy modules, without gradients."""
         super().__init__()
         self.ema_modules = nn.ModuleList(copy.deepcopy(module) for module in modules)
         for parameter in self.ema_modules.parameters():
@@ -75,7 +79,7 @@ class EMAModel(nn.Module):
 
     @torch.no_grad()
     def update(self, *modules: nn.Module, momentum: float) -> None:
-        """Move towards the originals: `momentum` of one's own weights, the rest of theirs."""
+        """Set each weight to `momentum` times itself plus `1 - momentum` times the original."""
         ema_params = list(self.ema_modules.parameters())
         params = [p for module in modules for p in module.parameters()]
         for ema_param, param in zip(ema_params, params, strict=True):
@@ -83,5 +87,5 @@ class EMAModel(nn.Module):
 
 
 def cosine_momentum(base_momentum: float, train_fraction: float) -> float:
-    """Raise a momentum from `base_momentum` to 1 along a cosine (Grill et al. 2020, section 3.3)."""
+    """Return a momentum that rises to 1 along a cosine (Grill et al. 2020, section 3.3)."""
     return 1 - (1 - base_momentum) * (math.cos(math.pi * train_fraction) + 1) / 2

@@ -1,4 +1,4 @@
-"""Predictive methods: one view predicts the other, and nothing is pushed apart."""
+"""Non-contrastive methods: one view predicts the other, without negatives."""
 
 from collections.abc import Sequence
 from typing import final
@@ -7,99 +7,73 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import linear, normalize
 
-from likewise.training.losses import barlow_twins_loss, negative_cosine, sinkhorn, swav_loss, vicreg_loss
-from likewise.training.methods.base import Batch, LossOutput, Method, forward_views
+from likewise.training.losses import (
+    barlow_twins_loss,
+    negative_cosine_loss,
+    sinkhorn,
+    swav_loss,
+    vicreg_loss,
+)
+from likewise.training.methods.base import Batch, SiameseMethod, StepOutput, forward_views
 from likewise.training.methods.modules import (
     EMAModel,
     MemoryBank,
     cosine_momentum,
     prediction_head,
-    projection_head,
 )
+from likewise.training.methods.options import BYOLOptions, SimSiamOptions, SwAVOptions
 
-
-@final
-class VICReg(Method):
-    """VICReg (Bardes et al. 2022, eq. 6)."""
-
-    def __init__(self, backbone: nn.Module, feature_dim: int, *, projector_dims: Sequence[int]) -> None:
-        """Put a projection head on a backbone of `feature_dim` features."""
-        super().__init__()
-        self.backbone = backbone
-        self.projector = projection_head(feature_dim, projector_dims)
-
-    def encode(self, batch: Batch) -> tuple[Tensor, Sequence[Tensor]]:
-        """Return features and the projections of both views."""
-        features = torch.cat(forward_views(self.backbone, batch.views))
-        return features, self.projector(features).chunk(2)
-
-    def compute_loss(self, outputs: Sequence[Tensor], batch: Batch) -> LossOutput:
-        """Return the loss with the paper's weights."""
-        return LossOutput(vicreg_loss(outputs[0], outputs[1]))
-
-
-@final
-class BarlowTwins(Method):
-    """Barlow Twins (Zbontar et al. 2021, eq. 1)."""
-
-    def __init__(self, backbone: nn.Module, feature_dim: int, *, projector_dims: Sequence[int]) -> None:
-        """Put a projection head on a backbone of `feature_dim` features."""
-        super().__init__()
-        self.backbone = backbone
-        self.projector = projection_head(feature_dim, projector_dims)
-
-    def encode(self, batch: Batch) -> tuple[Tensor, Sequence[Tensor]]:
-        """Return features and the projections of both views."""
-        features = torch.cat(forward_views(self.backbone, batch.views))
-        return features, self.projector(features).chunk(2)
-
-    def compute_loss(self, outputs: Sequence[Tensor], batch: Batch) -> LossOutput:
-        """Return the loss with the paper's weight of 0.005."""
-        return LossOutput(barlow_twins_loss(outputs[0], outputs[1]))
-
-
-# Shares of the run; of 250,000 steps, the LGSSL code has 2,503 with frozen prototypes, 37,500 without queue.
+# Fractions of the run; of 250,000 steps, the LGSSL code has 2,503 with frozen prototypes and 37,500 without a
+# memory bank.
 _FROZEN_PROTOTYPES_FRACTION, _MEMORY_BANK_START_FRACTION = 0.01, 0.15
 
 
 @final
-class SwAV(Method):
-    """SwAV (Caron et al. 2020, eq. 2 to 6), with small views if asked for; codes come from the large ones.
+class VICReg(SiameseMethod):
+    """VICReg (Bardes et al. 2022, eq. 6)."""
+
+    def compute_loss(self, outputs: Sequence[Tensor], batch: Batch) -> StepOutput:
+        """Return the loss with the paper's weights."""
+        return StepOutput(loss=vicreg_loss(outputs[0], outputs[1]))
+
+
+@final
+class BarlowTwins(SiameseMethod):
+    """Barlow Twins (Zbontar et al. 2021, eq. 1)."""
+
+    def compute_loss(self, outputs: Sequence[Tensor], batch: Batch) -> StepOutput:
+        """Return the loss with the paper's weight of 0.005."""
+        return StepOutput(loss=barlow_twins_loss(outputs[0], outputs[1]))
+
+
+@final
+class SwAV(SiameseMethod):
+    """SwAV (Caron et al. 2020, eq. 2 to 6), with optional local crops; codes come from the two large views.
 
     Deviation from the LGSSL code: the softmax of a prediction is over the prototypes, as in the paper; LGSSL
     takes it over the batch.
     """
 
-    def __init__(
-        self,
-        backbone: nn.Module,
-        feature_dim: int,
-        *,
-        temperature: float,
-        projector_dims: Sequence[int],
-        num_prototypes: int,
-        memory_bank_size: int,
-    ) -> None:
-        """Put a projection head and prototypes on a backbone; `memory_bank_size` rows a view, 0 for none."""
-        super().__init__()
-        self.backbone = backbone
-        self.projector = projection_head(feature_dim, projector_dims)
-        self.prototypes = nn.Parameter(normalize(torch.randn(num_prototypes, projector_dims[-1]), dim=1))
-        self.memory_bank_1 = MemoryBank(memory_bank_size, projector_dims[-1]) if memory_bank_size else None
-        self.memory_bank_2 = MemoryBank(memory_bank_size, projector_dims[-1]) if memory_bank_size else None
-        self.temperature = temperature
+    def __init__(self, backbone: nn.Module, feature_dim: int, options: SwAVOptions) -> None:
+        """Add a projection head, prototypes and, if `bank_size` is above 0, a memory bank per view."""
+        super().__init__(backbone, feature_dim, options)
+        dim, bank_size = options.projector_dims[-1], options.bank_size
+        self.prototypes = nn.Parameter(normalize(torch.randn(options.num_prototypes, dim), dim=1))
+        self.memory_bank_1 = MemoryBank(bank_size, dim) if bank_size else None
+        self.memory_bank_2 = MemoryBank(bank_size, dim) if bank_size else None
+        self.temperature = options.temperature
 
     def encode(self, batch: Batch) -> tuple[Tensor, Sequence[Tensor]]:
-        """Return the features of the large views, and unit projections of all views."""
+        """Return the features of the large views, and the projections of all views, of unit length."""
         features = forward_views(self.backbone, batch.views)
         projections = normalize(self.projector(torch.cat(features)).float(), dim=1)
         return torch.cat(features[:2]), projections.chunk(len(features))
 
-    def compute_loss(self, outputs: Sequence[Tensor], batch: Batch) -> LossOutput:
-        """Return the loss, and put the projections of the large views into their queues."""
+    def compute_loss(self, outputs: Sequence[Tensor], batch: Batch) -> StepOutput:
+        """Return the loss, and enqueue the projections of the large views."""
         prototypes = normalize(self.prototypes, dim=1)
         if batch.train_fraction < _FROZEN_PROTOTYPES_FRACTION:
-            # Kept in the graph, for processes that wait for every gradient.
+            # Still part of the graph, because DDP waits for the gradient of every parameter.
             prototypes = prototypes.detach() + 0 * prototypes
         scores = [linear(z, prototypes) for z in outputs]
         codes = []
@@ -108,93 +82,72 @@ class SwAV(Method):
             codes.append(self._assign_codes(scores[view], active_bank, prototypes))
             if self.training and memory_bank is not None:
                 memory_bank.enqueue(outputs[view])
-        return LossOutput(swav_loss(scores, codes, self.temperature))
+        return StepOutput(loss=swav_loss(scores, codes, self.temperature))
 
     @torch.no_grad()
     def _assign_codes(self, scores: Tensor, memory_bank: MemoryBank | None, prototypes: Tensor) -> Tensor:
-        """Assign a view's samples, together with the queue's where there is one."""
+        """Assign the samples of a view to prototypes, together with those of the memory bank."""
         if memory_bank is None:
             return sinkhorn(scores)
         return sinkhorn(torch.cat([scores, linear(memory_bank.bank, prototypes)]))[: len(scores)]
 
 
 @final
-class SimSiam(Method):
-    """SimSiam (Chen and He 2021, eq. 2); with `language` pairs, LGSimSiam (El Banani et al. 2023).
+class SimSiam(SiameseMethod):
+    """SimSiam (Chen and He 2021, eq. 2); with language pairs, LGSimSiam (El Banani et al. 2023).
 
-    Deviation from the paper: the learning rate of the predictor follows the schedule like all others.
+    Deviation from the paper: the learning rate of the prediction head follows the schedule.
     """
 
-    def __init__(
-        self,
-        backbone: nn.Module,
-        feature_dim: int,
-        *,
-        projector_dims: Sequence[int],
-        predictor_hidden_dim: int,
-    ) -> None:
-        """Put a projection and a prediction head on a backbone of `feature_dim` features."""
-        super().__init__()
-        self.backbone = backbone
-        self.projector = projection_head(feature_dim, projector_dims, final_norm=True)
-        self.predictor = prediction_head(projector_dims[-1], predictor_hidden_dim)
+    def __init__(self, backbone: nn.Module, feature_dim: int, options: SimSiamOptions) -> None:
+        """Add a projection head that ends in batch norm, and a prediction head."""
+        super().__init__(backbone, feature_dim, options, final_norm=True)
+        self.predictor = prediction_head(options.projector_dims[-1], options.predictor_hidden_dim)
 
     def encode(self, batch: Batch) -> tuple[Tensor, Sequence[Tensor]]:
-        """Return features, and the predictions and projections of both views."""
+        """Return the features, and the predictions and detached projections of both views."""
         features = torch.cat(forward_views(self.backbone, batch.views))
         projections = self.projector(features)
         return features, (*self.predictor(projections).chunk(2), *projections.detach().chunk(2))
 
-    def compute_loss(self, outputs: Sequence[Tensor], batch: Batch) -> LossOutput:
-        """Return minus the cosine of each prediction and the other view, averaged."""
+    def compute_loss(self, outputs: Sequence[Tensor], batch: Batch) -> StepOutput:
+        """Return the negative cosine similarity of predictions and projections, averaged over both views."""
         pred_1, pred_2, z1, z2 = outputs
-        return LossOutput((negative_cosine(pred_1, z2) + negative_cosine(pred_2, z1)) / 2)
+        return StepOutput(loss=(negative_cosine_loss(pred_1, z2) + negative_cosine_loss(pred_2, z1)) / 2)
 
 
 @final
-class BYOL(Method):
-    """BYOL (Grill et al. 2020, eq. 2, symmetric): a view predicts what a slow copy makes of the other.
+class BYOL(SiameseMethod):
+    """BYOL (Grill et al. 2020, eq. 2, symmetric): predict the momentum encoder's projection of the partner.
 
-    The momentum of the copy rises to 1 along a cosine.
+    The momentum rises to 1 along a cosine.
     """
 
-    def __init__(
-        self,
-        backbone: nn.Module,
-        feature_dim: int,
-        *,
-        projector_dims: Sequence[int],
-        predictor_hidden_dim: int,
-        ema_momentum: float,
-    ) -> None:
-        """Add both heads to a backbone of `feature_dim` features, and an EMA copy of both."""
-        super().__init__()
-        self.backbone = backbone
-        self.projector = projection_head(feature_dim, projector_dims)
-        self.predictor = prediction_head(projector_dims[-1], predictor_hidden_dim)
+    def __init__(self, backbone: nn.Module, feature_dim: int, options: BYOLOptions) -> None:
+        """Add a projection head, a prediction head, and an EMA copy of backbone and projection head."""
+        super().__init__(backbone, feature_dim, options)
+        self.predictor = prediction_head(options.projector_dims[-1], options.predictor_hidden_dim)
         self.ema_model = EMAModel(self.backbone, self.projector)
-        self.ema_momentum = ema_momentum
+        self.ema_momentum = options.ema_momentum
 
     def on_step_start(self, batch: Batch) -> None:
-        """Let the slow copy follow."""
+        """Update the EMA copy."""
         if self.training:
-            self.ema_model.update(
-                self.backbone,
-                self.projector,
-                momentum=cosine_momentum(self.ema_momentum, batch.train_fraction),
-            )
+            momentum = cosine_momentum(self.ema_momentum, batch.train_fraction)
+            self.ema_model.update(self.backbone, self.projector, momentum=momentum)
 
     def encode(self, batch: Batch) -> tuple[Tensor, Sequence[Tensor]]:
-        """Return features, predictions and targets of both views."""
+        """Return the features, and the predictions and targets of both views."""
         features = torch.cat(forward_views(self.backbone, batch.views))
         predictions = self.predictor(self.projector(features))
-        # Last, so that a chunk that is embedded once more for its gradients ends before it.
+        # Last: the second forward pass of gradient caching stops before it.
         ema_backbone, ema_projector = self.ema_model.ema_modules
         with torch.no_grad():
             targets = ema_projector(torch.cat(forward_views(ema_backbone, batch.views)))
         return features, (*predictions.chunk(2), *targets.chunk(2))
 
-    def compute_loss(self, outputs: Sequence[Tensor], batch: Batch) -> LossOutput:
+    def compute_loss(self, outputs: Sequence[Tensor], batch: Batch) -> StepOutput:
         """Return the squared distance of unit vectors, 2 - 2 cos, summed over both directions."""
         pred_1, pred_2, target_1, target_2 = outputs
-        return LossOutput(4 + 2 * (negative_cosine(pred_1, target_2) + negative_cosine(pred_2, target_1)))
+        loss = 4 + 2 * (negative_cosine_loss(pred_1, target_2) + negative_cosine_loss(pred_2, target_1))
+        return StepOutput(loss=loss)

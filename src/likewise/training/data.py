@@ -1,0 +1,142 @@
+"""The data of a run: from a dataset and a pair config to loaders of training and validation pairs."""
+
+import logging
+
+import numpy as np
+import torch
+
+from likewise.artifacts import fingerprint
+from likewise.data.dataset import CaptionDataset
+from likewise.data.filters import read_filter
+from likewise.data.image_cache import build_image_cache, cache_resolution
+from likewise.distributed import DistributedContext
+from likewise.embeddings.store import find_embeddings
+from likewise.errors import InvalidInputError
+from likewise.neighbors.vectors import ImageVectors, filtered_caption_mask
+from likewise.pairs.build import build_pairs
+from likewise.pairs.config import PairConfig
+from likewise.parallel import default_num_workers
+from likewise.progress import Progress
+from likewise.training.config import TrainConfig, build_view_specs
+from likewise.training.initial import resolve_init_weights
+from likewise.training.loader import CaptionInputs, PairDataset, PairLoader, tokenize_captions
+from likewise.training.validation import PairRetrievalEvaluator, split_validation
+
+logger = logging.getLogger(__name__)
+
+
+def build_loader(
+    dataset: CaptionDataset,
+    config: TrainConfig,
+    pair_config: PairConfig,
+    *,
+    dist: DistributedContext,
+    device: torch.device,
+    num_workers: int | None,
+    progress: Progress,
+) -> tuple[PairLoader, PairRetrievalEvaluator | None]:
+    """Build the loader of training pairs, and the evaluator if validation pairs are held out.
+
+    Missing neighbors, tokens and image caches are computed.
+
+    Args:
+        dataset: The dataset.
+        config: The training config.
+        pair_config: The pair config.
+        dist: The process.
+        device: The device that searches for neighbors.
+        num_workers: Threads; defaults to all cores for the image cache, half of them for the loader.
+        progress: Progress bars.
+    """
+    view_specs = build_view_specs(config, pair_config)
+    caption_inputs = _open_caption_inputs(dataset, config, pair_config, progress)
+    pairs = build_pairs(dataset, pair_config, device=device.type, progress=progress)
+    image_cache = build_image_cache(
+        dataset, cache_resolution(config.image_size, len(dataset)), num_workers=num_workers, progress=progress
+    )
+    if len(image_cache.readable) < len(dataset):
+        pairs = build_pairs(dataset, pair_config, image_cache.readable, device=device.type, progress=progress)
+    evaluator = None
+    if config.num_val_pairs:
+        split = split_validation(pairs, config.num_val_pairs, seed=config.seed)
+        labels = _label_ids(dataset, split.anchors)
+        evaluator = PairRetrievalEvaluator(image_cache, pairs, split, view_specs[0], labels, seed=config.seed)
+        remaining = split.training_positions(image_cache.readable)
+        pairs = build_pairs(dataset, pair_config, remaining, device=device.type, progress=progress)
+    pair_dataset = PairDataset(
+        image_cache, pairs, seed=config.seed, view_specs=view_specs, caption_inputs=caption_inputs
+    )
+    if num_workers is None:
+        num_workers = max(1, default_num_workers() // (2 * dist.local_world_size))
+    loader = PairLoader(pair_dataset, batch_size=config.batch_size, num_workers=num_workers, dist=dist)
+    return loader, evaluator
+
+
+def input_keys(dataset: CaptionDataset, pair_dataset: PairDataset, config: TrainConfig) -> dict[str, str]:
+    """Return the fingerprints of all inputs of a run."""
+    caption_inputs = pair_dataset.caption_inputs
+    keys = {
+        "dataset": dataset.key,
+        "images": pair_dataset.image_cache.key,
+        "pairs": pair_dataset.pairs.key,
+    }
+    if caption_inputs.vectors is not None:
+        keys["captions"] = caption_inputs.vectors.key
+    if caption_inputs.tokens is not None:
+        keys["tokens"] = caption_inputs.tokens.key
+    weights_path = resolve_init_weights(config.init)
+    if weights_path is not None:
+        keys["init"] = fingerprint(weights_path)
+    return keys
+
+
+def _open_caption_inputs(
+    dataset: CaptionDataset, config: TrainConfig, pair_config: PairConfig, progress: Progress
+) -> CaptionInputs:
+    """Open the caption embeddings or tokens that the method uses.
+
+    Raises:
+        InvalidInputError: if the method needs captions and the dataset has none.
+    """
+    options = config.method_options
+    if not (options.uses_caption_embeddings or options.uses_tokens):
+        return CaptionInputs()
+    dataset_filter = None if pair_config.filter is None else read_filter(pair_config.filter, dataset)
+    caption_mask = filtered_caption_mask(dataset, dataset_filter)
+    vectors = tokens = has_caption = None
+    if options.uses_caption_embeddings:
+        embeddings = find_embeddings(dataset, pair_config.caption_encoder)
+        vectors = ImageVectors(embeddings, len(dataset), caption_mask)
+        has_caption = vectors.captions_per_image > 0
+    if options.uses_tokens:
+        tokens = tokenize_captions(dataset, caption_mask, progress=progress)
+        has_caption = tokens.has_caption
+    if not options.needs_text:
+        return CaptionInputs(vectors=vectors)
+    if has_caption is None or not has_caption.any():
+        raise InvalidInputError(
+            f"method {options.name!r} compares images with captions, and {dataset.path} has no captions; "
+            "import it with a `caption_column`, or use a method without text",
+            field="method",
+            path=dataset.path,
+        )
+    num_missing = int((~has_caption).sum())
+    if num_missing:
+        logger.info(
+            "%s of %s images have no caption and are excluded", f"{num_missing:,}", f"{len(dataset):,}"
+        )
+    return CaptionInputs(
+        vectors=vectors,
+        tokens=tokens,
+        use_partner_caption=options.inputs == "anchor",
+        has_caption=has_caption,
+    )
+
+
+def _label_ids(dataset: CaptionDataset, positions: np.ndarray) -> np.ndarray | None:
+    """Return the label of images as integers, -1 without one; None with fewer than two labels."""
+    names = [dataset[int(position)].label for position in positions]
+    label_ids = {name: i for i, name in enumerate(sorted({n for n in names if n is not None}))}
+    if len(label_ids) < 2:
+        return None
+    return np.array([-1 if name is None else label_ids[name] for name in names], np.int64)
