@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from likewise.data.readers.base import ImportOptions
     from likewise.embeddings.config import EncoderOptions
     from likewise.embeddings.embed import embed
+    from likewise.embeddings.store import Embeddings
     from likewise.errors import (
         ArtifactError,
         DependencyError,
@@ -29,16 +30,25 @@ if TYPE_CHECKING:
         ModelError,
         TrainingError,
     )
+    from likewise.evaluation.datasets.captioned import CaptionedDataset, open_captioned
+    from likewise.evaluation.datasets.dense import (
+        DetectionDataset,
+        SegmentationDataset,
+        open_detection,
+        open_segmentation,
+    )
+    from likewise.evaluation.datasets.labeled import LabeledDataset, open_labeled
     from likewise.evaluation.evaluate import ColumnOptions, evaluate
     from likewise.evaluation.protocols import ProtocolConfig
-    from likewise.evaluation.results import EvalResults, compare, read_results
+    from likewise.evaluation.results import Comparison, EvalResults, ResultRow, compare, read_results
     from likewise.models.encoders import ImageEncoder, load_encoder
     from likewise.neighbors.config import SearchConfig
-    from likewise.neighbors.index import find_neighbors
-    from likewise.pairs.analyze import analyze_pairs
+    from likewise.neighbors.index import Neighbors, find_neighbors
+    from likewise.pairs.analyze import PairAnalysis, analyze_pairs
     from likewise.pairs.build import build_pairs
     from likewise.pairs.config import PairConfig
     from likewise.pairs.sampling import Pairs
+    from likewise.progress import Progress, RichProgress
     from likewise.report.run_report import write_report
     from likewise.training import losses
     from likewise.training.config import TrainConfig
@@ -72,31 +82,42 @@ __all__ = [
     "BarlowTwinsOptions",
     "CLIPOptions",
     "CaptionDataset",
+    "CaptionedDataset",
     "ColumnOptions",
+    "Comparison",
     "DCLOptions",
     "DeCLIPOptions",
     "DependencyError",
+    "DetectionDataset",
+    "Embeddings",
     "EncoderOptions",
     "EvalResults",
     "ImageEncoder",
     "ImportOptions",
     "InterruptedRunError",
     "InvalidInputError",
+    "LabeledDataset",
     "LikewiseError",
     "MethodOptions",
     "MoCoOptions",
     "MoCoV3Options",
     "ModelError",
     "NNCLROptions",
+    "Neighbors",
+    "PairAnalysis",
     "PairClassifierOptions",
     "PairConfig",
     "PairDataset",
     "PairLoader",
     "Pairs",
+    "Progress",
     "ProtocolConfig",
+    "ResultRow",
+    "RichProgress",
     "Run",
     "SLIPOptions",
     "SearchConfig",
+    "SegmentationDataset",
     "SigLIPOptions",
     "SimCLROptions",
     "SimSiamOptions",
@@ -116,6 +137,10 @@ __all__ = [
     "import_dataset",
     "load_encoder",
     "losses",
+    "open_captioned",
+    "open_detection",
+    "open_labeled",
+    "open_segmentation",
     "read_results",
     "train",
     "write_report",
@@ -129,16 +154,21 @@ _MODULES = {
     "BarlowTwinsOptions": "likewise.training.methods.options",
     "CLIPOptions": "likewise.training.methods.options",
     "CaptionDataset": "likewise.data.dataset",
+    "CaptionedDataset": "likewise.evaluation.datasets.captioned",
     "ColumnOptions": "likewise.evaluation.evaluate",
     "DCLOptions": "likewise.training.methods.options",
     "DeCLIPOptions": "likewise.training.methods.options",
+    "Comparison": "likewise.evaluation.results",
     "DependencyError": "likewise.errors",
+    "DetectionDataset": "likewise.evaluation.datasets.dense",
+    "Embeddings": "likewise.embeddings.store",
     "EncoderOptions": "likewise.embeddings.config",
     "EvalResults": "likewise.evaluation.results",
     "ImageEncoder": "likewise.models.encoders",
     "ImportOptions": "likewise.data.readers.base",
     "InterruptedRunError": "likewise.errors",
     "InvalidInputError": "likewise.errors",
+    "LabeledDataset": "likewise.evaluation.datasets.labeled",
     "LikewiseError": "likewise.errors",
     "MethodOptions": "likewise.training.methods.options",
     "MoCoOptions": "likewise.training.methods.options",
@@ -146,11 +176,16 @@ _MODULES = {
     "ModelError": "likewise.errors",
     "NNCLROptions": "likewise.training.methods.options",
     "PairClassifierOptions": "likewise.training.methods.options",
+    "Neighbors": "likewise.neighbors.index",
+    "PairAnalysis": "likewise.pairs.analyze",
     "PairConfig": "likewise.pairs.config",
     "PairDataset": "likewise.training.loader",
     "PairLoader": "likewise.training.loader",
     "Pairs": "likewise.pairs.sampling",
+    "Progress": "likewise.progress",
     "ProtocolConfig": "likewise.evaluation.protocols",
+    "ResultRow": "likewise.evaluation.results",
+    "RichProgress": "likewise.progress",
     "Run": "likewise.training.train",
     "SLIPOptions": "likewise.training.methods.options",
     "SearchConfig": "likewise.neighbors.config",
@@ -159,6 +194,7 @@ _MODULES = {
     "SimSiamOptions": "likewise.training.methods.options",
     "SupConOptions": "likewise.training.methods.options",
     "SwAVOptions": "likewise.training.methods.options",
+    "SegmentationDataset": "likewise.evaluation.datasets.dense",
     "TrainConfig": "likewise.training.config",
     "TrainingError": "likewise.errors",
     "UnreadableImageError": "likewise.data.images",
@@ -173,6 +209,10 @@ _MODULES = {
     "import_dataset": "likewise.data.importing",
     "load_encoder": "likewise.models.encoders",
     "losses": "likewise.training",
+    "open_captioned": "likewise.evaluation.datasets.captioned",
+    "open_detection": "likewise.evaluation.datasets.dense",
+    "open_labeled": "likewise.evaluation.datasets.labeled",
+    "open_segmentation": "likewise.evaluation.datasets.dense",
     "read_results": "likewise.evaluation.results",
     "train": "likewise.training.train",
     "write_report": "likewise.report.run_report",

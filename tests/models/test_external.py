@@ -1,4 +1,4 @@
-"""Encoders of other libraries, built locally: features equal to the library's own, fed as its files ask."""
+"""Models of other libraries, built locally: features and preprocessing equal those of the library."""
 
 import json
 from pathlib import Path
@@ -11,13 +11,13 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from likewise.errors import ModelError
-from likewise.models.encoders import load_encoder
+from support import load_cpu_encoder as load_encoder
 
 IMAGES = torch.randn(2, 3, 64, 64, generator=torch.Generator().manual_seed(0))
 
 
-def vit(folder: Path) -> Path:
-    """Write a tiny ViT as Hugging Face does, with its own way of being fed."""
+def save_vit(folder: Path) -> Path:
+    """Save a tiny ViT in the format of Hugging Face, with its own preprocessing."""
     from transformers import ViTConfig, ViTModel
 
     torch.manual_seed(0)
@@ -42,25 +42,27 @@ def vit(folder: Path) -> Path:
     return folder
 
 
-def test_a_hugging_face_folder_is_fed_as_its_own_files_say(tmp_path: Path) -> None:
+def test_hugging_face_folder_defines_its_preprocessing(tmp_path: Path) -> None:
     from transformers import ViTModel
 
-    encoder = load_encoder(f"hf:{vit(tmp_path)}")
+    encoder = load_encoder(f"hf:{save_vit(tmp_path)}")
     assert (encoder.transform.image_size, encoder.transform.resize_size) == (64, 64)
     assert encoder.transform.interpolation == "bilinear"
     assert (encoder.transform.mean, encoder.transform.std) == ((0.5, 0.4, 0.3), (0.2, 0.3, 0.4))
     assert encoder.feature_dim == 32
-    own = ViTModel.from_pretrained(tmp_path, add_pooling_layer=False).eval()
+    reference = ViTModel.from_pretrained(tmp_path, add_pooling_layer=False).eval()
     with torch.no_grad():
-        # A pooling layer that the folder has no weights for must not be made up.
-        torch.testing.assert_close(encoder.model(IMAGES), own(pixel_values=IMAGES).last_hidden_state[:, 0])
+        # A pooling layer without weights in the folder must not be initialized at random.
+        torch.testing.assert_close(
+            encoder.model(IMAGES), reference(pixel_values=IMAGES).last_hidden_state[:, 0]
+        )
     weights = load_file(tmp_path / "model.safetensors")
     save_file(dict(sorted(weights.items())[1:]), tmp_path / "model.safetensors", metadata={"format": "pt"})
     with pytest.raises(ModelError, match="lacks 1 weights"):
         load_encoder(f"hf:{tmp_path}")
 
 
-def test_a_hugging_face_model_with_two_towers_brings_its_language(tmp_path: Path) -> None:
+def test_hugging_face_model_with_two_towers_has_a_text_alignment(tmp_path: Path) -> None:
     from transformers import CLIPConfig, CLIPModel, CLIPTextConfig, CLIPVisionConfig
 
     torch.manual_seed(0)
@@ -75,30 +77,34 @@ def test_a_hugging_face_model_with_two_towers_brings_its_language(tmp_path: Path
     config = CLIPConfig(text_config=text.to_dict(), vision_config=vision.to_dict(), projection_dim=12)
     model = CLIPModel(config).eval()
     model.save_pretrained(tmp_path)
-    size = {"shortest_edge": 36}
-    asked = {"size": size, "crop_size": {"height": 32, "width": 32}, "do_center_crop": True, "resample": 3}
-    (tmp_path / "preprocessor_config.json").write_text(json.dumps(asked))
+    processor_config = {
+        "size": {"shortest_edge": 36},
+        "crop_size": {"height": 32, "width": 32},
+        "do_center_crop": True,
+        "resample": 3,
+    }
+    (tmp_path / "preprocessor_config.json").write_text(json.dumps(processor_config))
     from tokenizers import Tokenizer, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 
-    words = {"<pad>": 0, "<bos>": 1, "<eos>": 2, "a": 3, "cat": 4, "dog": 5, "<unk>": 6}
-    plain = Tokenizer(models.WordLevel(words, unk_token="<unk>"))  # noqa: S106
-    plain.pre_tokenizer = pre_tokenizers.Whitespace()
-    PreTrainedTokenizerFast(tokenizer_object=plain, pad_token="<pad>", unk_token="<unk>").save_pretrained(  # noqa: S106
+    vocabulary = {"<pad>": 0, "<bos>": 1, "<eos>": 2, "a": 3, "cat": 4, "dog": 5, "<unk>": 6}
+    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))  # noqa: S106
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="<pad>", unk_token="<unk>").save_pretrained(  # noqa: S106
         tmp_path
     )
     encoder = load_encoder(f"hf:{tmp_path}")
     assert (encoder.transform.resize_size, encoder.transform.image_size, encoder.feature_dim) == (36, 32, 12)
     assert encoder.text_alignment is not None
-    texts = encoder.text_alignment.encode_text(["a cat", "a dog"])
-    assert texts.shape == (2, 12)
-    assert not torch.allclose(texts[0], texts[1])
+    embeddings = encoder.text_alignment.encode_text(["a cat", "a dog"])
+    assert embeddings.shape == (2, 12)
+    assert not torch.allclose(embeddings[0], embeddings[1])
 
 
-def test_torchvision_models_lose_their_last_layer_and_keep_their_feeding(tmp_path: Path) -> None:
+def test_torchvision_models_lose_their_last_layer_and_keep_their_preprocessing(tmp_path: Path) -> None:
     torch.manual_seed(0)
-    whole = torchvision.models.resnet18(weights=None).eval()
-    torch.save(whole.state_dict(), tmp_path / "weights.pth")
+    classifier = torchvision.models.resnet18(weights=None).eval()
+    torch.save(classifier.state_dict(), tmp_path / "weights.pth")
     encoder = load_encoder(str(tmp_path / "weights.pth"), backbone="torchvision:resnet18")
     assert (encoder.feature_dim, encoder.transform.image_size, encoder.transform.resize_size) == (
         512,
@@ -106,31 +112,31 @@ def test_torchvision_models_lose_their_last_layer_and_keep_their_feeding(tmp_pat
         256,
     )
     with torch.no_grad():
-        torch.testing.assert_close(whole.fc(encoder.model(IMAGES)), whole(IMAGES))
-    asked = torchvision.models.ResNet18_Weights.DEFAULT.transforms()
-    picture = Image.fromarray(np.random.default_rng(0).integers(0, 256, (256, 300, 3), np.uint8))
-    ours = encoder.transform.normalize(
-        torch.from_numpy(encoder.transform.center_crop(np.asarray(picture)))[None]
+        torch.testing.assert_close(classifier.fc(encoder.model(IMAGES)), classifier(IMAGES))
+    preprocess = torchvision.models.ResNet18_Weights.DEFAULT.transforms()
+    image = Image.fromarray(np.random.default_rng(0).integers(0, 256, (256, 300, 3), np.uint8))
+    normalized = encoder.transform.normalize(
+        torch.from_numpy(encoder.transform.center_crop(np.array(image)))[None]
     )
-    torch.testing.assert_close(ours[0], asked(picture), atol=0.05, rtol=0)
+    torch.testing.assert_close(normalized[0], preprocess(image), atol=0.05, rtol=0)
 
 
 @pytest.mark.parametrize("name", ["mobilenet_v3_small", "convnext_tiny", "vit_b_32", "densenet121", "swin_t"])
-def test_other_torchvision_families_give_features(name: str, tmp_path: Path) -> None:
-    whole = torchvision.models.get_model(name, weights=None)
-    torch.save(whole.state_dict(), tmp_path / "weights.pth")
+def test_torchvision_families_give_one_vector_per_image(name: str, tmp_path: Path) -> None:
+    classifier = torchvision.models.get_model(name, weights=None)
+    torch.save(classifier.state_dict(), tmp_path / "weights.pth")
     encoder = load_encoder(str(tmp_path / "weights.pth"), backbone=f"torchvision:{name}")
     with torch.no_grad():
         images = torch.randn(1, 3, 224, 224)
         assert encoder.model(images).shape == (1, encoder.feature_dim)
 
 
-def test_weights_behind_a_prefix_are_named_in_the_error_and_load_with_it(tmp_path: Path) -> None:
+def test_prefixed_weights_raise_with_a_suggestion_and_load_with_it(tmp_path: Path) -> None:
     import timm
 
     model = timm.create_model("resnet10t", num_classes=0)
-    moco = {f"module.encoder_q.{k}": v for k, v in model.state_dict().items()}
-    save_file(moco | {"module.queue": torch.zeros(3)}, tmp_path / "moco.safetensors")
+    prefixed = {f"module.encoder_q.{k}": v for k, v in model.state_dict().items()}
+    save_file(prefixed | {"module.queue": torch.zeros(3)}, tmp_path / "moco.safetensors")
     with pytest.raises(ModelError, match=r"`weights_prefix` module\.encoder_q\."):
         load_encoder(str(tmp_path / "moco.safetensors"), backbone="resnet10t")
     encoder = load_encoder(
@@ -162,18 +168,18 @@ def test_torch_hub_entries_load_from_a_folder(tmp_path: Path) -> None:
         "    torch.manual_seed(3)\n"
         "    layers = torch.nn.Conv2d(3, 4, 3), torch.nn.AdaptiveAvgPool2d(1), torch.nn.Flatten()\n"
         "    return torch.nn.Sequential(*layers)\n"
-        "def words():\n    return 'no model'\n"
+        "def text():\n    return 'not a model'\n"
     )
     encoder = load_encoder(f"hub:{tmp_path}/tiny", image_size=64)
     assert encoder.feature_dim == 4
     assert (encoder.transform.image_size, encoder.transform.resize_size) == (64, 73)
     with pytest.raises(ModelError, match="not a torch module"):
-        load_encoder(f"hub:{tmp_path}/words")
+        load_encoder(f"hub:{tmp_path}/text")
     with pytest.raises(ModelError, match="cannot load 'absent'"):
         load_encoder(f"hub:{tmp_path}/absent")
 
 
-def test_what_does_not_exist_is_refused_with_close_matches(tmp_path: Path) -> None:
+def test_unknown_names_raise_with_close_matches(tmp_path: Path) -> None:
     with pytest.raises(ModelError, match="resnet18"):
         load_encoder("torchvision:resnet81")
     with pytest.raises(ModelError, match="cannot load hf:"):
