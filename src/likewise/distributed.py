@@ -99,17 +99,17 @@ def local_device(device: torch.device) -> torch.device:
 
 
 def all_gather_with_grad(x: Tensor, sizes: Sequence[int]) -> Tensor:
-    """Put the rows of all processes one below the other, with gradients to each.
+    """Concatenate the rows of all processes; gradients flow back to the process of each row.
 
-    Every process computes the same loss on the whole, so each row receives its gradient once a process;
-    DistributedDataParallel's mean over processes then makes it the gradient of that one loss.
+    Every process computes the same loss of the whole batch, so the gradient of a row is summed over
+    processes; the mean in `DistributedDataParallel` turns the sum into the gradient of that loss.
 
     Args:
-        x: (sizes[rank], …) of this process.
-        sizes: How many rows each process has.
+        x: (sizes[rank], …), the rows of this process.
+        sizes: Rows per process.
 
     Returns:
-        (sum of sizes, …), in the order of ranks.
+        (sum(sizes), …), in the order of ranks.
     """
     if len(sizes) == 1:
         return x
@@ -119,9 +119,9 @@ def all_gather_with_grad(x: Tensor, sizes: Sequence[int]) -> Tensor:
     return torch.cat([part[:size] for part, size in zip(parts, sizes, strict=True)])
 
 
-# torch.distributed.nn.functional has both, but deprecated; what is to follow it has no stable name yet.
+# torch.distributed.nn.functional is deprecated, and the functional collectives are private in torch.
 class _AllGather(torch.autograd.Function):
-    """The equally many rows of all processes, one below the other."""
+    """The concatenated rows of all processes, of equal number."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor) -> Tensor:  # noqa: ARG004  # torch's own signature
@@ -135,7 +135,7 @@ class _AllGather(torch.autograd.Function):
 
 
 class _AllReduceSum(torch.autograd.Function):
-    """The sum over all processes."""
+    """Sum over all processes."""
 
     @staticmethod
     def forward(ctx: Any, values: Tensor) -> Tensor:  # noqa: ARG004  # torch's own signature
@@ -157,13 +157,13 @@ def _all_reduce_sum(values: Tensor) -> Tensor:
 
 
 class CPUSyncBatchNorm(nn.Module):
-    """Batch norm over the rows of all processes, as torch's SyncBatchNorm, which does not run on a CPU.
+    """Batch norm over the rows of all processes; torch's SyncBatchNorm does not run on a CPU.
 
-    Parameters and buffers have the names of the norm that it stands for, so weights fit both.
+    Parameters and buffers have the names of the replaced norm, so that weights fit both.
     """
 
     def __init__(self, norm: _BatchNorm) -> None:
-        """Take the parameters, buffers and, for timm's norms, the activation of a norm."""
+        """Share the parameters and buffers of a norm and, for a norm of timm, its activation."""
         super().__init__()
         self.weight, self.bias = norm.weight, norm.bias
         self.eps, self.momentum = norm.eps, 0.1 if norm.momentum is None else norm.momentum
@@ -176,7 +176,7 @@ class CPUSyncBatchNorm(nn.Module):
         self.act = norm.get_submodule("act") if "act" in norm._modules else nn.Identity()
 
     def forward(self, x: Tensor) -> Tensor:
-        """Normalise (b, c, …) by the moments of all processes in training, by the running ones else."""
+        """Normalize (b, c, …): in training by the moments of all processes, else by the running ones."""
         shape = (1, -1, *[1] * (x.ndim - 2))
         mean, var = self._moments(x.float()) if self.training else (self.running_mean, self.running_var)
         scale = torch.rsqrt(var + self.eps)
@@ -189,7 +189,7 @@ class CPUSyncBatchNorm(nn.Module):
         count = torch.full((1,), float(x.numel() // x.shape[1]), device=x.device)
         totals = _AllReduceSum.apply(torch.cat([x.sum(dim=dims), count]))
         mean = totals[:-1] / totals[-1]
-        # A second round, because the mean of squares less the square of the mean loses digits.
+        # A second reduction, because E[x^2] - E[x]^2 loses digits.
         centered = x - mean.view(1, -1, *[1] * (x.ndim - 2))
         var = _AllReduceSum.apply(centered.square().sum(dim=dims)) / totals[-1]
         with torch.no_grad():
@@ -200,7 +200,7 @@ class CPUSyncBatchNorm(nn.Module):
 
 
 def convert_to_sync_batchnorm(module: nn.Module, device: torch.device) -> None:
-    """Let every batch norm below a module see the rows of all processes."""
+    """Replace every batch norm below a module by one over the rows of all processes."""
     if device.type == "cuda":
         from timm.layers import convert_sync_batchnorm
 
@@ -215,12 +215,11 @@ def convert_to_sync_batchnorm(module: nn.Module, device: torch.device) -> None:
 
 
 def wrap_ddp(method: nn.Module) -> nn.Module:
-    """Bring the gradients of all processes together in each backward pass.
+    """Wrap a method in `DistributedDataParallel`, which averages gradients over processes.
 
-    Buffers are never sent around: they are equal by construction, as every process computes them from the
-    whole batch.
+    Buffers are not broadcast: every process computes them from the whole batch, so they are equal.
     """
     with warnings.catch_warnings():
-        # torch 2.14 gives the argument another name, which 2.8 does not know.
+        # torch 2.14 renames the argument; torch 2.8 does not know the new name.
         warnings.simplefilter("ignore", FutureWarning)
         return DistributedDataParallel(method, broadcast_buffers=False)

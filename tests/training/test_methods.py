@@ -5,6 +5,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import jaxtyping
 import open_clip.transformer
 import pytest
 import torch
@@ -225,7 +226,6 @@ def test_views_depend_on_method_and_pairs() -> None:
         ({"memory_bank_size": 600}, "memory_bank_size", "used by: nnclr, moco, swav, declip"),
         ({"method": "moco", "memory_bank_size": 100}, "memory_bank_size", "at least `batch_size`"),
         ({"method": "vicreg", "false_negatives": "mask"}, "false_negatives", "'vicreg'"),
-        ({"method": "dcl", "false_negatives": "soft_targets"}, None, "keep, mask, reweight"),
         ({"method": "clip", "text_width": 100}, "text_width", "multiple of 64"),
         ({"method": "byol", "ema_momentum": 1.5}, None, "between 0 and 1"),
         ({"temperature": 0.0}, "temperature", "above 0"),
@@ -243,6 +243,15 @@ def test_invalid_settings_raise(settings: dict[str, Any], field: str | None, mes
     with pytest.raises(InvalidInputError, match=message) as error:
         parse_train_config(settings)
     assert field is None or error.value.field == field
+
+
+def test_invalid_choice_raises(monkeypatch: pytest.MonkeyPatch) -> None:
+    # The type checks of the tests would raise first.
+    monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)
+    with pytest.raises(InvalidInputError, match="keep, mask, reweight"):
+        parse_method_options("dcl", {"false_negatives": "soft_targets"})
+    with pytest.raises(InvalidInputError, match="crop, simclr"):
+        parse_train_config({"augmentation": "simcrl"})
 
 
 def test_methods_and_pairs_that_do_not_fit_raise() -> None:
