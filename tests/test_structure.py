@@ -1,9 +1,13 @@
 """The house is built as design says: imports run downward, files and functions stay short."""
 
 import ast
+import inspect
 import subprocess
 import sys
+import typing
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import likewise
 
@@ -108,3 +112,18 @@ def test_public_names_are_the_same_for_imports_and_type_checkers() -> None:
         assert getattr(likewise, name) is not None
     assert set(likewise.__all__) <= set(dir(likewise))
     assert (SOURCE / "py.typed").is_file()
+
+
+def test_types_of_public_signatures_are_public() -> None:
+    def classes_of(annotation: Any) -> Iterator[type]:
+        for argument in typing.get_args(annotation):
+            yield from classes_of(argument)
+        if inspect.isclass(annotation) and annotation.__module__.startswith("likewise."):
+            yield annotation
+
+    public = {name: getattr(likewise, name) for name in likewise.__all__}
+    for name, function in public.items():
+        if inspect.isfunction(function):
+            for annotation in typing.get_type_hints(function).values():
+                for cls in classes_of(annotation):
+                    assert cls in public.values(), f"{name} uses {cls.__name__}, which is not public"

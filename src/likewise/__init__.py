@@ -12,7 +12,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from likewise.data.audit.audit import audit_dataset
+    from likewise.data.audit.audit import AuditReport, audit_dataset
     from likewise.data.audit.config import AuditConfig
     from likewise.data.dataset import CaptionDataset
     from likewise.data.images import UnreadableImageError
@@ -78,6 +78,7 @@ __version__ = "0.1.0"
 __all__ = [
     "ArtifactError",
     "AuditConfig",
+    "AuditReport",
     "BYOLOptions",
     "BarlowTwinsOptions",
     "CLIPOptions",
@@ -150,6 +151,7 @@ __all__ = [
 _MODULES = {
     "ArtifactError": "likewise.errors",
     "AuditConfig": "likewise.data.audit.config",
+    "AuditReport": "likewise.data.audit.audit",
     "BYOLOptions": "likewise.training.methods.options",
     "BarlowTwinsOptions": "likewise.training.methods.options",
     "CLIPOptions": "likewise.training.methods.options",
