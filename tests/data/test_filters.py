@@ -1,4 +1,4 @@
-"""Filters: what they leave out, whatever hand has edited them, and what is wrong with one that cannot be."""
+"""Filters: exclusions, edits by users and spreadsheet editors, and invalid files."""
 
 import csv
 from pathlib import Path
@@ -43,7 +43,7 @@ def write(
     return path
 
 
-def test_what_is_written_is_left_out_again(small: CaptionDataset, tmp_path: Path) -> None:
+def test_written_exclusions_are_read_back(small: CaptionDataset, tmp_path: Path) -> None:
     rows = [
         FilterRow(id="a.png", caption="my favourite", reason="filler"),
         FilterRow(id="b.png", caption="red, green; and blue", reason="boilerplate"),
@@ -51,26 +51,26 @@ def test_what_is_written_is_left_out_again(small: CaptionDataset, tmp_path: Path
         FilterRow(id="f.png", caption="", reason="copy"),
     ]
     assert write_filter(tmp_path / "f.csv", rows) == {"boilerplate": 2, "copy": 1, "filler": 1}
-    found = read_filter(tmp_path / "f.csv", small)
-    assert found.excluded_images.tolist() == [False, False, False, False, False, True]
-    assert found.reason_counts == {"boilerplate": 2, "copy": 1, "filler": 1}
-    assert found.excludes_caption(0, "my favourite")
-    assert not found.excludes_caption(0, "a  grinning face")
-    assert found.excludes_caption(5, "ein Gesicht, größer")
-    assert not found.excludes_caption(3, "my favourite")
-    assert found.caption_mask(small, 0).tolist() == [True, False, False, False, True, True]
-    assert found.caption_mask(small, 1).tolist() == [False]
+    dataset_filter = read_filter(tmp_path / "f.csv", small)
+    assert dataset_filter.excluded_images.tolist() == [False, False, False, False, False, True]
+    assert dataset_filter.reason_counts == {"boilerplate": 2, "copy": 1, "filler": 1}
+    assert dataset_filter.excludes_caption(0, "my favourite")
+    assert not dataset_filter.excludes_caption(0, "a  grinning face")
+    assert dataset_filter.excludes_caption(5, "ein Gesicht, größer")
+    assert not dataset_filter.excludes_caption(3, "my favourite")
+    assert dataset_filter.caption_mask(small, 0).tolist() == [True, False, False, False, True, True]
+    assert dataset_filter.caption_mask(small, 1).tolist() == [False]
 
 
-def test_a_text_leaves_out_all_captions_of_its_image_that_read_so(
+def test_caption_excludes_all_equal_captions_of_its_image(small: CaptionDataset, tmp_path: Path) -> None:
+    dataset_filter = read_filter(write(tmp_path / "f.csv", ("d.png", "twice", "")), small)
+    assert dataset_filter.caption_mask(small, 0).tolist() == [True, True, True, True, False, False]
+    assert not dataset_filter.excluded_images.any()
+
+
+def test_filter_tolerates_whitespace_order_and_delimiter_changes(
     small: CaptionDataset, tmp_path: Path
 ) -> None:
-    found = read_filter(write(tmp_path / "f.csv", ("d.png", "twice", "")), small)
-    assert found.caption_mask(small, 0).tolist() == [True, True, True, True, False, False]
-    assert not found.excluded_images.any()
-
-
-def test_hands_may_change_spaces_order_and_separators(small: CaptionDataset, tmp_path: Path) -> None:
     first = write(tmp_path / "a.csv", ("a.png", "a  grinning face", "x"), ("f.png", "", "y"))
     second = tmp_path / "b.csv"
     second.write_bytes("\ufeffreason;id;caption\r\n;f.png;\r\nmine;a.png;a grinning face \r\n".encode())
@@ -80,61 +80,62 @@ def test_hands_may_change_spaces_order_and_separators(small: CaptionDataset, tmp
     assert read_filter(third, small).key != read_filter(first, small).key
 
 
-def test_a_filter_without_rows_leaves_everything(small: CaptionDataset, tmp_path: Path) -> None:
-    found = read_filter(write(tmp_path / "f.csv"), small)
-    assert not found.excluded_images.any()
-    assert all(found.caption_mask(small, shard).all() for shard in range(2))
-    assert found.reason_counts == {}
+def test_filter_without_rows_excludes_nothing(small: CaptionDataset, tmp_path: Path) -> None:
+    dataset_filter = read_filter(write(tmp_path / "f.csv"), small)
+    assert not dataset_filter.excluded_images.any()
+    assert all(dataset_filter.caption_mask(small, shard).all() for shard in range(2))
+    assert dataset_filter.reason_counts == {}
 
 
-def test_kept_rows_are_those_of_the_embeddings(collection: CaptionDataset, tmp_path: Path) -> None:
-    record = next(record for record in collection if len(record.captions) > 1)
-    found = read_filter(write(tmp_path / "f.csv", (record.id, record.captions[1], "test")), collection)
-    stored = find_embeddings(collection, None)
-    dropped = 0
-    for shard in range(stored.num_shards):
-        kept, (vectors, ids) = found.caption_mask(collection, shard), stored.load_shard(shard)
-        assert kept.shape == (len(vectors),)
-        texts = [c for record in collection.samples(shard) for c in record.captions]
+def test_caption_mask_is_aligned_with_embeddings(collection: CaptionDataset, tmp_path: Path) -> None:
+    sample = next(sample for sample in collection if len(sample.captions) > 1)
+    dataset_filter = read_filter(
+        write(tmp_path / "f.csv", (sample.id, sample.captions[1], "test")), collection
+    )
+    embeddings = find_embeddings(collection, None)
+    num_excluded = 0
+    for shard in range(embeddings.num_shards):
+        mask, (vectors, ids) = dataset_filter.caption_mask(collection, shard), embeddings.load_shard(shard)
+        assert mask.shape == (len(vectors),)
+        texts = [c for sample in collection.samples(shard) for c in sample.captions]
         expected = [
-            not (collection[int(i)].id == record.id and text == record.captions[1])
+            not (collection[int(i)].id == sample.id and text == sample.captions[1])
             for i, text in zip(ids, texts, strict=True)
         ]
-        assert kept.tolist() == expected
-        dropped += int((~kept).sum())
-    assert dropped == 1
+        assert mask.tolist() == expected
+        num_excluded += int((~mask).sum())
+    assert num_excluded == 1
 
 
 @pytest.mark.parametrize(
-    ("text", "told"),
+    ("text", "message"),
     [
         ("", "is empty"),
-        ("id,caption\na.png,\n", "no column `reason`"),
-        ("a,b\n1,2\n", "no column `id`, `caption`, `reason`"),
+        ("id,caption\na.png,\n", "no column 'reason'"),
+        ("a,b\n1,2\n", "no column 'id', 'caption', 'reason'"),
         (
             "id,caption,reason\nx.png,,\na.png,,\ny.png,,\n",
-            "2 of its ids are not in .* first is `x.png` .*line 2",
+            "2 ids are not in .* first one is 'x.png' .*line 2",
         ),
         (
             "id,caption,reason\na.png,a smiling face,\n",
-            "line 2: image `a.png` has no caption `a smiling face`",
+            "line 2: image 'a.png' has no caption 'a smiling face'",
         ),
         ("id,caption,reason\na.png,my favourite\n", "line 2: row has too few columns"),
-        ('id,caption,reason\na.png,"my favourite,x\n', "line 2: a quotation mark is never closed"),
-        ("id,caption,reason\n" + "".join(f"{n}.png,,\n" for n in "abcdef"), "leaves out every image"),
+        ('id,caption,reason\na.png,"my favourite,x\n', "line 2: a quote is never closed"),
+        ("id,caption,reason\n" + "".join(f"{n}.png,,\n" for n in "abcdef"), "excludes all images"),
     ],
 )
-def test_what_is_no_filter_of_this_collection_is_told(
-    text: str, told: str, small: CaptionDataset, tmp_path: Path
-) -> None:
+def test_invalid_filters_raise(text: str, message: str, small: CaptionDataset, tmp_path: Path) -> None:
     (tmp_path / "f.csv").write_text(text)
-    with pytest.raises(InvalidInputError, match=told) as fault:
+    with pytest.raises(InvalidInputError, match=message) as error:
         read_filter(tmp_path / "f.csv", small)
-    assert "f.csv" in str(fault.value)
-    assert "\n" not in str(fault.value)
+    assert error.value.path == tmp_path / "f.csv"
+    assert "f.csv" in str(error.value)
+    assert "\n" not in str(error.value)
 
 
-def test_other_files_are_told(small: CaptionDataset, tmp_path: Path) -> None:
+def test_files_that_are_not_filters_raise(small: CaptionDataset, tmp_path: Path) -> None:
     with pytest.raises(InvalidInputError, match="there is no filter at"):
         read_filter(tmp_path / "nowhere.csv", small)
     with pytest.raises(InvalidInputError, match="there is no filter at"):
@@ -144,21 +145,21 @@ def test_other_files_are_told(small: CaptionDataset, tmp_path: Path) -> None:
         read_filter(tmp_path / "picture.csv", small)
 
 
-def test_a_full_write_or_none(tmp_path: Path) -> None:
+def test_write_is_atomic(tmp_path: Path) -> None:
     write_filter(tmp_path / "f.csv", [FilterRow(id="a", caption="", reason="old")])
     before = (tmp_path / "f.csv").read_bytes()
 
-    def broken() -> list[FilterRow]:
+    def interrupt() -> list[FilterRow]:
         raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        write_filter(tmp_path / "f.csv", (row for _ in range(2) for row in broken()))
+        write_filter(tmp_path / "f.csv", (row for _ in range(2) for row in interrupt()))
     assert (tmp_path / "f.csv").read_bytes() == before
     assert [file.name for file in tmp_path.iterdir()] == ["f.csv"]
 
 
-def test_positions_and_masks_are_of_the_promised_types(small: CaptionDataset, tmp_path: Path) -> None:
-    found = read_filter(write(tmp_path / "f.csv", ("a.png", "", "x")), small)
-    assert found.excluded_images.dtype == np.bool_
-    assert found.caption_mask(small, 0).dtype == np.bool_
-    assert len(found.key) == 16
+def test_masks_are_bool(small: CaptionDataset, tmp_path: Path) -> None:
+    dataset_filter = read_filter(write(tmp_path / "f.csv", ("a.png", "", "x")), small)
+    assert dataset_filter.excluded_images.dtype == np.bool_
+    assert dataset_filter.caption_mask(small, 0).dtype == np.bool_
+    assert len(dataset_filter.key) == 16

@@ -1,4 +1,4 @@
-"""Each kind of encoder against its library's own plain call, or a direct computation."""
+"""Each kind of encoder against its library's num_direct_columns plain call, or a direct computation."""
 
 import gzip
 import json
@@ -22,7 +22,12 @@ from likewise.embeddings.registry import load_text_encoder, resolve_encoder
 from likewise.errors import InvalidInputError, ModelError
 from support import MINILM
 
-FEW = ["grinning face", "a", "flag: Åland Islands", "woman in a wheelchair, facing right, dark skin tone"]
+CAPTIONS = [
+    "grinning face",
+    "a",
+    "flag: Åland Islands",
+    "woman in a wheelchair, facing right, dark skin tone",
+]
 CLIP = {
     "embed_dim": 24,
     "vision_cfg": {"image_size": 32, "layers": 1, "width": 32, "head_width": 16, "patch_size": 16},
@@ -36,8 +41,8 @@ def load(name: str, captions: list[str] | None = None, **options: Any) -> TextEn
     )
 
 
-def captions_of(collection: CaptionDataset) -> list[str]:
-    return [text for record in collection for text in record.captions]
+def all_captions(collection: CaptionDataset) -> list[str]:
+    return [text for sample in collection for text in sample.captions]
 
 
 @pytest.fixture(scope="session")
@@ -51,18 +56,18 @@ def tokens(minilm: Path) -> np.ndarray:
     return load_file(minilm / "model.safetensors")["embeddings.word_embeddings.weight"].numpy()
 
 
-def test_sentence_model_equals_its_librarys_own_call(collection: CaptionDataset, minilm: Path) -> None:
+def test_sentence_transformer_equals_its_library(collection: CaptionDataset, minilm: Path) -> None:
     from sentence_transformers import SentenceTransformer
 
-    captions = captions_of(collection)
+    captions = all_captions(collection)
     plain = SentenceTransformer(str(minilm), device="cpu").encode(captions, normalize_embeddings=True)
-    found = embed(collection, MINILM)
-    rows = np.concatenate([found.load_shard(i)[0] for i in range(found.num_shards)])
-    ids = np.concatenate([found.load_shard(i)[1] for i in range(found.num_shards)])
-    # Two houses draw each emoji: identical captions are embedded once and must land in every place.
+    actual = embed(collection, MINILM)
+    rows = np.concatenate([actual.load_shard(i)[0] for i in range(actual.num_shards)])
+    ids = np.concatenate([actual.load_shard(i)[1] for i in range(actual.num_shards)])
+    # Two houses draw each emoji: identical captions are embedded once and must land in every row.
     assert len(set(captions)) < 0.8 * len(captions)
     np.testing.assert_allclose(rows, plain, atol=5e-4)
-    assert ids.tolist() == [i for i, record in enumerate(collection) for _ in record.captions]
+    assert ids.tolist() == [i for i, sample in enumerate(collection) for _ in sample.captions]
 
 
 def last_hidden_states(folder: Path, caption: str) -> np.ndarray:
@@ -75,21 +80,21 @@ def last_hidden_states(folder: Path, caption: str) -> np.ndarray:
         return model.eval()(**tokenizer(caption, return_tensors="pt")).last_hidden_state[0].double().numpy()
 
 
-def direct(folder: Path, pooling: str) -> np.ndarray:
-    states = [last_hidden_states(folder, caption) for caption in FEW]
+def reference_embeddings(folder: Path, pooling: str) -> np.ndarray:
+    states = [last_hidden_states(folder, caption) for caption in CAPTIONS]
     rows = {"cls": lambda h: h[0], "mean": lambda h: h.mean(axis=0), "last": lambda h: h[-1]}
-    return l2_normalize(np.stack([rows[pooling](each) for each in states]))
+    return l2_normalize(np.stack([rows[pooling](state) for state in states]))
 
 
 @pytest.mark.parametrize("pooling", ["cls", "mean", "last"])
 def test_pooling_of_a_hugging_face_model(minilm: Path, pooling: str) -> None:
-    found = load(f"hf:{minilm}", pooling=pooling).encode(FEW, 4)
-    np.testing.assert_allclose(found, direct(minilm, pooling), atol=1e-5)
-    assert found.dtype == np.float32
+    actual = load(f"hf:{minilm}", pooling=pooling).encode(CAPTIONS, 4)
+    np.testing.assert_allclose(actual, reference_embeddings(minilm, pooling), atol=1e-5)
+    assert actual.dtype == np.float32
 
 
 @pytest.mark.parametrize("side", ["left", "right"])
-def test_last_token_of_a_generator_without_a_padding_token(minilm: Path, tmp_path: Path, side: str) -> None:
+def test_last_token_pooling_without_a_padding_token(minilm: Path, tmp_path: Path, side: str) -> None:
     from tokenizers import Tokenizer
     from transformers import GPT2Config, GPT2Model, PreTrainedTokenizerFast
 
@@ -101,28 +106,28 @@ def test_last_token_of_a_generator_without_a_padding_token(minilm: Path, tmp_pat
     special = {"eos_token": "[SEP]", "padding_side": side, "model_max_length": 64}
     PreTrainedTokenizerFast(tokenizer_object=whole, **special).save_pretrained(tmp_path)
     assert PreTrainedTokenizerFast.from_pretrained(tmp_path).pad_token is None
-    found = load(f"hf:{tmp_path}", pooling="last").encode(FEW, 4)
-    np.testing.assert_allclose(found, direct(tmp_path, "last"), atol=1e-5)
+    actual = load(f"hf:{tmp_path}", pooling="last").encode(CAPTIONS, 4)
+    np.testing.assert_allclose(actual, reference_embeddings(tmp_path, "last"), atol=1e-5)
 
 
 @pytest.mark.parametrize("name", [MINILM, "hf"])
-def test_max_length_cuts_captions(minilm: Path, name: str) -> None:
+def test_max_length_truncates_captions(minilm: Path, name: str) -> None:
     name = f"hf:{minilm}" if name == "hf" else name
     long = "red apple on a table in the garden of the old house"
     whole, cut = load(name), load(name, max_length=4)
     # Four tokens are the two of the frame and two words.
     np.testing.assert_allclose(cut.encode([long], 1), whole.encode(["red apple"], 1), atol=1e-5)
     assert np.abs(cut.encode([long], 1) - whole.encode([long], 1)).max() > 0.01
-    with pytest.raises(ModelError, match="takes at most"):
+    with pytest.raises(ModelError, match="`max_length` must be at most"):
         load(name, max_length=100_000)
 
 
-def test_onnx_gives_what_torch_gives(minilm: Path) -> None:
-    captions = [*FEW, " ".join(FEW)]
+def test_onnx_equals_torch(minilm: Path) -> None:
+    captions = [*CAPTIONS, " ".join(CAPTIONS)]
     # The last batch is a single caption, and longer than what the graph was traced with.
-    found = load(f"hf:{minilm}", pooling="cls", backend="onnx").encode(captions, 2)
-    np.testing.assert_allclose(found, load(f"hf:{minilm}", pooling="cls").encode(captions, 2), atol=1e-5)
-    with pytest.raises(InvalidInputError, match="runs on the CPU"):
+    actual = load(f"hf:{minilm}", pooling="cls", backend="onnx").encode(captions, 2)
+    np.testing.assert_allclose(actual, load(f"hf:{minilm}", pooling="cls").encode(captions, 2), atol=1e-5)
+    with pytest.raises(InvalidInputError, match="CPU only"):
         load_text_encoder(resolve_encoder(MINILM, EncoderOptions(backend="onnx")), "cuda", lambda: iter([]))
 
 
@@ -147,16 +152,16 @@ def test_clip_text_equals_open_clip(clip: tuple[str, Any]) -> None:
     encoder = load(name)
     tokenize = open_clip.get_tokenizer("likewise-tiny")
     with torch.no_grad():
-        expected = model.encode_text(tokenize(FEW), normalize=True).numpy()
-    np.testing.assert_allclose(encoder.encode(FEW, 3), expected, atol=1e-5)
+        expected = model.encode_text(tokenize(CAPTIONS), normalize=True).numpy()
+    np.testing.assert_allclose(encoder.encode(CAPTIONS, 3), expected, atol=1e-5)
     assert encoder.dim == 24
 
 
-def test_long_captions_keep_clips_end_token(clip: tuple[str, Any]) -> None:
+def test_clip_truncation_keeps_the_end_token(clip: tuple[str, Any]) -> None:
     name, model = clip
     import open_clip
 
-    words = [FEW[i % 4].split()[0] for i in range(200)]
+    words = [CAPTIONS[i % 4].split()[0] for i in range(200)]
 
     tokenizer: Any = open_clip.get_tokenizer("likewise-tiny")
     ids = tokenizer.encode(" ".join(words))
@@ -168,21 +173,19 @@ def test_long_captions_keep_clips_end_token(clip: tuple[str, Any]) -> None:
 
 
 @pytest.mark.usefixtures("clip")
-def test_clip_faults_name_what_there_is(tmp_path: Path) -> None:
+def test_invalid_clip_names_raise(tmp_path: Path) -> None:
     with pytest.raises(ModelError, match="unknown CLIP model 'ViT-B-23'.*Did you mean.*ViT-B-32"):
         load("clip:ViT-B-23/openai")
     with pytest.raises(ModelError, match="'opena' is neither a file nor weights of ViT-B-32; it has openai"):
         load("clip:ViT-B-32/opena")
-    with pytest.raises(ModelError, match="lacks its weights"):
+    with pytest.raises(ModelError, match="expected clip:ARCH/WEIGHTS"):
         resolve_encoder("clip:ViT-B-32")
     (tmp_path / "w.pt").write_bytes(b"no weights")
     with pytest.raises(ModelError, match="cannot load the CLIP model"):
         load(f"clip:likewise-tiny/{tmp_path / 'w.pt'}")
 
 
-def test_static_tokens_equal_the_mean_of_real_vectors(
-    minilm: Path, tokens: np.ndarray, tmp_path: Path
-) -> None:
+def test_model2vec_equals_the_mean_of_token_vectors(minilm: Path, tokens: np.ndarray, tmp_path: Path) -> None:
     from model2vec import StaticModel
     from tokenizers import Tokenizer
 
@@ -190,9 +193,9 @@ def test_static_tokens_equal_the_mean_of_real_vectors(
     tokenizer.no_padding()
     StaticModel(tokens, tokenizer).save_pretrained(tmp_path)
     encoder = load(f"model2vec:{tmp_path}")
-    ids = [tokenizer.encode(caption, add_special_tokens=False).ids for caption in FEW]
+    ids = [tokenizer.encode(caption, add_special_tokens=False).ids for caption in CAPTIONS]
     expected = l2_normalize(np.stack([tokens[i].astype(np.float64).mean(axis=0) for i in ids]))
-    np.testing.assert_allclose(encoder.encode(FEW, 2), expected, atol=1e-5)
+    np.testing.assert_allclose(encoder.encode(CAPTIONS, 2), expected, atol=1e-5)
 
 
 def word_lines(minilm: Path, tokens: np.ndarray, *, header: bool) -> str:
@@ -216,41 +219,41 @@ def test_word_vectors_are_averaged(minilm: Path, tokens: np.ndarray, tmp_path: P
         stream.write(plain)
     table = {line.split(" ")[0]: np.array(line.split(" ")[1:], np.float64) for line in plain.splitlines()}
     captions = ["Smiling face at night!", "zzyzx qwrtp", "", "face face cat"]
-    chosen = [["smiling", "face", "at", "night"], ["face", "face", "cat"]]
-    expected = l2_normalize(np.stack([np.mean([table[w] for w in words], axis=0) for words in chosen]))
+    known_words = [["smiling", "face", "at", "night"], ["face", "face", "cat"]]
+    expected = l2_normalize(np.stack([np.mean([table[w] for w in words], axis=0) for words in known_words]))
     for file in ("glove.txt", "fasttext.vec", "glove.txt.gz"):
         encoder = load(f"words:{tmp_path / file}", captions)
-        found = encoder.encode(captions, 64)
-        np.testing.assert_allclose(found[[0, 3]], expected, atol=1e-4)
-        assert not found[[1, 2]].any()
+        actual = encoder.encode(captions, 64)
+        np.testing.assert_allclose(actual[[0, 3]], expected, atol=1e-4)
+        assert not actual[[1, 2]].any()
         assert encoder.dim == 50
 
 
-def test_word_files_that_are_none_are_refused(minilm: Path, tokens: np.ndarray, tmp_path: Path) -> None:
+def test_invalid_word_vector_files_raise(minilm: Path, tokens: np.ndarray, tmp_path: Path) -> None:
     plain = word_lines(minilm, tokens, header=False).splitlines()
-    place = next(i for i, line in enumerate(plain) if line.startswith("face "))
-    plain[place] = plain[place].rsplit(" ", 3)[0]
+    row = next(i for i, line in enumerate(plain) if line.startswith("face "))
+    plain[row] = plain[row].rsplit(" ", 3)[0]
     (tmp_path / "cut.txt").write_text("\n".join(plain))
-    with pytest.raises(ModelError, match=rf"cut.txt, line {place + 1} does not hold 50 numbers"):
+    with pytest.raises(ModelError, match=rf"cut.txt, line {row + 1} does not contain 50 numbers"):
         load(f"words:{tmp_path / 'cut.txt'}", ["a face"])
-    with pytest.raises(ModelError, match="a vector for no word of this collection"):
+    with pytest.raises(ModelError, match="no vector for any word of the dataset"):
         load(f"words:{tmp_path / 'cut.txt'}", ["zzyzx"])
     (tmp_path / "prose.txt").write_text("It was a dark night.\n")
-    with pytest.raises(ModelError, match="holds no word vectors"):
+    with pytest.raises(ModelError, match="is not a file of word vectors"):
         load(f"words:{tmp_path / 'prose.txt'}", ["night"])
-    del plain[place]
+    del plain[row]
     (tmp_path / "half.txt.gz").write_bytes(gzip.compress("\n".join(plain).encode())[:-2000])
-    with pytest.raises(ModelError, match="cannot be read as word vectors"):
+    with pytest.raises(ModelError, match="cannot read word vectors"):
         load(f"words:{tmp_path / 'half.txt.gz'}", ["face"])
     with pytest.raises(ModelError, match="no file of word vectors"):
         resolve_encoder("words:nowhere.vec")
 
 
-def test_idf_is_scikit_learns_on_the_same_counts(collection: CaptionDataset) -> None:
+def test_idf_equals_scikit_learn(collection: CaptionDataset) -> None:
     from sklearn.feature_extraction.text import TfidfTransformer
     from sklearn.preprocessing import normalize
 
-    captions = captions_of(collection)
+    captions = all_captions(collection)
     parts = [captions[:100], captions[100:101], [], captions[101:]]
     encoder = BagOfWordsEncoder(lambda: iter(parts), use_idf=True)
     counts: Any = count_hashed_words(captions)
@@ -258,18 +261,18 @@ def test_idf_is_scikit_learns_on_the_same_counts(collection: CaptionDataset) -> 
     np.testing.assert_allclose(encoder.idf, reference.idf_, rtol=1e-6)
     plain = normalize(counts)
     # Up to 2,048 different words nothing shares a column, so every similarity is exact.
-    for found, direct in ((encoder, reference.transform(counts)), (load("bow", captions), plain)):
-        rows = found.encode(captions, 64)
+    for actual, direct in ((encoder, reference.transform(counts)), (load("bow", captions), plain)):
+        rows = actual.encode(captions, 64)
         np.testing.assert_allclose(rows @ rows.T, (direct @ direct.T).toarray(), atol=1e-6)
         assert rows.shape == (len(captions), NUM_COLUMNS)
 
 
-@pytest.mark.parametrize("own", [2048, 256])
-def test_hashing_keeps_the_neighbors_of_exact_tfidf(own: int, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("num_direct_columns", [2048, 256])
+def test_hashing_preserves_tfidf_neighbors(num_direct_columns: int, monkeypatch: pytest.MonkeyPatch) -> None:
     from sklearn.feature_extraction.text import TfidfVectorizer
 
-    # With 256 columns of their own, most of the 1,400 words of these captions share theirs.
-    monkeypatch.setattr("likewise.embeddings.lexical._NUM_DIRECT_COLUMNS", own)
+    # With 256 columns of their num_direct_columns, most of the 1,400 words of these captions share theirs.
+    monkeypatch.setattr("likewise.embeddings.lexical._NUM_DIRECT_COLUMNS", num_direct_columns)
     captions = sorted({emoji.name for emoji in load_emoji()})
     exact: Any = TfidfVectorizer(analyzer=lambda text: re.findall(r"\w+", text.lower())).fit_transform(
         captions
@@ -286,7 +289,7 @@ def test_hashing_keeps_the_neighbors_of_exact_tfidf(own: int, monkeypatch: pytes
     assert overlap >= 0.95
 
 
-def test_words_of_many_scripts() -> None:
+def test_split_words_of_many_scripts() -> None:
     assert split_words("L'été, c'est 2 fois!") == ["L", "été", "c", "est", "2", "fois"]
     assert split_words("हिन्दी में लिखा") == ["हिन्दी", "में", "लिखा"]
     assert split_words("красный дом—синий") == ["красный", "дом", "синий"]
@@ -295,26 +298,26 @@ def test_words_of_many_scripts() -> None:
     assert split_words("😀 …") == []
 
 
-def test_names_that_mean_nothing_are_refused(tmp_path: Path) -> None:
-    with pytest.raises(InvalidInputError, match="unknown kind of encoder 'word:'.*Did you mean words.*tfidf"):
+def test_invalid_encoder_names_raise(tmp_path: Path) -> None:
+    with pytest.raises(InvalidInputError, match="unknown encoder scheme 'word:'.*Did you mean words.*tfidf"):
         resolve_encoder("word:glove.txt")
-    with pytest.raises(InvalidInputError, match="says no model; write it as in hf:bert"):
+    with pytest.raises(InvalidInputError, match="has no model name; example: hf:bert"):
         resolve_encoder("hf:")
     with pytest.raises(
-        InvalidInputError, match="--pooling means nothing to tfidf; it goes with models such as hf:"
+        InvalidInputError, match="`pooling` is not an option of tfidf; it applies to encoders such as hf:"
     ):
         resolve_encoder("tfidf", EncoderOptions(pooling="cls"))
-    with pytest.raises(InvalidInputError, match="--max-length is 0"):
+    with pytest.raises(InvalidInputError, match="`max_length` must be"):
         EncoderOptions(max_length=0)
     with pytest.raises(ModelError, match="no model folder at /nowhere"):
         resolve_encoder("hf:/nowhere")
     with pytest.raises(ModelError, match="it has no config.json"):
         resolve_encoder(f"hf:{tmp_path}")
-    with pytest.raises(ModelError, match="no finished run and no file of weights"):
+    with pytest.raises(ModelError, match="not a complete run, a weights file"):
         resolve_encoder("image:nothing")
 
 
-def test_identity_tells_kinds_and_weights_apart(minilm: Path, tmp_path: Path) -> None:
+def test_weights_id_depends_on_scheme_and_weights(minilm: Path, tmp_path: Path) -> None:
     names = [MINILM, str(minilm), f"hf:{minilm}", "tfidf", "bow", "image:random:resnet10t"]
     assert len({resolve_encoder(name).weights_id for name in names}) == len(names)
     for number in range(2):
@@ -322,12 +325,20 @@ def test_identity_tells_kinds_and_weights_apart(minilm: Path, tmp_path: Path) ->
         (tmp_path / "m" / "config.json").write_text(str(number))
         names.append(resolve_encoder(f"model2vec:{tmp_path / 'm'}").weights_id)
     assert names[-1] != names[-2]
-    choice = resolve_encoder(f"hf:{minilm}", EncoderOptions(pooling="cls", max_length=20))
-    assert choice.name == "hf:model+cls+20"
+    spec = resolve_encoder(f"hf:{minilm}", EncoderOptions(pooling="cls", max_length=20))
+    assert spec.name == "hf:model+cls+20"
 
 
-def test_a_hub_name_that_cannot_be_had_says_what_works_offline(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_unavailable_hub_models_raise(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     for name in ("nobody/nothing", "hf:nobody/nothing", "model2vec:nobody/nothing"):
         with pytest.raises(ModelError, match="cannot load.*Hugging Face hub"):
             load(name)
+
+
+def test_loading_restores_the_logging_of_transformers(minilm: Path) -> None:
+    from transformers.utils import logging as transformers_logging
+
+    before = (transformers_logging.get_verbosity(), transformers_logging.is_progress_bar_enabled())
+    load(f"hf:{minilm}")
+    assert (transformers_logging.get_verbosity(), transformers_logging.is_progress_bar_enabled()) == before

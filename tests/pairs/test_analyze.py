@@ -360,7 +360,7 @@ def test_the_same_question_has_the_same_answer(collection: CaptionDataset, usual
 def test_what_cannot_be_diagnosed_is_refused(collection: CaptionDataset) -> None:
     with pytest.raises(InvalidInputError, match="unknown setting 'mutal'"):
         analyze_pairs(collection, pair_configs=["mutal=10"])
-    with pytest.raises(ArtifactError, match="no finished embeddings"):
+    with pytest.raises(ArtifactError, match="no embeddings"):
         analyze_pairs(collection, pair_configs=["pairs=vision"])
 
 

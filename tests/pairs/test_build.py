@@ -246,5 +246,5 @@ def test_moments_of_similarity_equal_all_pairs(several: CaptionDataset) -> None:
 
 def test_missing_embeddings_name_the_command(emoji: Path, tmp_path: Path) -> None:
     made = import_dataset(emoji, tmp_path / "c", ImportOptions(caption_column=("caption",)))
-    with pytest.raises(ArtifactError, match="run: likewise embed"):
+    with pytest.raises(ArtifactError, match="embed the dataset first"):
         build_pairs(made, PairConfig())

@@ -1,1 +1,1 @@
-"""Captioned images on disk: what they are, where their bytes lie, and how they are read."""
+"""Datasets of captioned images: import, decoding, caching, filters and audit."""

@@ -1,4 +1,4 @@
-"""The collection: one row an image, in Parquet shards; images stay where they are, captions come along."""
+"""The dataset of captioned images: Parquet shards with one row per image, which refer to the image bytes."""
 
 import builtins
 import json
@@ -45,32 +45,40 @@ SCHEMA = pa.schema(
 
 @dataclass(frozen=True, kw_only=True)
 class ImageRef:
-    """Where an image's bytes lie: a file, a stretch of an archive, or the bytes themselves.
-
-    `path` is relative to the collection's source folder, or absolute.
-    """
+    """Location of an encoded image: a file, a byte range of an archive, or the bytes themselves."""
 
     path: str | None = None
+    """File or archive, relative to the root of the dataset, or absolute."""
     offset: int | None = None
+    """First byte in an archive; None for a whole file."""
     size: int | None = None
-    bytes: builtins.bytes | None = None  # the name that Hugging Face uses
+    """Number of bytes in an archive; None for a whole file."""
+    bytes: builtins.bytes | None = None
+    """Encoded image; the names `bytes` and `path` are those of Hugging Face datasets."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Sample:
-    """One captioned image; `captions` may be empty."""
+    """One image with its captions."""
 
     id: str
+    """Unique in the dataset."""
     image: ImageRef
+    """Location of the encoded image."""
     captions: tuple[str, ...]
+    """Captions in the order of the source; may be empty."""
     group: str | None = None
+    """Group that constrains pairs, such as a subreddit or a year."""
     label: str | None = None
+    """Class label, used for evaluation only, unless pairs are sampled by label."""
     width: int
+    """Width in pixels."""
     height: int
+    """Height in pixels."""
 
 
 def write_samples(path: Path, samples: list[Sample]) -> None:
-    """Write one shard of records, whole or not at all."""
+    """Write one shard of samples atomically."""
     rows = [
         {
             "id": sample.id,
@@ -88,58 +96,76 @@ def write_samples(path: Path, samples: list[Sample]) -> None:
 
 
 class CaptionDataset:
-    """A finished collection, read shard by shard; opening it reads no rows."""
+    """An imported dataset, read shard by shard.
+
+    Opening it reads the manifest only. `dataset[i]` returns a `Sample`; iteration yields all samples.
+    """
 
     def __init__(self, path: str | Path) -> None:
-        """Open the collection at `path`; raises ArtifactError where there is none."""
+        """Open the dataset at a path.
+
+        Raises:
+            ArtifactError: if the path holds no complete dataset.
+        """
         self.artifact: Artifact = Artifact.open(Path(path), ARTIFACT_KIND)
         self.path = self.artifact.path
 
     @classmethod
     def open(cls, dataset: "str | Path | CaptionDataset") -> "CaptionDataset":
-        """Return the collection itself, or the one at a path."""
+        """Return the dataset itself, or open the one at a path."""
         return dataset if isinstance(dataset, CaptionDataset) else cls(dataset)
 
     def __len__(self) -> int:
         return self.shard_offsets[-1]
 
     def __repr__(self) -> str:
-        return f"Collection({str(self.path)!r}, {len(self):,} images)"
+        return f"CaptionDataset({str(self.path)!r}, {len(self):,} images)"
 
     @property
     def key(self) -> str:
-        """The fingerprint of the source and of the settings it was imported with."""
+        """Fingerprint of the source and of the import settings."""
         return self.artifact.manifest.key
 
     @property
     def root(self) -> Path:
-        """The folder that image paths are relative to."""
+        """Folder that image paths are relative to."""
         return Path(self.artifact.manifest.settings["root"])
+
+    def require_images(self) -> None:
+        """Check that the folder of the images still exists, unless the images are in the dataset itself.
+
+        Raises:
+            ArtifactError: if the folder is missing.
+        """
+        if not self.root.is_dir() and self[0].image.bytes is None:
+            raise ArtifactError(
+                f"{self.root}, the image folder of {self.path}, does not exist", path=self.root
+            )
 
     @cached_property
     def shard_paths(self) -> list[Path]:
-        """The record files, in order."""
+        """Parquet files in order."""
         num_shards = self.artifact.manifest.counts["shards"]
         paths = [self.path / shard_name("samples", i, "parquet") for i in range(num_shards)]
         for path in paths:
             if not path.is_file():
-                raise ArtifactError(f"{path} is missing; import the collection anew into another folder")
+                raise ArtifactError(f"{path} is missing; import the dataset again", path=path)
         return paths
 
     @cached_property
     def shard_offsets(self) -> list[int]:
-        """The index of each shard's first record, and last the number of records."""
+        """Index of the first sample of each shard, followed by the number of samples."""
         offsets = [0]
         for path in self.shard_paths:
             offsets.append(offsets[-1] + pq.read_metadata(path).num_rows)
         return offsets
 
     def read_columns(self, shard: int, names: list[str]) -> dict[str, list[Any]]:
-        """Read some columns of one shard as Python lists."""
+        """Read columns of one shard as lists of Python values."""
         return pq.read_table(self.shard_paths[shard], columns=names).to_pydict()
 
     def samples(self, shard: int) -> list[Sample]:
-        """Read one shard of records."""
+        """Read all samples of one shard."""
         return [_to_sample(row) for row in pq.read_table(self.shard_paths[shard]).to_pylist()]
 
     def __iter__(self) -> Iterator[Sample]:
@@ -147,25 +173,25 @@ class CaptionDataset:
             yield from self.samples(shard)
 
     def __getitem__(self, index: int) -> Sample:
-        """Read one record by its position, through a small cache of row groups."""
+        """Read one sample by its index, through a small cache of row groups."""
         if not 0 <= index < len(self):
-            raise IndexError(f"record {index} of {len(self)}")
+            raise IndexError(f"index {index} is out of range for {len(self)} samples")
         shard = bisect_right(self.shard_offsets, index) - 1
         row_group, row = divmod(index - self.shard_offsets[shard], _ROW_GROUP_SIZE)
         return _read_row_group(str(self.shard_paths[shard]), self.key, row_group)[row]
 
     def skipped_entries(self) -> Iterator[dict[str, str]]:
-        """Yield every entry that was left out, with its `id`, `where` and `reason`."""
+        """Yield each skipped entry of the source with its `id`, `location` and `reason`."""
         return read_skipped_entries(self.path)
 
     def summary(self) -> dict[str, Any]:
-        """Return counts as the import found them: images, captions, and what was skipped, by reason."""
+        """Return the number of images and captions, and the number of skipped entries by reason."""
         manifest = self.artifact.manifest
         return {"images": len(self), **manifest.counts, "skipped": dict(manifest.skipped)}
 
 
 def read_skipped_entries(path: Path) -> Iterator[dict[str, str]]:
-    """Yield what the shards of a collection, finished or not, say was left out."""
+    """Yield the skipped entries of a dataset, complete or not."""
     for file in sorted(path.glob("skipped-*.jsonl")):
         with file.open(encoding="utf-8") as lines:
             yield from map(json.loads, lines)
@@ -175,6 +201,6 @@ def _to_sample(row: dict[str, Any]) -> Sample:
     return Sample(**row | {"image": ImageRef(**row["image"]), "captions": tuple(row["captions"])})
 
 
-@lru_cache(maxsize=4)  # rows may hold the images themselves
+@lru_cache(maxsize=4)  # small, because rows may contain image bytes
 def _read_row_group(path: str, _key: str, row_group: int) -> list[Sample]:
     return [_to_sample(row) for row in pq.ParquetFile(path).read_row_group(row_group).to_pylist()]

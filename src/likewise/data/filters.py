@@ -1,4 +1,4 @@
-"""Filters: which images and captions of a collection take no part. A table that people read and edit."""
+"""Dataset filters: CSV files of the images and captions to exclude from pairs and training."""
 
 import csv
 import hashlib
@@ -20,7 +20,7 @@ FILTER_COLUMNS = ("id", "caption", "reason")
 
 @dataclass(frozen=True, kw_only=True)
 class FilterRow:
-    """One thing to leave out: a caption of an image by its text or, with an empty one, the whole image."""
+    """One exclusion: a caption of an image or, if `caption` is empty, the whole image."""
 
     id: str
     caption: str
@@ -28,7 +28,7 @@ class FilterRow:
 
 
 def write_filter(path: Path, rows: Iterable[FilterRow]) -> dict[str, int]:
-    """Write a filter as CSV, whole or not at all, and return the number of rows by reason."""
+    """Write a filter as CSV atomically and return the number of rows by reason."""
     reason_counts: Counter[str] = Counter()
     with atomic_write(path) as temporary, temporary.open("w", encoding="utf-8", newline="") as stream:
         writer = csv.writer(stream, lineterminator="\n")
@@ -41,30 +41,27 @@ def write_filter(path: Path, rows: Iterable[FilterRow]) -> dict[str, int]:
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class DatasetFilter:
-    """What takes no part in pairs and training; nothing is deleted.
-
-    Attributes:
-        excluded_images: The images that are left out as a whole, (n,) bool.
-        excluded_captions: By position of an image, the texts that are left out, white space evened.
-        reason_counts: Number of rows by reason.
-        key: 16 hexadecimal digits that change with what is left out, but not with reasons or order.
-    """
+    """Images and captions to exclude from pairs and training."""
 
     excluded_images: np.ndarray
+    """Mask of the images that are excluded as a whole, (n,) bool."""
     excluded_captions: dict[int, frozenset[str]] = field(repr=False)
+    """Excluded captions by image index, with collapsed whitespace."""
     reason_counts: dict[str, int]
+    """Number of rows by reason."""
     key: str
+    """Hash of the exclusions, 16 hexadecimal digits, independent of reasons and order."""
 
-    def excludes_caption(self, position: int, caption: str) -> bool:
-        """Whether a caption of the image at a position is left out, by itself or with its image."""
-        return bool(self.excluded_images[position]) or _collapse_whitespace(
-            caption
-        ) in self.excluded_captions.get(position, ())
+    def excludes_caption(self, index: int, caption: str) -> bool:
+        """Return whether a caption of an image is excluded, by itself or with its image."""
+        if self.excluded_images[index]:
+            return True
+        return _collapse_whitespace(caption) in self.excluded_captions.get(index, ())
 
     def caption_mask(self, dataset: CaptionDataset, shard: int) -> np.ndarray:
-        """Return which captions of a shard stay, (rows,) bool, in the order of records and their captions.
+        """Return the mask of the remaining captions of a shard, (num_captions,) bool.
 
-        That is the order of the rows of the embeddings of the same shard.
+        The order is that of the rows of the caption embeddings of the shard.
         """
         offset = dataset.shard_offsets[shard]
         return np.array(
@@ -78,14 +75,14 @@ class DatasetFilter:
 
 
 def read_filter(path: Path, dataset: CaptionDataset) -> DatasetFilter:
-    """Read the filter of a collection: CSV with the columns `id`, `caption` and `reason`.
+    """Read a filter: CSV with the columns `id`, `caption` and `reason`.
 
-    An empty caption leaves out the whole image, a text all captions of that image that read so. An image
-    without captions left still takes part as one without a caption.
+    An empty caption excludes the image, another one all equal captions of the image. An image without
+    remaining captions is treated as an image without captions.
 
     Raises:
-        InputError: where there is no such file, it is empty or no such table, tells of images or captions
-            that the collection does not have, or leaves no image.
+        InvalidInputError: if the file is missing or is not a filter, refers to images or captions that are
+            not in the dataset, or excludes all images.
     """
     exclusions, reason_counts = _read_rows(path)
     key = _filter_key(exclusions)
@@ -97,18 +94,19 @@ def read_filter(path: Path, dataset: CaptionDataset) -> DatasetFilter:
             texts = exclusions.pop(sample_id, None)
             if texts is None:
                 continue
-            _check_captions(sample_id, texts, columns["captions"][row])
+            _check_captions(path, sample_id, texts, columns["captions"][row])
             excluded_images[offset + row] = "" in texts
             if excluded_texts := frozenset(texts) - {""}:
                 excluded_captions[offset + row] = excluded_texts
     if exclusions:
         sample_id, texts = next(iter(exclusions.items()))
         raise InvalidInputError(
-            f"{path}: {len(exclusions):,} of its ids are not in {dataset.path}, the first is `{sample_id}` "
-            f"({next(iter(texts.values()))}); is it the filter of another collection?"
+            f"{path}: {len(exclusions):,} ids are not in {dataset.path}, the first one is {sample_id!r} "
+            f"({next(iter(texts.values()))}); is this the filter of another dataset?",
+            path=path,
         )
     if excluded_images.all():
-        raise InvalidInputError(f"{path} leaves out every image of {dataset.path}; delete some of its rows")
+        raise InvalidInputError(f"{path} excludes all images of {dataset.path}", path=path)
     return DatasetFilter(
         excluded_images=excluded_images,
         excluded_captions=excluded_captions,
@@ -118,39 +116,44 @@ def read_filter(path: Path, dataset: CaptionDataset) -> DatasetFilter:
 
 
 def _read_rows(path: Path) -> tuple[dict[str, dict[str, str]], dict[str, int]]:
-    """Return by id the texts to leave out, each with the place where it stands, and the rows by reason."""
+    """Return the excluded captions by id with their locations in the file, and row counts by reason."""
     if not path.is_file():
-        raise InvalidInputError(f"there is no filter at {path}; `likewise audit COLLECTION` writes one")
+        raise InvalidInputError(
+            f"there is no filter at {path}; an audit of the dataset writes one", path=path
+        )
     table = open_text_table(path)
-    missing = [f"`{column}`" for column in FILTER_COLUMNS if column not in table.column_names()]
+    missing = [repr(column) for column in FILTER_COLUMNS if column not in table.column_names()]
     if missing:
         raise InvalidInputError(
-            f"{path} is no filter: it has no column {', '.join(missing)}; a filter is CSV with the columns "
-            f"{', '.join(FILTER_COLUMNS)}, as `likewise audit` writes it"
+            f"{path} is not a filter: it has no column {', '.join(missing)}; a filter is a CSV file with the "
+            f"columns {', '.join(FILTER_COLUMNS)}",
+            path=path,
         )
     exclusions: dict[str, dict[str, str]] = {}
     reason_counts: Counter[str] = Counter()
     for row in table.iter_rows(FILTER_COLUMNS):
         if isinstance(row, SkippedSample):
-            raise InvalidInputError(f"{path}: {row.location}: {row.reason}; mend or delete the row")
+            raise InvalidInputError(
+                f"{path}: {row.location}: {row.reason}; correct or delete the row", path=path
+            )
         sample_id, text, reason = (str(row.values[column]) for column in FILTER_COLUMNS)
         exclusions.setdefault(sample_id, {}).setdefault(_collapse_whitespace(text), row.location)
         reason_counts[reason] += 1
     return exclusions, dict(sorted(reason_counts.items()))
 
 
-def _check_captions(sample_id: str, texts: dict[str, str], captions: list[str]) -> None:
+def _check_captions(path: Path, sample_id: str, texts: dict[str, str], captions: list[str]) -> None:
     valid_texts = {"", *map(_collapse_whitespace, captions)}
     for text, location in texts.items():
         if text not in valid_texts:
             raise InvalidInputError(
-                f"{location}: image `{sample_id}` has no caption `{text[:80]}`; "
-                "write the text as it stands in the collection, or delete the row"
+                f"{location}: image {sample_id!r} has no caption {text[:80]!r}; correct or delete the row",
+                path=path,
             )
 
 
 def _collapse_whitespace(text: str) -> str:
-    """Return a text as a table holds it: single spaces, which editors of tables may change, and no NUL."""
+    """Normalize whitespace, which spreadsheet editors may change, and remove NUL characters."""
     return " ".join(text.replace("\0", "").split())
 
 

@@ -1,10 +1,10 @@
-"""The packed cache: every image decoded once, made as small as training needs, and laid end to end.
+"""Image cache: all images decoded once, downscaled and stored in memory-mapped shards.
 
-Pairs need two images from anywhere in the collection at once. Raw RGB is kept up to a short side of
-`RAW_LIMIT` pixels, and above it as long as all images together take about `RAW_BYTES` or less, because a
-crop of it costs a fraction of decoding a JPEG; else JPEG, of fewer pixels (`side_to_pack`). Each shard is one
-flat `.npy` of bytes, mapped into memory, with an index of (offset, length, height, width) per image; length 0
-marks an image that could not be read any more.
+Pairs need random access to images. Images are stored as raw RGB up to a short side of `RAW_LIMIT` pixels, and
+above it if the whole cache stays below about `RAW_BYTES`, because a crop of raw pixels costs a fraction of
+decoding a JPEG. Otherwise they are stored as JPEG at a lower resolution (`cache_resolution`). Each shard is
+one flat `.npy` file of bytes and an index with (offset, length, height, width) per image; length 0 marks an
+unreadable image.
 """
 
 import io
@@ -26,7 +26,6 @@ from likewise.artifacts import (
 )
 from likewise.data.dataset import CaptionDataset, Sample
 from likewise.data.images import UnreadableImageError, decode_image, read_image_bytes
-from likewise.errors import ArtifactError
 from likewise.parallel import default_num_workers, prefetch_map
 from likewise.progress import NULL_PROGRESS, Progress
 
@@ -35,14 +34,14 @@ logger = logging.getLogger(__name__)
 ARTIFACT_KIND = "image cache"
 RAW_LIMIT = 192
 RAW_BYTES = 4 * 2**30
-_MAX_SHARD_ROWS = 1024  # images a shard, at most
-_SHARD_BYTES = 2**27  # about what packing holds in memory
+_MAX_SHARD_ROWS = 1024
+_SHARD_BYTES = 2**27  # approximate memory use while a shard is built
 _JPEG_QUALITY = 90
-_MAX_OPEN_SHARDS = 256  # each mapped file holds a descriptor, of which a process usually has 1,024
+_MAX_OPEN_SHARDS = 256  # each mapped file uses a file descriptor; the default limit per process is 1,024
 
 
 def downscale(pixels: np.ndarray, short_side: int) -> np.ndarray:
-    """Make the short side `short_side`, never enlarging: (h, w, 3) uint8 -> (h', w', 3) uint8."""
+    """Resize an image to a short side in pixels, without upscaling: (h, w, 3) uint8 -> (h', w', 3) uint8."""
     height, width = pixels.shape[:2]
     scale = short_side / min(height, width)
     if scale >= 1:
@@ -52,11 +51,15 @@ def downscale(pixels: np.ndarray, short_side: int) -> np.ndarray:
 
 
 def cache_resolution(view_size: int, num_images: int) -> int:
-    """Return the short side in pixels at which to pack so many images for square views of a side.
+    """Return the short side, in pixels, at which images are cached.
 
-    Half as large again as views where raw pixels fit, so that small crops keep detail. Else 8/7 of the view
-    (256 for 224, as ImageNet is often kept), because a JPEG takes as long as it has pixels, or what always
-    fits.
+    It is 1.5 times the view size if raw pixels fit, so that small crops keep detail. Otherwise it is 8/7 of
+    the view size (256 for 224, the common preparation of ImageNet), because the time to decode a JPEG grows
+    with its pixels, but at least `RAW_LIMIT` if the preferred size exceeds that.
+
+    Args:
+        view_size: Side of the square views that are cropped from the images, in pixels.
+        num_images: Number of images in the cache.
     """
     preferred = math.ceil(1.5 * view_size)
     return (
@@ -71,7 +74,7 @@ def _fits_raw(short_side: int, num_images: int) -> bool:
 
 
 def _raw_num_bytes(short_side: int) -> int:
-    """Return the bytes of a raw image whose sides are as 4 to 3."""
+    """Return the number of bytes of a raw image with an aspect ratio of 4:3."""
     return 4 * short_side**2
 
 
@@ -82,15 +85,20 @@ def build_image_cache(
     num_workers: int | None = None,
     progress: Progress = NULL_PROGRESS,
 ) -> "ImageCache":
-    """Pack all images of a collection at a short side in pixels; finished shards are kept on a rerun.
+    """Cache all images of a dataset in `DATASET/image_cache/`; an interrupted build resumes.
+
+    Args:
+        dataset: The dataset.
+        short_side: Short side of the cached images, in pixels; smaller images keep their size.
+        num_workers: Threads that decode images; defaults to the number of CPU cores.
+        progress: Receives the progress.
 
     Raises:
-        ArtifactError: where the disk is full or the folder of the images is gone.
+        ArtifactError: if the disk is full or the image folder is missing.
     """
-    if not dataset.root.is_dir():
-        raise ArtifactError(f"{dataset.root}, which holds the images of {dataset.path}, is not there")
+    dataset.require_images()
     is_raw = _fits_raw(short_side, len(dataset))
-    # JPEGs are small: fewer of them a shard would only be more files, of which few are open at a time.
+    # JPEGs are small: smaller shards would only add files, and the number of open files is limited.
     shard_rows = (
         max(1, min(_MAX_SHARD_ROWS, _SHARD_BYTES // _raw_num_bytes(short_side)))
         if is_raw
@@ -106,7 +114,7 @@ def build_image_cache(
     shards = range(-(-len(dataset) // shard_rows))
     done_shards = {i for i in shards if (path / shard_name("index", i, "npy")).is_file()}
     num_done = sum(min(shard_rows, len(dataset) - i * shard_rows) for i in done_shards)
-    with progress.task("packing", len(dataset), "images", num_done) as bar:
+    with progress.task("caching", len(dataset), "images", num_done) as bar:
         for shard in shards:
             if shard in done_shards:
                 continue
@@ -124,14 +132,14 @@ def build_image_cache(
     cache = ImageCache(_finalize(artifact, len(shards)))
     num_unreadable = len(cache) - len(cache.readable)
     if num_unreadable:
-        logger.info(f"warning: {num_unreadable:,} images could not be read any more and take no part")
+        logger.warning(f"{num_unreadable:,} images are no longer readable and are excluded")
     return cache
 
 
 def _encode_sample(
     sample: Sample, root: Path, short_side: int, *, is_raw: bool
 ) -> tuple[np.ndarray, int, int]:
-    """Return one image as flat bytes with its height and width; no bytes where it can no longer be read."""
+    """Return an image as flat bytes with its height and width; no bytes if it is unreadable."""
     try:
         pixels = downscale(decode_image(read_image_bytes(sample.image, root), short_side), short_side)
     except UnreadableImageError:
@@ -149,7 +157,7 @@ def _write_shard(path: Path, shard: int, blobs: list[tuple[np.ndarray, int, int]
     sizes = np.array([(height, width) for _, height, width in blobs], np.int64)
     offsets = np.concatenate([[0], np.cumsum(lengths)[:-1]])
     write_array(path / shard_name("bytes", shard, "npy"), np.concatenate([blob for blob, _, _ in blobs]))
-    # The index comes last: where it exists, its bytes are whole.
+    # The index is written last: if it exists, the shard is complete.
     write_array(path / shard_name("index", shard, "npy"), np.column_stack([offsets, lengths, sizes]))
 
 
@@ -162,10 +170,14 @@ def _finalize(artifact: Artifact, num_shards: int) -> Artifact:
 
 
 class ImageCache:
-    """Random access to packed pixels."""
+    """Random access to the cached pixels of a dataset."""
 
     def __init__(self, artifact: Artifact | Path) -> None:
-        """Open a finished cache; raises ArtifactError where there is none."""
+        """Open a complete cache.
+
+        Raises:
+            ArtifactError: if the path holds no complete cache.
+        """
         artifact = artifact if isinstance(artifact, Artifact) else Artifact.open(artifact, ARTIFACT_KIND)
         self.path = artifact.path
         self.is_raw = artifact.manifest.settings["codec"] == "rgb"
@@ -182,17 +194,17 @@ class ImageCache:
 
     @property
     def readable(self) -> np.ndarray:
-        """The positions of the images that can be read: (m,) int64, ascending."""
+        """Indices of the readable images, (m,) int64, ascending."""
         return np.flatnonzero(self.index[:, 1] > 0)
 
-    def shapes(self, positions: np.ndarray) -> np.ndarray:
-        """Return the (height, width) of some images: (m,) -> (m, 2) int64."""
-        return self.index[positions, 2:]
+    def shapes(self, indices: np.ndarray) -> np.ndarray:
+        """Return the (height, width) of images: indices (m,) -> (m, 2) int64."""
+        return self.index[indices, 2:]
 
-    def pixels(self, position: int) -> np.ndarray:
-        """Return one image as (h, w, 3) uint8, read-only where it is mapped."""
-        offset, length, height, width = self.index[position]
-        buffer = self._shard_bytes(int(position) // self.shard_rows)[offset : offset + length]
+    def pixels(self, index: int) -> np.ndarray:
+        """Return one image, (h, w, 3) uint8; raw images are read-only views of the mapped file."""
+        offset, length, height, width = self.index[index]
+        buffer = self._shard_bytes(int(index) // self.shard_rows)[offset : offset + length]
         return buffer.reshape(height, width, 3) if self.is_raw else decode_image(buffer.tobytes())
 
     def _mmap_shard(self, shard: int) -> np.ndarray:

@@ -1,4 +1,4 @@
-"""Image bytes and pixels: where they lie, whether they are sound, and how they are decoded."""
+"""Read and decode images: bytes from files, archives or rows, to RGB arrays."""
 
 import io
 import os
@@ -12,8 +12,8 @@ from PIL import Image, UnidentifiedImageError
 from likewise.data.dataset import ImageRef
 from likewise.errors import InvalidInputError
 
-MAX_PIXELS = 178_956_970  # Pillow's own bound against decompression bombs
-MAX_ASPECT_RATIO = 20.0  # as in the LGSSL code
+MAX_PIXELS = 178_956_970  # the default limit of Pillow against decompression bombs
+MAX_ASPECT_RATIO = 20.0  # as in the code of LGSSL
 IMAGE_SUFFIXES = frozenset(
     {".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".ppm", ".pgm"}
 )
@@ -21,14 +21,14 @@ _JPEG_MAGIC = b"\xff\xd8\xff"
 
 
 class UnreadableImageError(InvalidInputError):
-    """An image that cannot be used; the message is a short reason by which skipped images are counted."""
+    """An image that cannot be read or decoded; skipped images are counted by the message."""
 
 
 def read_image_bytes(ref: ImageRef, root: Path) -> bytes:
-    """Return an image's encoded bytes from its file, its place in an archive, or the record itself.
+    """Return the encoded bytes of an image from a file, a byte range of an archive, or the reference itself.
 
     Raises:
-        BadImageError: where the file is missing, unreadable or shorter than the record says.
+        UnreadableImageError: if the file is missing, empty, unreadable or shorter than the byte range.
     """
     if ref.bytes is not None:
         return ref.bytes
@@ -57,19 +57,24 @@ def _read_range(path: Path, offset: int, size: int) -> bytes:
 
 
 def decode_image(data: bytes, short_side: int | None = None) -> np.ndarray:
-    """Decode an image to RGB: bytes -> (h, w, 3) uint8; transparency is laid on white.
+    """Decode an image to RGB, compositing transparency on white.
 
-    With `short_side`, JPEGs may be decoded at 1/2, 1/4 or 1/8 as long as the short side stays at least
-    that long, which costs a fraction of the full decoding.
+    Args:
+        data: Encoded image.
+        short_side: JPEGs may be decoded at 1/2, 1/4 or 1/8 of their size, as long as the short side keeps at
+            least this many pixels; defaults to full size.
+
+    Returns:
+        Pixels, (h, w, 3) uint8.
 
     Raises:
-        BadImageError: where the bytes are no image, are damaged, or exceed the guards of this module.
+        UnreadableImageError: if the bytes are not an image, are damaged, or exceed the limits of this module.
     """
     if data[:3] == _JPEG_MAGIC:
         try:
             return _decode_jpeg(data, short_side)
         except ValueError:
-            pass  # CMYK, arithmetic coding or damage: Pillow reads more kinds and tells damage apart
+            pass  # CMYK, arithmetic coding or damage: Pillow supports more variants and detects damage
     return _decode_with_pillow(data)
 
 
@@ -84,7 +89,7 @@ def _decode_jpeg(data: bytes, short_side: int | None) -> np.ndarray:
 
 
 def _min_decode_size(height: int, width: int, min_side: int) -> dict[str, int]:
-    """Return simplejpeg's bounds for the smallest reduced size whose short side is at least `min_side`."""
+    """Return the arguments of simplejpeg for the smallest size whose short side is at least `min_side`."""
     if height <= width:
         return {"min_height": min_side, "min_width": 0}
     return {"min_height": 0, "min_width": min_side}
@@ -102,7 +107,7 @@ def _decode_with_pillow(data: bytes) -> np.ndarray:
         raise
     except Image.DecompressionBombError as error:
         raise UnreadableImageError("too many pixels") from error
-    except Exception as error:  # Pillow's decoders raise almost anything on damaged input
+    except Exception as error:  # decoders of Pillow raise many types of errors on damaged input
         raise UnreadableImageError("damaged") from error
 
 
@@ -118,7 +123,7 @@ def convert_image(image: Image.Image) -> np.ndarray:
 
 def _to_rgb(image: Image.Image) -> Image.Image:
     if image.mode.startswith("I;16"):
-        # Pillow clips 16-bit grey to 255 on conversion; the upper byte keeps the picture.
+        # Pillow clips 16-bit gray values to 255 on conversion; use the high byte instead.
         return Image.fromarray((np.asarray(image) >> 8).astype(np.uint8)).convert("RGB")
     if "A" in image.getbands() or "transparency" in image.info:
         rgba = image.convert("RGBA")
@@ -127,14 +132,15 @@ def _to_rgb(image: Image.Image) -> Image.Image:
 
 
 def check_image_size(width: int, height: int) -> None:
-    """Refuse images that would cost too much memory or are no pictures.
+    """Check the limits on the number of pixels and the aspect ratio.
 
     Raises:
-        BadImageError: for more than `MAX_PIXELS` pixels, or sides more than `MAX_ASPECT` apart.
+        UnreadableImageError: if the image has no pixels, more than `MAX_PIXELS`, or an aspect ratio above
+            `MAX_ASPECT_RATIO`.
     """
     if width < 1 or height < 1:
         raise UnreadableImageError("has no pixels")
     if width * height > MAX_PIXELS:
         raise UnreadableImageError("too many pixels")
     if max(width, height) / min(width, height) > MAX_ASPECT_RATIO:
-        raise UnreadableImageError(f"sides differ more than {MAX_ASPECT_RATIO:g} to 1")
+        raise UnreadableImageError(f"aspect ratio above {MAX_ASPECT_RATIO:g}")

@@ -1,4 +1,4 @@
-"""Import: any set of captioned images becomes a collection; every image is decoded once, to be sure of it."""
+"""Import of captioned images of any format into a dataset; every image is decoded once to validate it."""
 
 import hashlib
 import json
@@ -30,24 +30,24 @@ from likewise.progress import NULL_PROGRESS, Progress, ProgressBar
 
 logger = logging.getLogger(__name__)
 
-_SHARD_BYTES = 256 * 2**20  # images that lie in the source's rows make a shard end early
+_SHARD_BYTES = 256 * 2**20  # maximum bytes of embedded images per shard
 
 
 @dataclass
 class SampleValidator:
-    """Lets each id pass once, with text that Parquet can hold; counts captions that were empty."""
+    """Rejects duplicate ids and invalid names, normalizes captions, and counts empty captions."""
 
     seen_ids: UInt64Set = field(default_factory=UInt64Set)
     num_empty_captions: int = 0
 
     def check(self, entry: Entry) -> Entry:
-        """Return the entry made tidy, or why it cannot pass."""
+        """Return the sample with normalized captions, or a skipped sample with the reason."""
         if isinstance(entry, SkippedSample):
             return entry
         reason = _reject_reason(entry)
         id_hash = int.from_bytes(hashlib.blake2b(_encode_utf8(entry.id), digest_size=8).digest())
         if reason is None and not self.seen_ids.add(id_hash):
-            reason = "id occurs twice"
+            reason = "duplicate id"
         if reason is not None:
             return SkippedSample(id=entry.id, location=entry.location, reason=reason)
         captions = [normalize_caption(caption) for caption in entry.captions]
@@ -56,7 +56,7 @@ class SampleValidator:
 
 
 def normalize_caption(caption: str) -> str:
-    """Return a caption as one line; characters that UTF-8 cannot hold become question marks."""
+    """Return a caption as one line; characters that UTF-8 cannot encode become question marks."""
     line = " ".join(part.strip() for part in caption.splitlines() if part.strip())
     return line.encode("utf-8", "replace").decode()
 
@@ -66,12 +66,12 @@ def _encode_utf8(text: str) -> bytes:
 
 
 def _reject_reason(entry: RawSample) -> str | None:
-    """Return why no image can be looked for under the names in an entry, if so."""
+    """Return the reason to reject the names in an entry, or None if they are valid."""
     path = entry.image.path or ""
     if "\0" in path:
-        return "file name holds a NUL character"
+        return "file name contains a NUL character"
     if "://" in path:
-        return "image is a web address, not a file"
+        return "image is a URL, not a file"
     names = (entry.id, path, entry.group or "", entry.label or "")
     if any(_encode_utf8(name) != name.encode("utf-8", "replace") for name in names):
         return "name is not UTF-8"
@@ -79,7 +79,7 @@ def _reject_reason(entry: RawSample) -> str | None:
 
 
 def take(entries: Iterable[Entry], limit: int | None) -> Iterator[Entry]:
-    """Yield entries up to the last of `limit` candidates."""
+    """Yield entries up to and including the sample number `limit`."""
     num_samples = 0
     for entry in entries:
         yield entry
@@ -89,7 +89,7 @@ def take(entries: Iterable[Entry], limit: int | None) -> Iterator[Entry]:
 
 
 def shard_chunks(entries: Iterable[Entry], shard_rows: int) -> Iterator[list[Entry]]:
-    """Cut entries into shards by number and by the bytes that lie in them, the same way every time."""
+    """Split entries into shards by their number and the size of embedded images, deterministically."""
     chunk: list[Entry] = []
     num_bytes = 0
     for entry in entries:
@@ -102,7 +102,7 @@ def shard_chunks(entries: Iterable[Entry], shard_rows: int) -> Iterator[list[Ent
         yield chunk
 
 
-_DECODE_BATCH_SIZE = 16  # images decoded by a thread before it hands back
+_DECODE_BATCH_SIZE = 16  # images per task of a worker thread
 _NUM_EXAMPLES = 3
 _DEFAULT_OPTIONS = ImportOptions()
 _NON_HASHED = ("root", "images", "source", "inferred")
@@ -117,18 +117,27 @@ def import_dataset(
     num_workers: int | None = None,
     progress: Progress = NULL_PROGRESS,
 ) -> CaptionDataset:
-    """Make a collection of the captioned images at a path or hub name, and open it.
+    """Import captioned images as a dataset.
 
-    Images stay where they are, unless they lie in the rows of a table. Broken ones are left out and
-    counted. Run again after a kill, it decodes only what is missing; on a finished target it does nothing.
+    The dataset refers to the image files in place; images that are embedded in a table are copied. Unreadable
+    images are skipped and counted. An interrupted import resumes; a complete one is returned as it is.
+
+    Args:
+        source: A folder, table, tar archive, glob pattern, saved Hugging Face dataset, or `hf:NAME`.
+        target: The dataset directory to create.
+        options: How to read the source.
+        shard_rows: Maximum number of samples per shard.
+        num_workers: Threads that decode images; defaults to the number of CPU cores.
+        progress: Receives the progress.
 
     Raises:
-        InputError: where the source is not there, not of a known format, or without a single usable image.
-        ArtifactError: where the target holds something else.
-        DependencyError: where a Hugging Face dataset is asked for without its library.
+        InvalidInputError: if the source does not exist, has an unknown format, or has no readable image.
+        ArtifactError: if the target holds something else.
+        DependencyError: if a Hugging Face dataset is imported and `datasets` is not installed.
     """
     target = Path(target)
-    _validate_options(options, shard_rows)
+    if shard_rows < 1:
+        raise InvalidInputError(f"`shard_rows` must be at least 1, got {shard_rows}", field="shard_rows")
     reader = open_reader(str(source), options)
     for inferred in reader.inferred_settings():
         logger.info(inferred)
@@ -141,7 +150,7 @@ def import_dataset(
     )
     if artifact.is_complete:
         dataset = CaptionDataset(target)
-        logger.info(f"{target} already holds this collection of {len(dataset):,} images; nothing to do.")
+        logger.info(f"{target} is already complete: {len(dataset):,} images")
         return dataset
     importer = _Importer(
         target, reader.root, default_num_workers() if num_workers is None else num_workers, shard_rows
@@ -162,14 +171,8 @@ def import_dataset(
     return CaptionDataset(target)
 
 
-def _validate_options(options: ImportOptions, shard_rows: int) -> None:
-    for name, value in (("limit", options.limit), ("shard_rows", shard_rows)):
-        if value is not None and value < 1:
-            raise InvalidInputError(f"{name} must be at least 1, not {value}")
-
-
 def _import_settings(source: str, reader: Reader, options: ImportOptions, shard_rows: int) -> dict[str, Any]:
-    """Return what decides the result, and what is only recorded: where things lie, and what was guessed."""
+    """Return the settings of the manifest: those that determine the result, and those in `_NON_HASHED`."""
     settings = asdict(options) | {
         "caption_column": list(options.caption_column),
         "where": list(options.where),
@@ -180,7 +183,7 @@ def _import_settings(source: str, reader: Reader, options: ImportOptions, shard_
 
 
 def _update_root(artifact: Artifact, root: str) -> Artifact:
-    """Record where the images lie now, should the same source have been moved since."""
+    """Update the recorded image folder if the same source was moved."""
     if artifact.manifest.settings["root"] == root:
         return artifact
     manifest = replace(artifact.manifest, settings=artifact.manifest.settings | {"root": root})
@@ -190,7 +193,7 @@ def _update_root(artifact: Artifact, root: str) -> Artifact:
 
 @dataclass
 class _Importer:
-    """Writes the shards of one collection."""
+    """Writes the shards of one dataset."""
 
     target: Path
     root: Path
@@ -200,7 +203,7 @@ class _Importer:
     num_shards: int = 0
 
     def run(self, reader: Reader, limit: int | None, progress: Progress) -> None:
-        """Write every shard that is missing; entries before it are read again, but not their images."""
+        """Write the missing shards; the entries of complete shards are read again, but not their images."""
         total = reader.count() if limit is None else min(reader.count(), limit)
         entries = map(self.validator.check, take(reader.iter_samples(), limit))
         num_done = sum(map(_count_entries, _shard_files(self.target)))
@@ -211,7 +214,7 @@ class _Importer:
                     self._write_shard(index, chunk, bar)
 
     def _write_shard(self, index: int, chunk: list[RawSample | SkippedSample], bar: ProgressBar) -> None:
-        """Write what was skipped, then the records: a shard whose records are there is whole."""
+        """Write the skipped entries, then the samples: a shard is complete if its samples exist."""
         samples: list[Sample] = []
         skipped: list[SkippedSample] = []
         batches = [chunk[i : i + _DECODE_BATCH_SIZE] for i in range(0, len(chunk), _DECODE_BATCH_SIZE)]
@@ -233,7 +236,7 @@ class _Importer:
 
 
 def _decode_sample(entry: RawSample, root: Path) -> Sample | SkippedSample:
-    """Decode an image in full, which is the only honest check, and return its record or what is wrong."""
+    """Validate an image by decoding it in full."""
     try:
         height, width, _ = decode_image(read_image_bytes(entry.image, root)).shape
     except UnreadableImageError as error:
@@ -250,19 +253,19 @@ def _decode_sample(entry: RawSample, root: Path) -> Sample | SkippedSample:
 
 
 def _shard_files(target: Path) -> list[Path]:
-    """Return the files of records and of what was skipped."""
+    """Return the files of samples and of skipped entries."""
     return [*target.glob("samples-*.parquet"), *target.glob("skipped-*.jsonl")]
 
 
 def _count_entries(path: Path) -> int:
-    """Return the number of entries in a file of records or of what was skipped."""
+    """Return the number of entries in a file of samples or of skipped entries."""
     if path.suffix == ".parquet":
         return pq.read_metadata(path).num_rows
     return path.read_bytes().count(b"\n")
 
 
 def _count_samples(target: Path, num_shards: int) -> tuple[dict[str, int], dict[str, int]]:
-    """Count over all shards, also of earlier runs: records, captions, and what was skipped by reason."""
+    """Return the counts of samples and captions over all shards, and of skipped entries by reason."""
     counts = Counter(shards=num_shards, images=0, captions=0, without_caption=0, with_several_captions=0)
     for index in range(num_shards):
         rows = pq.read_table(target / shard_name("samples", index, "parquet"), columns=["captions"])
@@ -276,17 +279,17 @@ def _count_samples(target: Path, num_shards: int) -> tuple[dict[str, int], dict[
 
 
 def _no_usable_message(source: str, target: Path, skipped: dict[str, int]) -> str:
-    """Say what was wrong with most entries, with an example of each fault."""
+    """Return an error message with the most frequent reasons and an example of each."""
     examples: dict[str, str] = {}
     for entry in read_skipped_entries(target):
         examples.setdefault(entry["reason"], entry["location"].encode("utf-8", "backslashreplace").decode())
     top_reasons = sorted(skipped, key=lambda reason: -skipped[reason])[:_NUM_EXAMPLES]
     messages = [f"{reason} ({skipped[reason]:,} times, such as {examples[reason]})" for reason in top_reasons]
-    return f"not one usable image in {source}: {'; '.join(messages) or 'no entry fulfils the conditions'}"
+    return f"no readable image in {source}: {'; '.join(messages) or 'no entry matches `where`'}"
 
 
 def _remove_output(target: Path, *, keep_dir: bool) -> None:
-    """Remove the folder that this import made, or of one that was there before only what imports write."""
+    """Remove the output folder, or, if it existed before, only the files that the import wrote."""
     if not keep_dir:
         shutil.rmtree(target)
         return
@@ -299,8 +302,6 @@ def _log_summary(counts: dict[str, int], skipped: dict[str, int]) -> None:
         reasons = "; ".join(
             f"{reason} ({count:,})" for reason, count in sorted(skipped.items(), key=lambda item: -item[1])
         )
-        logger.info(f"skipped {sum(skipped.values()):,}: {reasons}.")
+        logger.warning(f"skipped {sum(skipped.values()):,} entries: {reasons}")
     if not counts["captions"]:
-        logger.info(
-            "no image has a caption: only pairs of an image with itself can be made of this collection."
-        )
+        logger.warning("no image has a caption: each image can only be paired with itself")

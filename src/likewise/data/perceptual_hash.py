@@ -1,9 +1,9 @@
-"""Near-duplicate images: a perceptual hash of each, and groups of images that show the same thing.
+"""Perceptual hashes of images and clusters of near-duplicates.
 
-The hash is the 64-bit difference hash (N. Krawetz, "Kind of Like That", 2013): grey pixels, made 9 wide and
-8 high, each compared with its left neighbor. Alone it tells outlines, not pictures: on product photos before
-white it takes most shoes for one shoe. A pair that is close by hash is therefore compared once more, by
-thumbnails in colour, relative to their contrast.
+The hash is the 64-bit difference hash (N. Krawetz, "Kind of Like That", 2013): the image is reduced to 9 × 8
+gray pixels, and each pixel is compared with its left neighbor. The hash describes outlines only: product
+photos of different shoes on a white background have nearly equal hashes. Therefore, pairs with close hashes
+are verified by color thumbnails, relative to their contrast.
 """
 
 from collections.abc import Iterator
@@ -13,36 +13,38 @@ from pathlib import Path
 
 import numpy as np
 from PIL import Image
+from scipy.sparse import coo_matrix
+from scipy.sparse.csgraph import connected_components
 
 from likewise.artifacts import Artifact, mmap_array, shard_name, write_array
 from likewise.data.dataset import CaptionDataset, Sample
 from likewise.data.images import UnreadableImageError, decode_image, read_image_bytes
-from likewise.errors import ArtifactError, InvalidInputError
+from likewise.errors import InvalidInputError
 from likewise.parallel import default_num_workers, prefetch_map
 from likewise.progress import NULL_PROGRESS, Progress
 
 ARTIFACT_KIND = "perceptual hashes"
 MAX_HAMMING = 3
 HAMMING_LIMIT = 8
-MAX_THUMBNAIL_RMS = 0.07  # copies saved anew stay below it; from 0.08 on, chains of like products form
+MAX_THUMBNAIL_RMS = 0.07  # re-encoded copies stay below it; from 0.08 on, similar products form chains
 MIN_CONTRAST = 1.0
-_DECODE_SIZE = 128  # smaller decoding is faster and moves bits
+_DECODE_SIZE = 128  # a smaller size is faster to decode but changes bits
 _THUMBNAIL_SIZE = 8
 _ROW_DTYPE = np.dtype(
     [("bits", "<u8"), ("thumbnail", "u1", (_THUMBNAIL_SIZE, _THUMBNAIL_SIZE, 3)), ("readable", "?")]
 )
 _NUM_THUMBNAIL_VALUES = _THUMBNAIL_SIZE * _THUMBNAIL_SIZE * 3
-_MAX_BUCKET_SIZE = 1024  # images in one bucket, above which it is parted again by the bits that are left
-_MAX_SPLITS = 2  # runs of images that are truly alike do not part, so it is not tried for ever
-_PAIR_BATCH_SIZE = 1_000_000
+_MAX_BUCKET_SIZE = 1024  # larger buckets are split by the remaining bits
+_MAX_SPLITS = 2  # buckets of images with equal hashes cannot be split
+_PAIR_BATCH_SIZE = 2**17
 _MATCH_BATCH_SIZE = 16_384
 
 
 def difference_hash(pixels: np.ndarray) -> int:
-    """Return the difference hash of an image: (h, w, 3) uint8 -> 64 bits.
+    """Return the difference hash of an image: (h, w, 3) uint8 -> 64-bit integer.
 
-    Bits go row by row from the top left, the first one the most significant; a bit is set where a pixel is
-    brighter than the one left of it.
+    A bit is set if a pixel is brighter than its left neighbor. Bits are in row-major order, the most
+    significant bit first.
     """
     gray = (
         Image.fromarray(pixels)
@@ -55,45 +57,42 @@ def difference_hash(pixels: np.ndarray) -> int:
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class PerceptualHashes:
-    """What is known of the looks of each of n images.
-
-    Attributes:
-        hashes: Difference hashes, (n,) uint64; 0 where the image cannot be read.
-        readable: Whether the image could be read, (n,) bool.
-        mean: Mean of the values of the thumbnail, (n,) float64, in levels of 255.
-        contrast: Standard deviation of them from the mean of their channel, (n,) float64.
-        shard_paths: The files, whose rows hold the thumbnails.
-        shard_offsets: The position of each file's first image, and last the number of images.
-    """
+    """Perceptual hashes and thumbnails of n images."""
 
     hashes: np.ndarray
+    """Difference hashes, (n,) uint64; 0 for unreadable images."""
     readable: np.ndarray
+    """Mask of the readable images, (n,) bool."""
     mean: np.ndarray
+    """Mean pixel value of the thumbnail, (n,) float64, in [0, 255]."""
     contrast: np.ndarray
+    """Standard deviation of the pixel values from the mean of their channel, (n,) float64."""
     shard_paths: tuple[Path, ...]
+    """Files with the thumbnails."""
     shard_offsets: np.ndarray
+    """Index of the first image of each file, followed by the number of images."""
 
     def __len__(self) -> int:
         return len(self.hashes)
 
     @property
     def uniform(self) -> np.ndarray:
-        """The readable images of one colour, (n,) bool: their hashes say nothing."""
+        """Mask of the readable images of a single color, (n,) bool; their hashes are meaningless."""
         return self.readable & (self.contrast < MIN_CONTRAST)
 
-    def thumbnails(self, positions: np.ndarray) -> np.ndarray:
-        """Return the thumbnails of some images: (m,) -> (m, 8, 8, 3) uint8."""
-        thumbnails = np.empty((len(positions), _THUMBNAIL_SIZE, _THUMBNAIL_SIZE, 3), np.uint8)
-        shard_indices = np.searchsorted(self.shard_offsets, positions, side="right") - 1
+    def thumbnails(self, indices: np.ndarray) -> np.ndarray:
+        """Return thumbnails of images: indices (m,) -> (m, 8, 8, 3) uint8."""
+        thumbnails = np.empty((len(indices), _THUMBNAIL_SIZE, _THUMBNAIL_SIZE, 3), np.uint8)
+        shard_indices = np.searchsorted(self.shard_offsets, indices, side="right") - 1
         for shard in np.unique(shard_indices):
             mask = shard_indices == shard
             thumbnails[mask] = _mmap_shard(self.shard_paths[shard])["thumbnail"][
-                positions[mask] - self.shard_offsets[shard]
+                indices[mask] - self.shard_offsets[shard]
             ]
         return thumbnails
 
 
-@lru_cache(maxsize=256)  # each mapped file holds a descriptor, of which a process usually has 1,024
+@lru_cache(maxsize=256)  # each mapped file uses a file descriptor; the default limit per process is 1,024
 def _mmap_shard(path: Path) -> np.ndarray:
     return mmap_array(path)
 
@@ -101,10 +100,15 @@ def _mmap_shard(path: Path) -> np.ndarray:
 def compute_perceptual_hashes(
     dataset: CaptionDataset | str | Path, num_workers: int | None = None, progress: Progress = NULL_PROGRESS
 ) -> PerceptualHashes:
-    """Hash every image of a collection into `COLLECTION/hashes/`; finished shards are kept on a rerun.
+    """Compute the perceptual hashes of a dataset in `DATASET/hashes/`; an interrupted call resumes.
+
+    Args:
+        dataset: The dataset or its path.
+        num_workers: Threads that decode images; defaults to the number of CPU cores.
+        progress: Receives the progress.
 
     Raises:
-        ArtifactError: where the disk is full or the folder of the images is gone.
+        ArtifactError: if the disk is full or the image folder is missing.
     """
     dataset = CaptionDataset.open(dataset)
     settings = {"hash": "difference 9x8", "decoded_side": _DECODE_SIZE, "thumbnail": _THUMBNAIL_SIZE}
@@ -121,8 +125,7 @@ def compute_perceptual_hashes(
 def _hash_missing(
     dataset: CaptionDataset, artifact: Artifact, num_workers: int, progress: Progress
 ) -> Artifact:
-    if dataset[0].image.bytes is None and not dataset.root.is_dir():
-        raise ArtifactError(f"{dataset.root}, which holds the images of {dataset.path}, is not there")
+    dataset.require_images()
     files = _shard_files(artifact, dataset)
     is_done = [file.is_file() for file in files]
     num_done = sum(
@@ -180,121 +183,100 @@ def _load_hashes(artifact: Artifact, dataset: CaptionDataset) -> PerceptualHashe
 
 
 def brightness_and_contrast(thumbnails: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Return mean and contrast of thumbnails: (n, 8, 8, 3) uint8 -> (n,) float64 and (n,) float64."""
+    """Return the mean and contrast of thumbnails: (n, 8, 8, 3) uint8 -> (n,) float64 and (n,) float64."""
     return thumbnails.mean((1, 2, 3)), np.sqrt(thumbnails.var((1, 2)).mean(1))
 
 
 def find_near_duplicate_clusters(hashes: PerceptualHashes, max_hamming: int = MAX_HAMMING) -> np.ndarray:
-    """Number the groups of images that show the same thing: (n,) int64, −1 for an image with no copy.
+    """Assign near-duplicate images to clusters.
 
-    Two images are copies where their hashes differ in at most `max_hamming` of 64 bits and their thumbnails a
-    and b by RMS(a − b) ≤ 0.07 √((s_a² + s_b²) / 2 + 1), s the contrast; groups are the connected
-    components, numbered by their first image. All such pairs are found, by the pigeonhole principle: hashes
-    that differ in d bits agree in one of d + 1 bands. Images of one colour have no copies.
+    Two images are near-duplicates if their hashes differ in at most `max_hamming` bits and their thumbnails
+    a and b satisfy RMS(a − b) ≤ 0.07 √((s_a² + s_b²) / 2 + 1), where s is the contrast. Clusters are the
+    connected components. All such pairs are found, by the pigeonhole principle: hashes that differ in d bits
+    agree in at least one of d + 1 bands. Uniform images have no near-duplicates.
+
+    Returns:
+        Cluster ids, (n,) int64, numbered by their first image; −1 for an image without near-duplicates.
 
     Raises:
-        InputError: where `max_hamming` is negative or above 8.
+        InvalidInputError: if `max_hamming` is negative or above 8.
     """
     validate_max_hamming(max_hamming)
-    union_find = _UnionFind(len(hashes))
-    matcher = _ThumbnailMatcher(hashes)
     valid = np.flatnonzero(hashes.readable & ~hashes.uniform)
-    representatives = _merge_identical(hashes, matcher, union_find, valid)
+    components = np.arange(len(hashes))
+    components = _merge_components(components, *_filter_similar(hashes, *_identical_pairs(hashes, valid)))
+    # One image per component suffices: a million identical copies cost no more than a sort.
+    representatives = valid[np.unique(components[valid], return_index=True)[1]]
     for first, second in _rebatch(
         find_close_pairs(hashes.hashes, representatives, np.arange(64), max_hamming)
     ):
-        matcher.merge_matches(union_find, first, second)
-    return union_find.labels()
+        is_separate = components[first] != components[second]
+        similar = _filter_similar(hashes, first[is_separate], second[is_separate])
+        components = _merge_components(components, *similar)
+    return _number_clusters(components)
 
 
 def validate_max_hamming(max_hamming: int) -> None:
-    """Raise InputError for a distance at which hashes cannot be compared, or say nothing any more."""
+    """Raise InvalidInputError for a Hamming distance outside of the supported range."""
     if not 0 <= max_hamming <= HAMMING_LIMIT:
         raise InvalidInputError(
-            f"the distance of hashes is {max_hamming}; it must lie between 0 and {HAMMING_LIMIT}"
+            f"`max_hamming` must be between 0 and {HAMMING_LIMIT}, got {max_hamming}", field="max_hamming"
         )
 
 
-def _merge_identical(
-    hashes: PerceptualHashes, matcher: "_ThumbnailMatcher", union_find: "_UnionFind", valid: np.ndarray
-) -> np.ndarray:
-    """Join images with the same hash and thumbnail, and return one of each: a million copies cost a sort."""
+def _identical_pairs(hashes: PerceptualHashes, valid: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Return pairs of images with equal hash, mean and contrast, adjacent in the sorted order."""
     keys = (hashes.contrast[valid], hashes.mean[valid], hashes.hashes[valid])
     order = np.lexsort(keys)
     is_equal = np.logical_and.reduce([key[order][1:] == key[order][:-1] for key in keys])
-    first = valid[order][:-1][is_equal]
-    second = valid[order][1:][is_equal]
-    matcher.merge_matches(union_find, first, second)
-    is_merged = union_find.find(first) == union_find.find(second)
-    return np.setdiff1d(valid, second[is_merged])
+    return valid[order][:-1][is_equal], valid[order][1:][is_equal]
 
 
-class _ThumbnailMatcher:
-    """Compares thumbnails."""
-
-    def __init__(self, hashes: PerceptualHashes) -> None:
-        self.hashes, self.mean, self.contrast = hashes, hashes.mean, hashes.contrast
-
-    def merge_matches(self, union_find: "_UnionFind", first: np.ndarray, second: np.ndarray) -> None:
-        """Join the pairs that look alike; those already together are not looked at."""
-        max_rms = MAX_THUMBNAIL_RMS * np.sqrt(
-            (self.contrast[first] ** 2 + self.contrast[second] ** 2) / 2 + 1
-        )
-        # RMS(a - b) is at least the difference of means, and at least that of contrasts.
-        is_plausible = np.abs(self.mean[first] - self.mean[second]) <= max_rms
-        is_plausible &= np.abs(self.contrast[first] - self.contrast[second]) <= max_rms
-        first, second, max_rms = first[is_plausible], second[is_plausible], max_rms[is_plausible]
-        for start in range(0, len(first), _MATCH_BATCH_SIZE):
-            batch = slice(start, start + _MATCH_BATCH_SIZE)
-            is_separate = union_find.find(first[batch]) != union_find.find(second[batch])
-            a, b = first[batch][is_separate], second[batch][is_separate]
-            is_match = self._rms_difference(a, b) <= max_rms[batch][is_separate]
-            union_find.union(a[is_match], b[is_match])
-
-    def _rms_difference(self, first: np.ndarray, second: np.ndarray) -> np.ndarray:
-        """Return RMS(a − b) of pairs of thumbnails: (m,) and (m,) -> (m,) float64."""
-        difference = self.hashes.thumbnails(first).astype(np.int32) - self.hashes.thumbnails(second)
-        return np.sqrt((difference.reshape(len(first), _NUM_THUMBNAIL_VALUES) ** 2).mean(1))
+def _filter_similar(
+    hashes: PerceptualHashes, first: np.ndarray, second: np.ndarray
+) -> tuple[np.ndarray, np.ndarray]:
+    """Return the pairs of images with similar thumbnails: (m,) and (m,) -> (k,) and (k,)."""
+    mean, contrast = hashes.mean, hashes.contrast
+    max_rms = MAX_THUMBNAIL_RMS * np.sqrt((contrast[first] ** 2 + contrast[second] ** 2) / 2 + 1)
+    # RMS(a − b) is at least the difference of the means, and at least the difference of the contrasts.
+    is_plausible = np.abs(mean[first] - mean[second]) <= max_rms
+    is_plausible &= np.abs(contrast[first] - contrast[second]) <= max_rms
+    first, second, max_rms = first[is_plausible], second[is_plausible], max_rms[is_plausible]
+    is_similar = np.empty(len(first), bool)
+    for start in range(0, len(first), _MATCH_BATCH_SIZE):
+        batch = slice(start, start + _MATCH_BATCH_SIZE)
+        is_similar[batch] = _rms_difference(hashes, first[batch], second[batch]) <= max_rms[batch]
+    return first[is_similar], second[is_similar]
 
 
-class _UnionFind:
-    """Disjoint sets of positions; all operations take whole arrays."""
+def _rms_difference(hashes: PerceptualHashes, first: np.ndarray, second: np.ndarray) -> np.ndarray:
+    """Return RMS(a − b) of pairs of thumbnails: (m,) and (m,) -> (m,) float64."""
+    difference = hashes.thumbnails(first).astype(np.int32) - hashes.thumbnails(second)
+    return np.sqrt((difference.reshape(len(first), _NUM_THUMBNAIL_VALUES) ** 2).mean(1))
 
-    def __init__(self, size: int) -> None:
-        self.parent = np.arange(size)
 
-    def find(self, positions: np.ndarray) -> np.ndarray:
-        """Return the smallest known position of each one's set."""
-        # Each step halves the way of all at once, so that a chain of a million takes twenty.
-        while not np.array_equal(parents := self.parent[positions], grandparents := self.parent[parents]):
-            self.parent[positions] = grandparents
-        return grandparents
+def _merge_components(components: np.ndarray, first: np.ndarray, second: np.ndarray) -> np.ndarray:
+    """Connect the components of pairs of images: (n,) component of each image -> (n,) merged components."""
+    if not len(first):
+        return components
+    edges = (np.ones(len(first), bool), (components[first], components[second]))
+    graph = coo_matrix(edges, shape=(len(components), len(components)))
+    return connected_components(graph, directed=False)[1][components]
 
-    def union(self, first: np.ndarray, second: np.ndarray) -> None:
-        """Make one set of the sets of each pair."""
-        while True:
-            root_a, root_b = self.find(first), self.find(second)
-            is_separate = root_a != root_b
-            if not is_separate.any():
-                return
-            first, second, root_a, root_b = (
-                first[is_separate],
-                second[is_separate],
-                root_a[is_separate],
-                root_b[is_separate],
-            )
-            np.minimum.at(self.parent, np.maximum(root_a, root_b), np.minimum(root_a, root_b))
 
-    def labels(self) -> np.ndarray:
-        """Number the sets of two or more from 0, by their smallest positions; −1 for the others."""
-        roots = self.find(np.arange(len(self.parent)))
-        _, inverse, sizes = np.unique(roots, return_inverse=True, return_counts=True)
-        labels = np.where(sizes > 1, np.cumsum(sizes > 1) - 1, -1)
-        return labels[inverse]
+def _number_clusters(components: np.ndarray) -> np.ndarray:
+    """Number components of two or more images by their first image; −1 for the others."""
+    _, first_indices, inverse, sizes = np.unique(
+        components, return_index=True, return_inverse=True, return_counts=True
+    )
+    clusters = np.flatnonzero(sizes > 1)
+    cluster_ids = np.full(len(sizes), -1)
+    cluster_ids[clusters[np.argsort(first_indices[clusters])]] = np.arange(len(clusters))
+    return cluster_ids[inverse]
 
 
 def _rebatch(pairs: Iterator[tuple[np.ndarray, np.ndarray]]) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """Yield the same pairs, many small batches made one."""
+    """Merge small batches of pairs into larger ones."""
     pending: list[tuple[np.ndarray, np.ndarray]] = []
     count = 0
     for batch in pairs:
@@ -319,9 +301,14 @@ def find_close_pairs(
     max_hamming: int,
     max_splits: int = _MAX_SPLITS,
 ) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """Yield each pair of members once whose hashes differ in at most `max_hamming` of the free bits.
+    """Yield each pair of images once whose hashes differ in at most `max_hamming` bits.
 
-    The members agree in all bits that are not free; long runs of equal bands are parted so many times.
+    Args:
+        hashes: Hashes of all images, (n,) uint64.
+        indices: Images to compare, (m,) int64; they agree in all bits outside of `free_bits`.
+        free_bits: Bits that may differ, (b,) int64.
+        max_hamming: Maximum Hamming distance.
+        max_splits: Number of times that large buckets are split further.
     """
     masks: list[np.uint64] = []
     for band in np.array_split(free_bits, max_hamming + 1):
@@ -333,7 +320,7 @@ def find_close_pairs(
         ):
             difference = hashes[first] ^ hashes[second]
             is_new = np.bitwise_count(difference) <= max_hamming
-            for earlier_mask in masks:  # a pair is told in the first band that agrees, and not again
+            for earlier_mask in masks:  # a pair is yielded only for the first band that agrees
                 is_new &= (difference & earlier_mask) != 0
             yield first[is_new], second[is_new]
         masks.append(mask)
@@ -347,7 +334,7 @@ def _pairs_within_buckets(
     max_hamming: int,
     max_splits: int,
 ) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """Yield the pairs within each run of rows whose masked bits agree, parting long runs further."""
+    """Yield the pairs within each bucket of images whose masked bits agree, splitting large buckets."""
     keys = hashes[indices] & mask
     starts = np.flatnonzero(np.concatenate([[True], keys[1:] != keys[:-1]])[: len(indices)])
     lengths = np.diff(np.append(starts, len(indices)))
@@ -361,7 +348,7 @@ def _pairs_within_buckets(
 
 
 def _pairs_within_runs(indices: np.ndarray, ends: np.ndarray) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """Yield all pairs of each run, a distance within the run at a time: never more than there are rows."""
+    """Yield all pairs within each run, one offset at a time: a batch has at most one pair per row."""
     left = np.arange(len(indices))
     offset = 1
     while len(left := left[left + offset < ends[left]]):

@@ -1,1 +1,1 @@
-"""Captions turned into vectors by a pretrained language model."""
+"""Caption and image embeddings of a dataset by pretrained encoders."""

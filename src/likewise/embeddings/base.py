@@ -1,4 +1,4 @@
-"""What every encoder of captions is, and how it is told apart from others before it is loaded."""
+"""Text encoder interface and encoder specification."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
@@ -9,50 +9,44 @@ from jaxtyping import Float
 
 from likewise.embeddings.config import DEFAULT_OPTIONS, EncoderOptions, Modality
 
-# One pass over all captions of a collection, shard by shard; it can be asked for more than once.
+# Returns a new iterator over the captions of all shards; encoders that are fitted may call it repeatedly.
 Corpus = Callable[[], Iterator[list[str]]]
 
 
 @dataclass(frozen=True)
 class EncoderSpec:
-    """An encoder by name, not loaded yet.
-
-    Attributes:
-        name: What tables call it: its scheme and what follows, and options that differ from the default.
-        name_or_path: Where it is loaded from: a hub name, a folder, a file.
-        weights_id: What identifies its weights in keys.
-        scheme: Its kind; empty for sentence-transformers models.
-        options: How it is used.
-    """
+    """A resolved encoder that is not loaded yet."""
 
     name: str
+    """Display name: scheme, model and non-default options."""
     name_or_path: str
+    """Hub name, folder or file."""
     weights_id: str
+    """Fingerprint of the weights, or their name on a hub."""
     scheme: str = ""
+    """Kind of encoder, such as `hf` or `clip`; empty for sentence-transformers models."""
     options: EncoderOptions = DEFAULT_OPTIONS
+    """Options that the encoder is loaded with."""
 
     @property
     def modality(self) -> Modality:
-        """What it embeds."""
+        """Modality that the encoder embeds."""
         return "images" if self.scheme == "image" else "captions"
 
 
 class TextEncoder(ABC):
-    """Captions in, unit vectors out.
-
-    Attributes:
-        dim: Length of a vector.
-    """
+    """Encoder of captions to unit vectors."""
 
     dim: int
+    """Dimension of the embeddings."""
 
     @abstractmethod
     def encode(self, captions: Sequence[str], batch_size: int) -> Float[np.ndarray, "n d"]:
-        """Embed captions: n strings -> (n, d) float32 of unit length, zero for one without direction."""
+        """Embed captions: n strings -> (n, d) float32 with unit rows; zero rows without known words."""
 
 
 def l2_normalize(vectors: Float[np.ndarray, "n d"]) -> Float[np.ndarray, "n d"]:
-    """Scale rows to unit length: (n, d) -> (n, d) float32; zero rows stay zero, NaN stays NaN."""
+    """Normalize rows to unit length: (n, d) -> (n, d) float32; zero rows and NaN are unchanged."""
     vectors = np.asarray(vectors, np.float32)
     norms = np.linalg.norm(vectors, axis=1, keepdims=True)
     return vectors / np.where(norms == 0, 1, norms)

@@ -1,4 +1,4 @@
-"""Options of encoders: settings alone, so that the command line can know them without loading anything."""
+"""Options of text encoders; this module imports no model library."""
 
 from dataclasses import dataclass, fields
 from typing import Any, Literal
@@ -12,31 +12,29 @@ Modality = Literal["captions", "images"]
 
 @dataclass(frozen=True, kw_only=True)
 class EncoderOptions:
-    """How an encoder of captions is used, where its kind leaves a choice.
-
-    Attributes:
-        pooling: For `hf:` models, which token states become the vector: the first one's (`cls`), their
-            `mean` (the default), or the `last` one's.
-        max_length: Tokens a caption is cut to, fewer than the model's own limit; for transformers.
-        backend: What runs a transformer: `torch`, or ONNX Runtime on the CPU (`onnx`), often faster there.
-    """
+    """Options of a text encoder."""
 
     pooling: Pooling | None = None
+    """Pooling of the token states of `hf:` models: first token, mean or last token; defaults to `mean`."""
     max_length: int | None = None
+    """Maximum number of tokens per caption for transformers; defaults to the limit of the model."""
     backend: Backend = "torch"
+    """Runtime of transformers: `torch`, or ONNX Runtime on the CPU."""
 
     def __post_init__(self) -> None:
-        """Refuse a length that leaves no token.
+        """Validate the fields.
 
         Raises:
-            InputError: where `max_length` is below 1.
+            InvalidInputError: if `max_length` is below 1.
         """
         if self.max_length is not None and self.max_length < 1:
-            raise InvalidInputError(f"--max-length is {self.max_length}; at least 1 token is needed")
+            raise InvalidInputError(
+                f"`max_length` must be at least 1, got {self.max_length}", field="max_length"
+            )
 
     @property
     def overrides(self) -> dict[str, Any]:
-        """The options that differ from their defaults, by name."""
+        """Options that differ from their defaults, by name."""
         return {
             field.name: getattr(self, field.name)
             for field in fields(self)

@@ -1,4 +1,4 @@
-"""Embed every caption, or every image, of a collection: shard by shard, into an artifact."""
+"""Embed all captions or images of a dataset, shard by shard, into an artifact."""
 
 import logging
 import shutil
@@ -26,7 +26,7 @@ from likewise.data.dataset import CaptionDataset, Sample
 from likewise.data.images import UnreadableImageError, decode_image, read_image_bytes
 from likewise.embeddings.base import Corpus, EncoderSpec, TextEncoder, l2_normalize
 from likewise.embeddings.config import DEFAULT_OPTIONS, EncoderOptions
-from likewise.embeddings.registry import DEFAULT_ENCODER, load_text_encoder, resolve_encoder
+from likewise.embeddings.registry import DEFAULT_ENCODER, SCHEMES, load_text_encoder, resolve_encoder
 from likewise.embeddings.store import ARTIFACT_KIND, Embeddings
 from likewise.errors import ArtifactError, InvalidInputError
 from likewise.parallel import default_num_workers, prefetch_map, resolve_device
@@ -39,43 +39,37 @@ _BATCHES_PER_CHUNK = 16
 
 @dataclass(frozen=True, kw_only=True)
 class EmbeddedShard:
-    """What is kept of one shard.
-
-    Attributes:
-        vectors: (n, d) float16.
-        image_ids: (n,) int64, the position of each row's record, ascending.
-        skipped: Records left out, by reason.
-    """
+    """Embeddings of one shard."""
 
     vectors: np.ndarray
+    """Embeddings, (n, d) float16."""
     image_ids: np.ndarray
+    """Index of the sample of each row, (n,) int64, ascending."""
     skipped: Mapping[str, int] = field(default_factory=dict)
+    """Number of skipped samples by reason."""
 
 
 class ShardEmbedder(ABC):
-    """A collection seen through a loaded encoder.
-
-    Attributes:
-        dim: Length of a vector.
-    """
+    """Embeds the shards of a dataset with a loaded encoder."""
 
     dim: int
+    """Dimension of the embeddings."""
 
     @abstractmethod
-    def embed_shard(self, shard: int, task: ProgressBar) -> EmbeddedShard:
-        """Embed one shard, advancing the task by what is done."""
+    def embed_shard(self, shard: int, bar: ProgressBar) -> EmbeddedShard:
+        """Embed one shard and update the progress bar."""
 
 
 @final
 class CaptionEmbedder(ShardEmbedder):
-    """One row a caption. Each distinct caption of a shard is embedded once, the longest first."""
+    """Embeds captions, one row per caption; each distinct caption of a shard is encoded once."""
 
     def __init__(self, dataset: CaptionDataset, encoder: TextEncoder, batch_size: int) -> None:
-        """Look at a collection through an encoder of captions."""
+        """Set the dataset and the loaded encoder."""
         self._dataset, self._encoder, self._batch_size = dataset, encoder, batch_size
         self.dim = encoder.dim
 
-    def embed_shard(self, shard: int, task: ProgressBar) -> EmbeddedShard:
+    def embed_shard(self, shard: int, bar: ProgressBar) -> EmbeddedShard:
         """Embed the captions of one shard."""
         captions = self._dataset.read_columns(shard, ["captions"])["captions"]
         image_ids = (
@@ -90,14 +84,14 @@ class CaptionEmbedder(ShardEmbedder):
         ]
         unique_texts, counts = list(text_index), np.bincount(inverse, minlength=len(text_index))
         vectors = np.empty((len(unique_texts), self.dim), np.float16)
-        # Sorting by length keeps padding small (encoders sort each part by tokens); parts of a few batches
-        # keep the bar moving.
+        # Captions are sorted by length to reduce padding (encoders sort each chunk by tokens), and encoded in
+        # chunks of a few batches to update the progress bar.
         order = np.argsort([-len(text) for text in unique_texts], kind="stable")
         for start in range(0, len(order), _BATCHES_PER_CHUNK * self._batch_size):
             chunk = order[start : start + _BATCHES_PER_CHUNK * self._batch_size]
             vectors[chunk] = self._encoder.encode([unique_texts[i] for i in chunk], self._batch_size)
-            task.update(int(counts[chunk].sum()))
-        # Where all captions differ they are in order already, and a copy would double the memory.
+            bar.update(int(counts[chunk].sum()))
+        # If all captions are distinct, they are already in order, and a copy would double the memory.
         return EmbeddedShard(
             vectors=vectors if len(unique_texts) == len(inverse) else vectors[np.array(inverse)],
             image_ids=image_ids,
@@ -106,12 +100,16 @@ class CaptionEmbedder(ShardEmbedder):
 
 @final
 class ImageEmbedder(ShardEmbedder):
-    """One row an image; those that cannot be read are left out and counted."""
+    """Embeds images, one row per readable image; unreadable images are skipped and counted."""
 
     def __init__(
         self, dataset: CaptionDataset, spec: EncoderSpec, batch_size: int, device: str | None
     ) -> None:
-        """Load the encoder; raises ModelError where that fails."""
+        """Load the encoder.
+
+        Raises:
+            ModelError: if it cannot be loaded.
+        """
         import torch
 
         from likewise.models.encoders import load_encoder
@@ -122,7 +120,7 @@ class ImageEmbedder(ShardEmbedder):
         self._encoder.model.to(self._device).to(memory_format=torch.channels_last)
         self.dim = self._encoder.feature_dim
 
-    def embed_shard(self, shard: int, task: ProgressBar) -> EmbeddedShard:
+    def embed_shard(self, shard: int, bar: ProgressBar) -> EmbeddedShard:
         """Embed the images of one shard."""
         vectors, image_ids, skipped = [np.empty((0, self.dim), np.float16)], [], Counter[str]()
         offset = self._dataset.shard_offsets[shard]
@@ -133,19 +131,19 @@ class ImageEmbedder(ShardEmbedder):
             image_ids += [offset + i for i in readable]
             offset += len(reasons)
             skipped.update(reason for reason in reasons if reason)
-            task.update(len(reasons))
+            bar.update(len(reasons))
         return EmbeddedShard(
             vectors=np.concatenate(vectors), image_ids=np.array(image_ids, np.int64), skipped=skipped
         )
 
     def _batches(self, shard: int) -> Iterator[list[Sample]]:
-        """Yield records a batch at a time: they may hold the images themselves."""
+        """Yield the samples in batches, as they may contain image bytes."""
         shard_start, shard_stop = self._dataset.shard_offsets[shard : shard + 2]
         for start in range(shard_start, shard_stop, self._batch_size):
             yield [self._dataset[i] for i in range(start, min(start + self._batch_size, shard_stop))]
 
     def _load(self, samples: list[Sample]) -> tuple[np.ndarray, list[str]]:
-        """Return crops, (b, size, size, 3) uint8, and for each why it could not be read, or nothing."""
+        """Return center crops, (b, size, size, 3) uint8, and the reason per unreadable image, else ''."""
         transform = self._encoder.transform
         crops, reasons = np.zeros((len(samples), transform.image_size, transform.image_size, 3), np.uint8), []
         for i, sample in enumerate(samples):
@@ -178,40 +176,39 @@ def embed(
     device: str | None = None,
     progress: Progress = NULL_PROGRESS,
 ) -> Embeddings:
-    """Embed all captions, or images, into `COLLECTION/embeddings/…`; finished shards are kept on a rerun.
+    """Embed all captions or images of a dataset in `DATASET/embeddings/`; an interrupted call resumes.
 
     Args:
-        dataset: A collection or its path.
-        encoder: A sentence-transformers model by hub name or folder, or another kind by its scheme, as
-            `likewise.embeddings.encoders.SCHEMES` lists them; `image:…` embeds images.
-        options: How the encoder is used.
-        batch_size: Captions or images a forward pass; captions are sorted by length, so batches carry little
-            padding.
-        device: Where the model runs; chosen by itself where not given.
-        progress: Where to report.
+        dataset: The dataset or its path.
+        encoder: A sentence-transformers model by hub name or folder, or `SCHEME:MODEL` with a scheme of
+            `likewise.embeddings.registry.SCHEMES`; `image:MODEL` embeds images.
+        options: Options of the encoder.
+        batch_size: Captions or images per forward pass.
+        device: Device of the model; selected automatically by default.
+        progress: Receives the progress.
 
     Returns:
-        Vectors as float16 on disk, unit length, one row a caption or readable image.
+        Embeddings on disk: float16 unit vectors, one row per caption or readable image.
 
     Raises:
-        InputError: where no record has a caption, or none an image that can be read.
-        ModelError: where the encoder cannot be loaded.
-        ArtifactError: where it gives vectors that are not numbers, or of another length than in an
-            unfinished run.
+        InvalidInputError: if no image has a caption, or no image is readable.
+        ModelError: if the encoder cannot be loaded.
+        ArtifactError: if embeddings are not finite, or their dimension differs from that of an interrupted
+            call.
     """
     dataset = CaptionDataset.open(dataset)
     if batch_size < 1:
-        raise InvalidInputError(f"--batch-size is {batch_size}; at least 1 is needed")
+        raise InvalidInputError(f"`batch_size` must be at least 1, got {batch_size}", field="batch_size")
     device = None if device is None else resolve_device(device)
     spec = resolve_encoder(encoder, options)
     if spec.modality == "captions" and dataset.artifact.manifest.counts["captions"] == 0:
         raise InvalidInputError(
-            f"no image of {dataset.path} has a caption: there is nothing to embed; use --pairs "
-            f"self, or embed "
-            "the images with --encoder image:…"
+            f"no image of {dataset.path} has a caption; embed the images with an `encoder` such as "
+            f"{SCHEMES['image'].example}",
+            field="encoder",
         )
     path, settings, inputs = _artifact_spec(dataset, spec)
-    # What cannot be loaded leaves no folder behind.
+    # The encoder is loaded first, so that no folder is created if it cannot be loaded.
     embedder = None if (path / MANIFEST).is_file() else _open_embedder(dataset, spec, batch_size, device)
     artifact = Artifact.create_or_resume(path, ARTIFACT_KIND, settings, inputs)
     if artifact.is_complete:
@@ -223,13 +220,13 @@ def embed(
 
 
 def _artifact_spec(dataset: CaptionDataset, spec: EncoderSpec) -> tuple[Path, dict[str, Any], dict[str, str]]:
-    """Return the folder of the embeddings, and the settings and inputs that its name is keyed by."""
+    """Return the folder of the embeddings, and the settings and inputs that determine its key."""
     settings: dict[str, Any] = {"encoder": spec.name, "dtype": "float16"} | spec.options.overrides
     if spec.modality == "images":
         settings["modality"] = "images"
     inputs = {"dataset": dataset.key, "encoder": spec.weights_id}
     key = config_hash(ARTIFACT_KIND, settings, inputs)
-    # A scheme belongs to the folder's name, but of a hub name only the last part does.
+    # The folder name contains the scheme, or only the last part of a hub name without a scheme.
     name = spec.name.replace("/", "-").replace(":", "-") if spec.scheme else spec.name
     return dataset.path / "embeddings" / f"{slugify(name)}-{key[:8]}", settings, inputs
 
@@ -249,22 +246,22 @@ def _embed_missing_shards(
         _check_dim(vectors, embedder.dim, artifact, spec)
         totals.add(vectors, _read_skipped(artifact, shard))
     total = len(dataset) if spec.modality == "images" else dataset.artifact.manifest.counts[spec.modality]
-    with progress.task("embedding", total, spec.modality, totals.num_rows + totals.skipped.total()) as task:
+    with progress.task("embedding", total, spec.modality, totals.num_rows + totals.skipped.total()) as bar:
         for shard in shards:
             if shard in finished:
                 continue
-            embedded = embedder.embed_shard(shard, task)
+            embedded = embedder.embed_shard(shard, bar)
             _check_finite(embedded.vectors, spec)
             if embedded.skipped:
                 write_json(artifact.path / shard_name("skipped", shard, "json"), dict(embedded.skipped))
             write_array(artifact.path / shard_name("vectors", shard, "npy"), embedded.vectors)
             write_array(artifact.path / shard_name("ids", shard, "npy"), embedded.image_ids)
             totals.add(embedded.vectors, embedded.skipped)
-            del embedded  # before the next shard is begun, or two would be in memory
+            del embedded  # free the memory before the next shard is embedded
     if not totals.num_rows:
-        shutil.rmtree(artifact.path)  # it would only keep a later run from looking again
+        shutil.rmtree(artifact.path)  # a later call must read the images again
         reasons = ", ".join(f"{count} {reason}" for reason, count in totals.skipped.items())
-        raise InvalidInputError(f"no image of {dataset.path} can be read: {reasons}")
+        raise InvalidInputError(f"no image of {dataset.path} is readable: {reasons}")
     counts = {
         spec.modality: totals.num_rows,
         "dim": embedder.dim,
@@ -295,7 +292,7 @@ def _caption_corpus(dataset: CaptionDataset) -> Corpus:
 
 
 class _RunningTotals:
-    """What a run says of itself in the end, gathered shard by shard."""
+    """Counts of the manifest, summed over shards."""
 
     def __init__(self) -> None:
         self.num_rows, self.num_zero_vectors = 0, 0
@@ -313,19 +310,20 @@ def _read_skipped(artifact: Artifact, shard: int) -> Mapping[str, int]:
 
 
 def _check_dim(vectors: np.ndarray, dim: int, artifact: Artifact, spec: EncoderSpec) -> None:
-    """Refuse to go on with a model that is not the one an unfinished run began with."""
+    """Check that the model is the one that an interrupted call used."""
     if vectors.shape[1] != dim:
         raise ArtifactError(
-            f"{artifact.path} holds vectors of length {vectors.shape[1]} from an unfinished run, but "
-            f"{spec.name} now gives {dim}: the model has changed; delete that folder to embed anew"
+            f"{artifact.path} contains embeddings of dimension {vectors.shape[1]} from an interrupted run, "
+            f"but {spec.name} now has {dim}: the model has changed; delete the folder to embed again",
+            path=artifact.path,
         )
 
 
 def _check_finite(vectors: np.ndarray, spec: EncoderSpec) -> None:
-    # Sums, as whether each number is finite would take half as much memory again.
+    # Row sums need less memory than `isfinite` of all values.
     num_nonfinite = int((~np.isfinite(vectors.sum(axis=1, dtype=np.float32))).sum())
     if num_nonfinite:
         raise ArtifactError(
-            f"{spec.name} gave vectors that are not numbers for {num_nonfinite:,} of {len(vectors):,} "
-            f"{spec.modality} of a shard; nothing was kept of them. Is the model damaged?"
+            f"{spec.name} returned non-finite embeddings for {num_nonfinite:,} of {len(vectors):,} "
+            f"{spec.modality} of a shard, which was not saved; is the model damaged?"
         )

@@ -1,4 +1,4 @@
-"""Images instead of captions as what is embedded: one row an image, by a frozen image encoder."""
+"""Names of CLIP models and image encoders, resolved without loading them."""
 
 from pathlib import Path
 
@@ -7,27 +7,33 @@ from likewise.errors import ModelError
 
 
 def resolve_clip(name: str) -> tuple[str, str, str]:
-    """Return the short name, source and identity of `ARCH/WEIGHTS`, weights being a tag or a file.
+    """Resolve `ARCH/WEIGHTS`, where the weights are a pretrained tag or a file.
+
+    Returns:
+        Short name, name or path, and id of the weights.
 
     Raises:
-        ModelError: where one of the two is missing, or a path holds no file.
+        ModelError: if the architecture, the weights or the file is missing.
     """
     arch, _, weights = name.partition("/")
     if not arch or not weights:
-        raise ModelError(f"clip:{name} lacks its weights: clip:ARCH/WEIGHTS, as in clip:ViT-B-32/openai")
+        raise ModelError(f"expected clip:ARCH/WEIGHTS, such as clip:ViT-B-32/openai, got clip:{name}")
     weights_path = Path(weights).expanduser()
     if weights_path.is_file():
         return f"{arch}/{weights_path.stem}", f"{arch}/{weights_path}", f"{arch}/{fingerprint(weights_path)}"
     if weights.startswith((".", "/", "~")):
-        raise ModelError(f"there are no weights at {weights}")
+        raise ModelError(f"there are no weights at {weights}", path=weights)
     return name, name, name
 
 
 def resolve_image(name: str) -> tuple[str, str, str]:
-    """Return the short name, source and identity of an image encoder, by what `open_encoder` takes.
+    """Resolve the name of an image encoder, as accepted by `likewise.load_encoder`.
+
+    Returns:
+        Short name, name or path, and id of the weights.
 
     Raises:
-        ModelError: where it is nothing of these.
+        ModelError: if there is no such run, file or kind of encoder.
     """
     scheme, _, rest = name.partition(":")
     if scheme == "clip" and rest:
@@ -39,7 +45,6 @@ def resolve_image(name: str) -> tuple[str, str, str]:
         return path.resolve().name, str(path), fingerprint(weights_path)
     if not rest:
         raise ModelError(
-            f"{name} is no finished run and no file of weights, and not timm:NAME, random:NAME or "
-            "clip:ARCH/WEIGHTS"
+            f"{name} is not a complete run, a weights file, timm:NAME, random:NAME or clip:ARCH/WEIGHTS"
         )
     return name, name, name

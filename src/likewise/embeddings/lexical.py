@@ -1,4 +1,4 @@
-"""The free baselines: words counted into 4,096 columns, weighted by how rare they are (TF-IDF) or not."""
+"""Lexical encoders: averaged word vectors, and bag of words with or without TF-IDF weights."""
 
 import gzip
 import io
@@ -16,17 +16,17 @@ import numpy as np
 from likewise.embeddings.base import Corpus, EncoderSpec, TextEncoder, l2_normalize
 from likewise.errors import ModelError
 
-# Han characters and kana are written without spaces; each counts as a word.
+# Han characters and kana are written without spaces; each one counts as a word.
 _KANA = "\u3041-\u3096\u309d-\u309f\u30a1-\u30fa\u30fc-\u30ff"
 _HAN = "\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\U00020000-\U0003134f"
 _UNSPACED = _KANA + _HAN
 
 
 def split_words(text: str) -> list[str]:
-    """Cut a text into words as written, without spaces, punctuation and symbols.
+    """Split a text into words, dropping spaces, punctuation and symbols.
 
-    A word is a run of letters, digits and combining marks (vowel signs of Indic scripts among them); of
-    scripts written without spaces, Chinese and Japanese are cut into characters, others stay whole.
+    A word is a sequence of letters, digits and combining marks, such as the vowel signs of Indic scripts.
+    Chinese and Japanese are split into characters; other scripts without spaces are not split.
     """
     return _word_pattern().findall(unicodedata.normalize("NFC", text))
 
@@ -38,7 +38,7 @@ def _word_pattern() -> re.Pattern[str]:
 
 
 def _combining_marks() -> str:
-    """Return all combining marks as ranges of a character class; Python's word characters lack them."""
+    r"""Return all combining marks as ranges of a character class; `\w` does not match them."""
     code_points = [
         code_point
         for code_point in range(sys.maxunicode + 1)
@@ -53,14 +53,17 @@ def _combining_marks() -> str:
 
 @final
 class WordVectorEncoder(TextEncoder):
-    """The mean of the vectors of a caption's words; a word is looked up as written, else in lower case.
+    """Mean of the vectors of the words in a caption; words are looked up as written, then in lower case.
 
-    Only words that occur in the collection are kept in memory. A caption of which no word is known gets the
-    zero vector.
+    Only the vectors of words in the dataset are loaded. A caption without known words has a zero vector.
     """
 
     def __init__(self, spec: EncoderSpec, corpus: Corpus) -> None:
-        """Read the vectors of the corpus's words; raises ModelError for a file that holds none."""
+        """Load the vectors of the words in the corpus.
+
+        Raises:
+            ModelError: if the file is invalid or has none of the words.
+        """
         words = {word for captions in corpus() for caption in captions for word in split_words(caption)}
         self._vocabulary, self._vectors = _read_word_vectors(
             Path(spec.name_or_path), words | {word.lower() for word in words}
@@ -68,7 +71,7 @@ class WordVectorEncoder(TextEncoder):
         self.dim = self._vectors.shape[1]
 
     def encode(self, captions: Sequence[str], batch_size: int) -> np.ndarray:
-        """Embed captions: n strings -> (n, d) float32 of unit length, zero where no word is known."""
+        """Embed captions: n strings -> (n, d) float32 with unit rows; zero rows without known words."""
         vectors = np.zeros((len(captions), self.dim), np.float32)
         for row, caption in enumerate(captions):
             indices = [index for word in split_words(caption) if (index := self._lookup(word)) is not None]
@@ -82,7 +85,7 @@ class WordVectorEncoder(TextEncoder):
 
 
 def _read_word_vectors(path: Path, words: set[str]) -> tuple[dict[str, int], np.ndarray]:
-    """Return the wanted words' places and their vectors, (m, d) float32."""
+    """Return the row of each word, and the vectors, (m, d) float32."""
     vocabulary: dict[str, int] = {}
     vectors: list[np.ndarray] = []
     try:
@@ -97,28 +100,31 @@ def _read_word_vectors(path: Path, words: set[str]) -> tuple[dict[str, int], np.
                     vocabulary[word] = len(vectors)
                     vectors.append(values)
     except (OSError, EOFError) as error:
-        raise ModelError(f"{path} cannot be read as word vectors: {error}") from error
+        raise ModelError(f"cannot read word vectors from {path}: {error}", path=path) from error
     if not vectors:
-        raise ModelError(f"{path} has a vector for no word of this collection; is it of another language?")
+        raise ModelError(
+            f"{path} has no vector for any word of the dataset; is it for another language?", path=path
+        )
     return vocabulary, np.stack(vectors)
 
 
 def _open_text(path: Path) -> io.TextIOWrapper:
-    # Lines end at "\n" alone: a vector's word may itself be another kind of line break.
+    # Lines end with "\n" only: the word of a vector may be another line break character.
     if path.suffix == ".gz":
         return gzip.open(path, "rt", encoding="utf-8", errors="replace", newline="\n")
     return path.open(encoding="utf-8", errors="replace", newline="\n")
 
 
 def _read_header(path: Path, line: str) -> tuple[int, str | None]:
-    """Return the dimension, and the first line unless it is fastText's header (words, dimension)."""
+    """Return the dimension, and the first line unless it is a fastText header (count, dimension)."""
     fields = line.rstrip().split(" ")
     if len(fields) == 2 and all(field.isdigit() for field in fields):
         return int(fields[1]), None
     if len(fields) < 3 or _parse_floats(fields[1:]) is None:
         raise ModelError(
-            f"{path} holds no word vectors: its first line is neither `count dimension` nor a word and "
-            "numbers"
+            f"{path} is not a file of word vectors: its first line is neither 'COUNT DIMENSION' nor a word "
+            "with numbers",
+            path=path,
         )
     return len(fields) - 1, line
 
@@ -130,13 +136,13 @@ def _enumerate_lines(first_line: str | None, lines: Iterator[str]) -> Iterator[t
 
 
 def _parse_vector(line: str, dim: int, location: str) -> np.ndarray | None:
-    """Return the numbers of a line, or None where its key is a phrase of which the word is the beginning."""
+    """Return the vector of a line, or None if its key is a phrase with spaces."""
     fields = line.rstrip().split(" ")
     if len(fields) > dim + 1:
         return None
     values = _parse_floats(fields[1:])
     if values is None or len(values) != dim:
-        raise ModelError(f"{location} does not hold {dim} numbers after its word: the file is damaged")
+        raise ModelError(f"{location} does not contain {dim} numbers after the word; the file is damaged")
     return values
 
 
@@ -158,20 +164,20 @@ _NUM_BUCKETS = _SHARED_GROUP_SIZE**2
 
 @final
 class BagOfWordsEncoder(TextEncoder):
-    """Words counted in 2^20 signed hash buckets (Weinberger 2009, arXiv 0902.2206), then laid into columns.
+    """Word counts in 2^20 signed hash buckets (Weinberger 2009, arXiv 0902.2206), projected to 4,096 columns.
 
-    In one pass over the collection, n captions of which n_j fill bucket j give the weight
-    ln((1 + n) / (1 + n_j)) + 1 (with `weighted`: the smoothed inverse document frequency of scikit-learn).
-    The 2,048 buckets that most captions fill get a column each; every other one is added, with its sign, to
-    one column in each of two groups of 1,024, so that two rare words seldom share both. On real captions with
-    2,600 to 6,400 different words, at least 99.3 % of the ten nearest were those of exact TF-IDF, against 91
-    to 97 % when all are hashed into 4,096 columns. Stored rows are dense: 8 KB a caption as float16.
+    With `use_idf`, bucket j has the weight ln((1 + n) / (1 + n_j)) + 1, where n_j of the n captions contain
+    it: the smoothed inverse document frequency of scikit-learn. The 2,048 most frequent buckets have a column
+    each. Every other bucket is added, with its sign, to one column in each of two groups of 1,024, so that
+    two rare words rarely share both. For captions with 2,600 to 6,400 distinct words, at least 99.3 % of the
+    ten nearest neighbors were those of exact TF-IDF, compared to 91 to 97 % if all words are hashed into
+    4,096 columns. Embeddings are dense: 8 KB per caption as float16.
     """
 
     def __init__(self, corpus: Corpus, *, use_idf: bool) -> None:
-        """Count in how many captions of the corpus each bucket is filled."""
+        """Count the captions that contain each bucket."""
         doc_freq, num_docs = np.zeros(_NUM_BUCKETS, np.int64), 0
-        for captions in filter(None, corpus()):  # scikit-learn refuses to count nothing
+        for captions in filter(None, corpus()):  # scikit-learn raises for an empty list
             doc_freq += np.bincount(count_hashed_words(captions).indices, minlength=_NUM_BUCKETS)
             num_docs += len(captions)
         self.dim = NUM_COLUMNS
@@ -179,7 +185,7 @@ class BagOfWordsEncoder(TextEncoder):
         self._projection = _bucket_projection(doc_freq, self.idf)
 
     def encode(self, captions: Sequence[str], batch_size: int) -> np.ndarray:
-        """Embed captions: n strings -> (n, 4096) float32 of unit length, zero for one without words."""
+        """Embed captions: n strings -> (n, 4096) float32 with unit rows; zero rows without words."""
         return l2_normalize((count_hashed_words(captions) @ self._projection).toarray().astype(np.float32))
 
 
@@ -187,7 +193,7 @@ def count_hashed_words(captions: Sequence[str]) -> "csr_matrix":
     """Count words in signed buckets: n strings -> sparse (n, 2^20) float64."""
     from sklearn.feature_extraction.text import HashingVectorizer
 
-    # Its annotations forbid the norm None that its documentation offers.
+    # Its annotations do not allow `norm=None`, its documentation does.
     options: dict[str, Any] = {"n_features": _NUM_BUCKETS, "analyzer": _tokenize, "norm": None}
     counts: Any = HashingVectorizer(**options, alternate_sign=True).transform(captions)
     return counts
@@ -198,12 +204,12 @@ def _tokenize(caption: str) -> list[str]:
 
 
 def _bucket_projection(doc_freq: np.ndarray, idf: np.ndarray) -> "csr_matrix":
-    """Return what each bucket adds to each column, sparse (2^20, 4096) float64."""
+    """Return the projection of buckets to columns, sparse (2^20, 4096) float64."""
     from scipy.sparse import csr_matrix
 
     frequent = np.argsort(-doc_freq, kind="stable")[:_NUM_DIRECT_COLUMNS]
     rare = np.setdiff1d(np.arange(_NUM_BUCKETS), frequent)
-    # A bucket's low and high bits are two independent hashes of its words.
+    # The low and high bits of a bucket are two independent hashes of its words.
     buckets = np.concatenate([frequent, rare, rare])
     columns = np.concatenate(
         [

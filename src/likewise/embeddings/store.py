@@ -4,18 +4,28 @@ from pathlib import Path
 
 import numpy as np
 
-from likewise.artifacts import MANIFEST, Artifact, load_array, mmap_array, shard_name
+from likewise.artifacts import Artifact, load_array, mmap_array, shard_name
 from likewise.data.dataset import CaptionDataset
 from likewise.embeddings.config import Modality
 from likewise.embeddings.registry import resolve_encoder
 from likewise.errors import ArtifactError, LikewiseError
 
+ARTIFACT_KIND = "embeddings"
+
 
 class Embeddings:
-    """Finished embeddings: rows of unit vectors and, for each, the position of its record."""
+    """Embeddings of a dataset on disk, memory-mapped shard by shard.
+
+    Attributes:
+        dim: Dimension of the embeddings.
+    """
 
     def __init__(self, path: str | Path) -> None:
-        """Open embeddings; raises ArtifactError where there are none."""
+        """Open embeddings.
+
+        Raises:
+            ArtifactError: if the path holds no complete embeddings.
+        """
         self.artifact = Artifact.open(Path(path), ARTIFACT_KIND)
         self.path = self.artifact.path
         self.dim: int = self.artifact.manifest.counts["dim"]
@@ -25,42 +35,41 @@ class Embeddings:
 
     @property
     def modality(self) -> Modality:
-        """What was embedded: captions, with one row each, or images."""
+        """Modality of the rows: captions or images."""
         return self.artifact.manifest.settings.get("modality", "captions")
 
     @property
     def encoder_name(self) -> str:
-        """The name of the encoder."""
+        """Display name of the encoder."""
         return self.artifact.manifest.settings["encoder"]
 
     @property
     def num_zero_vectors(self) -> int:
-        """How many rows are zero, because the encoder knew nothing in them."""
+        """Number of zero rows: captions without known words."""
         return self.artifact.manifest.counts.get("num_zero_vectors", 0)
 
     @property
     def num_shards(self) -> int:
-        """The number of shards, equal to that of the collection."""
+        """Number of shards, equal to that of the dataset."""
         return self.artifact.manifest.counts["shards"]
 
     def load_vectors(self, shard: int) -> np.ndarray:
-        """Return the vectors of one shard, (n, d) float16, mapped from disk."""
+        """Return the embeddings of one shard, (n, d) float16, memory-mapped."""
         return mmap_array(self.path / shard_name("vectors", shard, "npy"))
 
     def load_image_ids(self, shard: int) -> np.ndarray:
-        """Return the record positions of one shard's rows, (n,) int64, ascending."""
+        """Return the sample index of each row of one shard, (n,) int64, ascending."""
         return load_array(self.path / shard_name("ids", shard, "npy"))
 
     def load_shard(self, shard: int) -> tuple[np.ndarray, np.ndarray]:
-        """Return the vectors and record positions of one shard."""
+        """Return the embeddings and sample indices of one shard."""
         return self.load_vectors(shard), self.load_image_ids(shard)
 
     def load_mean_vectors(self, shard: int) -> tuple[np.ndarray, np.ndarray]:
-        """Return one row a record: the mean of its rows' vectors, of unit length again.
+        """Return the normalized mean embedding of each sample of one shard.
 
         Returns:
-            Vectors (m, d) float32 and record positions (m,) int64; records whose rows have no direction (all
-            zero, or cancelling out) are left out.
+            Unit vectors, (m, d) float32, and sample indices, (m,) int64, without samples of zero mean.
         """
         vectors, row_image_ids = self.load_shard(shard)
         image_ids, starts = np.unique(row_image_ids, return_index=True)
@@ -75,33 +84,28 @@ class Embeddings:
 def find_embeddings(
     dataset: CaptionDataset, encoder: str | None, *, modality: Modality = "captions"
 ) -> Embeddings:
-    """Return the finished embeddings of a collection by an encoder, or the only ones there are.
+    """Find the complete embeddings of a dataset.
 
     Args:
-        dataset: The collection.
-        encoder: The encoder as it was named when embedding, the name that tables show (which tells options
-            apart, as `hf:bert-base-uncased+cls`), or the name of the folder of its embeddings.
-        modality: Whether embeddings of captions or of images are meant.
+        dataset: The dataset.
+        encoder: Name of the encoder as passed to `embed`, its display name (which contains the options, such
+            as `hf:bert-base-uncased+cls`), or the folder name of the embeddings; defaults to the only
+            embeddings.
+        modality: Modality of the embeddings.
 
     Raises:
-        ArtifactError: where there are none, or several and no encoder is named.
+        ArtifactError: if there are no embeddings, or several and `encoder` is None.
     """
-    matches = []
-    for path in sorted((dataset.path / "embeddings").glob(f"*/{MANIFEST}")):
-        try:
-            matches.append(Embeddings(path.parent))
-        except ArtifactError:
-            continue
-    matches = [embeddings for embeddings in matches if embeddings.modality == modality]
+    artifacts = Artifact.find(dataset.path / "embeddings", ARTIFACT_KIND)
+    matches = [e for e in (Embeddings(artifact.path) for artifact in artifacts) if e.modality == modality]
     if encoder is not None:
         matches = _filter_by_encoder(matches, encoder)
-    by_encoder = "" if encoder is None else f" by {encoder}"
     if not matches:
-        modality_flag = {"captions": "", "images": " --encoder image:NAME"}[modality]
+        by_encoder = "" if encoder is None else f" by {encoder}"
         raise ArtifactError(
-            f"{dataset.path} has no finished embeddings{by_encoder}{' of images' * (modality == 'images')}; "
-            f"run: likewise embed "
-            f"{dataset.path}{modality_flag if encoder is None else f' --encoder {encoder}'}"
+            f"{dataset.path} has no embeddings of {modality}{by_encoder}; embed the dataset first",
+            field="encoder",
+            path=dataset.path,
         )
     if len(matches) > 1:
         has_same_names = len({embeddings.encoder_name for embeddings in matches}) < len(matches)
@@ -109,17 +113,19 @@ def find_embeddings(
             embeddings.path.name if has_same_names else embeddings.encoder_name for embeddings in matches
         )
         raise ArtifactError(
-            f"{dataset.path} has embeddings by several encoders ({names}); name one with --encoder"
+            f"{dataset.path} has embeddings by several encoders ({names}); set `encoder` to one of them",
+            field="encoder",
+            path=dataset.path,
         )
     return matches[0]
 
 
 def _filter_by_encoder(available: list[Embeddings], encoder: str) -> list[Embeddings]:
-    """Keep those of an encoder: of the same weights, and where these differ in options, of the same name."""
+    """Return the embeddings with the same weights; if several options were used, those of the same name."""
     try:
         spec = resolve_encoder(encoder)
     except LikewiseError:
-        # What it was made from may be gone; the embeddings still go by its name.
+        # The files of the encoder may have been deleted; match by name.
         same_name = [
             embeddings
             for embeddings in available
@@ -140,6 +146,3 @@ def _filter_by_encoder(available: list[Embeddings], encoder: str) -> list[Embedd
     ]
     same_both = [embeddings for embeddings in same_weights if embeddings in same_name]
     return same_both or same_weights or same_name
-
-
-ARTIFACT_KIND = "embeddings"

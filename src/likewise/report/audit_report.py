@@ -79,7 +79,7 @@ class _ThumbnailCache:
         self.thumbnails: dict[int, Thumbnail] = {}
 
     def __call__(self, example: dict[str, Any]) -> Thumbnail:
-        position = example["position"]
+        position = example["index"]
         if position not in self.thumbnails:
             self.thumbnails[position] = sample_thumbnail(self.dataset, self.dataset[position])
         return self.thumbnails[position]

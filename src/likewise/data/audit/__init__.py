@@ -1,1 +1,1 @@
-"""The audit: what is wrong with the captions and the images of a collection, and which take no part."""
+"""Audit of a dataset: uninformative captions, boilerplate, languages, near-duplicate images."""

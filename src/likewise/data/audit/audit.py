@@ -1,4 +1,4 @@
-"""The audit of a collection: one report, and one filter that leaves out what says nothing."""
+"""Audit of a dataset: a report of findings, and a filter of uninformative captions and redundant images."""
 
 import logging
 from collections.abc import Iterator
@@ -42,7 +42,7 @@ logger = logging.getLogger(__name__)
 
 ARTIFACT_KIND = "audit"
 BOILERPLATE = "boilerplate"
-NEAR_DUPLICATE = "copy of an image with the same captions"
+NEAR_DUPLICATE = "near-duplicate with the same captions"
 _MIN_PHRASE_FRACTION = 0.01
 _NUM_PHRASES = 12
 _NUM_TEMPLATES = 12
@@ -51,18 +51,20 @@ _DEFAULT_CONFIG = AuditConfig()
 
 @dataclass(frozen=True, kw_only=True)
 class AuditReport:
-    """A finished audit: its folder, with `report.json` and `filter.csv`, and the report as JSON values."""
+    """A complete audit."""
 
     path: Path
+    """Folder with `report.json` and `filter.csv`."""
     report: dict[str, Any]
+    """Content of `report.json`."""
 
     @property
     def filter_path(self) -> Path:
-        """The filter that it wrote; people may edit it."""
+        """Path of the filter, which users may edit."""
         return self.path / "filter.csv"
 
     def summary(self) -> dict[str, Any]:
-        """Return the counts of the report without examples."""
+        """Return the report without examples."""
         finding_fields = ("count", "total", "unit", "fraction", "filtered")
         findings = {
             finding["name"]: {name: finding[name] for name in finding_fields}
@@ -80,16 +82,22 @@ def audit_dataset(
     num_workers: int | None = None,
     progress: Progress = NULL_PROGRESS,
 ) -> AuditReport:
-    """Look for what is wrong with captions and images, into `COLLECTION/audit/`; nothing is deleted.
+    """Audit the captions and images of a dataset in `DATASET/audit/`; nothing is deleted.
 
-    The filter leaves out captions that say nothing (no letters, a web address or file name, filler words,
-    boilerplate) and, of near-duplicate images with the same captions, all but the first. Run again, a
-    finished audit is read, and its filter is left as it may have been edited.
+    The filter excludes uninformative captions (no letters, only a URL or file name, filler words,
+    boilerplate) and, of near-duplicate images with the same captions, all but the first. A complete audit is
+    read again; its filter is not overwritten, because users may have edited it.
+
+    Args:
+        dataset: The dataset or its path.
+        config: Thresholds.
+        num_workers: Threads that decode images; defaults to the number of CPU cores.
+        progress: Receives the progress.
 
     Raises:
-        InputError: where a setting makes no sense.
-        ArtifactError: where the images are gone, or another audit was made with other settings.
-        DependencyError: where py3langid is missing.
+        InvalidInputError: if a threshold is out of range.
+        ArtifactError: if the images are missing, or the dataset has an audit with other thresholds.
+        DependencyError: if py3langid is not installed.
     """
     config.validate()
     validate_max_hamming(config.max_hamming)
@@ -100,7 +108,7 @@ def audit_dataset(
     report_path = artifact.path / "report.json"
     if artifact.is_complete:
         _require_file(report_path)
-        logger.info(f"{dataset.path} was audited before; delete {artifact.path} to do it anew")
+        logger.info(f"{dataset.path} already has an audit; delete {artifact.path} to repeat it")
         return AuditReport(path=artifact.path, report=read_json(report_path))
     report = _build_report(dataset, config, artifact.path / "filter.csv", num_workers, progress)
     write_json(report_path, report)
@@ -110,7 +118,7 @@ def audit_dataset(
 
 def _require_file(path: Path) -> None:
     if not path.is_file():
-        raise ArtifactError(f"{path} is missing; delete {path.parent} to audit anew")
+        raise ArtifactError(f"{path} is missing; delete {path.parent} to audit again", path=path)
 
 
 def _build_report(
@@ -164,13 +172,15 @@ def _image_findings(
     num_images, counter = len(dataset), scan.counter
     findings = [
         near_duplicates.to_finding(dataset),
-        image_finding(dataset, np.flatnonzero(hashes.uniform), name="flat", title="images of one colour"),
+        image_finding(
+            dataset, np.flatnonzero(hashes.uniform), name="uniform", title="images of a single color"
+        ),
         image_finding(
             dataset, np.flatnonzero(~hashes.readable), name="unreadable", title="images no longer readable"
         ),
-        counter.to_finding("tiny", f"images with a side under {config.min_side} px", num_images, "images"),
+        counter.to_finding("tiny", f"images with a side below {config.min_side} px", num_images, "images"),
         counter.to_finding(
-            "stretched", f"images with sides over {config.max_aspect:g} to 1", num_images, "images"
+            "stretched", f"images with an aspect ratio above {config.max_aspect:g}", num_images, "images"
         ),
     ]
     return [*findings, singleton_group_finding(dataset, scan)] if scan.group_hashes.any() else findings
@@ -179,17 +189,19 @@ def _image_findings(
 def _frequent_phrases(scan: CaptionScan) -> list[dict[str, Any]]:
     min_count = max(MIN_TEMPLATE_IMAGES, int(np.ceil(_MIN_PHRASE_FRACTION * len(scan.caption_hashes))))
     phrases = top_phrases(scan.frequent_phrases.counts, min_count)[:_NUM_PHRASES]
-    return [{"position": phrase.end, "text": phrase.text, "captions": count} for phrase, count in phrases]
+    return [
+        {"position": phrase.position, "text": phrase.text, "captions": count} for phrase, count in phrases
+    ]
 
 
 def _iter_filter_rows(
     dataset: CaptionDataset, scan: CaptionScan, near_duplicates: NearDuplicates, boilerplate_hashes: set[int]
 ) -> Iterator[FilterRow]:
-    """Yield what is left out, in the order of records; each text of a record once."""
+    """Yield the exclusions in the order of the samples, with distinct captions per sample."""
     caption_index = 0
     for shard in range(len(dataset.shard_paths)):
-        for position, sample in iter_rows(dataset, shard, ["id", "captions"]):
-            if near_duplicates.redundant[position]:
+        for index, sample in iter_rows(dataset, shard, ["id", "captions"]):
+            if near_duplicates.redundant[index]:
                 yield FilterRow(id=sample["id"], caption="", reason=NEAR_DUPLICATE)
             seen = set()
             for caption in sample["captions"]:
@@ -199,6 +211,6 @@ def _iter_filter_rows(
                     else uninformative_reason(caption)
                 )
                 caption_index += 1
-                if reason is not None and caption not in seen and not near_duplicates.redundant[position]:
+                if reason is not None and caption not in seen and not near_duplicates.redundant[index]:
                     seen.add(caption)
                     yield FilterRow(id=sample["id"], caption=caption, reason=reason)

@@ -1,4 +1,4 @@
-"""What is wrong with the captions, as findings, and how long and how often repeated they are."""
+"""Findings on captions: uninformative and repeated captions, boilerplate templates, lengths and languages."""
 
 from collections import Counter
 from dataclasses import dataclass
@@ -28,9 +28,9 @@ from likewise.data.perceptual_hash import PerceptualHashes
 from likewise.errors import DependencyError
 from likewise.progress import Progress
 
-MIN_TEMPLATE_IMAGES = 20  # fewer images are no evidence
+MIN_TEMPLATE_IMAGES = 20
 MIN_TEMPLATE_FRACTION = 0.001
-MIN_TEMPLATE_WORDS = 5  # shorter texts may be labels: `dog` is on many unlike images and says all
+MIN_TEMPLATE_WORDS = 5  # shorter texts may be labels: `dog` describes many dissimilar images
 MIN_IMAGE_DIVERSITY = 0.9
 MIN_WORD_SPECIFICITY = 0.5
 MAX_LABEL_AGREEMENT = 0.9
@@ -41,28 +41,24 @@ _NUM_RANDOM_PAIRS = 4096
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Template:
-    """One wording.
-
-    Attributes:
-        template_hash: Its 64 bits.
-        text: Its words, numbers as `#`.
-        images: The positions of the images with it, ascending.
-        image_diversity: Mean difference of the thumbnails of two of its images, relative to two images at
-            random.
-        word_specificity: The median over its words of the share that it has of all captions with that word.
-        label_agreement: The share of its most frequent label; 0 where there are no labels.
-    """
+    """A caption text that several images share, with numbers masked."""
 
     template_hash: int
+    """64-bit hash of the text."""
     text: str
+    """Canonical text, with numbers replaced by `#`."""
     images: np.ndarray
+    """Indices of the images, (m,) int64, ascending."""
     image_diversity: float | None
+    """Mean thumbnail difference of two of its images, relative to two random images."""
     word_specificity: float
+    """Fraction of the captions with one of its words that are this template; the median over its words."""
     label_agreement: float
+    """Fraction of the most frequent label; 0 without labels."""
 
     @property
     def is_boilerplate(self) -> bool:
-        """Whether it says nothing: long, in words of its own, on images as unlike as any, of no one label."""
+        """Whether it is boilerplate, as defined in `find_templates`."""
         is_diverse = self.image_diversity is not None and self.image_diversity >= MIN_IMAGE_DIVERSITY
         is_specific = (
             self.word_specificity >= MIN_WORD_SPECIFICITY and len(self.text.split()) >= MIN_TEMPLATE_WORDS
@@ -70,9 +66,9 @@ class Template:
         return is_diverse and is_specific and self.label_agreement < MAX_LABEL_AGREEMENT
 
     def examples(self, dataset: CaptionDataset, max_examples: int) -> list[dict[str, Any]]:
-        """Return some of its images, taken evenly, with the caption that is meant."""
-        positions = self.images[np.linspace(0, len(self.images) - 1, max_examples).astype(int)]
-        return [_template_example(dataset, int(position), self.text) for position in np.unique(positions)]
+        """Return evenly spaced images as examples, with the captions of this template."""
+        indices = self.images[np.linspace(0, len(self.images) - 1, max_examples).astype(int)]
+        return [_template_example(dataset, int(index), self.text) for index in np.unique(indices)]
 
     def to_dict(self, dataset: CaptionDataset) -> dict[str, Any]:
         """Return the template as JSON values."""
@@ -87,23 +83,26 @@ class Template:
         }
 
 
-def _template_example(dataset: CaptionDataset, position: int, template_text: str) -> dict[str, Any]:
-    sample = dataset[position]
+def _template_example(dataset: CaptionDataset, index: int, template_text: str) -> dict[str, Any]:
+    sample = dataset[index]
     matches = (
         caption for caption in sample.captions if mask_digits(canonicalize_caption(caption)) == template_text
     )
-    return make_example(position, sample.id, next(matches, None))
+    return make_example(index, sample.id, next(matches, None))
 
 
 def find_templates(dataset: CaptionDataset, scan: CaptionScan, hashes: PerceptualHashes) -> list[Template]:
-    """Return the wordings on at least 20 images and 0.1 % of all, the most frequent first.
+    """Return the templates of at least 20 images and 0.1 % of the images, the most frequent first.
 
-    A wording is boilerplate where all of this holds: it has at least 5 words; two of its images differ on
-    average at least 0.9 times as much as two images at random (thumbnails); of the captions with one of its
-    words, it is at least half (the median over its words); where there are labels, no label has 90 % of its
-    images. A product title fails the second and third, a label the first.
+    A template is boilerplate if all of these hold:
 
-    Thumbnails tell outlines and colours, not things: that is why looks alone decide nothing.
+    - it has at least 5 words; a label has fewer;
+    - the thumbnails of its images differ at least 0.9 times as much as those of random images; the images of
+      a product title do not;
+    - it makes up at least half of the captions with one of its words (median over its words);
+    - no label has 90 % of its images.
+
+    Thumbnails capture outlines and colors, not content, so image diversity alone is not sufficient.
     """
     min_images = max(MIN_TEMPLATE_IMAGES, int(np.ceil(MIN_TEMPLATE_FRACTION * len(dataset))))
     images_by_template = _frequent_templates(scan.template_hashes, scan.image_indices, min_images)
@@ -144,14 +143,14 @@ def find_templates(dataset: CaptionDataset, scan: CaptionScan, hashes: Perceptua
 def _frequent_templates(
     template_hashes: np.ndarray, image_indices: np.ndarray, min_images: int
 ) -> dict[int, np.ndarray]:
-    """Return the images of every text that enough of them share, most frequent first, ties by position."""
+    """Return the images of each frequent template, the most frequent first, ties by the first image."""
     shared_captions = group_by_caption(template_hashes, image_indices)
     frequent = shared_captions.most_frequent(min_images, _MAX_TEMPLATES)
     return {int(shared_captions.hashes[i]): shared_captions.images(i) for i in frequent}
 
 
 def _document_frequencies(dataset: CaptionDataset, vocabulary: set[str]) -> Counter[str]:
-    """Count the captions that hold each of some words."""
+    """Count the captions that contain each word of a vocabulary."""
     counts: Counter[str] = Counter()
     for shard in range(len(dataset.shard_paths) if vocabulary else 0):
         for _, row in iter_rows(dataset, shard, ["captions"]):
@@ -161,7 +160,7 @@ def _document_frequencies(dataset: CaptionDataset, vocabulary: set[str]) -> Coun
 
 
 def _random_pair_difference(hashes: PerceptualHashes) -> float:
-    """Return the mean difference of two images drawn at random (fixed draws), 0 where there are too few."""
+    """Return the mean thumbnail difference of random pairs with a fixed seed, or 0 for too few images."""
     readable = np.flatnonzero(hashes.readable)
     if len(readable) < MIN_TEMPLATE_IMAGES:
         return 0.0
@@ -179,13 +178,13 @@ def _image_diversity(hashes: PerceptualHashes, images: np.ndarray, random_differ
 
 
 def _mean_rms_difference(hashes: PerceptualHashes, first: np.ndarray, second: np.ndarray) -> float:
-    """Return the mean over pairs of the RMS difference of thumbnails."""
+    """Return the mean RMS difference of pairs of thumbnails."""
     squared_error = (hashes.thumbnails(first).astype(np.int32) - hashes.thumbnails(second)) ** 2
     return float(np.sqrt(squared_error.reshape(len(squared_error), -1).mean(1)).mean())
 
 
 def _label_agreement(label_hashes: np.ndarray) -> float:
-    """Return the share of the most frequent label among those that have one."""
+    """Return the fraction of the most frequent label in the labeled images."""
     known = label_hashes[label_hashes != 0]
     return float(np.unique(known, return_counts=True)[1].max() / len(known)) if len(known) else 0.0
 
@@ -193,18 +192,18 @@ def _label_agreement(label_hashes: np.ndarray) -> float:
 MIN_LANGUAGE_CHARS = 20
 MIN_LANGUAGE_PROB = 0.5
 MAX_LANGUAGE_SAMPLES = 20_000
-TOO_SHORT = "too short to tell"
-UNSURE = "unsure"
+TOO_SHORT = "too short"
+UNCERTAIN = "uncertain"
 
 
 def detect_languages(dataset: CaptionDataset, num_captions: int, progress: Progress) -> dict[str, Any]:
-    """Guess the language of up to 20,000 captions, taken evenly from all.
+    """Detect the language of up to 20,000 evenly spaced captions.
 
-    Captions under 20 characters are not guessed, and guesses that py3langid holds for less than half
-    likely are counted as unsure: titles and lists of names often are.
+    Captions below 20 characters are counted as too short, and predictions of py3langid with a probability
+    below 0.5 as uncertain, which is common for titles and lists of names.
 
     Raises:
-        DependencyError: where py3langid is missing.
+        DependencyError: if py3langid is not installed.
     """
     stride = max(1, -(-num_captions // MAX_LANGUAGE_SAMPLES))
     counts: Counter[str] = Counter()
@@ -220,7 +219,7 @@ def detect_languages(dataset: CaptionDataset, num_captions: int, progress: Progr
                     caption_index += 1
     return {
         "captions": counts.total(),
-        "of": num_captions,
+        "total": num_captions,
         "counts": [list(entry) for entry in counts.most_common()],
     }
 
@@ -230,7 +229,7 @@ def _load_language_identifier() -> Any:
         from py3langid.langid import MODEL_FILE, LanguageIdentifier
     except ImportError as error:
         raise DependencyError(
-            "the audit needs py3langid 0.4 or later: pip install 'py3langid>=0.4'"
+            "the audit requires py3langid 0.4 or later: pip install 'py3langid>=0.4'"
         ) from error
     return LanguageIdentifier.from_model_file(MODEL_FILE, norm_probs=True)
 
@@ -239,14 +238,14 @@ def _detect_language(identifier: Any, caption: str) -> str:
     if len(caption) < MIN_LANGUAGE_CHARS:
         return TOO_SHORT
     language, probability = identifier.classify(caption)
-    return str(language) if probability >= MIN_LANGUAGE_PROB else UNSURE
+    return str(language) if probability >= MIN_LANGUAGE_PROB else UNCERTAIN
 
 
 _UNINFORMATIVE = (
-    (NO_LETTERS, "captions without a letter"),
-    (URL_ONLY, "captions: only a web address"),
-    (FILE_NAME_ONLY, "captions: only a file name"),
-    (FILLER_ONLY, "captions: only filler words"),
+    (NO_LETTERS, "captions without letters"),
+    (URL_ONLY, "captions: URL only"),
+    (FILE_NAME_ONLY, "captions: file name only"),
+    (FILLER_ONLY, "captions: filler words only"),
 )
 _NUM_REPEATED = 12
 
@@ -254,7 +253,7 @@ _NUM_REPEATED = 12
 def find_caption_issues(
     dataset: CaptionDataset, scan: CaptionScan, templates: list[Template]
 ) -> list[Finding]:
-    """Return what is wrong with the captions, the filtered kinds first."""
+    """Return the findings on captions, those that the filter excludes first."""
     counter, num_captions, num_images = scan.counter, len(scan.caption_hashes), len(dataset)
     num_dropped = int(dataset.artifact.manifest.counts.get("empty_captions", 0))
     uninformative = [
@@ -272,10 +271,10 @@ def find_caption_issues(
         *uninformative,
         _boilerplate_finding(dataset, scan, templates),
         counter.to_finding("file_names", "captions that are file names", num_captions, "captions"),
-        counter.to_finding("with_address", "captions with a web address", num_captions, "captions"),
-        counter.to_finding("with_markup", "captions with remnants of HTML", num_captions, "captions"),
+        counter.to_finding("with_url", "captions with a URL", num_captions, "captions"),
+        counter.to_finding("with_markup", "captions with HTML markup", num_captions, "captions"),
         _shared_finding(dataset, scan),
-        counter.to_finding("repeated_within", "images with one caption twice", num_images, "images"),
+        counter.to_finding("repeated_within", "images with a repeated caption", num_images, "images"),
         counter.to_finding(
             "short", f"captions of at most {SHORT_CAPTION_WORDS} words", num_captions, "captions"
         ),
@@ -284,7 +283,7 @@ def find_caption_issues(
             f"captions of more than {LONG_CAPTION_WORDS} words",
             num_captions,
             "captions",
-            note="over the 77 tokens that CLIP reads",
+            note="longer than the 77-token context of CLIP",
         ),
     ]
 
@@ -295,12 +294,12 @@ def _boilerplate_finding(dataset: CaptionDataset, scan: CaptionScan, templates: 
     count = int(np.isin(scan.template_hashes, template_hashes).sum())
     return Finding(
         name="boilerplate",
-        title="captions that are boilerplate",
+        title="boilerplate captions",
         count=count,
         total=len(scan.caption_hashes),
         unit="captions",
         filtered=count,
-        note=_count_noun(len(template_hashes), "wording"),
+        note=_count_noun(len(template_hashes), "template"),
         examples=tuple(example for template in boilerplate for example in template.examples(dataset, 2))[
             :MAX_EXAMPLES
         ],
@@ -312,21 +311,21 @@ def _count_noun(count: int, noun: str) -> str:
 
 
 def _shared_finding(dataset: CaptionDataset, scan: CaptionScan) -> Finding:
-    """Return how many captions read like one of another image, but for case, spaces and punctuation."""
+    """Return the finding on captions that equal one of another image, up to case, spaces and punctuation."""
     shared_captions = group_by_caption(scan.caption_hashes, scan.image_indices)
     repeated = np.flatnonzero(shared_captions.counts > 1)
     most_frequent = shared_captions.most_frequent(2, MAX_EXAMPLES)
     examples = [
         make_example(
-            int(position),
-            dataset[int(position)].id,
+            int(index),
+            dataset[int(index)].id,
             _caption_text(dataset, scan, int(shared_captions.hashes[i])),
         )
-        for i, position in ((i, shared_captions.images(i)[0]) for i in most_frequent)
+        for i, index in ((i, shared_captions.images(i)[0]) for i in most_frequent)
     ]
     return Finding(
         name="shared",
-        title="captions that other images have too",
+        title="captions shared by several images",
         count=int(np.isin(scan.caption_hashes, shared_captions.hashes[repeated]).sum()),
         total=len(scan.caption_hashes),
         unit="captions",
@@ -340,7 +339,7 @@ def _caption_text(dataset: CaptionDataset, scan: CaptionScan, caption_hash: int)
 
 
 def repeated_captions(dataset: CaptionDataset, scan: CaptionScan) -> list[dict[str, Any]]:
-    """Return the captions that most images share, with the number of images."""
+    """Return the captions that are shared by most images, with the number of images."""
     shared_captions = group_by_caption(scan.caption_hashes, scan.image_indices)
     return [
         {
@@ -352,7 +351,7 @@ def repeated_captions(dataset: CaptionDataset, scan: CaptionScan) -> list[dict[s
 
 
 def summarize_lengths(length_counts: np.ndarray) -> dict[str, Any] | None:
-    """Return the distribution of lengths in words from counts by length, None where there are no captions."""
+    """Return the distribution of caption lengths in words, or None without captions."""
     total = int(length_counts.sum())
     if not total:
         return None

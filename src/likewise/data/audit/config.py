@@ -1,4 +1,4 @@
-"""Where the audit draws its lines."""
+"""Thresholds of the audit."""
 
 from dataclasses import dataclass
 
@@ -7,21 +7,24 @@ from likewise.errors import InvalidInputError
 
 @dataclass(frozen=True, kw_only=True)
 class AuditConfig:
-    """What counts as tiny, as stretched, and as a near-duplicate.
-
-    Attributes:
-        min_side: Images with a shorter side in pixels are told as tiny.
-        max_aspect: Images whose sides differ more than so many to 1 are told as stretched.
-        max_hamming: Bits of 64 in which the hashes of near-duplicate images may differ.
-    """
+    """Thresholds of an audit."""
 
     min_side: int = 64
+    """Images with a shorter side, in pixels, are reported as tiny."""
     max_aspect: float = 4.0
+    """Images with a larger aspect ratio are reported as stretched."""
     max_hamming: int = 3
+    """Maximum Hamming distance between the 64-bit hashes of near-duplicate images."""
 
     def validate(self) -> None:
-        """Raise InputError for a line that cannot be drawn."""
+        """Validate the fields.
+
+        Raises:
+            InvalidInputError: if a threshold is out of range.
+        """
         if self.min_side < 0:
-            raise InvalidInputError(f"--min-side is {self.min_side}; it must be 0 or more pixels")
+            raise InvalidInputError(f"`min_side` must be at least 0, got {self.min_side}", field="min_side")
         if not self.max_aspect >= 1:
-            raise InvalidInputError(f"--max-aspect is {self.max_aspect}; it must be 1 or more")
+            raise InvalidInputError(
+                f"`max_aspect` must be at least 1, got {self.max_aspect}", field="max_aspect"
+            )

@@ -1,4 +1,4 @@
-"""What is wrong with the images themselves: copies, blanks, and how they fall into groups and labels."""
+"""Findings on images: near-duplicates and groups."""
 
 from typing import Any
 
@@ -12,10 +12,15 @@ _NUM_CLUSTERS = 12
 
 
 class NearDuplicates:
-    """The near-duplicate images of a collection."""
+    """Near-duplicate images of a dataset.
+
+    Attributes:
+        cluster_ids: Cluster of each image, (n,) int64; −1 for an image without near-duplicates.
+        redundant: Mask of the images whose cluster has an earlier image with the same captions, (n,) bool.
+    """
 
     def __init__(self, hashes: PerceptualHashes, scan: CaptionScan, max_hamming: int) -> None:
-        """Find them."""
+        """Find the clusters."""
         self.cluster_ids = find_near_duplicate_clusters(hashes, max_hamming)
         duplicates = np.flatnonzero(self.cluster_ids >= 0)
         cluster_caption_keys = np.stack(
@@ -26,7 +31,7 @@ class NearDuplicates:
         self.redundant[duplicates[first_indices]] = False
 
     def to_finding(self, dataset: CaptionDataset) -> Finding:
-        """Return how many images have copies."""
+        """Return the finding on images with near-duplicates."""
         num_clusters = int(self.cluster_ids.max(initial=-1)) + 1
         return image_finding(
             dataset,
@@ -34,13 +39,11 @@ class NearDuplicates:
             name="near_duplicates",
             title="near-duplicate images",
             filtered=int(self.redundant.sum()),
-            note=f"{num_clusters:,} groups; copies with the same captions are left out"
-            if num_clusters
-            else "",
+            note=f"{num_clusters:,} clusters; excluded if the captions are the same" if num_clusters else "",
         )
 
     def largest_clusters(self, dataset: CaptionDataset) -> list[dict[str, Any]]:
-        """Return the largest groups, with some of their images."""
+        """Return the largest clusters with examples."""
         sizes = np.bincount(self.cluster_ids[self.cluster_ids >= 0])
         clusters = []
         for cluster_id in np.argsort(-sizes, kind="stable")[:_NUM_CLUSTERS]:
@@ -49,9 +52,9 @@ class NearDuplicates:
         return clusters
 
 
-def make_examples(dataset: CaptionDataset, positions: np.ndarray) -> list[dict[str, Any]]:
-    """Return the first few of some records as examples."""
-    samples = [(int(position), dataset[int(position)]) for position in positions[:MAX_EXAMPLES]]
+def make_examples(dataset: CaptionDataset, indices: np.ndarray) -> list[dict[str, Any]]:
+    """Return the first samples as examples."""
+    samples = [(int(index), dataset[int(index)]) for index in indices[:MAX_EXAMPLES]]
     return [
         make_example(index, sample.id, sample.captions[0] if sample.captions else None)
         for index, sample in samples
@@ -60,28 +63,28 @@ def make_examples(dataset: CaptionDataset, positions: np.ndarray) -> list[dict[s
 
 def image_finding(
     dataset: CaptionDataset,
-    positions: np.ndarray,
+    indices: np.ndarray,
     *,
     name: str,
     title: str,
     filtered: int = 0,
     note: str = "",
 ) -> Finding:
-    """Return a finding on images at some positions."""
+    """Return a finding on images by their indices."""
     return Finding(
         name=name,
         title=title,
-        count=len(positions),
+        count=len(indices),
         total=len(dataset),
         unit="images",
         filtered=filtered,
         note=note,
-        examples=tuple(make_examples(dataset, positions)),
+        examples=tuple(make_examples(dataset, indices)),
     )
 
 
 def summarize_groups(dataset: CaptionDataset, scan: CaptionScan) -> dict[str, Any] | None:
-    """Return how many groups there are and their sizes, None where no image has a group."""
+    """Return the number and sizes of the groups, or None if no image has a group."""
     known = scan.group_hashes[scan.group_hashes != 0]
     if not len(known):
         return None
@@ -105,19 +108,17 @@ def summarize_groups(dataset: CaptionDataset, scan: CaptionScan) -> dict[str, An
 def _column_values(
     dataset: CaptionDataset, column: str, hashes: np.ndarray, targets: np.ndarray
 ) -> list[str]:
-    """Return the names behind some codes, each from the first record that has it."""
+    """Return the values of a column by their hashes."""
     return [str(getattr(dataset[int(np.argmax(hashes == target))], column)) for target in targets]
 
 
 def singleton_group_finding(dataset: CaptionDataset, scan: CaptionScan) -> Finding:
-    """Return the groups with one image, which finds no partner of its own group."""
-    group_hashes, first_positions, counts = np.unique(
-        scan.group_hashes, return_index=True, return_counts=True
-    )
+    """Return the finding on groups of one image, which has no partner in its group."""
+    group_hashes, first_indices, counts = np.unique(scan.group_hashes, return_index=True, return_counts=True)
     has_group = group_hashes != 0
-    singletons = np.sort(first_positions[has_group & (counts == 1)])
+    singletons = np.sort(first_indices[has_group & (counts == 1)])
     return Finding(
-        name="single_groups",
+        name="singleton_groups",
         title="groups with a single image",
         count=len(singletons),
         total=int(has_group.sum()),

@@ -1,4 +1,4 @@
-"""The first reading of all records: counts, and 64 bits of each text instead of the text itself."""
+"""One pass over all captions: counts of findings, and 64-bit hashes of the captions."""
 
 import re
 import unicodedata
@@ -19,31 +19,28 @@ MAX_EXAMPLES = 6
 
 @dataclass(frozen=True, kw_only=True)
 class Finding:
-    """One thing that may be wrong.
-
-    Attributes:
-        name: What it is called in files.
-        title: What it is called on pages.
-        count: How many images, captions or groups it is true of.
-        total: Of how many.
-        unit: What is counted: `images`, `captions` or `groups`.
-        filtered: How many of them the filter leaves out.
-        note: A sentence on how it was told.
-        examples: Positions, ids and captions, at most `EXAMPLES`.
-    """
+    """A possible problem of a dataset."""
 
     name: str
+    """Name in files."""
     title: str
+    """Name in reports."""
     count: int
+    """Number of affected images, captions or groups."""
     total: int
+    """Number of all images, captions or groups."""
     unit: str
+    """`images`, `captions` or `groups`."""
     filtered: int = 0
+    """Number that the filter excludes."""
     note: str = ""
+    """Additional details."""
     examples: tuple[dict[str, Any], ...] = ()
+    """Indices, ids and captions, at most `MAX_EXAMPLES`."""
 
     @property
     def fraction(self) -> float:
-        """The count as a share of the total; 0 where there is nothing to count."""
+        """The count divided by the total; 0 if the total is 0."""
         return self.count / self.total if self.total else 0.0
 
     def to_dict(self) -> dict[str, Any]:
@@ -51,30 +48,30 @@ class Finding:
         return vars(self) | {"fraction": self.fraction, "examples": list(self.examples)}
 
 
-def make_example(position: int, sample_id: str, caption: str | None) -> dict[str, Any]:
-    """Return an example of a finding: where the record stands, its id, and the caption that is meant."""
-    return {"position": int(position), "id": sample_id, "caption": caption}
+def make_example(index: int, sample_id: str, caption: str | None) -> dict[str, Any]:
+    """Return an example of a finding: index and id of the sample, and the affected caption."""
+    return {"index": int(index), "id": sample_id, "caption": caption}
 
 
 @dataclass
 class FindingCounter:
-    """Counts by name, with the first examples of each."""
+    """Counts of findings by name, with the first examples of each."""
 
     counts: dict[str, int] = field(default_factory=dict)
     examples: dict[str, list[dict[str, Any]]] = field(default_factory=dict)
 
-    def add(self, name: str, position: int, sample_id: str, caption: str | None = None) -> None:
-        """Count one."""
+    def add(self, name: str, index: int, sample_id: str, caption: str | None = None) -> None:
+        """Count one sample or caption."""
         self.counts[name] = self.counts.get(name, 0) + 1
         examples = self.examples.setdefault(name, [])
         if len(examples) < MAX_EXAMPLES:
-            examples.append(make_example(position, sample_id, caption))
+            examples.append(make_example(index, sample_id, caption))
 
     def to_finding(self, name: str, title: str, total: int, unit: str, **kwargs: Any) -> Finding:
         """Return the finding of a name."""
         count, examples = self.counts.get(name, 0), tuple(self.examples.get(name, ()))
         return Finding(
-            name=name.replace(" ", "_"),
+            name=name.replace(" ", "_").lower(),
             title=title,
             count=count,
             total=total,
@@ -86,37 +83,39 @@ class FindingCounter:
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class SharedCaptions:
-    """The images of every text: t texts, ascending by code, each image once.
-
-    Attributes:
-        hashes: The texts, (t,) uint64.
-        counts: How many images have each, (t,) int64.
-        image_indices: The images, text by text, each ascending, (sum of counts,) int64.
-    """
+    """The distinct images of each of t distinct captions."""
 
     hashes: np.ndarray
+    """Hashes of the captions, (t,) uint64, ascending."""
     counts: np.ndarray
+    """Number of images of each caption, (t,) int64."""
     image_indices: np.ndarray
+    """Image indices grouped by caption, ascending within a group, (sum of counts,) int64."""
 
     @property
     def offsets(self) -> np.ndarray:
-        """Where the images of each text begin in `owners`, (t,) int64."""
+        """Start of each caption in `image_indices`, (t,) int64."""
         return np.cumsum(self.counts) - self.counts
 
     def images(self, index: int) -> np.ndarray:
-        """Return the images of one text, by its place among the codes."""
+        """Return the images of one caption, by its index in `hashes`."""
         start = int(self.offsets[index])
         return self.image_indices[start : start + int(self.counts[index])]
 
     def most_frequent(self, min_images: int, max_captions: int) -> list[int]:
-        """Return the places of at most so many texts on at least so many images; ties by first image."""
+        """Return indices into `hashes` of the most frequent captions; ties are broken by the first image."""
         frequent = np.flatnonzero(self.counts >= min_images)
         order = np.lexsort((self.image_indices[self.offsets[frequent]], -self.counts[frequent]))
         return frequent[order][:max_captions].tolist()
 
 
 def group_by_caption(hashes: np.ndarray, image_indices: np.ndarray) -> SharedCaptions:
-    """Gather the images by text: codes (r,) uint64, of which 0 is no text, and owners (r,) int64."""
+    """Group images by caption.
+
+    Args:
+        hashes: Hash of each caption, (r,) uint64; 0 is ignored.
+        image_indices: Image of each caption, (r,) int64.
+    """
     order = np.lexsort((image_indices, hashes))
     hashes, image_indices = hashes[order], image_indices[order]
     is_new = hashes != 0
@@ -128,14 +127,14 @@ def group_by_caption(hashes: np.ndarray, image_indices: np.ndarray) -> SharedCap
 def caption_for_hash(
     dataset: CaptionDataset, caption_hashes: np.ndarray, image_indices: np.ndarray, caption_hash: int
 ) -> str:
-    """Return the first caption with a code; the arrays are in the order of records and their captions."""
+    """Return the first caption with a hash; the arrays are in the order of samples and their captions."""
     row = int(np.argmax(caption_hashes == np.uint64(caption_hash)))
-    position = int(image_indices[row])
-    return dataset[position].captions[row - int(np.searchsorted(image_indices, position))]
+    index = int(image_indices[row])
+    return dataset[index].captions[row - int(np.searchsorted(image_indices, index))]
 
 
 NO_LETTERS = "no letters"
-URL_ONLY = "web address only"
+URL_ONLY = "URL only"
 FILE_NAME_ONLY = "file name only"
 FILLER_ONLY = "filler words only"
 
@@ -149,7 +148,7 @@ _CAMERA_FILE_NAME = re.compile(
     r"(?:img|dsc[nf]?|pict|pxl|mvimg|gopr|imag|cimg|screenshot|image|photo|picture|p)[ _-]?\d{3,}[\w -]*",
     re.IGNORECASE,
 )
-# English words that tell nothing of what is to be seen: function words, and what people write of any photo.
+# English words without visual content: function words, and words that are common for any photo.
 _FILLER_TEXT = """
     a an the this that these those it its i my me mine we our ours you your yours he his she her hers they
     their theirs one ones and or but of in on at by for from to with as is am are was were be been being do
@@ -167,7 +166,7 @@ FILLER_WORDS = frozenset(_FILLER_TEXT.split())
 
 
 def canonicalize_caption(caption: str) -> str:
-    """Return a caption in one spelling: NFKC, case folded, letters, marks and digits set apart by spaces."""
+    """Return the canonical form of a caption: NFKC, case-folded, letters, marks and digits only."""
     folded = unicodedata.normalize("NFKC", caption).casefold()
     if folded.isascii():
         return " ".join(_ASCII_WORDS.findall(folded))
@@ -176,40 +175,40 @@ def canonicalize_caption(caption: str) -> str:
 
 
 def mask_digits(text: str) -> str:
-    """Return a normalised caption with every number replaced by `#`."""
+    """Replace each number in a canonical caption by `#`."""
     return _DIGITS.sub("#", text)
 
 
 def hash_text(text: str) -> int:
-    """Return 64 bits of BLAKE2b of a text."""
+    """Return the 64-bit BLAKE2b hash of a text."""
     return int.from_bytes(blake2b(text.encode("utf-8", "surrogatepass"), digest_size=8).digest(), "big")
 
 
 def count_words(caption: str) -> int:
-    """Return the number of words, which are what spaces set apart and hold a letter or digit."""
+    """Return the number of words: substrings between spaces that contain a letter or digit."""
     return sum(any(c.isalnum() for c in word) for word in caption.split())
 
 
 def has_url(caption: str) -> bool:
-    """Whether a caption holds a web address."""
+    """Return whether a caption contains a URL."""
     return _URL.search(caption) is not None
 
 
 def has_markup(caption: str) -> bool:
-    """Whether a caption holds tags or entities of HTML."""
+    """Return whether a caption contains HTML tags or entities."""
     return _MARKUP.search(caption) is not None
 
 
 def is_file_name(caption: str) -> bool:
-    """Whether a caption is the name of an image file, or what cameras and phones call one."""
+    """Return whether a caption is an image file name, or the name that a camera assigns."""
     stem, num_suffixes = _IMAGE_SUFFIX.subn("", caption.strip())
     return bool(num_suffixes and " " not in stem) or _CAMERA_FILE_NAME.fullmatch(stem) is not None
 
 
 def uninformative_reason(caption: str) -> str | None:
-    """Return why a caption says nothing of its image, or None where it says something.
+    """Return the reason why a caption is uninformative, or None if it is informative.
 
-    A symbol such as an emoji says something. Filler words are known in English only.
+    Symbols such as emoji are informative. Filler words are English only.
     """
     text, num_urls = _URL.subn(" ", caption)
     words = set(
@@ -232,16 +231,16 @@ _REDUNDANT_RATIO = 0.8
 class Phrase(NamedTuple):
     """The first or last words of a caption."""
 
-    end: str
+    position: str
+    """`first` or `last`."""
     text: str
 
 
 class MisraGriesCounter:
-    """Finds what is frequent in a long stream with bounded memory (Misra and Gries 1982).
+    """Counts frequent phrases of a stream in bounded memory (Misra and Gries 1982).
 
-    A phrase that was pruned away occurs at most `max_undercount` times more than it is counted, and after N
-    phrases
-    `max_undercount` ≤ N / 20,000.
+    The true count of a phrase exceeds its count by at most `max_undercount`, which is at most N / 20,000
+    after N phrases.
     """
 
     def __init__(self) -> None:
@@ -253,7 +252,7 @@ class MisraGriesCounter:
         self.counts.update(phrases)
 
     def prune(self) -> None:
-        """Forget the rare ones where there are too many."""
+        """Drop rare phrases if there are too many."""
         if len(self.counts) <= _MAX_PHRASES:
             return
         threshold = sorted(self.counts.values(), reverse=True)[_MAX_PHRASES]
@@ -264,7 +263,7 @@ class MisraGriesCounter:
 
 
 def extract_phrases(text: str) -> list[Phrase]:
-    """Return the first and last 2 to 4 words of a normalised caption that has more words than that."""
+    """Return the first and last 2 to 4 words of a longer canonical caption."""
     words = text.split()
     max_length = min(_MAX_PHRASE_WORDS, len(words) - 1)
     phrases = []
@@ -275,9 +274,10 @@ def extract_phrases(text: str) -> list[Phrase]:
 
 
 def top_phrases(counts: dict[Phrase, int], min_count: int) -> list[tuple[Phrase, int]]:
-    """Return the phrases that occur at least so often, the most frequent first.
+    """Return the phrases with at least `min_count` occurrences, the most frequent first.
 
-    One is left out where a longer one says nearly as often the same: `picture of` beside `a picture of`.
+    A phrase is dropped if a longer one with nearly the same count contains it (`picture of` in
+    `a picture of`).
     """
     frequent = {phrase: count for phrase, count in counts.items() if count >= min_count}
     distinct = [
@@ -292,45 +292,41 @@ def top_phrases(counts: dict[Phrase, int], min_count: int) -> list[tuple[Phrase,
 
 
 def _contains(longer: Phrase, phrase: Phrase) -> bool:
-    if longer.end != phrase.end or len(longer.text) <= len(phrase.text):
+    if longer.position != phrase.position or len(longer.text) <= len(phrase.text):
         return False
-    if phrase.end == "first":
+    if phrase.position == "first":
         return longer.text.startswith(phrase.text + " ")
     return longer.text.endswith(" " + phrase.text)
 
 
-LONG_CAPTION_WORDS = 55  # words that fill the 77 tokens of CLIP's text encoder, at about 1.4 tokens a word
+LONG_CAPTION_WORDS = 55  # about 77 tokens, the context length of CLIP, at 1.4 tokens per word
 SHORT_CAPTION_WORDS = 2
 _SCANNED_COLUMNS = ["id", "captions", "group", "label", "width", "height"]
-_MAX_COUNTED_WORDS = 1024  # longer captions are counted as so long
+_MAX_COUNTED_WORDS = 1024  # longer captions count as this length
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class CaptionScan:
-    """What one reading of n records with r captions found.
-
-    Attributes:
-        caption_hashes: 64 bits of each caption, (r,) uint64; 0 for one without letters and digits.
-        template_hashes: The same with digits masked, (r,) uint64.
-        image_indices: The position of the record of each caption, (r,) int64, ascending.
-        caption_set_hashes: 64 bits of all captions of a record, (n,) uint64: what copies of an image are
-            compared by.
-        group_hashes: 64 bits of each record's group, (n,) uint64; 0 where it has none.
-        label_hashes: 64 bits of each record's label, (n,) uint64; 0 where it has none.
-        length_counts: How many captions have so many words, (1025,) int64.
-        counter: Counts and examples of what a caption or record shows by itself.
-        frequent_phrases: The most frequent first and last words.
-    """
+    """Result of one pass over n samples with r captions."""
 
     caption_hashes: np.ndarray
+    """Hash of each canonical caption, (r,) uint64; 0 without letters and digits."""
     template_hashes: np.ndarray
+    """Hash of each canonical caption with masked numbers, (r,) uint64."""
     image_indices: np.ndarray
+    """Sample index of each caption, (r,) int64, ascending."""
     caption_set_hashes: np.ndarray
+    """Hash of all captions of each sample, (n,) uint64."""
     group_hashes: np.ndarray
+    """Hash of the group of each sample, (n,) uint64; 0 without a group."""
     label_hashes: np.ndarray
+    """Hash of the label of each sample, (n,) uint64; 0 without a label."""
     length_counts: np.ndarray
+    """Number of captions by length in words, (1025,) int64."""
     counter: FindingCounter
+    """Counts and examples of findings on single captions and samples."""
     frequent_phrases: MisraGriesCounter
+    """Counts of the most frequent first and last words."""
 
 
 @dataclass
@@ -344,20 +340,20 @@ class _ScanArrays:
 
 
 def scan_dataset(dataset: CaptionDataset, config: AuditConfig, progress: Progress) -> CaptionScan:
-    """Read all records once; what is kept of a caption are 24 bytes."""
+    """Scan all samples once; the result takes 24 bytes per caption."""
     counter, frequent_phrases, length_counts = (
         FindingCounter(),
         MisraGriesCounter(),
         np.zeros(_MAX_COUNTED_WORDS + 1, np.int64),
     )
     shards: list[dict[str, np.ndarray]] = []
-    with progress.task("reading", len(dataset), "images") as bar:
+    with progress.task("scanning", len(dataset), "images") as bar:
         for shard in range(len(dataset.shard_paths)):
             arrays = _ScanArrays()
-            for position, row in iter_rows(dataset, shard, _SCANNED_COLUMNS):
-                _scan_sample(row, position, arrays, counter, config)
+            for index, row in iter_rows(dataset, shard, _SCANNED_COLUMNS):
+                _scan_sample(row, index, arrays, counter, config)
                 for caption in row["captions"]:
-                    _scan_caption(row["id"], position, caption, arrays, counter)
+                    _scan_caption(row["id"], index, caption, arrays, counter)
                     frequent_phrases.update(extract_phrases(mask_digits(canonicalize_caption(caption))))
                     length_counts[min(count_words(caption), _MAX_COUNTED_WORDS)] += 1
             frequent_phrases.prune()
@@ -372,7 +368,7 @@ def scan_dataset(dataset: CaptionDataset, config: AuditConfig, progress: Progres
 def iter_rows(
     dataset: CaptionDataset, shard: int, column_names: list[str]
 ) -> Iterator[tuple[int, dict[str, Any]]]:
-    """Yield the records of a shard, with their positions, as some columns tell of them."""
+    """Yield the index and the columns of each sample of a shard."""
     columns = dataset.read_columns(shard, column_names)
     for row, values in enumerate(zip(*(columns[name] for name in column_names), strict=True)):
         yield dataset.shard_offsets[shard] + row, dict(zip(column_names, values, strict=True))
@@ -383,7 +379,7 @@ def _to_array(name: str, values: list[int]) -> np.ndarray:
 
 
 def _scan_sample(
-    row: dict[str, Any], position: int, arrays: _ScanArrays, counter: FindingCounter, config: AuditConfig
+    row: dict[str, Any], index: int, arrays: _ScanArrays, counter: FindingCounter, config: AuditConfig
 ) -> None:
     canonical = [canonicalize_caption(caption) for caption in row["captions"]]
     arrays.caption_set_hashes.append(hash_text("\n".join(sorted(canonical))))
@@ -399,20 +395,20 @@ def _scan_sample(
     caption = row["captions"][0] if row["captions"] else None
     for name, is_flagged in flags.items():
         if is_flagged:
-            counter.add(name, position, row["id"], caption)
+            counter.add(name, index, row["id"], caption)
 
 
 def _scan_caption(
-    sample_id: str, position: int, caption: str, arrays: _ScanArrays, counter: FindingCounter
+    sample_id: str, index: int, caption: str, arrays: _ScanArrays, counter: FindingCounter
 ) -> None:
     canonical = canonicalize_caption(caption)
     arrays.caption_hashes.append(hash_text(canonical) if canonical else 0)
     arrays.template_hashes.append(hash_text(mask_digits(canonical)) if canonical else 0)
-    arrays.image_indices.append(position)
+    arrays.image_indices.append(index)
     reason, num_words = uninformative_reason(caption), count_words(caption)
     flags = {
         reason or "": reason is not None,
-        "with_address": has_url(caption),
+        "with_url": has_url(caption),
         "with_markup": has_markup(caption),
         "file_names": is_file_name(caption),
         "short": num_words <= SHORT_CAPTION_WORDS,
@@ -420,4 +416,4 @@ def _scan_caption(
     }
     for name, is_flagged in flags.items():
         if is_flagged:
-            counter.add(name, position, sample_id, caption)
+            counter.add(name, index, sample_id, caption)

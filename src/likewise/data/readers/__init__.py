@@ -1,4 +1,4 @@
-"""Sources of captioned images: every format that is read, and how it is told which one is there."""
+"""Readers of captioned images, one per format, and the detection of the format."""
 
 import glob
 from collections.abc import Callable
@@ -36,17 +36,21 @@ _COMPRESSED_SUFFIXES = frozenset(
     {".gz", ".tgz", ".bz2", ".tbz2", ".xz", ".txz", ".zst", ".zip", ".7z", ".rar"}
 )
 _SUPPORTED_FORMATS = (
-    "a folder of images, a table (.csv, .tsv, .jsonl, .parquet), captions in COCO's format (.json), "
+    "a folder of images, a table (.csv, .tsv, .jsonl, .parquet), COCO captions (.json), "
     "a Flickr token file, .tar archives, or a Hugging Face dataset (a saved folder, or hf:NAME)"
 )
 
 
 def open_reader(source: str, options: ImportOptions) -> Reader:
-    """Return the captioned images at a path or hub name; the format is told by what is there.
+    """Detect the format of a source and return its reader.
+
+    Args:
+        source: A path, a glob pattern of tar archives, or `hf:NAME`.
+        options: How to read it.
 
     Raises:
-        InputError: where there is nothing, nothing that is known, or options do not fit what is there.
-        DependencyError: where a Hugging Face dataset is asked for without its library.
+        InvalidInputError: if the source does not exist, its format is unknown, or an option does not apply.
+        DependencyError: if `datasets` is needed and not installed.
     """
     if source.startswith(HUB_PREFIX):
         return _with_messages(*open_hub_dataset(source), options)
@@ -58,17 +62,17 @@ def open_reader(source: str, options: ImportOptions) -> Reader:
     if glob.has_magic(source):
         return _open_pattern(path, options)
     siblings = sorted(p.name for p in path.parent.iterdir()) if path.parent.is_dir() else []
-    raise InvalidInputError(f"{path} does not exist.{did_you_mean(path.name, siblings)}")
+    raise InvalidInputError(f"{path} does not exist.{did_you_mean(path.name, siblings)}", path=path)
 
 
 def _open_pattern(pattern: Path, options: ImportOptions) -> Reader:
     paths = [Path(name) for name in sorted(glob.glob(str(pattern)))]  # noqa: PTH207  # the pattern may be absolute
     if not paths:
-        raise InvalidInputError(f"no file has a name of the form {pattern}")
+        raise InvalidInputError(f"no file matches {pattern}", path=pattern)
     others = [path.name for path in paths if path.suffix.lower() != ".tar"]
     if others:
         raise InvalidInputError(
-            f"only .tar archives are read by a pattern; {pattern} also matches {others[0]}"
+            f"a glob pattern may match .tar archives only; {pattern} also matches {others[0]}", path=pattern
         )
     return open_tar_archives(paths, options)
 
@@ -78,11 +82,13 @@ def _open_file(path: Path, options: ImportOptions) -> Reader:
     if suffix == ".tar":
         return open_tar_archives([path], options)
     if suffix in _COMPRESSED_SUFFIXES:
-        raise InvalidInputError(f"{path} is compressed; unpack it first (a plain .tar is read as it is)")
+        raise InvalidInputError(
+            f"{path} is compressed; unpack it first (plain .tar archives are read in place)", path=path
+        )
     if suffix in IMAGE_SUFFIXES:
-        raise InvalidInputError(f"{path} is a single image; name the folder or the table that it belongs to")
+        raise InvalidInputError(f"{path} is a single image; import its folder or table", path=path)
     if suffix not in _TABLE_OPENERS:
-        raise InvalidInputError(f"{path} is of no kind that is known: expected {_SUPPORTED_FORMATS}")
+        raise InvalidInputError(f"{path} has an unknown format; expected {_SUPPORTED_FORMATS}", path=path)
     return _open_table_file(path, options)
 
 
@@ -98,18 +104,16 @@ def _with_messages(table: Table, messages: list[str], options: ImportOptions) ->
 
 
 def _open_folder(path: Path, options: ImportOptions) -> Reader:
-    """Tell what a folder is: a saved dataset, a table beside its images, archives, or just images."""
+    """Detect the content of a folder: a saved dataset, a table with its images, images, or tar archives."""
     if (path / MANIFEST).is_file():
-        raise InvalidInputError(f"{path} was made by likewise; import the images that it was made from")
+        raise InvalidInputError(f"{path} was written by likewise; import its source instead", path=path)
     if is_saved_dataset(path):
         return _with_messages(*open_saved_dataset(path), options)
     files = sorted(p for p in path.iterdir() if p.is_file() and not p.name.startswith("."))
     table_file = _find_table_file(path, files, options)
     if table_file is not None:
         reader = _open_table_file(table_file, options)
-        return replace(
-            reader, messages=(f"{path.name} is read as the table {table_file.name}.", *reader.messages)
-        )
+        return replace(reader, messages=(f"{path.name}: reading table {table_file.name}", *reader.messages))
     if has_images(path):
         return open_image_folder(path, options)
     tars = [p for p in files if p.suffix.lower() == ".tar"]
@@ -118,35 +122,36 @@ def _open_folder(path: Path, options: ImportOptions) -> Reader:
     compressed = [p.name for p in files if p.suffix.lower() in _COMPRESSED_SUFFIXES]
     if compressed:
         raise InvalidInputError(
-            f"{path} holds no images, only compressed files such as {compressed[0]}; unpack them first"
+            f"{path} contains only compressed files such as {compressed[0]}; unpack them first", path=path
         )
     for file in _table_files(files):
-        return _open_table_file(file, options)  # raises, and says why the table does not fit
-    raise InvalidInputError(f"no images, tables or tars in {path}; expected {_SUPPORTED_FORMATS}")
+        return _open_table_file(file, options)  # raises the error of the table
+    raise InvalidInputError(
+        f"no images, tables or tar archives in {path}; expected {_SUPPORTED_FORMATS}", path=path
+    )
 
 
 def _find_table_file(path: Path, files: list[Path], options: ImportOptions) -> Path | None:
-    """Return the one table that names images, those with captions before those without.
+    """Return the table with an image column, preferring tables with captions; None if there is no table.
 
     Raises:
-        InputError: where several tables do so equally well.
+        InvalidInputError: if several tables match equally well.
     """
     scores = {file: _score_table(file, options) for file in _table_files(files)}
     best_score = max(scores.values(), default=0)
     best_files = [file for file, score in scores.items() if score == best_score > 0]
     if len(best_files) > 1:
         names = ", ".join(file.name for file in best_files)
-        hint = (
-            f", or all as {HUB_PREFIX}{path}" if {file.suffix for file in best_files} == {".parquet"} else ""
-        )
+        all_parquet = {file.suffix for file in best_files} == {".parquet"}
+        hint = f", or all of them as {HUB_PREFIX}{path}" if all_parquet else ""
         raise InvalidInputError(
-            f"{path} holds several tables of images ({names}); name the one to import{hint}"
+            f"{path} contains several tables of images ({names}); import one of them{hint}", path=path
         )
     return best_files[0] if best_files else None
 
 
 def _table_files(files: list[Path]) -> list[Path]:
-    """Return the files that may be tables by their names, but for the captions of single images."""
+    """Return the files that may be tables by their names, without the caption files of single images."""
     image_stems = {file.stem for file in files if file.suffix.lower() in IMAGE_SUFFIXES}
     caption_files = [
         file for file in files if "caption" in file.name.casefold() or ".token" in file.name.casefold()

@@ -1,4 +1,4 @@
-"""What a source of captioned images yields, and what may be asked of it."""
+"""Reader interface, import options, column mapping, caption sidecar files and fingerprints."""
 
 import hashlib
 import json
@@ -19,26 +19,41 @@ _MAX_HASHED_BYTES = 64 * 2**20  # files up to this size are fingerprinted by con
 
 @dataclass(frozen=True, kw_only=True)
 class ImportOptions:
-    """How to read a source; `None` and `()` mean: guess, and say what was guessed.
+    """Options of an import.
 
-    `where` holds `COLUMN=VALUE` conditions, all of which must hold; `images` is the folder that image
-    paths are relative to; `limit` takes the first images only. For images with a `.json` beside them the
-    columns are keys of that file.
+    For folders and tar archives, columns are keys of the `.json` file of an image.
     """
 
     image_column: str | None = None
+    """Column of image paths or images; inferred from common names by default."""
     caption_column: tuple[str, ...] = ()
+    """Columns of captions; inferred from common names by default."""
     label_column: str | None = None
+    """Column of class labels, used for evaluation only, unless pairs are sampled by label."""
     group_column: str | None = None
+    """Column of groups, such as a subreddit or a year; they can constrain pairs."""
     id_column: str | None = None
+    """Column of unique ids; defaults to the image path."""
     where: tuple[str, ...] = ()
+    """Conditions `COLUMN=VALUE`; only rows that match all of them are imported."""
     images: Path | None = None
+    """Folder that image paths are relative to; detected near the table by default."""
     limit: int | None = None
+    """Maximum number of images, from the start of the source."""
+
+    def __post_init__(self) -> None:
+        """Validate the fields.
+
+        Raises:
+            InvalidInputError: if `limit` is below 1.
+        """
+        if self.limit is not None and self.limit < 1:
+            raise InvalidInputError(f"`limit` must be at least 1, got {self.limit}", field="limit")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class RawSample:
-    """An image as the source tells of it, not yet looked at; `location` is its file and row, for messages."""
+    """A sample of the source before validation."""
 
     id: str
     image: ImageRef
@@ -46,15 +61,18 @@ class RawSample:
     group: str | None
     label: str | None
     location: str
+    """File and row, for messages."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class SkippedSample:
-    """An entry of the source that cannot become a candidate; `reason` is a short phrase to count by."""
+    """An entry of the source that is not imported."""
 
     id: str
     location: str
+    """File and row, for messages."""
     reason: str
+    """Short phrase; skipped entries are counted by it."""
 
 
 Entry = RawSample | SkippedSample
@@ -62,29 +80,30 @@ Entry = RawSample | SkippedSample
 
 @dataclass(frozen=True, kw_only=True)
 class Reader(ABC):
-    """A set of captioned images somewhere on disk, in one of the formats that people use."""
+    """Reader of captioned images in one format."""
 
-    root: Path  # the absolute folder that image paths are relative to
+    root: Path
+    """Absolute folder that image paths are relative to."""
 
     @abstractmethod
     def fingerprint(self) -> str:
-        """Return 16 hexadecimal digits that change when anything in the source changes."""
+        """Return 16 hexadecimal digits that change if anything in the source changes."""
 
     @abstractmethod
     def count(self) -> int:
-        """Return about how many candidates there are, from metadata alone."""
+        """Return the approximate number of samples, from metadata alone."""
 
     @abstractmethod
     def iter_samples(self) -> Iterator[Entry]:
-        """Yield the images and the faults of the source, in the same order every time."""
+        """Yield the samples and the skipped entries of the source in a deterministic order."""
 
     @abstractmethod
     def inferred_settings(self) -> list[str]:
-        """Return sentences on what was taken to be what."""
+        """Return messages on the columns and folders that were inferred."""
 
 
 def hash_strings(strings: Iterable[str]) -> str:
-    """Return 16 hexadecimal digits of BLAKE2b over strings."""
+    """Hash strings: 16 hexadecimal digits of BLAKE2b."""
     digest = hashlib.blake2b(digest_size=8)
     for string in strings:
         digest.update(string.encode("utf-8", "surrogateescape") + b"\0")
@@ -92,22 +111,22 @@ def hash_strings(strings: Iterable[str]) -> str:
 
 
 def stat_fingerprint(path: Path | str) -> str:
-    """Return a file's size and time of change, or `missing`."""
+    """Return the size and modification time of a file, or `missing`."""
     try:
-        stat = os.stat(path)  # noqa: PTH116  # called once an image; Path.stat costs twice as much
+        stat = os.stat(path)  # noqa: PTH116  # called once per image; Path.stat takes twice as long
     except (OSError, ValueError):
         return "missing"
     return f"{stat.st_size}:{stat.st_mtime_ns}"
 
 
 def file_fingerprint(path: Path) -> str:
-    """Return a file's fingerprint: by content where it is small, else by name, size and time of change."""
+    """Fingerprint a small file by its content, and a large one by name, size and modification time."""
     if path.stat().st_size > _MAX_HASHED_BYTES:
         return hash_strings([path.name, stat_fingerprint(path)])
     return hashlib.blake2b(path.read_bytes(), digest_size=8).hexdigest()
 
 
-# Usual names, likeliest first, in lower case.
+# Common column names in lower case, in order of preference.
 _IMAGE_COLUMN_NAMES = (
     *("file", "image", "path", "filename", "file_name", "image_path", "filepath", "img"),
     *("image_name", "image_file", "file_path", "img_path"),
@@ -117,17 +136,19 @@ _CAPTION_COLUMN_NAMES = ("caption", "captions", "title", "text", "description", 
 
 @dataclass(frozen=True, kw_only=True)
 class ColumnMapping:
-    """The parts that columns play; `image` is None where images are found without a table."""
+    """Mapping of the fields of a sample to columns of a table or keys of a sidecar file."""
 
     image: str | None = None
+    """Column of images; None if images are found without a table."""
     captions: tuple[str, ...] = ()
     label: str | None = None
     group: str | None = None
     id: str | None = None
     where: tuple[tuple[str, str], ...] = ()
+    """Conditions as pairs of column and value."""
 
     def required_columns(self) -> list[str]:
-        """Return every column that is read, once, in a fixed order."""
+        """Return the distinct columns that are read, in a fixed order."""
         names = [
             self.image,
             *self.captions,
@@ -139,7 +160,7 @@ class ColumnMapping:
         return list(dict.fromkeys(name for name in names if name is not None))
 
     def matches(self, values: Mapping[str, Any]) -> bool:
-        """Whether all conditions hold; an absent value equals the empty one."""
+        """Return whether a row matches all conditions; a missing value equals the empty string."""
         return all(expected in (cell_texts(values.get(name)) or ("",)) for name, expected in self.where)
 
     def build_sample(
@@ -150,7 +171,18 @@ class ColumnMapping:
         location: str,
         default_group: str | None = None,
     ) -> Entry:
-        """Return the sample of a row; `default_id` and `default_group` replace absent columns."""
+        """Build the sample of a row.
+
+        Args:
+            values: Values of the row by column.
+            image: Location of the image.
+            default_id: Id if there is no id column or its value is empty.
+            location: File and row, for messages.
+            default_group: Group if there is no group column.
+
+        Returns:
+            The sample, or a skipped sample if a value is not text.
+        """
         fields = {}
         for field_name in ("label", "group", "id"):
             column = getattr(self, field_name)
@@ -159,13 +191,11 @@ class ColumnMapping:
                     None if column is None else (", ".join(cell_texts(values.get(column))).strip() or None)
                 )
             except ValueError:
-                return SkippedSample(
-                    id=default_id, location=location, reason=f"column {column} holds no text"
-                )
+                return SkippedSample(id=default_id, location=location, reason=f"column {column} is not text")
         try:
             captions = tuple(text for column in self.captions for text in cell_texts(values.get(column)))
         except ValueError:
-            return SkippedSample(id=default_id, location=location, reason="caption is no text")
+            return SkippedSample(id=default_id, location=location, reason="caption is not text")
         return RawSample(
             id=fields["id"] if fields["id"] is not None else default_id,
             image=image,
@@ -177,10 +207,10 @@ class ColumnMapping:
 
 
 def cell_texts(value: Any) -> tuple[str, ...]:
-    """Return the texts in a cell: none for an absent value, several for a list.
+    """Return the texts in a cell: none for a missing value, several for a list.
 
     Raises:
-        ValueError: for what cannot be told as text, such as a mapping.
+        ValueError: if a value is a mapping or bytes.
     """
     if value is None:
         return ()
@@ -189,29 +219,30 @@ def cell_texts(value: Any) -> tuple[str, ...]:
     if isinstance(value, list | tuple):
         return tuple(text for item in value for text in cell_texts(item))
     if isinstance(value, dict | bytes):
-        raise ValueError("no text")
+        raise ValueError("not text")
     return (str(value),)
 
 
 def parse_where(options: ImportOptions) -> tuple[tuple[str, str], ...]:
-    """Return the conditions COLUMN=VALUE as pairs.
+    """Parse the conditions `COLUMN=VALUE` into pairs.
 
     Raises:
-        InputError: for a condition without a column or an equals sign.
+        InvalidInputError: if a condition lacks a column or an equals sign.
     """
     conditions = []
     for condition in options.where:
         name, separator, value = condition.partition("=")
         if not (name and separator):
             raise InvalidInputError(
-                f"a condition has the form COLUMN=VALUE, such as split=train; got {condition}"
+                f"`where` must have the form COLUMN=VALUE, such as split=train, got {condition}",
+                field="where",
             )
         conditions.append((name, value))
     return tuple(conditions)
 
 
 def sidecar_columns(options: ImportOptions) -> ColumnMapping:
-    """Return the keys to read from a JSON file beside each image."""
+    """Return the keys to read from the JSON sidecar file of an image."""
     return ColumnMapping(
         captions=options.caption_column or ("caption", "captions"),
         label=options.label_column,
@@ -221,8 +252,19 @@ def sidecar_columns(options: ImportOptions) -> ColumnMapping:
     )
 
 
+def reject_table_options(options: ImportOptions, reason: str) -> None:
+    """Check that no option is set that applies to tables only.
+
+    Raises:
+        InvalidInputError: if `image_column` or `images` is set.
+    """
+    for field in ("image_column", "images"):
+        if getattr(options, field) is not None:
+            raise InvalidInputError(f"`{field}` does not apply: {reason}", field=field)
+
+
 def match_score(column_names: Sequence[str], embedded_columns: frozenset[str], options: ImportOptions) -> int:
-    """Return 0 for a table without an image column, 1 with one, 2 with images and captions."""
+    """Return 0 for a table without an image column, 1 with an image column, 2 with images and captions."""
     image_column = options.image_column
     if (
         image_column not in column_names
@@ -241,20 +283,35 @@ def match_score(column_names: Sequence[str], embedded_columns: frozenset[str], o
 def infer_columns(
     column_names: Sequence[str], embedded_columns: frozenset[str], options: ImportOptions, name: str
 ) -> tuple[ColumnMapping, list[str]]:
-    """Return the parts that a table's columns play, and sentences on those that were guessed.
+    """Infer the columns of a table that the options leave open.
 
-    `embedded_columns` names the columns that hold images themselves rather than paths.
+    Args:
+        column_names: All columns of the table.
+        embedded_columns: Columns of images instead of paths.
+        options: The import options.
+        name: Name of the table, for messages.
+
+    Returns:
+        The mapping, and messages on the inferred columns.
 
     Raises:
-        InputError: for a column that is asked for and not there, or no image column at all.
+        InvalidInputError: if a requested column is missing, or there is no image column.
     """
     where = parse_where(options)
-    single_columns = [options.image_column, options.label_column, options.group_column, options.id_column]
-    for column in [*single_columns, *options.caption_column, *(column for column, _ in where)]:
+    requested = [
+        ("image_column", options.image_column),
+        ("label_column", options.label_column),
+        ("group_column", options.group_column),
+        ("id_column", options.id_column),
+        *(("caption_column", column) for column in options.caption_column),
+        *(("where", column) for column, _ in where),
+    ]
+    for field, column in requested:
         if column is not None and column not in column_names:
             suggestion = did_you_mean(column, list(column_names))
             raise InvalidInputError(
-                f"{name} has no column `{column}`; its columns are {', '.join(column_names)}.{suggestion}"
+                f"{name} has no column {column!r}; its columns are {', '.join(column_names)}.{suggestion}",
+                field=field,
             )
     messages = []
     image_column, caption_columns = options.image_column, options.caption_column
@@ -262,10 +319,11 @@ def infer_columns(
         image_column, *_ = _match_image_columns(column_names, embedded_columns) or [None]
         if image_column is None:
             raise InvalidInputError(
-                f"{name} has no column that looks like images; its columns are {', '.join(column_names)}. "
-                "Name the one that holds image paths with --image-column"
+                f"cannot infer the image column of {name}; its columns are {', '.join(column_names)}. "
+                "Set `image_column`",
+                field="image_column",
             )
-        messages.append(f"{name}: images are taken from column `{image_column}`.")
+        messages.append(f"{name}: image column is {image_column!r}")
     if not caption_columns:
         matches = [
             column for column in _match_names(column_names, _CAPTION_COLUMN_NAMES) if column != image_column
@@ -285,16 +343,13 @@ def infer_columns(
 
 def _caption_message(name: str, matches: list[str], column_names: Sequence[str]) -> str:
     if not matches:
-        return (
-            f"{name}: no column looks like captions ({', '.join(column_names)}); "
-            "name one with --caption-column if there is one."
-        )
-    alternatives = f" (or is it {', '.join(matches[1:])}? then say --caption-column)" if matches[1:] else ""
-    return f"{name}: captions are taken from column `{matches[0]}`{alternatives}."
+        return f"{name}: no caption column in {', '.join(column_names)}; set `caption_column`"
+    alternatives = f"; set `caption_column` to use {', '.join(matches[1:])}" if matches[1:] else ""
+    return f"{name}: caption column is {matches[0]!r}{alternatives}"
 
 
 def _match_image_columns(column_names: Sequence[str], embedded_columns: frozenset[str]) -> list[str]:
-    """Return likely image columns; those that hold images themselves come before those that name files."""
+    """Return likely image columns, preferring columns of images over columns of paths."""
     with_images = [column for column in column_names if column in embedded_columns]
     return (
         _match_names(with_images, _IMAGE_COLUMN_NAMES)
@@ -308,19 +363,19 @@ def _match_names(column_names: Sequence[str], names: Sequence[str]) -> list[str]
     return [by_casefold[name] for name in names if name in by_casefold]
 
 
-MAX_SIDECAR_BYTES = 16 * 2**20  # a longer caption file is a mistake, and would fill the memory
+MAX_SIDECAR_BYTES = 16 * 2**20  # larger caption files are errors, and would exhaust the memory
 SIDECAR_SUFFIXES = frozenset({".json", ".txt"})
 
 
 class SidecarError(ValueError):
-    """A caption file that cannot be used; the message is a short reason to count skipped images by."""
+    """An invalid caption file; skipped images are counted by the message."""
 
 
 def read_sidecar(json_bytes: bytes | None, text_bytes: bytes | None) -> dict[str, Any]:
-    """Return the keys of a JSON file; a text file is the caption where those have none.
+    """Return the values of the caption files of an image; the text file is used if the JSON has no `caption`.
 
     Raises:
-        SidecarError: where a file is damaged or no text.
+        SidecarError: if a file is not valid JSON, not a JSON object, or not UTF-8.
     """
     values: Any = {}
     if json_bytes is not None:
@@ -329,7 +384,7 @@ def read_sidecar(json_bytes: bytes | None, text_bytes: bytes | None) -> dict[str
         except (ValueError, RecursionError) as error:
             raise SidecarError("caption file is not valid JSON") from error
         if not isinstance(values, dict):
-            raise SidecarError("caption file holds no JSON object")
+            raise SidecarError("caption file is not a JSON object")
     if text_bytes is not None and values.get("caption") is None:
         try:
             values["caption"] = text_bytes.decode("utf-8-sig")
@@ -339,28 +394,28 @@ def read_sidecar(json_bytes: bytes | None, text_bytes: bytes | None) -> dict[str
 
 
 _MIN_MERGE_SIZE = 2**15
-_MERGE_DIVISOR = (
-    64  # one of so many marks may be fresh: merging then takes linear time, and fresh ones little memory
-)
+# At most 1/64 of the values are in the Python set: additions take amortized constant time, and the set stays
+# small in memory.
+_MERGE_DIVISOR = 64
 
 
 class UInt64Set:
-    """A set of 64-bit numbers that only grows."""
+    """A set of unsigned 64-bit integers that takes about 8 bytes per value; `set[int]` takes about 90."""
 
     def __init__(self) -> None:
-        """Begin with none."""
+        """Create an empty set."""
         self._sorted = np.empty(0, np.uint64)  # ascending
         self._recent: set[int] = set()
 
     def add(self, value: int) -> bool:
-        """Add a number of 64 bits, without sign, and tell whether it is new."""
+        """Add a value and return whether it is new."""
         if value in self._recent or self._in_sorted(value):
             return False
         self._recent.add(value)
         if len(self._recent) >= max(_MIN_MERGE_SIZE, len(self._sorted) // _MERGE_DIVISOR):
             recent = np.fromiter(self._recent, np.uint64, len(self._recent))
             self._recent.clear()
-            # Two ascending runs are merged in one pass by a stable sort.
+            # A stable sort merges two ascending runs in one pass.
             recent.sort()
             self._sorted = np.concatenate([self._sorted, recent])
             self._sorted.sort(kind="stable")

@@ -1,4 +1,4 @@
-"""Folders of images with a `.json` or `.txt` of the same name beside each, as img2dataset leaves them."""
+"""Reader of image folders with a `.json` or `.txt` file per image, as written by img2dataset."""
 
 import os
 from collections.abc import Iterator
@@ -20,6 +20,7 @@ from likewise.data.readers.base import (
     SkippedSample,
     hash_strings,
     read_sidecar,
+    reject_table_options,
     sidecar_columns,
     stat_fingerprint,
 )
@@ -28,9 +29,8 @@ from likewise.errors import InvalidInputError
 
 @dataclass(frozen=True, slots=True)
 class _ImageFile:
-    """An image: its path without suffix, relative to the root, and the suffixes of it and its companions."""
-
     stem: str
+    """Path relative to the root, without suffix."""
     suffix: str
     sidecar_suffixes: tuple[str, ...]
 
@@ -38,25 +38,25 @@ class _ImageFile:
 @final
 @dataclass(frozen=True, kw_only=True)
 class FolderReader(Reader):
-    """The images below a folder; the first folder below it is their group."""
+    """Reader of the images below a folder; the top-level subfolder is the group."""
 
     columns: ColumnMapping
 
     def inferred_settings(self) -> list[str]:
-        """Return where captions are looked for."""
-        keys = " or ".join(f"`{key}`" for key in self.columns.captions)
-        return [f"{self.root.name}: captions are taken from {keys} in an image's .json, or from its .txt."]
+        """Return a message on the source of the captions."""
+        keys = " or ".join(map(repr, self.columns.captions))
+        return [f"{self.root.name}: captions are {keys} of the .json file of an image, or its .txt file"]
 
     def count(self) -> int:
         """Return the number of images."""
         return self._scan[0]
 
     def fingerprint(self) -> str:
-        """Return a digest of the name, size and time of every image and of the files beside it."""
+        """Hash the names, sizes and modification times of all images and caption files."""
         return self._scan[1]
 
     def iter_samples(self) -> Iterator[Entry]:
-        """Yield the images, folder by folder in the order of names."""
+        """Yield the images, folder by folder, sorted by name."""
         for image_file in iter_images(self.root):
             entry = self._make_entry(image_file)
             if entry is not None:
@@ -74,7 +74,7 @@ class FolderReader(Reader):
             return SkippedSample(id=image_file.stem, location=location, reason=str(error))
         except ValueError:
             return SkippedSample(
-                id=image_file.stem, location=location, reason="a condition's key holds no text"
+                id=image_file.stem, location=location, reason="value of a `where` column is not text"
             )
         top_folder, *subfolders = image_file.stem.split("/")
         group = top_folder if subfolders else None
@@ -111,12 +111,12 @@ class FolderReader(Reader):
 
 
 def iter_images(root: Path, subfolder: str = "", ancestors: tuple[str, ...] = ()) -> Iterator[_ImageFile]:
-    """Yield the images below a folder in the order of names; hidden files are left out.
+    """Yield the images below a folder, sorted by name; hidden files are skipped.
 
-    Links to folders are followed, except back to a folder (`ancestors`) that is being walked.
+    Symbolic links to folders are followed, unless they lead back to one of `ancestors`.
 
     Raises:
-        InputError: where a folder cannot be read.
+        InvalidInputError: if a folder cannot be read.
     """
     real_path = os.path.realpath(root / subfolder)
     if real_path in ancestors:
@@ -129,7 +129,9 @@ def iter_images(root: Path, subfolder: str = "", ancestors: tuple[str, ...] = ()
                 if not entry.name.startswith((".", "__MACOSX"))
             )
     except OSError as error:
-        raise InvalidInputError(f"the folder {root / subfolder} cannot be read: {error.strerror}") from error
+        raise InvalidInputError(
+            f"cannot read the folder {root / subfolder}: {error.strerror}", path=root / subfolder
+        ) from error
     sidecar_suffixes: dict[str, list[str]] = {}
     for name, is_folder in children:
         stem, suffix = os.path.splitext(name)  # noqa: PTH122
@@ -144,18 +146,15 @@ def iter_images(root: Path, subfolder: str = "", ancestors: tuple[str, ...] = ()
 
 
 def has_images(path: Path) -> bool:
-    """Whether there is an image anywhere below a folder."""
+    """Return whether there is an image below a folder."""
     return next(iter_images(path), None) is not None
 
 
 def open_image_folder(path: Path, options: ImportOptions) -> FolderReader:
-    """Return the images below a folder.
+    """Return the reader of an image folder.
 
     Raises:
-        InputError: for options that have no meaning for images without a table.
+        InvalidInputError: if an option requires a table.
     """
-    if options.image_column is not None or options.images is not None:
-        raise InvalidInputError(
-            f"{path} is read as a folder of images, without a table: leave out --image-column and --images"
-        )
+    reject_table_options(options, f"{path} is an image folder without a table")
     return FolderReader(root=path.resolve(), columns=sidecar_columns(options))

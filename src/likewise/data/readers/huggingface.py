@@ -1,4 +1,4 @@
-"""Datasets of the Hugging Face library, saved on disk or from the hub; images are not decoded here."""
+"""Hugging Face datasets, saved on disk or from the hub; images are read as bytes or paths, not decoded."""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -19,11 +19,12 @@ HUB_PREFIX = "hf:"
 @final
 @dataclass(frozen=True, kw_only=True)
 class HuggingFaceTable(Table):
-    """A dataset with its image columns told as bytes or paths."""
+    """A dataset of the `datasets` library."""
 
     hf_dataset: "Dataset"
     image_columns: frozenset[str]
-    class_names: dict[str, list[str]]  # the names of the classes, by column
+    class_names: dict[str, list[str]]
+    """Class names by column."""
     data_fingerprint: str
 
     def column_names(self) -> list[str]:
@@ -35,11 +36,11 @@ class HuggingFaceTable(Table):
         return self.image_columns
 
     def fingerprint(self) -> str:
-        """Return the identity of the files that the dataset was read from."""
+        """Return the fingerprint of the files of the dataset."""
         return self.data_fingerprint
 
     def iter_rows(self, columns: Sequence[str]) -> Iterator[TableRow]:
-        """Yield the rows with the wanted columns; numbers of classes are told by their names."""
+        """Yield the rows with the requested columns; class indices are replaced by class names."""
         if not columns:
             yield from (TableRow(i, f"{self.name} row {i}", {}) for i in range(len(self.hf_dataset)))
             return
@@ -58,24 +59,27 @@ def _class_name(value: Any, class_names: list[str]) -> Any:
 
 
 def is_saved_dataset(path: Path) -> bool:
-    """Whether a folder was written by `save_to_disk`."""
+    """Return whether a folder was written by `save_to_disk`."""
     is_single_split = (path / "state.json").is_file() and (path / "dataset_info.json").is_file()
     return is_single_split or (path / "dataset_dict.json").is_file()
 
 
 def open_saved_dataset(path: Path) -> tuple[HuggingFaceTable, list[str]]:
-    """Return a dataset written by `save_to_disk`, and what was guessed about its splits.
+    """Open a dataset written by `save_to_disk`.
+
+    Returns:
+        The table, and messages on the inferred split.
 
     Raises:
-        InputError: where the folder is damaged, or has several splits and none is `train`.
+        InvalidInputError: if the folder is damaged, or has several splits without `train`.
     """
     _require_datasets()
-    from datasets import load_from_disk  # optional, and slow to load
+    from datasets import load_from_disk  # optional, and slow to import
 
     try:
         loaded = load_from_disk(str(path))
     except (OSError, ValueError, KeyError) as error:
-        raise InvalidInputError(f"the dataset in {path} cannot be opened: {_one_line(error)}") from error
+        raise InvalidInputError(f"cannot open the dataset {path}: {_one_line(error)}", path=path) from error
     files = sorted(file for file in path.rglob("*") if file.is_file())
     data_fingerprint = hash_strings(
         part for file in files for part in (file.relative_to(path).as_posix(), stat_fingerprint(file))
@@ -85,22 +89,25 @@ def open_saved_dataset(path: Path) -> tuple[HuggingFaceTable, list[str]]:
 
 
 def open_hub_dataset(source: str) -> tuple[HuggingFaceTable, list[str]]:
-    """Return a dataset of the hub, told as `hf:NAME` or `hf:NAME:SPLIT`, and what was guessed of its splits.
+    """Open a dataset of the hub by `hf:NAME` or `hf:NAME:SPLIT`.
+
+    Returns:
+        The table, and messages on the inferred split.
 
     Raises:
-        InputError: where there is no such dataset or split, or it cannot be reached.
+        InvalidInputError: if the dataset or split does not exist or cannot be loaded.
     """
     _require_datasets()
-    from datasets import load_dataset  # optional, and slow to load
+    from datasets import load_dataset  # optional, and slow to import
 
     name, _, split = source.removeprefix(HUB_PREFIX).partition(":")
     if not name:
-        raise InvalidInputError("a dataset of the hub is named as hf:OWNER/NAME or hf:OWNER/NAME:SPLIT")
+        raise InvalidInputError(f"expected hf:OWNER/NAME or hf:OWNER/NAME:SPLIT, got {source}")
     try:
         loaded = load_dataset(name, split=split or None, streaming=False)
     except (OSError, ValueError, RuntimeError) as error:
         raise InvalidInputError(
-            f"the dataset {name} cannot be loaded from the hub: {_one_line(error)}"
+            f"cannot load the dataset {name} from the Hugging Face hub: {_one_line(error)}"
         ) from error
     hf_dataset, messages = _select_split(loaded, name, f"hf:{name}:SPLIT")
     return _build_table(
@@ -111,7 +118,7 @@ def open_hub_dataset(source: str) -> tuple[HuggingFaceTable, list[str]]:
 def _require_datasets() -> None:
     if find_spec("datasets") is None:
         raise DependencyError(
-            "Hugging Face datasets need the package `datasets`: pip install 'likewise[huggingface]'"
+            "Hugging Face datasets require the package 'datasets': pip install 'likewise[huggingface]'"
         )
 
 
@@ -122,14 +129,13 @@ def _select_split(loaded: "Dataset | DatasetDict", name: str, usage: str) -> tup
     if len(splits) == 1:
         return loaded[splits[0]], []
     if "train" not in splits:
-        raise InvalidInputError(f"{name} has the splits {', '.join(splits)}; name one, as {usage}")
-    return loaded["train"], [
-        f"{name}: of the splits {', '.join(splits)}, train is taken; another is named as {usage}."
-    ]
+        raise InvalidInputError(f"{name} has the splits {', '.join(splits)}; select one with {usage}")
+    message = f"{name}: using split train of {', '.join(splits)}; select another with {usage}"
+    return loaded["train"], [message]
 
 
 def _build_table(hf_dataset: "Dataset", name: str, root: Path, data_fingerprint: str) -> HuggingFaceTable:
-    from datasets import ClassLabel, Image  # optional, and slow to load
+    from datasets import ClassLabel, Image  # optional, and slow to import
 
     image_columns = [column for column, feature in hf_dataset.features.items() if isinstance(feature, Image)]
     for column in image_columns:

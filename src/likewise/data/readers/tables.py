@@ -1,4 +1,4 @@
-"""Tables that name images and captions, one row or several rows an image."""
+"""Reader of tables with one or several rows per image, and the formats Parquet and COCO captions."""
 
 import hashlib
 import os
@@ -32,7 +32,7 @@ from likewise.data.readers.base import (
 )
 from likewise.errors import InvalidInputError
 
-# Where Flickr8k, Flickr30k and COCO keep images beside the folder of their annotations, in lower case.
+# Image folders of Flickr8k, Flickr30k and COCO, next to the folder of the annotations, in lower case.
 _IMAGE_FOLDER_NAMES = frozenset(
     {"images", "flicker8k_dataset", "flickr8k_dataset", "flickr30k_images", "flickr30k-images", "flickr30k"}
     | {f"{split}{year}" for split in ("train", "val", "test") for year in (2014, 2015, 2017)}
@@ -40,7 +40,7 @@ _IMAGE_FOLDER_NAMES = frozenset(
 
 
 def find_image_root(paths: list[str], table_dir: Path) -> Path:
-    """Return the folder, at or near a table's own, in which most of some images are found."""
+    """Return the folder near a table that contains most of the image paths."""
     best_dir, max_hits = table_dir, 0
     for candidate_dir in _candidate_dirs(table_dir) if paths else ():
         num_hits = sum(stat_fingerprint(candidate_dir / path) != "missing" for path in paths)
@@ -52,7 +52,7 @@ def find_image_root(paths: list[str], table_dir: Path) -> Path:
 
 
 def _candidate_dirs(table_dir: Path) -> Iterator[Path]:
-    """Yield the folder, the folders in it, the one above, and those beside it that are usually of images."""
+    """Yield the folder of the table, its subfolders, its parent, and siblings with common names."""
     table_dir = table_dir.resolve()
     yield table_dir
     yield from _subdirs(table_dir)
@@ -70,76 +70,92 @@ def _subdirs(parent: Path) -> list[Path]:
         return []
 
 
-_NUM_PROBED_ROWS = 20  # rows whose images are looked for, to find the folder of images
+_NUM_PROBED_ROWS = 20  # rows that are used to find the image folder
 _MAX_LISTED_VALUES = 8
 
 
 @dataclass(frozen=True, slots=True)
 class TableRow:
-    """A row of a table: its number from 0, its place for messages, and its values by column."""
+    """One row of a table."""
 
     index: int
     location: str
+    """File and line, for messages."""
     values: dict[str, Any]
+    """Values by column."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Table(ABC):
-    """Something with columns and rows."""
+    """A table in one format."""
 
-    name: str  # for messages
-    root: Path  # where image paths start, unless told otherwise
+    name: str
+    """Name for messages."""
+    root: Path
+    """Folder that image paths are relative to by default."""
 
     @abstractmethod
     def column_names(self) -> list[str]:
         """Return the names of the columns."""
 
-    @abstractmethod
     def embedded_columns(self) -> frozenset[str]:
-        """Return the columns that hold images themselves rather than paths."""
+        """Return the columns of images instead of paths; none by default."""
+        return frozenset()
 
     @abstractmethod
     def iter_rows(self, columns: Sequence[str]) -> Iterator[TableRow | SkippedSample]:
-        """Yield all rows, of which only the columns in `columns` need values."""
+        """Yield all rows; they contain at least the requested columns."""
 
     @abstractmethod
     def fingerprint(self) -> str:
-        """Return a fingerprint of the table itself."""
+        """Return the fingerprint of the table."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class FileTable(Table):
+    """A table in one file."""
+
+    path: Path
+
+    def fingerprint(self) -> str:
+        """Return the fingerprint of the file."""
+        return file_fingerprint(self.path)
 
 
 @dataclass(frozen=True)
 class _TableScan:
     count: int
-    is_scattered: bool  # whether other images stand between two rows of one
+    is_scattered: bool
+    """Whether rows of an image are separated by rows of other images."""
     files_fingerprint: str
 
 
 @final
 @dataclass(frozen=True, kw_only=True)
 class TableReader(Reader):
-    """The images that a table names."""
+    """Reader of the images of a table."""
 
     table: Table
     columns: ColumnMapping
     messages: tuple[str, ...] = ()
 
     def inferred_settings(self) -> list[str]:
-        """Return what was guessed about columns and folders."""
+        """Return messages on the inferred columns and folders."""
         return list(self.messages)
 
     def count(self) -> int:
-        """Return the number of different images in the rows that fulfil the conditions."""
+        """Return the number of distinct images in the rows that match the conditions."""
         return self._scan.count
 
     def fingerprint(self) -> str:
-        """Return a digest of the table and of the size and time of every image file."""
+        """Hash the table, and the sizes and modification times of the image files."""
         return hash_strings([self.table.fingerprint(), self._scan.files_fingerprint])
 
     def iter_samples(self) -> Iterator[Entry]:
-        """Yield an image a row, or an image with all its captions where rows name the same one."""
+        """Yield one sample per image; the captions of rows with the same image path are merged."""
         if self._is_embedded:
             return self._iter_entries()
-        # Only tables that scatter the rows of an image are held in memory, and of them only what is kept.
+        # Only tables with scattered rows are read into memory.
         return self._merge_scattered() if self._scan.is_scattered else self._merge_adjacent()
 
     def _iter_entries(self) -> Iterator[Entry]:
@@ -151,16 +167,16 @@ class TableReader(Reader):
 
     def _make_entry(self, row: TableRow) -> Entry:
         image = _image_ref(row.values.get(self.columns.image or ""))
-        # Embedded images often share one made-up path, so the row is their name.
+        # Embedded images often share a placeholder path; use the row index as the id.
         default_id = (
             f"{row.index:08d}" if image is None or self._is_embedded or image.path is None else image.path
         )
         if image is None:
-            return SkippedSample(id=default_id, location=row.location, reason="row names no image")
+            return SkippedSample(id=default_id, location=row.location, reason="row has no image")
         return self.columns.build_sample(row.values, image, default_id, row.location)
 
     def _merge_adjacent(self) -> Iterator[Entry]:
-        """Yield images whose rows follow each other, one of them held at a time."""
+        """Merge adjacent rows of an image, with one image in memory at a time."""
         current: RawSample | None = None
         for entry in self._iter_entries():
             if isinstance(entry, SkippedSample):
@@ -179,6 +195,7 @@ class TableReader(Reader):
             yield current
 
     def _merge_scattered(self) -> Iterator[Entry]:
+        """Merge all rows of an image, with all samples in memory."""
         first_entries: dict[str, RawSample] = {}
         captions: dict[str, list[str]] = {}
         for entry in self._iter_entries():
@@ -196,10 +213,10 @@ class TableReader(Reader):
 
     @cached_property
     def _scan(self) -> _TableScan:
-        """Read the table once, without image bytes: count images, see how rows lie, fingerprint files.
+        """Scan the table without image bytes: count images, detect scattered rows, fingerprint files.
 
         Raises:
-            InputError: where there are no rows, or none fulfils the conditions.
+            InvalidInputError: if there are no rows, or none matches the conditions.
         """
         seen_paths, last_path, is_scattered = UInt64Set(), None, False
         digest = hashlib.blake2b(digest_size=8)
@@ -217,12 +234,16 @@ class TableReader(Reader):
                 continue
             count += 1
             digest.update(
-                f"{path}\0{stat_fingerprint(os.path.join(self.root, path))}\0".encode("utf-8", "replace")  # noqa: PTH118  # a Path per row is slow
+                f"{path}\0{stat_fingerprint(os.path.join(self.root, path))}\0".encode("utf-8", "replace")  # noqa: PTH118  # creating a Path per row is slow
             )
         return _TableScan(count, is_scattered, digest.hexdigest())
 
     def _iter_matching_rows(self) -> Iterator[TableRow]:
-        """Yield the rows that fulfil the conditions, without embedded images; raises where there are none."""
+        """Yield the rows that match the conditions, without embedded images.
+
+        Raises:
+            InvalidInputError: if there are no rows, or none matches.
+        """
         num_rows = num_matching = 0
         other_values: Counter[str] = Counter()
         for row in self.table.iter_rows(
@@ -235,11 +256,12 @@ class TableReader(Reader):
             elif isinstance(row, TableRow) and len(other_values) < _MAX_LISTED_VALUES:
                 other_values.update(_condition_values(self.columns, row))
         if not num_rows:
-            raise InvalidInputError(f"{self.table.name} holds no rows")
+            raise InvalidInputError(f"{self.table.name} has no rows")
         if not num_matching and other_values:
             conditions = " and ".join(f"{name}={value}" for name, value in self.columns.where)
             raise InvalidInputError(
-                f"{self.table.name} has no row where {conditions}; found {', '.join(other_values)}"
+                f"{self.table.name} has no row with {conditions}; it has {', '.join(other_values)}",
+                field="where",
             )
 
 
@@ -262,7 +284,7 @@ def _cell_path(cell: Any) -> str | None:
 
 
 def _image_ref(cell: Any) -> ImageRef | None:
-    """Return where an image lies: a cell may be a path, bytes, or `datasets`' mapping of both."""
+    """Return the image in a cell: a path, bytes, or a mapping of both as in Hugging Face datasets."""
     if isinstance(cell, dict):
         if cell.get("bytes") is not None:
             return ImageRef(bytes=cell["bytes"])
@@ -274,28 +296,30 @@ def _image_ref(cell: Any) -> ImageRef | None:
 
 
 def _image_path(cell: Any) -> str | None:
-    """Return the path in a cell, if it names a file."""
+    """Return the image path in a cell, or None."""
     image = _image_ref(cell)
     return None if image is None else image.path
 
 
 def open_table(table: Table, options: ImportOptions) -> TableReader:
-    """Return the images of a table, with its columns and the folder of its images found out.
+    """Return the reader of a table, inferring its columns and its image folder.
 
     Raises:
-        InputError: for columns that are not there, or a folder of images that is none.
+        InvalidInputError: if a column or the folder `images` does not exist.
     """
     columns, messages = infer_columns(table.column_names(), table.embedded_columns(), options, table.name)
     if options.images is not None:
         if not options.images.is_dir():
-            raise InvalidInputError(f"the folder of images {options.images} does not exist")
+            raise InvalidInputError(
+                f"`images`: the folder {options.images} does not exist", field="images", path=options.images
+            )
         root = options.images
     elif columns.image in table.embedded_columns():
         root = table.root
     else:
         root = _find_root(table, columns)
         if root != table.root:
-            messages.append(f"{table.name}: images are taken from the folder {root}.")
+            messages.append(f"{table.name}: image folder is {root}")
     return TableReader(table=table, columns=columns, root=root.resolve(), messages=tuple(messages))
 
 
@@ -309,15 +333,14 @@ def _find_root(table: Table, columns: ColumnMapping) -> Path:
     return find_image_root([path for path in paths if path is not None], table.root)
 
 
-_BATCH_SIZE = 64  # rows held at a time: images may lie in them
+_BATCH_SIZE = 64  # small, because rows may contain images
 
 
 @final
 @dataclass(frozen=True, kw_only=True)
-class ParquetTable(Table):
+class ParquetTable(FileTable):
     """A Parquet file."""
 
-    path: Path
     schema: pa.Schema
 
     def column_names(self) -> list[str]:
@@ -325,18 +348,14 @@ class ParquetTable(Table):
         return list(self.schema.names)
 
     def embedded_columns(self) -> frozenset[str]:
-        """Return the columns of bytes, or of mappings with `bytes` in them as `datasets` writes them."""
-        return frozenset(field.name for field in self.schema if _holds_bytes(field.type))
-
-    def fingerprint(self) -> str:
-        """Return the file's fingerprint."""
-        return file_fingerprint(self.path)
+        """Return the columns of bytes, or of structs with a field `bytes` as in Hugging Face datasets."""
+        return frozenset(field.name for field in self.schema if _contains_bytes(field.type))
 
     def iter_rows(self, columns: Sequence[str]) -> Iterator[TableRow]:
-        """Yield the rows with the wanted columns, few at a time.
+        """Yield the rows with the requested columns, read in small batches.
 
         Raises:
-            InputError: where the file is damaged.
+            InvalidInputError: if the file is damaged.
         """
         index = 0
         try:
@@ -348,51 +367,46 @@ class ParquetTable(Table):
                     index += 1
         except (pa.ArrowException, OSError) as error:
             raise InvalidInputError(
-                f"{self.path} is damaged after row {index}: {' '.join(str(error).split())}"
+                f"{self.path} is damaged after row {index}: {' '.join(str(error).split())}", path=self.path
             ) from error
 
 
-def _holds_bytes(data_type: pa.DataType) -> bool:
+def _contains_bytes(data_type: pa.DataType) -> bool:
     if pa.types.is_struct(data_type):
         return any(data_type.field(i).name == "bytes" for i in range(data_type.num_fields))
     return pa.types.is_binary(data_type) or pa.types.is_large_binary(data_type)
 
 
 def open_parquet_table(path: Path) -> ParquetTable:
-    """Return the table in a Parquet file.
+    """Open a Parquet file.
 
     Raises:
-        InputError: where the file is no Parquet.
+        InvalidInputError: if it is not a Parquet file.
     """
     try:
         schema = pq.read_schema(path)
     except (pa.ArrowException, OSError) as error:
-        raise InvalidInputError(f"{path} is no Parquet file: {' '.join(str(error).split())}") from error
+        raise InvalidInputError(
+            f"{path} is not a Parquet file: {' '.join(str(error).split())}", path=path
+        ) from error
     return ParquetTable(path=path, name=path.name, root=path.parent, schema=schema)
 
 
 @final
 @dataclass(frozen=True, kw_only=True)
-class CocoTable(Table):
-    """A row an image, with all its captions; the file is held in memory, as its two lists must be joined."""
+class CocoTable(FileTable):
+    """COCO captions: one row per image with all its captions.
 
-    path: Path
+    The file is read into memory, because its lists of images and annotations must be joined.
+    """
 
     def column_names(self) -> list[str]:
         """Return the keys of the images, and `caption`."""
         first_image = next((image for image in self._data["images"] if isinstance(image, dict)), {})
         return list(dict.fromkeys([*first_image, "caption"]))
 
-    def embedded_columns(self) -> frozenset[str]:
-        """Return nothing: JSON holds no images."""
-        return frozenset()
-
-    def fingerprint(self) -> str:
-        """Return the file's fingerprint."""
-        return file_fingerprint(self.path)
-
     def iter_rows(self, columns: Sequence[str]) -> Iterator[TableRow | SkippedSample]:
-        """Yield the images in the order of the file, then the captions that belong to none."""
+        """Yield the images in the order of the file, then the captions without an image."""
         captions: dict[Any, list[Any]] = {}
         for index, annotation in enumerate(self._data["annotations"]):
             location = f"{self.name} annotation {index}"
@@ -400,7 +414,7 @@ class CocoTable(Table):
                 captions.setdefault(annotation["image_id"], []).append(annotation.get("caption"))
             else:
                 yield SkippedSample(
-                    id=f"annotation {index}", location=location, reason="annotation names no image"
+                    id=f"annotation {index}", location=location, reason="annotation has no image id"
                 )
         for index, image in enumerate(self._data["images"]):
             location = f"{self.name} image {index}"
@@ -409,9 +423,7 @@ class CocoTable(Table):
             else:
                 yield SkippedSample(id=f"image {index}", location=location, reason="image has no id")
         for image_id in captions:
-            yield SkippedSample(
-                id=str(image_id), location=self.name, reason="caption of an image that is not listed"
-            )
+            yield SkippedSample(id=str(image_id), location=self.name, reason="caption of an unknown image")
 
     @cached_property
     def _data(self) -> dict[str, Any]:
@@ -425,21 +437,22 @@ def _read_coco(path: Path) -> dict[str, Any]:
     )
     if not has_lists:
         raise InvalidInputError(
-            f"{path} holds no captions in COCO's format: a mapping with the lists `images` and `annotations` "
-            "is needed (a plain list of rows is read from a .jsonl file, one row a line)"
+            f"{path} is not in COCO format: expected a mapping with the lists 'images' and 'annotations' "
+            "(for a list of rows use .jsonl, one row per line)",
+            path=path,
         )
     if not any(isinstance(item, dict) and "caption" in item for item in data["annotations"]):
         raise InvalidInputError(
-            f"{path}: none of its annotations has a `caption`; take the file of captions, not of boxes"
+            f"{path}: no annotation has a 'caption'; use the captions file, not the file of boxes", path=path
         )
     return data
 
 
 def open_coco_table(path: Path) -> CocoTable:
-    """Return the table of captioned images in a JSON file.
+    """Open a file of COCO captions.
 
     Raises:
-        InputError: where the file is no JSON or not of this format.
+        InvalidInputError: if the file is not JSON or not in COCO format.
     """
     table = CocoTable(path=path, name=path.name, root=path.parent)
     table.column_names()

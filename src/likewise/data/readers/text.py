@@ -1,4 +1,4 @@
-"""Tables in text files: CSV and its kin, JSON Lines, and the token files of Flickr8k and Flickr30k."""
+"""Tables in text files: CSV and other delimited files, JSON Lines, and Flickr8k/Flickr30k token files."""
 
 import csv
 import json
@@ -9,39 +9,30 @@ from itertools import islice
 from pathlib import Path
 from typing import Any, final
 
-from likewise.data.readers.base import SkippedSample, file_fingerprint
-from likewise.data.readers.tables import Table, TableRow
+from likewise.data.readers.base import SkippedSample
+from likewise.data.readers.tables import FileTable, Table, TableRow
 from likewise.errors import InvalidInputError
 
 _HEAD_BYTES = 2**20
 _DELIMITERS = (",", "\t", ";", "|")
 _TOKEN_PATTERN = re.compile(r"([^\t]+)#\d+\t(.*)", re.DOTALL)
-_NUM_PROBED_LINES = 100  # lines of JSON whose keys count as columns
+_NUM_PROBED_LINES = 100  # lines of JSON whose keys are the columns
 
 
 @final
 @dataclass(frozen=True, kw_only=True)
-class DelimitedTable(Table):
-    """A table whose first line names the columns, with cells set apart by one character."""
+class DelimitedTable(FileTable):
+    """A delimited text file whose first line is the header."""
 
-    path: Path
     delimiter: str
     header: tuple[str, ...]
 
     def column_names(self) -> list[str]:
-        """Return the names in the first line."""
+        """Return the cells of the header."""
         return list(self.header)
 
-    def embedded_columns(self) -> frozenset[str]:
-        """Return nothing: text holds no images."""
-        return frozenset()
-
-    def fingerprint(self) -> str:
-        """Return the file's fingerprint."""
-        return file_fingerprint(self.path)
-
     def iter_rows(self, columns: Sequence[str]) -> Iterator[TableRow | SkippedSample]:
-        """Yield the rows; those that do not fit the header are faults."""
+        """Yield the rows; rows that do not match the header are skipped samples."""
         with self.path.open(encoding="utf-8-sig", newline="") as stream:
             reader = csv.reader(stream, delimiter=self.delimiter, strict=True)
             for index, (line, cells) in enumerate(self._iter_cells(reader)):
@@ -53,10 +44,10 @@ class DelimitedTable(Table):
                     yield TableRow(index - 1, location, dict(zip(self.header, cells, strict=False)))
 
     def _iter_cells(self, reader: Any) -> Iterator[tuple[int, list[str] | str]]:
-        """Yield the first line number and the cells of every row, or what is wrong with it.
+        """Yield the first line number of each row, and its cells or an error message.
 
         Raises:
-            InputError: where the file is not UTF-8, or a quotation mark is never closed.
+            InvalidInputError: if the file is not UTF-8, or a quote is never closed.
         """
         while True:
             line = reader.line_num + 1
@@ -65,12 +56,13 @@ class DelimitedTable(Table):
             except StopIteration:
                 return
             except UnicodeDecodeError as error:
-                raise InvalidInputError(_encoding_error(self.path)) from error
+                raise InvalidInputError(_encoding_error(self.path), path=self.path) from error
             except csv.Error as error:
                 if "expected after" not in str(error):
                     raise InvalidInputError(
-                        f"{self.path}, line {line}: a quotation mark is never closed, or a cell is over "
-                        f"{csv.field_size_limit():,} characters ({error})"
+                        f"{self.path}, line {line}: a quote is never closed, or a cell is longer than "
+                        f"{csv.field_size_limit():,} characters ({error})",
+                        path=self.path,
                     ) from error
                 yield line, "row is not valid CSV"
 
@@ -81,31 +73,21 @@ class DelimitedTable(Table):
             return "row has too few columns"
         if any(cells[len(self.header) :]):
             return "row has too many columns"
-        return "row holds a NUL character" if any("\0" in cell for cell in cells) else None
+        return "row contains a NUL character" if any("\0" in cell for cell in cells) else None
 
 
 @final
 @dataclass(frozen=True, kw_only=True)
-class JsonLinesTable(Table):
-    """A file with a JSON object a line."""
-
-    path: Path
+class JsonLinesTable(FileTable):
+    """A file with one JSON object per line."""
 
     def column_names(self) -> list[str]:
         """Return the keys of the first objects, in order of appearance."""
         rows = (row for row in islice(self.iter_rows(()), _NUM_PROBED_LINES) if isinstance(row, TableRow))
         return list(dict.fromkeys(key for row in rows for key in row.values))
 
-    def embedded_columns(self) -> frozenset[str]:
-        """Return nothing: text holds no images."""
-        return frozenset()
-
-    def fingerprint(self) -> str:
-        """Return the file's fingerprint."""
-        return file_fingerprint(self.path)
-
     def iter_rows(self, columns: Sequence[str]) -> Iterator[TableRow | SkippedSample]:
-        """Yield the objects; lines that hold none are faults."""
+        """Yield the objects; other lines are skipped samples."""
         for index, line in _iter_lines(self.path):
             location = f"{self.name} line {index + 1}"
             try:
@@ -119,31 +101,21 @@ class JsonLinesTable(Table):
                     yield TableRow(index, location, values)
                 else:
                     yield SkippedSample(
-                        id=f"{index:08d}", location=location, reason="line holds no JSON object"
+                        id=f"{index:08d}", location=location, reason="line is not a JSON object"
                     )
 
 
 @final
 @dataclass(frozen=True, kw_only=True)
-class FlickrTokenTable(Table):
-    """Lines of `name.jpg#0<TAB>caption`, as Flickr8k and Flickr30k are told."""
-
-    path: Path
+class FlickrTokenTable(FileTable):
+    """A Flickr8k or Flickr30k token file, with lines `name.jpg#0<TAB>caption`."""
 
     def column_names(self) -> list[str]:
-        """Return the two things that a line tells."""
+        """Return the columns `image` and `caption`."""
         return ["image", "caption"]
 
-    def embedded_columns(self) -> frozenset[str]:
-        """Return nothing: text holds no images."""
-        return frozenset()
-
-    def fingerprint(self) -> str:
-        """Return the file's fingerprint."""
-        return file_fingerprint(self.path)
-
     def iter_rows(self, columns: Sequence[str]) -> Iterator[TableRow | SkippedSample]:
-        """Yield an image's name and one caption of it a line."""
+        """Yield one row per caption."""
         for index, line in _iter_lines(self.path):
             location = f"{self.name} line {index + 1}"
             try:
@@ -160,10 +132,10 @@ class FlickrTokenTable(Table):
 
 
 def open_text_table(path: Path) -> Table:
-    """Return the table in a text file, its kind told by its name and first line.
+    """Open a table in a text file; the format is detected from the name and the first line.
 
     Raises:
-        InputError: where the file is empty, or its first line is not UTF-8 or names a column twice.
+        InvalidInputError: if the file is empty, or its first line is not UTF-8 or has duplicate columns.
     """
     if path.suffix.lower() in {".jsonl", ".ndjson"}:
         return JsonLinesTable(path=path, name=path.name, root=path.parent)
@@ -176,21 +148,21 @@ def open_text_table(path: Path) -> Table:
             .partition("\n")[0]
         )
     except UnicodeDecodeError as error:
-        raise InvalidInputError(_encoding_error(path)) from error
+        raise InvalidInputError(_encoding_error(path), path=path) from error
     if not first_line:
-        raise InvalidInputError(f"{path} is empty")
+        raise InvalidInputError(f"{path} is empty", path=path)
     if _TOKEN_PATTERN.match(first_line):
         return FlickrTokenTable(path=path, name=path.name, root=path.parent)
     delimiter = "\t" if path.suffix.lower() == ".tsv" else max(_DELIMITERS, key=first_line.count)
     header = tuple(cell.strip() for cell in next(csv.reader([first_line.rstrip("\r")], delimiter=delimiter)))
     for cell in header:
         if cell and header.count(cell) > 1:
-            raise InvalidInputError(f"{path}: the first line names column `{cell}` more than once")
+            raise InvalidInputError(f"{path}: duplicate column {cell!r} in the first line", path=path)
     return DelimitedTable(path=path, name=path.name, root=path.parent, delimiter=delimiter, header=header)
 
 
 def _iter_lines(path: Path) -> Iterator[tuple[int, bytes]]:
-    """Yield the lines that are not blank, with their numbers from 0, without a byte order mark."""
+    """Yield the index and content of each non-blank line, without a byte order mark."""
     with path.open("rb") as stream:
         for index, line in enumerate(stream):
             content = line.removeprefix(b"\xef\xbb\xbf") if not index else line
@@ -199,7 +171,7 @@ def _iter_lines(path: Path) -> Iterator[tuple[int, bytes]]:
 
 
 def _encoding_error(path: Path) -> str:
-    """Say which line of a file is not UTF-8; read again because decoding works on blocks, not lines."""
+    """Return a message with the first line that is not UTF-8; the decoder reads blocks, not lines."""
     line_number = 1
     with path.open("rb") as stream:
         for line in stream:
@@ -208,4 +180,6 @@ def _encoding_error(path: Path) -> str:
             except UnicodeDecodeError:
                 break
             line_number += 1
-    return f"{path}, line {line_number}: not UTF-8; convert the file, such as with iconv -f latin1 -t utf-8"
+    return (
+        f"{path}, line {line_number}: not UTF-8; convert the file, for example with iconv -f latin1 -t utf-8"
+    )

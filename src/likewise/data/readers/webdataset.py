@@ -1,4 +1,4 @@
-"""Tar archives in the manner of WebDataset: members of one name are a sample; read in place."""
+"""Reader of WebDataset tar archives: members with the same stem form a sample; images are read in place."""
 
 import os
 import tarfile
@@ -20,6 +20,7 @@ from likewise.data.readers.base import (
     SkippedSample,
     hash_strings,
     read_sidecar,
+    reject_table_options,
     sidecar_columns,
     stat_fingerprint,
 )
@@ -31,7 +32,7 @@ _TAR_BLOCK_SIZE = 512
 
 @dataclass(frozen=True, slots=True)
 class _TarSample:
-    """Where the parts of a sample lie in an archive: offset and size of the image and of what tells of it."""
+    """Offsets and sizes of the images and caption files of a sample in an archive."""
 
     images: list[tuple[int, int]] = field(default_factory=list)
     sidecars: dict[str, tuple[int, int]] = field(default_factory=dict)
@@ -40,19 +41,20 @@ class _TarSample:
 @final
 @dataclass(frozen=True, kw_only=True)
 class TarReader(Reader):
-    """The images in tar archives; the archive is their group."""
+    """Reader of tar archives; the archive is the group."""
 
-    archives: tuple[str, ...]  # relative to the root
+    archives: tuple[str, ...]
+    """Paths relative to the root."""
     columns: ColumnMapping
 
     def inferred_settings(self) -> list[str]:
-        """Return where captions are looked for."""
-        keys = " or ".join(f"`{key}`" for key in self.columns.captions)
+        """Return a message on the source of the captions."""
+        keys = " or ".join(map(repr, self.columns.captions))
         source_name = self.archives[0] if len(self.archives) == 1 else f"{len(self.archives)} archives"
-        return [f"{source_name}: captions are taken from {keys} in a sample's .json, or from its .txt."]
+        return [f"{source_name}: captions are {keys} of the .json member of a sample, or its .txt member"]
 
     def count(self) -> int:
-        """Return the number of samples with an image, from the headers in the archives."""
+        """Return the number of samples with an image, from the headers of the archives."""
         return sum(
             bool(sample.images)
             for name in self.archives
@@ -60,13 +62,13 @@ class TarReader(Reader):
         )
 
     def fingerprint(self) -> str:
-        """Return a digest of the name, size and time of every archive."""
+        """Hash the names, sizes and modification times of the archives."""
         return hash_strings(
             part for name in self.archives for part in (name, stat_fingerprint(self.root / name))
         )
 
     def iter_samples(self) -> Iterator[Entry]:
-        """Yield the samples; headers are held an archive at a time, as parts of a sample may lie apart."""
+        """Yield the samples; the headers of one archive are in memory, as its samples may be scattered."""
         for name in self.archives:
             samples, error = _read_headers(self.root / name)
             for key, sample in samples.items():
@@ -93,7 +95,8 @@ class TarReader(Reader):
         except SidecarError as error:
             return SkippedSample(id=default_id, location=location, reason=str(error))
         except ValueError:
-            return SkippedSample(id=default_id, location=location, reason="a condition's key holds no text")
+            reason = "value of a `where` column is not text"
+            return SkippedSample(id=default_id, location=location, reason=reason)
         image = ImageRef(path=archive, offset=offset, size=size)
         return self.columns.build_sample(
             values, image, default_id, location, stem.rsplit("/", maxsplit=1)[-1]
@@ -112,14 +115,14 @@ class TarReader(Reader):
 
 
 def _is_extra_view(key: str, sample: _TarSample, samples: dict[str, _TarSample]) -> bool:
-    """Whether `a.mask.png` belongs to a sample `a`, as WebDataset has it, and is no image of its own."""
+    """Return whether an image such as `a.mask.png` belongs to the sample `a`, as in WebDataset."""
     folder, separator, name = key.rpartition("/")
     main_key = folder + separator + name.partition(".")[0]
     return not sample.sidecars and main_key != key and main_key in samples and bool(samples[main_key].images)
 
 
 def _read_headers(path: Path) -> tuple[dict[str, _TarSample], str | None]:
-    """Return an archive's samples by name, in order, and what is wrong with the archive, if anything."""
+    """Return the samples of an archive by key, in order, and an error message if it is damaged."""
     samples: dict[str, _TarSample] = {}
     message = None
     try:
@@ -129,7 +132,7 @@ def _read_headers(path: Path) -> tuple[dict[str, _TarSample], str | None]:
                     _add_member(member, samples)
             except tarfile.TarError as error:
                 message = (
-                    "archive is cut short"
+                    "archive is truncated"
                     if "unexpected end" in str(error)
                     else f"archive is damaged: {error}"
                 )
@@ -139,22 +142,22 @@ def _read_headers(path: Path) -> tuple[dict[str, _TarSample], str | None]:
 
 
 def _iter_members(stream: BinaryIO) -> Iterator[tarfile.TarInfo]:
-    """Yield the files in an archive from their headers alone.
+    """Yield the files of an archive, reading only their headers.
 
     Raises:
-        tarfile.TarError: where the archive ends early or is damaged.
+        tarfile.TarError: if the archive is truncated or damaged.
     """
     with tarfile.open(fileobj=stream, mode="r:") as archive:
         end = stream.seek(0, os.SEEK_END)
         while (member := archive.next()) is not None:
-            archive.members = []  # pyrefly: ignore[missing-attribute]  # or every header would be kept
+            archive.members = []  # pyrefly: ignore[missing-attribute]  # free the headers
             if member.offset_data + member.size > end:
                 raise tarfile.ReadError("unexpected end of data")
             if member.isfile() and not member.issparse():
                 yield member
-        # tarfile takes a damaged header for the end of the archive; the true end is a block of zeros.
+        # tarfile treats a damaged header as the end of the archive; a real end is a block of zeros.
         if os.pread(stream.fileno(), _TAR_BLOCK_SIZE, archive.offset).strip(b"\0"):
-            raise tarfile.ReadError("no header where one should be")
+            raise tarfile.ReadError("invalid header")
 
 
 def _add_member(member: tarfile.TarInfo, samples: dict[str, _TarSample]) -> None:
@@ -169,22 +172,20 @@ def _add_member(member: tarfile.TarInfo, samples: dict[str, _TarSample]) -> None
 
 
 def open_tar_archives(paths: list[Path], options: ImportOptions) -> TarReader:
-    """Return the images in tar archives.
+    """Return the reader of tar archives.
 
     Raises:
-        InputError: where an archive is compressed, or options have no meaning for archives.
+        InvalidInputError: if an archive is compressed, or an option requires a table.
     """
-    if options.image_column is not None or options.images is not None:
-        raise InvalidInputError(
-            "tar archives hold their images themselves: leave out --image-column and --images"
-        )
+    reject_table_options(options, "tar archives contain their images")
     resolved = [path.resolve() for path in paths]
     for path in resolved:
         with path.open("rb") as stream:
             head = stream.read(8)
         if head.startswith(_COMPRESSED_MAGIC):
             raise InvalidInputError(
-                f"{path} is compressed, so images cannot be read in place; unpack it to a plain .tar first"
+                f"{path} is compressed and cannot be read in place; convert it to a plain .tar first",
+                path=path,
             )
     root = Path(os.path.commonpath([path.parent for path in resolved]))
     archives = tuple(sorted(path.relative_to(root).as_posix() for path in resolved))
