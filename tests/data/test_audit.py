@@ -1,4 +1,4 @@
-"""The audit: each problem that is planted in a dataset is dataset_filter and counted, and nothing else."""
+"""The audit: each problem that is planted in a dataset is found and counted, and nothing else."""
 
 import csv
 import json
@@ -73,7 +73,7 @@ def dissimilar_drawings(count: int) -> list[str]:
 
 
 def problem_rows(folder: Path) -> list[Row]:
-    """Lay out images and return a table with a known number of each fault."""
+    """Write images and return a table with a known number of each problem."""
     names = iter(dissimilar_drawings(110))
     clocks = [f"{code:x}" for code in range(0x1F550, 0x1F550 + 24)]
     rows: list[Row] = []
@@ -165,8 +165,8 @@ def test_only_uninformative_templates_are_boilerplate(audited: AuditReport) -> N
     templates = {template["text"]: template for template in audited.report["templates"]}
     assert {text: template["is_boilerplate"] for text, template in templates.items()} == {
         "# year guarantee read about the terms in the brochure": True,
-        "acme men white wall clock": False,  # by its looks alone
-        LABELED_TEMPLATE: False,  # by its label alone
+        "acme men white wall clock": False,  # its images are too similar
+        LABELED_TEMPLATE: False,  # one label
         "dog": False,  # too short to be sure
     }
     title, praise = templates["acme men white wall clock"], templates[LABELED_TEMPLATE]
@@ -430,8 +430,8 @@ def test_misra_gries_bounds_the_undercount() -> None:
         frequent.prune()
         assert len(frequent.counts) <= 20_000
     assert frequent.max_undercount > 0
-    dataset_filter = frequent.counts[Phrase("first", "itap of")]
-    assert exact[Phrase("first", "itap of")] - frequent.max_undercount <= dataset_filter <= 6_000
+    count = frequent.counts[Phrase("first", "itap of")]
+    assert exact[Phrase("first", "itap of")] - frequent.max_undercount <= count <= 6_000
     assert frequent.max_undercount <= exact.total() / 20_000
 
 

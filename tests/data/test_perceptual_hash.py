@@ -48,7 +48,7 @@ def altered(emoji: Path, tmp_path_factory: pytest.TempPathFactory) -> CaptionDat
         rows.append((f"{i:03}.png", f"picture {i}"))
         if i % 3 == 0:
             pixels.resize((190, 190), Image.Resampling.BICUBIC).save(folder / f"{i:03}-copy.jpg", quality=60)
-            rows.append((f"{i:03}-copy.jpg", f"picture {i}, saved anew"))
+            rows.append((f"{i:03}-copy.jpg", f"picture {i}, re-encoded"))
         if i % 3 == 1:
             Image.fromarray((np.asarray(pixels) * 0.985).astype(np.uint8)).save(folder / f"{i:03}-darker.png")
             rows.append((f"{i:03}-darker.png", f"picture {i}, a little darker"))

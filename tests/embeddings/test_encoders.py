@@ -64,7 +64,7 @@ def test_sentence_transformer_equals_its_library(collection: CaptionDataset, min
     actual = embed(collection, MINILM)
     rows = np.concatenate([actual.load_shard(i)[0] for i in range(actual.num_shards)])
     ids = np.concatenate([actual.load_shard(i)[1] for i in range(actual.num_shards)])
-    # Two houses draw each emoji: identical captions are embedded once and must land in every row.
+    # Two vendors draw each emoji: equal captions are encoded once and fill several rows.
     assert len(set(captions)) < 0.8 * len(captions)
     np.testing.assert_allclose(rows, plain, atol=5e-4)
     assert ids.tolist() == [i for i, sample in enumerate(collection) for _ in sample.captions]
@@ -176,7 +176,7 @@ def test_clip_truncation_keeps_the_end_token(clip: tuple[str, Any]) -> None:
 def test_invalid_clip_names_raise(tmp_path: Path) -> None:
     with pytest.raises(ModelError, match="unknown CLIP model 'ViT-B-23'.*Did you mean.*ViT-B-32"):
         load("clip:ViT-B-23/openai")
-    with pytest.raises(ModelError, match="'opena' is neither a file nor weights of ViT-B-32; it has openai"):
+    with pytest.raises(ModelError, match="'opena' is neither a file nor a tag of ViT-B-32; its tags: openai"):
         load("clip:ViT-B-32/opena")
     with pytest.raises(ModelError, match="expected clip:ARCH/WEIGHTS"):
         resolve_encoder("clip:ViT-B-32")
