@@ -43,8 +43,10 @@ OptimizerName = Literal["adamw", "adam"]
 class TrainConfig:
     """Settings of a training run, apart from the pairs; the defaults are the paper's recipe.
 
-    TrainConfig(method="simclr", backbone="resnet18", image_size=64, batch_size=128, epochs=20)
-    TrainConfig(method=SimCLROptions(temperature=0.2, false_negatives="mask"))
+    ::
+
+        TrainConfig(method="simclr", backbone="resnet18", image_size=64, batch_size=128, epochs=20)
+        TrainConfig(method=SimCLROptions(temperature=0.2, false_negatives="mask"))
     """
 
     method: str | MethodOptions = "simclr"

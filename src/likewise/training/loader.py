@@ -206,6 +206,8 @@ def _to_float(crops: Tensor) -> Tensor:
 class PairDataset(Dataset[tuple[Any, ...]]):
     """Augmented views of positive pairs, as a map-style dataset of torch.
 
+    ::
+
         pairs = likewise.build_pairs(dataset, likewise.PairConfig(source="language", k=3))
         pair_dataset = likewise.PairDataset(dataset, pairs, image_size=64)
         view1, view2, index = pair_dataset[0]
@@ -354,6 +356,8 @@ class PairDataset(Dataset[tuple[Any, ...]]):
 
 class PairLoader:
     """Shuffled batches of a `PairDataset`, made ahead of time by threads; incomplete batches are dropped.
+
+    ::
 
         loader = likewise.PairLoader(pair_dataset, batch_size=128)
         for epoch in range(10):

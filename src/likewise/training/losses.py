@@ -1,5 +1,7 @@
 """Losses as pure functions: tensors in, a scalar out, without state or communication.
 
+::
+
     from likewise.training.losses import nt_xent_loss
     loss = nt_xent_loss(z1, z2, temperature=0.1)
 
