@@ -93,7 +93,7 @@ def _compare(collection: CaptionDataset, size: int, raw_bytes: int, rounds: int)
         ViewSpec(source=0, augmentation="crop", image_size=size),
         ViewSpec(source=1, augmentation="crop", image_size=size),
     )
-    pairs = build_pairs(collection, PairConfig(source="self"), images.readable)
+    pairs = build_pairs(collection, PairConfig(source="self"), allowed=images.readable_mask)
     pair_dataset = PairDataset(images, pairs, view_specs=others)
     anchors = np.arange(PAIRS)
 

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from likewise.data.dataset import CaptionDataset
-from likewise.data.filters import FilterRow, read_filter, write_filter
+from likewise.data.filters import DatasetFilter, DatasetView, FilterRow, open_view, read_filter, write_filter
 from likewise.data.importing import import_dataset
 from likewise.embeddings.store import find_embeddings
 from likewise.errors import InvalidInputError
@@ -43,6 +43,22 @@ def write(
     return path
 
 
+def caption_mask(dataset: CaptionDataset, dataset_filter: DatasetFilter) -> np.ndarray:
+    mask = DatasetView(dataset, dataset_filter).caption_mask
+    assert mask is not None
+    return mask
+
+
+def test_open_view_masks_images_and_captions(small: CaptionDataset, tmp_path: Path) -> None:
+    view = open_view(small, write(tmp_path / "f.csv", ("f.png", "", "copy"), ("d.png", "twice", "")))
+    assert view.image_mask.tolist() == [True, True, True, True, True, False]
+    assert view.caption_mask is not None
+    assert view.caption_mask.tolist() == [True, True, True, True, False, False, False]
+    whole = open_view(small)
+    assert whole.image_mask.all()
+    assert whole.caption_mask is None
+
+
 def test_written_exclusions_are_read_back(small: CaptionDataset, tmp_path: Path) -> None:
     rows = [
         FilterRow(id="a.png", caption="my favourite", reason="filler"),
@@ -58,13 +74,12 @@ def test_written_exclusions_are_read_back(small: CaptionDataset, tmp_path: Path)
     assert not dataset_filter.excludes_caption(0, "a  grinning face")
     assert dataset_filter.excludes_caption(5, "ein Gesicht, größer")
     assert not dataset_filter.excludes_caption(3, "my favourite")
-    assert dataset_filter.caption_mask(small, 0).tolist() == [True, False, False, False, True, True]
-    assert dataset_filter.caption_mask(small, 1).tolist() == [False]
+    assert caption_mask(small, dataset_filter).tolist() == [True, False, False, False, True, True, False]
 
 
 def test_caption_excludes_all_equal_captions_of_its_image(small: CaptionDataset, tmp_path: Path) -> None:
     dataset_filter = read_filter(write(tmp_path / "f.csv", ("d.png", "twice", "")), small)
-    assert dataset_filter.caption_mask(small, 0).tolist() == [True, True, True, True, False, False]
+    assert caption_mask(small, dataset_filter).tolist()[:6] == [True, True, True, True, False, False]
     assert not dataset_filter.excluded_images.any()
 
 
@@ -83,7 +98,7 @@ def test_filter_tolerates_whitespace_order_and_delimiter_changes(
 def test_filter_without_rows_excludes_nothing(small: CaptionDataset, tmp_path: Path) -> None:
     dataset_filter = read_filter(write(tmp_path / "f.csv"), small)
     assert not dataset_filter.excluded_images.any()
-    assert all(dataset_filter.caption_mask(small, shard).all() for shard in range(2))
+    assert caption_mask(small, dataset_filter).all()
     assert dataset_filter.reason_counts == {}
 
 
@@ -93,9 +108,12 @@ def test_caption_mask_is_aligned_with_embeddings(collection: CaptionDataset, tmp
         write(tmp_path / "f.csv", (sample.id, sample.captions[1], "test")), collection
     )
     embeddings = find_embeddings(collection, None)
-    num_excluded = 0
+    num_excluded = start = 0
+    masks = caption_mask(collection, dataset_filter)
     for shard in range(embeddings.num_shards):
-        mask, (vectors, ids) = dataset_filter.caption_mask(collection, shard), embeddings.load_shard(shard)
+        vectors, ids = embeddings.load_shard(shard)
+        mask = masks[start : start + len(vectors)]
+        start += len(vectors)
         assert mask.shape == (len(vectors),)
         texts = [c for sample in collection.samples(shard) for c in sample.captions]
         expected = [
@@ -161,5 +179,5 @@ def test_write_is_atomic(tmp_path: Path) -> None:
 def test_masks_are_bool(small: CaptionDataset, tmp_path: Path) -> None:
     dataset_filter = read_filter(write(tmp_path / "f.csv", ("a.png", "", "x")), small)
     assert dataset_filter.excluded_images.dtype == np.bool_
-    assert dataset_filter.caption_mask(small, 0).dtype == np.bool_
+    assert caption_mask(small, dataset_filter).dtype == np.bool_
     assert len(dataset_filter.key) == 16

@@ -240,17 +240,17 @@ def test_rank_correlation_is_spearmans() -> None:
 def test_rules_are_told_as_they_are_typed() -> None:
     for text in (
         *LANGUAGE_PAIR_CONFIGS,
-        "k=3,mutual=10",
-        "pairs=vision",
-        "draw-temperature=0.1,k=4",
+        "k=3,mutual-k=10",
+        "source=vision",
+        "sampling-temperature=0.1,k=4",
         "scope=other",
     ):
         rule = parse_pair_config(text)
         assert parse_pair_config(format_pair_config(rule)) == rule
-    assert format_pair_config(parse_pair_config("paper")) == "paper"
+    assert format_pair_config(parse_pair_config("default")) == "default"
     assert (
-        format_pair_config(parse_pair_config("distinct-captions,k=2,encoder=tfidf"))
-        == "distinct-captions,k=2"
+        format_pair_config(parse_pair_config("exclude-identical-captions,k=2,caption-encoder=tfidf"))
+        == "exclude-identical-captions,k=2"
     )
 
 
@@ -272,7 +272,7 @@ def _figures(row: AnalysisRow) -> PairStats:
 def test_the_usual_rules_are_applied_with_labels_as_the_oracle(
     collection: CaptionDataset, usual: PairAnalysis
 ) -> None:
-    assert [row.pair_config for row in usual.rows] == [*LANGUAGE_PAIR_CONFIGS, "pairs=label"]
+    assert [row.pair_config for row in usual.rows] == [*LANGUAGE_PAIR_CONFIGS, "source=label"]
     assert {row.encoder for row in usual.rows[:-1]} == {MINILM}
     oracle = _figures(usual.rows[-1])
     assert oracle.label_precision is not None
@@ -282,7 +282,7 @@ def test_the_usual_rules_are_applied_with_labels_as_the_oracle(
     assert (usual.num_images, usual.num_labeled) == (len(collection), len(collection))
     assert len(usual.anchors) == 6
     assert all(len(anchor.partners) == len(usual.rows) for anchor in usual.anchors)
-    assert json.loads(json.dumps(usual.to_dict()))["rows"][0]["figures"]["with_partner"] == 1.0
+    assert json.loads(json.dumps(usual.to_dict()))["rows"][0]["stats"]["paired_fraction"] == 1.0
 
 
 def test_the_papers_rule_is_judged_as_by_brute_force(collection: CaptionDataset, usual: PairAnalysis) -> None:
@@ -295,7 +295,7 @@ def test_the_papers_rule_is_judged_as_by_brute_force(collection: CaptionDataset,
     np.fill_diagonal(cosine, -2)
     best = np.where(cosine > cosine.max(axis=1, keepdims=True) - 1e-6, np.arange(len(cosine)), len(cosine))
     nearest = best.min(axis=1)
-    found, records = _figures(_by_rule(usual)["paper"]), list(collection)
+    found, records = _figures(_by_rule(usual)["default"]), list(collection)
     labels = [record.label for record in records]
     right = np.mean([labels[a] == labels[p] for a, p in enumerate(nearest)])
     assert found.label_precision is not None
@@ -317,12 +317,14 @@ def test_the_papers_rule_is_judged_as_by_brute_force(collection: CaptionDataset,
 def test_rules_change_what_they_promise(usual: PairAnalysis) -> None:
     rules = {name: _figures(row) for name, row in _by_rule(usual).items()}
     assert (
-        rules["distinct-captions"].identical_caption_fraction == 0 < rules["paper"].identical_caption_fraction
+        rules["exclude-identical-captions"].identical_caption_fraction
+        == 0
+        < rules["default"].identical_caption_fraction
     )
     least = rules["min-similarity=0.7"].similarity
     assert least is not None
     assert least[0] >= 0.7
-    assert rules["k=5"].coverage > rules["paper"].coverage
+    assert rules["k=5"].coverage > rules["default"].coverage
     k5 = rules["k=5"]
     assert k5.label_precision is not None
     assert k5.top1_precision is not None
@@ -330,13 +332,15 @@ def test_rules_change_what_they_promise(usual: PairAnalysis) -> None:
 
 
 def test_all_mutual_neighbors_are_reciprocal_pairs(collection: CaptionDataset) -> None:
-    (row,) = analyze_pairs(collection, pair_configs=["k=10,mutual=10"]).rows
+    (row,) = analyze_pairs(collection, pair_configs=["k=10,mutual-k=10"]).rows
     assert _figures(row).reciprocity == pytest.approx(1.0)
 
 
 def test_a_rule_that_leaves_nobody_is_a_row(collection: CaptionDataset) -> None:
     found = analyze_pairs(
-        collection, [MINILM], ["distinct-captions,min-similarity=1", "pairs=self", "paper", "paper"]
+        collection,
+        [MINILM],
+        ["exclude-identical-captions,min-similarity=1", "source=self", "default", "default"],
     )
     assert [row.stats is None for row in found.rows] == [True, False, True]
     nobody, paper, itself = found.rows
@@ -348,7 +352,7 @@ def test_a_rule_that_leaves_nobody_is_a_row(collection: CaptionDataset) -> None:
 
 
 def test_captions_drawn_each_epoch_are_judged_by_caption(collection: CaptionDataset) -> None:
-    draw, best = analyze_pairs(collection, [MINILM], ["captions=draw", "captions=best"]).rows
+    draw, best = analyze_pairs(collection, [MINILM], ["caption-pooling=sample", "caption-pooling=max"]).rows
     assert _figures(draw).paired_fraction == _figures(best).paired_fraction == 1.0
     assert _figures(draw).coverage > 0.5
 
@@ -358,10 +362,10 @@ def test_the_same_question_has_the_same_answer(collection: CaptionDataset, usual
 
 
 def test_what_cannot_be_diagnosed_is_refused(collection: CaptionDataset) -> None:
-    with pytest.raises(InvalidInputError, match="unknown setting 'mutal'"):
+    with pytest.raises(InvalidInputError, match="unknown field 'mutal'"):
         analyze_pairs(collection, pair_configs=["mutal=10"])
     with pytest.raises(ArtifactError, match="no embeddings"):
-        analyze_pairs(collection, pair_configs=["pairs=vision"])
+        analyze_pairs(collection, pair_configs=["source=vision"])
 
 
 def test_nearest_of_a_sample_are_those_of_the_search(collection: CaptionDataset, usual: PairAnalysis) -> None:
@@ -382,29 +386,29 @@ def several(collection: CaptionDataset, tmp_path_factory: pytest.TempPathFactory
 
 
 def test_encoders_are_compared_side_by_side(several: CaptionDataset) -> None:
-    found = analyze_pairs(several, pair_configs=["paper", "pairs=vision", "pairs=hybrid"])
+    found = analyze_pairs(several, pair_configs=["default", "source=vision", "source=hybrid"])
     assert {(row.pair_config, row.encoder) for row in found.rows} == {
-        ("paper", MINILM),
-        ("paper", "tfidf"),
-        ("pairs=vision", LOOKS),
-        ("pairs=hybrid", f"{MINILM} + {LOOKS}"),
-        ("pairs=hybrid", f"tfidf + {LOOKS}"),
+        ("default", MINILM),
+        ("default", "tfidf"),
+        ("source=vision", LOOKS),
+        ("source=hybrid", f"{MINILM} + {LOOKS}"),
+        ("source=hybrid", f"tfidf + {LOOKS}"),
     }
     by_looks = {row.pair_config: _figures(row).image_similarity or 0.0 for row in found.rows}
     assert found.image_encoder == LOOKS
     assert found.random_baseline.image_similarity is not None
     assert (
-        by_looks["pairs=vision"]
-        > by_looks["pairs=hybrid"]
-        > by_looks["paper"]
+        by_looks["source=vision"]
+        > by_looks["source=hybrid"]
+        > by_looks["default"]
         > found.random_baseline.image_similarity
     )
     assert {each.encoder for each in found.similarity_histograms} == {MINILM, "tfidf", LOOKS}
     assert len(found.agreements) == 3
-    one = analyze_pairs(several, ["tfidf"], ["paper"])
+    one = analyze_pairs(several, ["tfidf"], ["default"])
     assert [row.encoder for row in one.rows] == ["tfidf"]
     assert one.image_encoder == LOOKS
-    assert "pairs=hybrid" in {row.pair_config for row in analyze_pairs(several, ["tfidf", LOOKS]).rows}
+    assert "source=hybrid" in {row.pair_config for row in analyze_pairs(several, ["tfidf", LOOKS]).rows}
 
 
 def test_agreement_is_that_of_the_nearest(several: CaptionDataset) -> None:
@@ -439,9 +443,12 @@ def _likewise(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
 def test_the_command_line_prints_a_table_and_writes_a_page(
     collection: CaptionDataset, tmp_path: Path
 ) -> None:
-    page, asked = tmp_path / "pairs.html", ("paper", "k=3,mutual=10", "distinct-captions,min-similarity=0.99")
-    rules = [word for rule in asked for word in ("--rule", rule)]
-    told = _likewise("diagnose", collection.path, "--encoder", MINILM, *rules, "--out", page)
+    page, asked = (
+        tmp_path / "pairs.html",
+        ("default", "k=3,mutual-k=10", "exclude-identical-captions,min-similarity=0.99"),
+    )
+    rules = [word for rule in asked for word in ("--pair-config", rule)]
+    told = _likewise("analyze-pairs", collection.path, "--encoder", MINILM, *rules, "--out", page)
     assert told.returncode == 0, told.stderr
     lines = told.stdout.splitlines()
     starts = [line.split()[0] for line in lines if line.startswith("  ") and line.strip()]
@@ -454,15 +461,26 @@ def test_the_command_line_prints_a_table_and_writes_a_page(
 def test_the_command_line_tells_machines_the_same(collection: CaptionDataset, tmp_path: Path) -> None:
     page = tmp_path / "pairs.html"
     told = _likewise(
-        "diagnose", collection.path, "--rule", "paper", "--rule", "k=3", "--json", "--quiet", "--out", page
+        "analyze-pairs",
+        collection.path,
+        "--pair-config",
+        "default",
+        "--pair-config",
+        "k=3",
+        "--json",
+        "--quiet",
+        "--out",
+        page,
     )
     assert told.returncode == 0, told.stderr
     result = json.loads(told.stdout)
-    assert [row["rule"] for row in result["rows"]] == ["paper", "k=3"]
+    assert [row["pair_config"] for row in result["rows"]] == ["default", "k=3"]
     assert result["page"] == str(page)
     saved = json.loads(page.with_suffix(".json").read_text())
     assert saved == {name: value for name, value in result.items() if name != "page"}
-    assert saved == json.loads(json.dumps(analyze_pairs(collection, pair_configs=["paper", "k=3"]).to_dict()))
+    assert saved == json.loads(
+        json.dumps(analyze_pairs(collection, pair_configs=["default", "k=3"]).to_dict())
+    )
 
 
 def test_draws_are_plain_arrays() -> None:

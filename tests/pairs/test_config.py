@@ -1,4 +1,4 @@
-"""Rules as settings: what is refused, what is said, and how they are typed."""
+"""Pair configs: validation, summaries and parsing."""
 
 import subprocess
 import sys
@@ -11,53 +11,64 @@ from likewise.neighbors.config import SearchConfig
 from likewise.pairs.config import PairConfig, parse_pair_config
 
 
+def test_default_is_the_nearest_caption() -> None:
+    config = PairConfig()
+    assert config.source == "language"
+    assert config.summary() == "each image is paired with the image with the most similar captions"
+    assert PairConfig(source="self").summary() == "each image is paired with another view of itself"
+
+
 @pytest.mark.parametrize(
-    ("given", "told"),
+    ("overrides", "field", "text"),
     [
-        ({"k": 0}, "k is 0; it must be at least 1"),
-        ({"pairs": "label", "hubs": "csls"}, "--hubs means nothing for pairs from label"),
-        ({"min_similarity": 1.5}, "min similarity is 1.5; it must be between -1 and 1"),
-        ({"self_share": -0.1}, "self share is -0.1"),
-        ({"draw_temperature": 0.0}, "must be above 0"),
-        ({"ratio": 0.5}, "ratio is 0.5; it must be at least 1"),
-        ({"pairs": "file"}, "--pairs-file FILE go together"),
-        ({"pairs_file": Path("p.csv")}, "--pairs-file FILE go together"),
-        ({"hubs": "mutual-proximity", "captions": "best"}, "one vector an image"),
-        ({"pairs": "hybrid", "captions": "best"}, "one vector an image"),
-        ({"pairs": "label", "scope": "other"}, "--scope means nothing for pairs from label"),
-        ({"pairs": "self", "k": 3}, "--k means nothing for pairs from self"),
-        ({"pairs": "label", "fallback": "nearest"}, "none is the nearest"),
-        ({"captions": "draw", "mutual": 5}, "compares single captions"),
-        ({"index_recall": 2.0}, "index recall is 2.0"),
+        ({"k": 0}, "k", "at least 1, got 0"),
+        ({"source": "label", "hubness_correction": "csls"}, "hubness_correction", "does not apply"),
+        ({"min_similarity": 1.5}, "min_similarity", "between -1 and 1, got 1.5"),
+        ({"self_pair_prob": -0.1}, "self_pair_prob", "got -0.1"),
+        ({"sampling_temperature": 0.0}, "sampling_temperature", "above 0"),
+        ({"ratio_threshold": 0.5}, "ratio_threshold", "at least 1, got 0.5"),
+        ({"source": "file"}, "pairs_file", "require each other"),
+        ({"pairs_file": Path("p.csv")}, "pairs_file", "require each other"),
+        (
+            {"hubness_correction": "mutual-proximity", "caption_pooling": "max"},
+            "caption_pooling",
+            "one vector",
+        ),
+        ({"source": "hybrid", "caption_pooling": "max"}, "caption_pooling", "one vector"),
+        ({"source": "label", "group_scope": "different"}, "group_scope", "does not apply"),
+        ({"source": "self", "k": 3}, "k", "does not apply to `source` 'self'"),
+        ({"source": "label", "fallback": "nearest"}, "fallback", "no nearest"),
+        ({"caption_pooling": "sample", "mutual_k": 5}, "caption_pooling", "single captions"),
+        ({"target_recall": 2.0}, "target_recall", "got 2.0"),
     ],
 )
-def test_what_no_rule_can_mean_is_refused(given: dict, told: str) -> None:
-    with pytest.raises(InvalidInputError, match=told):
-        PairConfig(**given)
+def test_invalid_pair_config_raises(overrides: dict, field: str, text: str) -> None:
+    with pytest.raises(InvalidInputError, match=text) as caught:
+        PairConfig(**overrides)
+    assert caught.value.field == field
 
 
-def test_rules_are_typed_as_settings() -> None:
-    assert parse_pair_config("paper") == PairConfig()
-    assert parse_pair_config("k=3, mutual=10,hubs=csls") == PairConfig(
+def test_parse_pair_config() -> None:
+    assert parse_pair_config("default") == PairConfig()
+    assert parse_pair_config("k=3, mutual-k=10,hubness_correction=csls") == PairConfig(
         k=3, mutual_k=10, hubness_correction="csls"
     )
-    assert parse_pair_config("distinct-captions,min-similarity=0.5") == PairConfig(
+    assert parse_pair_config("exclude-identical-captions,min-similarity=0.5") == PairConfig(
         exclude_identical_captions=True, min_similarity=0.5
     )
-    assert parse_pair_config("pairs=file,pairs_file=a.csv") == PairConfig(
+    assert parse_pair_config("source=file,pairs_file=a.csv") == PairConfig(
         source="file", pairs_file=Path("a.csv")
     )
-    with pytest.raises(InvalidInputError, match="unknown setting 'mutal'.*Did you mean mutual"):
-        parse_pair_config("mutal=3")
-    with pytest.raises(InvalidInputError, match="k stands twice in the rule 'k=3,k=5'"):
+    with pytest.raises(InvalidInputError, match="unknown field 'mutal_k'.*Did you mean mutual_k"):
+        parse_pair_config("mutal_k=3")
+    with pytest.raises(InvalidInputError, match="twice in the pair config 'k=3,k=5'"):
         parse_pair_config("k=3,k=5")
-    with pytest.raises(InvalidInputError, match="'three' in the rule 'k=three' is not a number"):
+    with pytest.raises(InvalidInputError, match="'three' in the pair config 'k=three' is not a number"):
         parse_pair_config("k=three")
 
 
-def test_summaries_say_every_setting_in_words() -> None:
-    assert PairConfig().summary() == "each image is paired with the image described most like it"
-    told = PairConfig(
+def test_summary_names_every_constraint() -> None:
+    summary = PairConfig(
         k=5,
         sampling_temperature=0.1,
         group_scope="different",
@@ -66,35 +77,36 @@ def test_summaries_say_every_setting_in_words() -> None:
         self_pair_prob=0.25,
         ratio_threshold=1.1,
     ).summary()
-    for words in (
-        "one of the 5 images described most like it, the nearer the more often",
-        "from another group",
-        "never of the same caption",
+    for phrase in (
+        "one of the 5 images with the most similar captions, sampled by similarity",
+        "in a different group",
+        "without identical captions",
         "each other's 10 nearest",
-        "ratio 1.1",
-        "in 25% of the draws with itself",
+        "ratio of 1.1",
+        "with probability 25% with itself",
     ):
-        assert words in told
+        assert phrase in summary
     assert (
-        PairConfig(source="vision").summary() == "each image is paired with the image that looks most like it"
+        PairConfig(source="vision").summary()
+        == "each image is paired with the image with the most similar image embeddings"
     )
 
 
-def test_what_is_searched_for_is_a_part_of_the_rule() -> None:
-    rule = PairConfig(k=3, group_scope="same", exclude_near_duplicates=True)
-    assert rule.search_config == SearchConfig(group_scope="same", exclude_near_duplicates=True)
+def test_search_config_is_the_part_that_the_search_depends_on() -> None:
+    config = PairConfig(k=3, group_scope="same", exclude_near_duplicates=True)
+    assert config.search_config == SearchConfig(group_scope="same", exclude_near_duplicates=True)
     assert PairConfig().num_candidates == 1
     assert PairConfig(k=3, mutual_k=10).num_candidates == 10
     assert PairConfig(hubness_correction="csls").num_candidates == 50
 
 
-def test_names_are_checked_without_the_types() -> None:
-    # In a process of its own: the tests' type checker would be first to complain.
-    for given, told in (
-        ("pairs='langage'", "unknown source of pairs 'langage'; known: self, language"),
-        ("scope='sam'", "unknown scope 'sam'; known: any, same, other. Did you mean same?"),
-        ("captions='bst'", "unknown captions 'bst'; known: mean, best, draw. Did you mean best?"),
+def test_choices_are_checked_without_a_type_checker() -> None:
+    # In a subprocess, because the type checker of the tests would raise first.
+    for argument, message in (
+        ("source='langage'", "unknown `source` 'langage'; known: self, language"),
+        ("group_scope='sam'", "unknown `group_scope` 'sam'; known: any, same, different. Did you mean same?"),
+        ("caption_pooling='men'", "unknown `caption_pooling` 'men'; known: mean, max, sample."),
     ):
-        code = f"from likewise.neighbors.rules import PairRule; PairRule({given})"
-        ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
-        assert told in ran.stderr
+        code = f"from likewise.pairs.config import PairConfig; PairConfig({argument})"
+        result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+        assert message in result.stderr

@@ -171,7 +171,7 @@ def test_an_image_with_two_views_in_a_pair_is_decoded_once(
     collection: CaptionDataset, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     image_cache = build_image_cache(collection, 36)
-    pairs = build_pairs(collection, PairConfig(source="self"), image_cache.readable)
+    pairs = build_pairs(collection, PairConfig(source="self"), allowed=image_cache.readable_mask)
     pair_dataset = PairDataset(image_cache, pairs, image_size=24, augmentation="simclr", seed=3)
     decoded: list[int] = []
     pixels = image_cache.pixels

@@ -15,6 +15,7 @@ import torch
 import likewise
 from helpers.methods import InterruptAfter, InterruptedTrainingError
 from likewise.data.dataset import CaptionDataset
+from likewise.data.filters import FilterRow, write_filter
 from likewise.data.importing import import_dataset
 from likewise.data.readers.base import ImportOptions
 from likewise.errors import ArtifactError, InvalidInputError, ModelError, TrainingError
@@ -243,3 +244,16 @@ def test_images_lost_since_import_are_excluded_and_counted(emoji: Path, tmp_path
     run = train(dataset, tmp_path / "run", replace(TINY, max_steps=2), PairConfig(source="self"))
     assert run.artifact.manifest.skipped == {"unreadable images": 2}
     assert run.artifact.manifest.counts["images"] == len(dataset) - 2
+
+
+def test_filter_file_is_read_once_per_run(
+    collection: CaptionDataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from likewise.data import filters
+
+    write_filter(tmp_path / "f.csv", [FilterRow(id=collection[0].id, caption="", reason="test")])
+    calls, read = [], filters.read_filter
+    monkeypatch.setattr(filters, "read_filter", lambda *arguments: calls.append(1) or read(*arguments))
+    config = TrainConfig(backbone="resnet10t", image_size=32, batch_size=32, max_steps=1)
+    train(collection, tmp_path / "run", config, PairConfig(filter=tmp_path / "f.csv"))
+    assert len(calls) == 1

@@ -5,6 +5,7 @@ import hashlib
 from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 
 import numpy as np
@@ -58,20 +59,55 @@ class DatasetFilter:
             return True
         return _collapse_whitespace(caption) in self.excluded_captions.get(index, ())
 
-    def caption_mask(self, dataset: CaptionDataset, shard: int) -> np.ndarray:
-        """Return the mask of the remaining captions of a shard, (num_captions,) bool.
 
-        The order is that of the rows of the caption embeddings of the shard.
-        """
-        offset = dataset.shard_offsets[shard]
+@dataclass(frozen=True, eq=False)
+class DatasetView:
+    """A dataset and the part of it that takes part in pairs and training: opened once, then passed on.
+
+    Attributes:
+        dataset: The dataset.
+        filter: What is excluded; None for nothing.
+    """
+
+    dataset: CaptionDataset
+    filter: DatasetFilter | None = None
+
+    @cached_property
+    def image_mask(self) -> np.ndarray:
+        """The images that take part, (n,) bool."""
+        if self.filter is None:
+            return np.ones(len(self.dataset), bool)
+        return ~self.filter.excluded_images
+
+    @cached_property
+    def caption_mask(self) -> np.ndarray | None:
+        """The captions that take part, (num_captions,) bool in the order of the embeddings; None for all."""
+        if self.filter is None:
+            return None
         return np.array(
             [
-                not self.excludes_caption(offset + row, caption)
-                for row, captions in enumerate(dataset.read_columns(shard, ["captions"])["captions"])
+                not self.filter.excludes_caption(position, caption)
+                for shard, offset in enumerate(self.dataset.shard_offsets[:-1])
+                for position, captions in enumerate(
+                    self.dataset.read_columns(shard, ["captions"])["captions"], offset
+                )
                 for caption in captions
             ],
             bool,
         )
+
+    def excludes_caption(self, position: int, caption: str) -> bool:
+        """Return whether a caption of the image at a position is excluded, by itself or with its image."""
+        return self.filter is not None and self.filter.excludes_caption(position, caption)
+
+
+def open_view(dataset: CaptionDataset, filter: Path | None = None) -> DatasetView:  # noqa: A002
+    """Open the view of a dataset that a filter file leaves, or of the whole dataset.
+
+    Raises:
+        InvalidInputError: if the filter file does not fit the dataset (see `read_filter`).
+    """
+    return DatasetView(dataset, None if filter is None else read_filter(filter, dataset))
 
 
 def read_filter(path: Path, dataset: CaptionDataset) -> DatasetFilter:

@@ -193,6 +193,13 @@ class ImageCache:
         return len(self.index)
 
     @property
+    def readable_mask(self) -> np.ndarray:
+        """The images that could be decoded, (n,) bool."""
+        mask = np.zeros(len(self), bool)
+        mask[self.readable] = True
+        return mask
+
+    @property
     def readable(self) -> np.ndarray:
         """Indices of the readable images, (m,) int64, ascending."""
         return np.flatnonzero(self.index[:, 1] > 0)

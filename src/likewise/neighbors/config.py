@@ -8,10 +8,10 @@ from likewise.errors import InvalidInputError, did_you_mean
 
 
 def check_choices(config: Any) -> None:
-    """Hold every setting whose values are a closed list against that list.
+    """Check every field whose type is a Literal.
 
     Raises:
-        InputError: listing what is known.
+        InvalidInputError: if a value is not among the choices.
     """
     for name, hint in get_type_hints(type(config)).items():
         choices = [
@@ -19,23 +19,22 @@ def check_choices(config: Any) -> None:
         ]
         value = getattr(config, name)
         if isinstance(value, str) and choices and value not in choices:
-            description = "source of pairs" if name == "source" else name.replace("_", " ")
             suggestion = did_you_mean(value, choices)
             raise InvalidInputError(
-                f"unknown {description} {value!r}; known: {', '.join(choices)}.{suggestion}"
+                f"unknown `{name}` {value!r}; known: {', '.join(choices)}.{suggestion}", field=name
             )
 
 
 def check_range(name: str, value: int | float | None, low: int | float, high: int | float | None) -> None:
-    """Hold a number against its bounds.
+    """Check that a number is None or between `low` and `high`, inclusive.
 
     Raises:
-        InputError: where it lies outside.
+        InvalidInputError: if it is not.
     """
     if value is None or (value >= low and (high is None or value <= high)):
         return
     bounds = f"at least {low}" if high is None else f"between {low} and {high}"
-    raise InvalidInputError(f"{name.replace('_', ' ')} is {value}; it must be {bounds}")
+    raise InvalidInputError(f"`{name}` must be {bounds}, got {value}", field=name)
 
 
 CaptionPooling = Literal["mean", "max", "sample"]
@@ -49,23 +48,20 @@ IndexType = Literal["auto", "exact", "ivf"]
 
 @dataclass(frozen=True, kw_only=True)
 class SearchConfig:
-    """Who may be found at all: decided before neighbors are searched for.
+    """Neighbor search: which images are compared, and how.
 
     Attributes:
-        caption_pooling: How an image with several captions is compared: by their `mean`, by the `best`
-            match of any
-            two, or by one that is drawn anew each epoch (`draw`).
-        group_scope: Partners of `any` group, of the `same` one, or of any `other`; images without a group
-            then
-            find nobody.
-        exclude_identical_captions: Pass over images whose captions read the same but for case, spaces and
+        caption_pooling: Comparison of images with several captions: the `mean` embedding, the `max` over
+            pairs of captions, or one caption that is `sample`d each epoch.
+        group_scope: Partners from `any` group, the `same` or a `different` one; images without a group then
+            have none.
+        exclude_identical_captions: Exclude images whose captions are equal except for case, spaces and
             punctuation.
-        exclude_near_duplicates: Pass over near-duplicate images (difference hashes at most 3 of 64 bits
-            apart, and
-            the same colours).
-        filter: A filter file as `likewise audit` writes it: images and captions that take no part.
-        index: `exact`, or an approximate inverted file (`ivf`); `auto` is exact up to a million images.
-        target_recall: Share of the exact ten nearest that an approximate index must find on a sample.
+        exclude_near_duplicates: Exclude near-duplicate images (difference hashes at most 3 of 64 bits apart,
+            and similar colors).
+        filter: Filter file, as written by `audit`, of images and captions to exclude.
+        index: `exact` search, an approximate inverted file (`ivf`), or `auto`: exact up to a million rows.
+        target_recall: Recall at 10 that an approximate index must reach on a sample.
     """
 
     caption_pooling: CaptionPooling = "mean"
@@ -77,16 +73,16 @@ class SearchConfig:
     target_recall: float = 0.95
 
     def __post_init__(self) -> None:
-        """Refuse what no search can mean.
+        """Validate the config.
 
         Raises:
-            InputError: naming the setting and what it may be.
+            InvalidInputError: if a value is out of range.
         """
         check_choices(self)
         check_range("target_recall", self.target_recall, 0, 1)
 
 
-DEFAULT_K = 10  # neighbors an image that a search keeps where nobody asks for more
+DEFAULT_K = 10  # neighbors per image
 
 
-NUM_RERANK_CANDIDATES = 50  # from how many a corrected or fused order is made
+NUM_RERANK_CANDIDATES = 50  # neighbors that are re-ranked or fused

@@ -10,7 +10,6 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from likewise.artifacts import (
-    MANIFEST,
     Artifact,
     atomic_write,
     config_hash,
@@ -18,14 +17,14 @@ from likewise.artifacts import (
     slugify,
 )
 from likewise.data.dataset import CaptionDataset
-from likewise.data.filters import read_filter
+from likewise.data.filters import DatasetView, open_view
 from likewise.data.perceptual_hash import MAX_HAMMING, MAX_THUMBNAIL_RMS
 from likewise.embeddings.store import Embeddings, find_embeddings
 from likewise.errors import ArtifactError, InvalidInputError
 from likewise.neighbors.config import DEFAULT_K, SearchConfig
 from likewise.neighbors.faiss_index import IVFIndex
 from likewise.neighbors.search import ExactIndex, Index
-from likewise.neighbors.vectors import ImageVectors, SearchCorpus, build_search_corpus, filtered_caption_mask
+from likewise.neighbors.vectors import ImageVectors, SearchCorpus, build_search_corpus
 from likewise.parallel import resolve_device
 from likewise.progress import NULL_PROGRESS, Progress
 
@@ -112,7 +111,7 @@ def find_neighbors(
     search_config: SearchConfig | None = None,
     use_image_embeddings: bool = False,
     memory_mb: int = 512,
-    device: str = "cpu",
+    device: str | None = None,
     progress: Progress = NULL_PROGRESS,
 ) -> Neighbors:
     """Find the k images most alike to each, into `COLLECTION/neighbors/…`.
@@ -140,28 +139,25 @@ def find_neighbors(
     embeddings = find_embeddings(dataset, encoder, modality="images" if use_image_embeddings else "captions")
     if k < 1:
         raise InvalidInputError(f"-k is {k}; at least 1 neighbor is needed")
-    num_comparable = _num_comparable(
-        dataset, embeddings, search_config, use_image_embeddings=use_image_embeddings
-    )
+    view = open_view(dataset, search_config.filter)
+    num_comparable = _num_comparable(view, embeddings)
     if num_comparable <= k:
-        description = _describe_corpus(
-            dataset, search_config, num_comparable, use_image_embeddings=use_image_embeddings
-        )
+        description = _describe_corpus(view, embeddings, search_config, num_comparable)
         raise InvalidInputError(f"{description}; -k {k} needs at least {k + 1}")
-    return _compute_neighbors(dataset, embeddings, search_config, k, memory_mb * 2**20, device, progress)
+    return _compute_neighbors(view, embeddings, search_config, k, memory_mb * 2**20, device, progress)
 
 
 def _compute_neighbors(
-    dataset: CaptionDataset,
+    view: DatasetView,
     embeddings: Embeddings,
     search_config: SearchConfig,
     k: int,
     memory_bytes: int,
-    device: str,
+    device: str | None,
     progress: Progress,
 ) -> Neighbors:
-    device = resolve_device(device)
-    settings, inputs = _settings_and_inputs(dataset, embeddings, search_config)
+    dataset, device = view.dataset, resolve_device(device)
+    settings, inputs = _settings_and_inputs(view, embeddings, search_config)
     settings["k"] = k
     folder_name = f"{slugify(settings['encoder'])}-k{k}-{config_hash(ARTIFACT_KIND, settings, inputs)[:8]}"
     artifact = Artifact.create_or_resume(
@@ -170,7 +166,7 @@ def _compute_neighbors(
     if artifact.is_complete:
         logger.info(f"neighbors by {settings['encoder']} exist: {artifact.path}")
         return Neighbors(artifact.path)
-    with build_search_corpus(dataset, embeddings, search_config, artifact.path, progress=progress) as corpus:
+    with build_search_corpus(view, embeddings, search_config, artifact.path, progress=progress) as corpus:
         index = _build_index(corpus, settings, memory_bytes, device)
         num_with_neighbors = _search_missing_shards(dataset, artifact, corpus, index, progress)
         num_rows = len(corpus.all_image_ids) if settings["caption_pooling"] == "sample" else len(dataset)
@@ -185,56 +181,42 @@ def _compute_neighbors(
     return Neighbors(artifact.finish(counts).path)
 
 
-def _num_comparable(
-    dataset: CaptionDataset,
-    embeddings: Embeddings,
-    search_config: SearchConfig,
-    *,
-    use_image_embeddings: bool,
-) -> int:
-    """Return how many images have a vector and are not left out."""
-    dataset_filter = None if search_config.filter is None else read_filter(search_config.filter, dataset)
-    caption_mask = None if use_image_embeddings else filtered_caption_mask(dataset, dataset_filter)
-    has_vector = ImageVectors(embeddings, len(dataset), caption_mask).captions_per_image > 0
-    return int(
-        has_vector.sum() if dataset_filter is None else (has_vector & ~dataset_filter.excluded_images).sum()
-    )
+def _num_comparable(view: DatasetView, embeddings: Embeddings) -> int:
+    """Return the number of images of the view that have a vector."""
+    caption_mask = None if embeddings.modality == "images" else view.caption_mask
+    has_vector = ImageVectors(embeddings, len(view.dataset), caption_mask).captions_per_image > 0
+    return int((has_vector & view.image_mask).sum())
 
 
 def _describe_corpus(
-    dataset: CaptionDataset, search_config: SearchConfig, num_comparable: int, *, use_image_embeddings: bool
+    view: DatasetView, embeddings: Embeddings, search_config: SearchConfig, num_comparable: int
 ) -> str:
-    data_phrase = "a vector" if use_image_embeddings else "a caption"
-    filter_phrase = "" if search_config.filter is None else f" that {search_config.filter} leaves"
-    return f"{num_comparable} images of {dataset.path} have {data_phrase} to compare{filter_phrase}"
+    unit = "a vector" if embeddings.modality == "images" else "a caption"
+    filter_phrase = "" if search_config.filter is None else f" after {search_config.filter}"
+    return f"{num_comparable} images of {view.dataset.path} have {unit} to compare{filter_phrase}"
 
 
 def find_or_compute_neighbors(
-    dataset: CaptionDataset,
-    encoder: str | None,
+    view: DatasetView,
+    embeddings: Embeddings,
     search_config: SearchConfig,
     k: int,
     *,
-    use_image_embeddings: bool = False,
-    device: str = "cpu",
+    device: str | None = None,
     progress: Progress = NULL_PROGRESS,
 ) -> Neighbors:
-    """Return neighbors of at least k an image, searched for where there are none yet.
+    """Return at least k neighbors per image: existing ones, or the result of a new search.
 
-    Where the collection is too small for k, rows hold as many as there are.
+    In a dataset with fewer than k other images, rows hold as many neighbors as there are.
 
     Raises:
-        InputError: where the collection has fewer than two images to compare.
-        ArtifactError: where the embeddings are missing.
+        InvalidInputError: if fewer than two images can be compared.
     """
-    embeddings = find_embeddings(dataset, encoder, modality="images" if use_image_embeddings else "captions")
-    settings, inputs = _settings_and_inputs(dataset, embeddings, search_config)
+    dataset = view.dataset
+    settings, inputs = _settings_and_inputs(view, embeddings, search_config)
     matches = []
-    for path in sorted((dataset.path / "neighbors").glob(f"*/{MANIFEST}")):
-        try:
-            neighbors = Neighbors(path.parent)
-        except ArtifactError:
-            continue
+    for artifact in Artifact.find(dataset.path / "neighbors", ARTIFACT_KIND):
+        neighbors = Neighbors(artifact.path)
         other_settings = {
             name: value for name, value in neighbors.artifact.manifest.settings.items() if name != "k"
         }
@@ -242,28 +224,24 @@ def find_or_compute_neighbors(
             matches.append(neighbors)
     if matches:
         return min(matches, key=lambda n: n.k)
-    num_comparable = _num_comparable(
-        dataset, embeddings, search_config, use_image_embeddings=use_image_embeddings
-    )
+    num_comparable = _num_comparable(view, embeddings)
     if num_comparable < 2:
-        description = _describe_corpus(
-            dataset, search_config, num_comparable, use_image_embeddings=use_image_embeddings
-        )
+        description = _describe_corpus(view, embeddings, search_config, num_comparable)
         raise InvalidInputError(f"{description}; pairs need at least 2")
     return _compute_neighbors(
-        dataset, embeddings, search_config, max(k, DEFAULT_K), 512 * 2**20, device, progress
+        view, embeddings, search_config, max(k, DEFAULT_K), 512 * 2**20, device, progress
     )
 
 
 def _settings_and_inputs(
-    dataset: CaptionDataset, embeddings: Embeddings, search_config: SearchConfig
+    view: DatasetView, embeddings: Embeddings, search_config: SearchConfig
 ) -> tuple[dict[str, Any], dict[str, str]]:
-    """Return the settings, all but k, and the inputs of neighbors."""
+    """Return the settings of a search, except k, and its inputs."""
     use_image_embeddings = embeddings.modality == "images"
     num_rows = (
         len(embeddings)
         if search_config.caption_pooling != "mean" and not use_image_embeddings
-        else len(dataset)
+        else len(view.dataset)
     )
     index_type = (
         ("exact" if num_rows <= MAX_EXACT_ROWS else "ivf")
@@ -271,7 +249,7 @@ def _settings_and_inputs(
         else search_config.index
     )
     settings: dict[str, Any] = {"encoder": embeddings.encoder_name, "metric": "cosine"}
-    # A whole rule of pairs may be given; what it decides later is no part of the search.
+    # `search_config` may be a PairConfig, whose other fields do not change the search.
     settings |= {field.name: getattr(search_config, field.name) for field in fields(SearchConfig)}
     settings |= {
         "index": index_type,
@@ -283,8 +261,8 @@ def _settings_and_inputs(
     if search_config.exclude_near_duplicates:
         settings["near_duplicates"] = [MAX_HAMMING, MAX_THUMBNAIL_RMS]
     inputs = {"embeddings": embeddings.artifact.manifest.key}
-    if search_config.filter is not None:
-        inputs["filter"] = read_filter(search_config.filter, dataset).key
+    if view.filter is not None:
+        inputs["filter"] = view.filter.key
     return settings, inputs
 
 

@@ -13,7 +13,7 @@ import numpy as np
 
 from likewise.artifacts import disk_full_as_error
 from likewise.data.dataset import CaptionDataset
-from likewise.data.filters import DatasetFilter, read_filter
+from likewise.data.filters import DatasetView
 from likewise.data.perceptual_hash import compute_perceptual_hashes, find_near_duplicate_clusters
 from likewise.embeddings.store import Embeddings
 from likewise.errors import InvalidInputError
@@ -23,25 +23,20 @@ from likewise.progress import NULL_PROGRESS, Progress
 _NON_WORD = re.compile(r"[\W_]+")
 
 
-def caption_hashes(
-    dataset: CaptionDataset, dataset_filter: DatasetFilter | None = None, *, per_caption: bool
-) -> np.ndarray:
-    """Return what captions say, but for case, spaces and punctuation, as codes of 63 bits.
+def caption_hashes(view: DatasetView, *, per_caption: bool) -> np.ndarray:
+    """Return 63-bit hashes of captions that ignore case, spaces and punctuation.
 
-    With `per_caption`, one a caption, (captions,) int64; else one an image for all its captions together,
-    (n,) int64, -1 for images without any. Those that `dataset_filter` drops do not count for an image.
+    With `per_caption`, one hash per caption, (num_captions,) int64; otherwise one per image over its captions
+    that the view includes, (n,) int64, -1 for images without any.
     """
     hashes: list[int] = []
+    dataset = view.dataset
     for shard, start in enumerate(dataset.shard_offsets[:-1]):
         for position, captions in enumerate(dataset.read_columns(shard, ["captions"])["captions"], start):
             if per_caption:
                 hashes += [_hash_text(normalize_text(caption)) for caption in captions]
                 continue
-            included = [
-                c
-                for c in captions
-                if dataset_filter is None or not dataset_filter.excludes_caption(position, c)
-            ]
+            included = [caption for caption in captions if not view.excludes_caption(position, caption)]
             hashes.append(_hash_text("\n".join(sorted(map(normalize_text, included)))) if included else -1)
     return np.array(hashes, np.int64)
 
@@ -219,18 +214,9 @@ class SearchCorpus:
     by_caption: bool
 
 
-def filtered_caption_mask(dataset: CaptionDataset, dataset_filter: DatasetFilter | None) -> np.ndarray | None:
-    """Return which rows of the embeddings of captions a filter leaves, (captions,) bool; None for all."""
-    if dataset_filter is None:
-        return None
-    return np.concatenate(
-        [dataset_filter.caption_mask(dataset, shard) for shard in range(len(dataset.shard_paths))]
-    )
-
-
 @contextmanager
 def build_search_corpus(
-    dataset: CaptionDataset,
+    view: DatasetView,
     embeddings: Embeddings,
     search_config: SearchConfig,
     folder: Path,
@@ -245,12 +231,12 @@ def build_search_corpus(
         ArtifactError: where the disk is full.
     """
     use_image_embeddings = embeddings.modality == "images"
-    dataset_filter = None if search_config.filter is None else read_filter(search_config.filter, dataset)
-    caption_mask = None if use_image_embeddings else filtered_caption_mask(dataset, dataset_filter)
-    image_vectors = ImageVectors(embeddings, len(dataset), caption_mask)
+    dataset, image_mask = view.dataset, view.image_mask
+    image_vectors = ImageVectors(
+        embeddings, len(dataset), None if use_image_embeddings else view.caption_mask
+    )
     by_caption = search_config.caption_pooling != "mean" and not use_image_embeddings
     all_image_ids = image_vectors.image_ids if by_caption else np.arange(len(dataset))
-    image_mask = np.ones(len(dataset), bool) if dataset_filter is None else ~dataset_filter.excluded_images
     scratch_path = folder / f".vectors.{os.getpid()}.tmp"
     try:
         with disk_full_as_error(scratch_path), scratch_path.open("wb") as file:
@@ -270,9 +256,7 @@ def build_search_corpus(
             else np.empty(shape, np.float32)
         )
         caption_ids = image_vectors.embedding_rows[row_ids] if by_caption else None
-        exclude, require = _corpus_constraints(
-            dataset, search_config, dataset_filter, image_ids, caption_ids, progress
-        )
+        exclude, require = _corpus_constraints(view, search_config, image_ids, caption_ids, progress)
         yield SearchCorpus(mmap_vectors, image_ids, row_ids, all_image_ids, exclude, require, by_caption)
     finally:
         scratch_path.unlink(missing_ok=True)
@@ -283,18 +267,17 @@ def _normalize_rows(vectors: np.ndarray) -> np.ndarray:
 
 
 def _corpus_constraints(
-    dataset: CaptionDataset,
+    view: DatasetView,
     search_config: SearchConfig,
-    dataset_filter: DatasetFilter | None,
     image_ids: np.ndarray,
     caption_ids: np.ndarray | None,
     progress: Progress,
 ) -> tuple[np.ndarray | None, np.ndarray | None]:
     """Return the constraint codes of the rows of a search; `caption_ids` names the captions of the rows."""
-    exclude, require = image_constraints(dataset, search_config, progress)
+    exclude, require = image_constraints(view.dataset, search_config, progress)
     columns = [] if exclude is None else [exclude[image_ids]]
     if search_config.exclude_identical_captions:
-        hashes = caption_hashes(dataset, dataset_filter, per_caption=caption_ids is not None)
+        hashes = caption_hashes(view, per_caption=caption_ids is not None)
         columns.append(hashes[image_ids if caption_ids is None else caption_ids][:, None])
     return (np.concatenate(columns, axis=1) if columns else None), None if require is None else require[
         image_ids

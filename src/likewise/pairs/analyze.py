@@ -11,14 +11,14 @@ import numpy as np
 
 from likewise.artifacts import MANIFEST
 from likewise.data.dataset import CaptionDataset
-from likewise.data.filters import read_filter
+from likewise.data.filters import DatasetView, open_view
 from likewise.data.perceptual_hash import compute_perceptual_hashes, find_near_duplicate_clusters
 from likewise.embeddings.store import Embeddings, find_embeddings
 from likewise.errors import ArtifactError, InvalidInputError
 from likewise.neighbors.config import SearchConfig
 from likewise.neighbors.index import find_or_compute_neighbors
-from likewise.neighbors.vectors import ImageVectors, caption_hashes, encode_column, filtered_caption_mask
-from likewise.pairs.build import build_pairs
+from likewise.neighbors.vectors import ImageVectors, caption_hashes, encode_column
+from likewise.pairs.build import find_candidates, select_partners
 from likewise.pairs.config import NEIGHBOR_SOURCES, PairConfig, parse_pair_config
 from likewise.pairs.sampling import Pairs
 from likewise.pairs.stats import (
@@ -113,12 +113,12 @@ class PairAnalysis:
 
 
 LANGUAGE_PAIR_CONFIGS = (
-    "paper",
+    "default",
     "k=5",
-    "distinct-captions",
-    "mutual=10",
-    "hubs=csls",
-    "hubs=mutual-proximity",
+    "exclude-identical-captions",
+    "mutual-k=10",
+    "hubness-correction=csls",
+    "hubness-correction=mutual-proximity",
     "min-similarity=0.7",
 )
 NUM_ANCHOR_EXAMPLES = 6
@@ -174,11 +174,12 @@ def analyze_pairs(
         dict.fromkeys(config for pair_config in parsed for config in _expand_encoders(pair_config, selected))
     )
     configs.sort(key=lambda case: _sort_key(case, selected))
-    _precompute_neighbors(dataset, configs, progress)
+    views = _Views(dataset)
+    _precompute_neighbors(views, configs, progress)
     image_encoder = next(iter(selected.image_encoders or available.image_encoders), None)
     signals = _load_signals(dataset, labels, image_encoder, progress)
     anchors = epoch_permutation(len(dataset), seed=_SEED, epoch=0)[:NUM_ANCHOR_EXAMPLES]
-    rows, examples = _analyze_configs(dataset, configs, signals, anchors, progress)
+    rows, examples = _analyze_configs(views, configs, signals, anchors, progress)
     sampled_neighbors = _sample_all_neighbors(dataset, selected, progress)
     return PairAnalysis(
         dataset=str(dataset.path),
@@ -201,14 +202,14 @@ def analyze_pairs(
 
 
 def format_pair_config(pair_config: PairConfig) -> str:
-    """Return a rule as it is typed, without its encoders; `paper` where nothing differs from it."""
+    """Return a rule as it is typed, without its encoders; `default` if nothing differs from it."""
     parts = [
         field.name.replace("_", "-") + ("" if value is True else f"={value}")
         for field in fields(pair_config)
         if (value := getattr(pair_config, field.name)) != field.default
         and field.name not in ("caption_encoder", "image_encoder")
     ]
-    return ",".join(parts) or "paper"
+    return ",".join(parts) or "default"
 
 
 def format_encoders(pair_config: PairConfig) -> str:
@@ -257,9 +258,9 @@ def _list_embeddings(dataset: CaptionDataset) -> list[Embeddings]:
 def _default_configs(encoders: _EncoderNames, *, has_labels: bool) -> list[str]:
     return [
         *(LANGUAGE_PAIR_CONFIGS if encoders.caption_encoders else ()),
-        *(["pairs=vision"] if encoders.image_encoders else []),
-        *(["pairs=hybrid"] if encoders.caption_encoders and encoders.image_encoders else []),
-        *(["pairs=label"] if has_labels else []),
+        *(["source=vision"] if encoders.image_encoders else []),
+        *(["source=hybrid"] if encoders.caption_encoders and encoders.image_encoders else []),
+        *(["source=label"] if has_labels else []),
     ]
 
 
@@ -308,13 +309,25 @@ def _sort_key(pair_config: PairConfig, encoders: _EncoderNames) -> tuple[int, in
     )
 
 
-def _precompute_neighbors(
-    dataset: CaptionDataset, pair_configs: Sequence[PairConfig], progress: Progress
-) -> None:
+class _Views:
+    """Views of one dataset, each filter file read once."""
+
+    def __init__(self, dataset: CaptionDataset) -> None:
+        self.dataset = dataset
+        self._views: dict[Path | None, DatasetView] = {}
+
+    def get(self, filter_path: Path | None) -> DatasetView:
+        """Return the view of a filter file, or of the whole dataset."""
+        if filter_path not in self._views:
+            self._views[filter_path] = open_view(self.dataset, filter_path)
+        return self._views[filter_path]
+
+
+def _precompute_neighbors(views: _Views, pair_configs: Sequence[PairConfig], progress: Progress) -> None:
     """Search once for all rules that look for the same, as deep as the deepest of them needs."""
     required_k: dict[tuple[str | None, bool, SearchConfig], int] = {}
     for pair_config in pair_configs:
-        uses_images = pair_config.source in ("visual", "hybrid") or pair_config.missing_caption in (
+        uses_images = pair_config.source in ("vision", "hybrid") or pair_config.missing_caption in (
             "visual",
             "borrow",
         )
@@ -330,15 +343,11 @@ def _precompute_neighbors(
             key = (encoder, use_image_embeddings, pair_config.search_config)
             required_k[key] = max(required_k.get(key, 0), pair_config.num_candidates)
     for (encoder, use_image_embeddings, search_config), k in required_k.items():
+        modality = _IMAGE_MODALITY if use_image_embeddings else "captions"
         try:
-            find_or_compute_neighbors(
-                dataset,
-                encoder,
-                search_config,
-                k,
-                use_image_embeddings=use_image_embeddings,
-                progress=progress,
-            )
+            view = views.get(search_config.filter)
+            embeddings = find_embeddings(view.dataset, encoder, modality=modality)
+            find_or_compute_neighbors(view, embeddings, search_config, k, progress=progress)
         except InvalidInputError:
             continue  # the row says why
 
@@ -351,7 +360,7 @@ def _load_signals(
     if image_encoder is not None:
         image_vectors = ImageVectors(find_embeddings(dataset, image_encoder, modality="images"), len(dataset))
     return PairSignals(
-        caption_hashes=caption_hashes(dataset, per_caption=False),
+        caption_hashes=caption_hashes(open_view(dataset), per_caption=False),
         image_hashes=hashes.hashes,
         is_readable=hashes.readable,
         near_duplicate_ids=find_near_duplicate_clusters(hashes),
@@ -361,7 +370,7 @@ def _load_signals(
 
 
 def _analyze_configs(
-    dataset: CaptionDataset,
+    views: _Views,
     pair_configs: Sequence[PairConfig],
     signals: PairSignals,
     anchors: np.ndarray,
@@ -374,14 +383,15 @@ def _analyze_configs(
         for i, pair_config in enumerate(pair_configs):
             names = {"encoder": format_encoders(pair_config), "pair_config": format_pair_config(pair_config)}
             try:
-                pairs = build_pairs(dataset, pair_config)
+                view = views.get(pair_config.filter)
+                pairs = select_partners(find_candidates(view, pair_config, progress=progress), pair_config)
                 if not pairs.has_partner.any():
                     raise InvalidInputError("no image has a partner other than itself")
             except InvalidInputError as error:
                 rows.append(AnalysisRow(**names, summary=pair_config.summary(), error=str(error)))
             else:
-                distribution = pair_distribution(pairs, _candidate_image_ids(dataset, pair_config))
-                stats = compute_pair_stats(distribution, signals, dataset)
+                distribution = pair_distribution(pairs, _candidate_image_ids(view, pair_config))
+                stats = compute_pair_stats(distribution, signals, view.dataset)
                 rows.append(AnalysisRow(**names, summary=pairs.summary(), stats=stats))
                 for anchor_examples, example in zip(
                     examples, _partner_examples(pairs, distribution, anchors, i), strict=True
@@ -391,14 +401,13 @@ def _analyze_configs(
     return rows, examples
 
 
-def _candidate_image_ids(dataset: CaptionDataset, pair_config: PairConfig) -> np.ndarray:
+def _candidate_image_ids(view: DatasetView, pair_config: PairConfig) -> np.ndarray:
     """Return the image of each row of a rule's candidates: itself, or its captions' where these are drawn."""
-    num_images = len(dataset)
+    num_images = len(view.dataset)
     if pair_config.source != "language" or pair_config.caption_pooling != "sample":
         return np.arange(num_images)
-    dataset_filter = None if pair_config.filter is None else read_filter(pair_config.filter, dataset)
-    embeddings = find_embeddings(dataset, pair_config.caption_encoder, modality="captions")
-    return ImageVectors(embeddings, num_images, filtered_caption_mask(dataset, dataset_filter)).image_ids
+    embeddings = find_embeddings(view.dataset, pair_config.caption_encoder, modality="captions")
+    return ImageVectors(embeddings, num_images, view.caption_mask).image_ids
 
 
 def _partner_examples(

@@ -1,17 +1,19 @@
-"""Sources of pairs: a rule and a collection in, partners to draw from out."""
+"""Build pairs: find candidates once (searches), then select partners as often as needed (cheap)."""
 
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TypeVar
 
 import numpy as np
 
 from likewise.artifacts import config_hash, fingerprint
 from likewise.data.dataset import CaptionDataset
-from likewise.data.filters import DatasetFilter, read_filter
+from likewise.data.filters import DatasetView, open_view
 from likewise.embeddings.store import find_embeddings
 from likewise.errors import InvalidInputError
 from likewise.neighbors.index import Neighbors, find_or_compute_neighbors
-from likewise.neighbors.vectors import ImageVectors, encode_column, filtered_caption_mask
+from likewise.neighbors.vectors import ImageVectors, encode_column
 from likewise.pairs.candidates import (
     Candidates,
     csls_scores,
@@ -28,28 +30,53 @@ from likewise.pairs.config import PairConfig
 from likewise.pairs.sampling import CandidateSampler, LabelSampler, NullSampler, Pairs, PartnerSampler
 from likewise.progress import NULL_PROGRESS, Progress
 
+T = TypeVar("T")
+
 
 @dataclass(frozen=True)
-class BuildContext:
-    """Where a rule is applied: the collection, who takes part, and where to report."""
+class NeighborTable:
+    """Nearest neighbors of all images by one encoder.
 
-    dataset: CaptionDataset
-    allowed: np.ndarray
-    dataset_filter: DatasetFilter | None
-    device: str
-    progress: Progress
+    Attributes:
+        neighbors: The artifact.
+        candidates: The neighbors of each image, nearest first.
+        vectors: The embeddings that were searched, one vector per image.
+    """
+
+    neighbors: Neighbors
+    candidates: Candidates
+    vectors: ImageVectors
 
 
 @dataclass(frozen=True)
 class CandidateSet:
-    """What a source gives.
+    """Everything that partners are selected from; which fields are set depends on the source of pairs.
+
+    Attributes:
+        view: The dataset and what its filter leaves.
+        by_caption: Neighbors by caption embeddings, for `language` and `hybrid`.
+        by_image: Neighbors by image embeddings, for `vision`, `hybrid` and images without a caption.
+        from_file: Partners from a file, for `file`.
+        label_ids: Labels as integers, (n,) int64, -1 without a label, for `label`.
+    """
+
+    view: DatasetView
+    by_caption: NeighborTable | None = None
+    by_image: NeighborTable | None = None
+    from_file: Candidates | None = None
+    label_ids: np.ndarray | None = None
+
+
+@dataclass(frozen=True)
+class _Selection:
+    """Partners of one source, before images without a partner are handled.
 
     Attributes:
         sampler: The partners.
-        inputs: Fingerprints of what they were made from.
+        inputs: Fingerprints of the inputs of the selection.
         is_uncaptioned: Images that the source cannot compare, (n,) bool.
-        neighbors: The folders of neighbors behind it.
-        messages: What to say of it beside the counts of partners.
+        neighbors: The neighbors artifacts that were used.
+        messages: Additions to the summary of the pairs.
     """
 
     sampler: PartnerSampler
@@ -60,224 +87,256 @@ class CandidateSet:
 
 
 def build_pairs(
-    dataset: CaptionDataset,
-    pair_config: PairConfig,
-    readable_positions: np.ndarray | None = None,
+    dataset: CaptionDataset | str | Path,
+    pair_config: PairConfig | None = None,
     *,
-    device: str = "cpu",
+    allowed: np.ndarray | None = None,
+    device: str | None = None,
     progress: Progress = NULL_PROGRESS,
 ) -> Pairs:
-    """Apply a rule to a collection; neighbors that it needs and that are missing are searched for.
+    """Build the pairs of a dataset; missing neighbors are searched for.
 
     Args:
-        dataset: The images.
-        pair_config: Who may be paired with whom.
-        readable_positions: Positions of the images whose pixels can be read, (m,) int64; no other becomes a
-            partner.
-            All of them where not given.
-        device: Where neighbors are searched for.
-        progress: Where to report.
+        dataset: A dataset or its path.
+        pair_config: The pair sampling; the nearest caption (the paper's) by default.
+        allowed: Images that may be anchors and partners, (n,) bool; all by default.
+        device: Device of the neighbor search; chosen automatically by default.
+        progress: Progress reporter.
 
     Raises:
-        ArtifactError: where the embeddings are missing.
-        InputError: where the rule leaves nobody with a partner, or its files do not fit the collection.
+        ArtifactError: if embeddings are missing.
+        InvalidInputError: if no image has a partner, or files of the config do not fit the dataset.
     """
-    num_images = len(dataset)
-    allowed = np.zeros(num_images, bool)
-    allowed[np.arange(num_images) if readable_positions is None else readable_positions] = True
-    dataset_filter = None if pair_config.filter is None else read_filter(pair_config.filter, dataset)
-    if dataset_filter is not None:
-        allowed &= ~dataset_filter.excluded_images
-    candidate_set = _PAIR_SOURCES[pair_config.source](
-        BuildContext(dataset, allowed, dataset_filter, device, progress), pair_config
+    config = PairConfig() if pair_config is None else pair_config
+    view = open_view(CaptionDataset.open(dataset), config.filter)
+    candidates = find_candidates(view, config, device=device, progress=progress)
+    return select_partners(candidates, config, allowed)
+
+
+def find_candidates(
+    view: DatasetView,
+    pair_config: PairConfig,
+    *,
+    device: str | None = None,
+    progress: Progress = NULL_PROGRESS,
+) -> CandidateSet:
+    """Find everything that partners may be selected from: this is where neighbors are searched for.
+
+    Raises:
+        ArtifactError: if embeddings are missing.
+        InvalidInputError: if the dataset has no labels or too few images to compare, or a pairs file does not
+            fit the dataset.
+    """
+    source = pair_config.source
+    if source == "label":
+        label_ids = encode_column(view.dataset, "label")
+        if (label_ids < 0).all():
+            raise InvalidInputError(
+                f"no image of {view.dataset.path} has a label; import it with `label_column`",
+                field="label_column",
+            )
+        return CandidateSet(view, label_ids=label_ids)
+    if source == "file":
+        if pair_config.pairs_file is None:
+            raise InvalidInputError("`source` 'file' requires `pairs_file`", field="pairs_file")
+        return CandidateSet(view, from_file=read_pairs_file(pair_config.pairs_file, view.dataset))
+    by_caption = by_image = None
+    if source in ("language", "hybrid"):
+        by_caption = _find_neighbors(view, pair_config, "captions", device, progress)
+    if source in ("vision", "hybrid") or (by_caption is not None and _needs_images(by_caption, pair_config)):
+        by_image = _find_neighbors(view, pair_config, "images", device, progress)
+    return CandidateSet(view, by_caption=by_caption, by_image=by_image)
+
+
+def _find_neighbors(
+    view: DatasetView, pair_config: PairConfig, modality: str, device: str | None, progress: Progress
+) -> NeighborTable:
+    is_image = modality == "images"
+    encoder = pair_config.image_encoder if is_image else pair_config.caption_encoder
+    embeddings = find_embeddings(view.dataset, encoder, modality="images" if is_image else "captions")
+    neighbors = find_or_compute_neighbors(
+        view,
+        embeddings,
+        pair_config.search_config,
+        pair_config.num_candidates,
+        device=device,
+        progress=progress,
     )
-    has_partner = candidate_set.sampler.has_partner & allowed
+    vectors = ImageVectors(embeddings, len(view.dataset), None if is_image else view.caption_mask)
+    return NeighborTable(neighbors, Candidates(*neighbors.topk()), vectors)
+
+
+def _needs_images(by_caption: NeighborTable, pair_config: PairConfig) -> bool:
+    """Return whether images without a caption are to be paired by image embeddings."""
+    has_uncaptioned = bool((by_caption.vectors.captions_per_image == 0).any())
+    return pair_config.missing_caption in ("visual", "borrow") and has_uncaptioned
+
+
+def select_partners(
+    candidates: CandidateSet, pair_config: PairConfig, allowed: np.ndarray | None = None
+) -> Pairs:
+    """Select the partners of each image from the candidates.
+
+    Args:
+        candidates: The result of `find_candidates` for the same config.
+        pair_config: The pair sampling.
+        allowed: Images that may be anchors and partners, (n,) bool; those of the view by default. Images
+            outside of the view never are.
+
+    Raises:
+        InvalidInputError: if no image has a partner.
+    """
+    view = candidates.view
+    allowed = view.image_mask if allowed is None else view.image_mask & allowed
+    selection = _SELECT[pair_config.source](candidates, pair_config, allowed)
+    has_partner = selection.sampler.has_partner & allowed
     if pair_config.source != "self" and not has_partner.any():
         raise InvalidInputError(
-            f"no image of {dataset.path} has a partner ({pair_config.summary()}); loosen the rule"
+            f"no image of {view.dataset.path} has a partner ({pair_config.summary()}); relax the constraints"
         )
     is_unpaired = allowed & ~has_partner & (pair_config.source != "self")
     excluded = ~allowed
     excluded |= is_unpaired & np.where(
-        candidate_set.is_uncaptioned, pair_config.missing_caption == "drop", pair_config.fallback == "drop"
+        selection.is_uncaptioned, pair_config.missing_caption == "drop", pair_config.fallback == "drop"
     )
     return Pairs(
         pair_config,
-        candidate_set.sampler,
-        _pairs_key(pair_config, candidate_set, dataset_filter),
+        selection.sampler,
+        _pairs_key(pair_config, selection, view),
         excluded=excluded,
-        neighbors=tuple(neighbors.artifact for neighbors in candidate_set.neighbors),
-        messages=_collect_messages(
-            pair_config, candidate_set, is_unpaired, excluded & allowed, dataset_filter
-        ),
+        neighbors=tuple(neighbors.artifact for neighbors in selection.neighbors),
+        messages=_collect_messages(pair_config, selection, is_unpaired, excluded & allowed, view),
     )
 
 
-def _pairs_key(
-    pair_config: PairConfig, candidate_set: CandidateSet, dataset_filter: DatasetFilter | None
-) -> str:
+def _pairs_key(pair_config: PairConfig, selection: _Selection, view: DatasetView) -> str:
     settings = {
         name: value
         for name, value in asdict(pair_config).items()
         if name not in ("filter", "pairs_file", "caption_encoder", "image_encoder")
     }
-    inputs = (
-        candidate_set.inputs
-        if dataset_filter is None
-        else candidate_set.inputs | {"filter": dataset_filter.key}
-    )
+    inputs = selection.inputs if view.filter is None else selection.inputs | {"filter": view.filter.key}
     return config_hash("pairs", settings, inputs)
 
 
 def _collect_messages(
     pair_config: PairConfig,
-    candidate_set: CandidateSet,
+    selection: _Selection,
     is_unpaired: np.ndarray,
     excluded: np.ndarray,
-    dataset_filter: DatasetFilter | None,
+    view: DatasetView,
 ) -> tuple[str, ...]:
-    """Count in words who has no partner and why, and what else was asked for and is not there."""
-    messages = list(candidate_set.messages)
-    if pair_config.k is not None and isinstance(candidate_set.sampler, CandidateSampler):
-        max_partners = int(candidate_set.sampler.candidates.mask.sum(axis=1).max())
+    """Return phrases that count images without a partner, with the reason."""
+    messages = list(selection.messages)
+    if pair_config.k is not None and isinstance(selection.sampler, CandidateSampler):
+        max_partners = int(selection.sampler.candidates.mask.sum(axis=1).max())
         if max_partners < pair_config.k:
-            messages.append(f"none has more than {max_partners:,} partners")
-    num_uncaptioned = int((is_unpaired & candidate_set.is_uncaptioned).sum())
+            messages.append(f"no image has more than {max_partners:,} partners")
+    num_uncaptioned = int((is_unpaired & selection.is_uncaptioned).sum())
     if num_uncaptioned:
-        messages.append(f"{num_uncaptioned:,} of those without are not captioned")
+        messages.append(f"{num_uncaptioned:,} of those without a partner have no caption")
     if excluded.any():
-        messages.append(f"{int(excluded.sum()):,} without a partner are no anchors")
-    if dataset_filter is not None and dataset_filter.excluded_images.any():
-        messages.append(f"{int(dataset_filter.excluded_images.sum()):,} left out by the filter")
+        messages.append(f"{int(excluded.sum()):,} without a partner are excluded")
+    if view.filter is not None and view.filter.excluded_images.any():
+        messages.append(f"{int(view.filter.excluded_images.sum()):,} excluded by the filter")
     return tuple(messages)
 
 
-def _self_pairs(context: BuildContext, _: PairConfig) -> CandidateSet:
-    num_images = len(context.dataset)
-    return CandidateSet(NullSampler(num_images), {}, np.zeros(num_images, bool))
+def _self_pairs(_: CandidateSet, __: PairConfig, allowed: np.ndarray) -> _Selection:
+    return _Selection(NullSampler(len(allowed)), {}, np.zeros(len(allowed), bool))
 
 
-def _label_pairs(context: BuildContext, _: PairConfig) -> CandidateSet:
-    labels = encode_column(context.dataset, "label")
-    if (labels < 0).all():
-        raise InvalidInputError(f"no image of {context.dataset.path} has a label; import with --label-column")
-    allowed_labels = np.where(context.allowed, labels, -1)
-    inputs = {"labels": context.dataset.key, "allowed": _mask_key(context.allowed)}
-    num_unlabeled = int((labels < 0).sum())
+def _label_pairs(candidates: CandidateSet, _: PairConfig, allowed: np.ndarray) -> _Selection:
+    label_ids = _require(candidates.label_ids)
+    allowed_labels = np.where(allowed, label_ids, -1)
+    inputs = {"labels": candidates.view.dataset.key, "allowed": _mask_key(allowed)}
+    num_unlabeled = int((label_ids < 0).sum())
     messages = (f"{num_unlabeled:,} have no label",) if num_unlabeled else ()
-    return CandidateSet(LabelSampler(allowed_labels), inputs, np.zeros(len(labels), bool), messages=messages)
+    return _Selection(LabelSampler(allowed_labels), inputs, np.zeros(len(allowed), bool), messages=messages)
 
 
-def _file_pairs(context: BuildContext, pair_config: PairConfig) -> CandidateSet:
-    if pair_config.pairs_file is None:
-        raise InvalidInputError("--pairs file needs --pairs-file FILE")
-    candidates = read_pairs_file(pair_config.pairs_file, context.dataset)
-    inputs = {"pairs": fingerprint(pair_config.pairs_file), "allowed": _mask_key(context.allowed)}
-    base = restrict_to(candidates, context.allowed)
+def _file_pairs(candidates: CandidateSet, pair_config: PairConfig, allowed: np.ndarray) -> _Selection:
+    inputs = {"pairs": fingerprint(_require(pair_config.pairs_file)), "allowed": _mask_key(allowed)}
+    base = restrict_to(_require(candidates.from_file), allowed)
     selected = _apply_limits(_apply_thresholds(base, pair_config), base, pair_config)
-    return CandidateSet(
-        CandidateSampler(selected, pair_config.sampling_temperature),
-        inputs,
-        np.zeros(len(context.dataset), bool),
-    )
+    sampler = CandidateSampler(selected, pair_config.sampling_temperature)
+    return _Selection(sampler, inputs, np.zeros(len(allowed), bool))
 
 
-def _language_pairs(context: BuildContext, pair_config: PairConfig) -> CandidateSet:
-    caption_neighbors = _find_neighbors(context, pair_config, use_image_embeddings=False)
-    vectors = _open_vectors(context, pair_config, use_image_embeddings=False)
-    row_starts = (
-        np.concatenate([[0], np.cumsum(vectors.captions_per_image)])
-        if pair_config.caption_pooling == "sample"
-        else None
-    )
-    is_uncaptioned = vectors.captions_per_image == 0
-    base = _nearest_candidates(context, pair_config, caption_neighbors)
-    inputs = {"neighbors": caption_neighbors.order_key, "allowed": _mask_key(context.allowed)}
-    used_neighbors = [caption_neighbors]
+def _language_pairs(candidates: CandidateSet, pair_config: PairConfig, allowed: np.ndarray) -> _Selection:
+    table, by_image = _require(candidates.by_caption), None
+    is_uncaptioned = table.vectors.captions_per_image == 0
+    if _needs_images(table, pair_config):
+        by_image = candidates.by_image
+    if by_image is not None and pair_config.caption_pooling == "sample":
+        raise InvalidInputError(
+            "`missing_caption` must be 'self' or 'drop' with `caption_pooling` 'sample', "
+            "which has no row for an image without a caption",
+            field="missing_caption",
+        )
+    row_starts = None
+    if pair_config.caption_pooling == "sample":
+        row_starts = np.concatenate([[0], np.cumsum(table.vectors.captions_per_image)])
+    base = _nearest(table, pair_config, allowed)
+    inputs = {"neighbors": table.neighbors.order_key, "allowed": _mask_key(allowed)}
     visual_candidates = None
-    if pair_config.missing_caption in ("visual", "borrow") and is_uncaptioned.any():
-        used_neighbors.append(_find_neighbors(context, pair_config, use_image_embeddings=True))
-        inputs["looks"] = used_neighbors[1].order_key
-        visual_candidates = restrict_to(Candidates(*used_neighbors[1].topk()), context.allowed)
-        if pair_config.caption_pooling == "sample":
-            raise InvalidInputError(
-                "--captions draw has no row for images without caption: let them be self or drop"
-            )
+    if by_image is not None:
+        inputs["image_neighbors"] = by_image.neighbors.order_key
+        visual_candidates = restrict_to(by_image.candidates, allowed)
     if visual_candidates is not None and pair_config.missing_caption == "borrow":
         base = _borrow_captions(base, visual_candidates, is_uncaptioned)
-    selected = _apply_limits(_correct_hubness(base, pair_config, vectors), base, pair_config)
+    selected = _apply_limits(_correct_hubness(base, pair_config, table.vectors), base, pair_config)
     if visual_candidates is not None and pair_config.missing_caption == "visual":
         selected = _fill_visual(selected, visual_candidates, is_uncaptioned)
-    is_uncaptioned = is_uncaptioned if row_starts is not None else is_uncaptioned & ~selected.mask.any(axis=1)
-    return CandidateSet(
+    if row_starts is None:
+        is_uncaptioned = is_uncaptioned & ~selected.mask.any(axis=1)
+    return _Selection(
         CandidateSampler(selected, pair_config.sampling_temperature, row_starts),
         inputs,
         is_uncaptioned,
-        tuple(used_neighbors),
+        (table.neighbors,) if by_image is None else (table.neighbors, by_image.neighbors),
     )
 
 
-def _vision_pairs(context: BuildContext, pair_config: PairConfig) -> CandidateSet:
-    image_neighbors = _find_neighbors(context, pair_config, use_image_embeddings=True)
-    base = _nearest_candidates(context, pair_config, image_neighbors)
-    selected = _apply_limits(
-        _correct_hubness(base, pair_config, _open_vectors(context, pair_config, use_image_embeddings=True)),
-        base,
-        pair_config,
-    )
-    inputs = {"neighbors": image_neighbors.order_key, "allowed": _mask_key(context.allowed)}
-    return CandidateSet(
-        CandidateSampler(selected, pair_config.sampling_temperature),
-        inputs,
-        np.zeros(len(context.dataset), bool),
-        (image_neighbors,),
-    )
+def _vision_pairs(candidates: CandidateSet, pair_config: PairConfig, allowed: np.ndarray) -> _Selection:
+    table = _require(candidates.by_image)
+    base = _nearest(table, pair_config, allowed)
+    selected = _apply_limits(_correct_hubness(base, pair_config, table.vectors), base, pair_config)
+    inputs = {"neighbors": table.neighbors.order_key, "allowed": _mask_key(allowed)}
+    sampler = CandidateSampler(selected, pair_config.sampling_temperature)
+    return _Selection(sampler, inputs, np.zeros(len(allowed), bool), (table.neighbors,))
 
 
-def _hybrid_pairs(context: BuildContext, pair_config: PairConfig) -> CandidateSet:
-    """Fuse the neighbors of words and of looks; an image without caption has those of its looks alone."""
-    caption_neighbors, image_neighbors = (
-        _find_neighbors(context, pair_config, use_image_embeddings=use_image_embeddings)
-        for use_image_embeddings in (False, True)
-    )
-    tables = (
-        _nearest_candidates(context, pair_config, caption_neighbors),
-        _nearest_candidates(context, pair_config, image_neighbors),
-    )
-    caption_vectors, image_vectors = (
-        _open_vectors(context, pair_config, use_image_embeddings=use_image_embeddings)
-        for use_image_embeddings in (False, True)
-    )
-    anchors = np.arange(len(context.dataset))
-    # Where one of two images has no caption, looks alone tell how alike they are.
-    image_weight = np.where(caption_vectors.captions_per_image[:, None] > 0, pair_config.image_weight, 1.0)
+def _hybrid_pairs(candidates: CandidateSet, pair_config: PairConfig, allowed: np.ndarray) -> _Selection:
+    """Fuse neighbors by caption and by image; an image without a caption has those by image alone."""
+    by_caption, by_image = _require(candidates.by_caption), _require(candidates.by_image)
+    tables = _nearest(by_caption, pair_config, allowed), _nearest(by_image, pair_config, allowed)
+    anchors = np.arange(len(allowed))
+    is_uncaptioned = by_caption.vectors.captions_per_image == 0
+    # If one of two images has no caption, their similarity is that of the images.
+    image_weight = np.where(is_uncaptioned[:, None], 1.0, pair_config.image_weight)
     if pair_config.fusion == "rrf":
         positions, _ = reciprocal_rank_fusion(*tables, image_weight, 2 * pair_config.num_candidates)
     else:
-        positions = union(*(candidates.positions for candidates in tables))
-    # Whichever order is asked for, the similarity that limits and draws go by is the weighted one.
-    is_uncaptioned = np.append(caption_vectors.captions_per_image == 0, False)[positions]
-    image_weight = np.where(is_uncaptioned, 1.0, image_weight)
-    similarity = (1 - image_weight) * caption_vectors.similarity(
+        positions = union(*(table.positions for table in tables))
+    # With either fusion, thresholds and sampling use the weighted similarity.
+    image_weight = np.where(np.append(is_uncaptioned, False)[positions], 1.0, image_weight)
+    similarity = (1 - image_weight) * by_caption.vectors.similarity(
         anchors, positions
-    ) + image_weight * image_vectors.similarity(anchors, positions)
+    ) + image_weight * by_image.vectors.similarity(anchors, positions)
     fused = Candidates(positions, np.where(positions < 0, -np.inf, similarity).astype(np.float32))
     base = fused if pair_config.fusion == "rrf" else fused.rerank(fused.similarity)
+    selected = _apply_limits(_correct_hubness(base, pair_config, by_caption.vectors), base, pair_config)
     inputs = {
-        "words": caption_neighbors.order_key,
-        "looks": image_neighbors.order_key,
-        "allowed": _mask_key(context.allowed),
+        "caption_neighbors": by_caption.neighbors.order_key,
+        "image_neighbors": by_image.neighbors.order_key,
+        "allowed": _mask_key(allowed),
     }
-    selected = _apply_limits(_correct_hubness(base, pair_config, caption_vectors), base, pair_config)
-    return CandidateSet(
-        CandidateSampler(selected, pair_config.sampling_temperature),
-        inputs,
-        caption_vectors.captions_per_image == 0,
-        (caption_neighbors, image_neighbors),
-    )
+    sampler = CandidateSampler(selected, pair_config.sampling_temperature)
+    return _Selection(sampler, inputs, is_uncaptioned, (by_caption.neighbors, by_image.neighbors))
 
 
-_PAIR_SOURCES: dict[str, Callable[[BuildContext, PairConfig], CandidateSet]] = {
+_SELECT: dict[str, Callable[[CandidateSet, PairConfig, np.ndarray], _Selection]] = {
     "self": _self_pairs,
     "language": _language_pairs,
     "vision": _vision_pairs,
@@ -287,52 +346,29 @@ _PAIR_SOURCES: dict[str, Callable[[BuildContext, PairConfig], CandidateSet]] = {
 }
 
 
-def _find_neighbors(
-    context: BuildContext, pair_config: PairConfig, *, use_image_embeddings: bool
-) -> Neighbors:
-    encoder = pair_config.image_encoder if use_image_embeddings else pair_config.caption_encoder
-    return find_or_compute_neighbors(
-        context.dataset,
-        encoder,
-        pair_config.search_config,
-        pair_config.num_candidates,
-        use_image_embeddings=use_image_embeddings,
-        device=context.device,
-        progress=context.progress,
-    )
+def _require(value: T | None) -> T:
+    """Return a field that `find_candidates` sets for this source."""
+    if value is None:
+        raise TypeError("the candidates are those of another source of pairs")
+    return value
 
 
-def _nearest_candidates(context: BuildContext, pair_config: PairConfig, neighbors: Neighbors) -> Candidates:
-    """Return as many of the nearest as the rule looks at, those that take no part left out."""
-    return restrict_to(Candidates(*neighbors.topk()), context.allowed).topk(pair_config.num_candidates)
-
-
-def _open_vectors(
-    context: BuildContext, pair_config: PairConfig, *, use_image_embeddings: bool
-) -> ImageVectors:
-    encoder, modality = (
-        (pair_config.image_encoder, "images")
-        if use_image_embeddings
-        else (pair_config.caption_encoder, "captions")
-    )
-    embeddings = find_embeddings(context.dataset, encoder, modality=modality)
-    caption_mask = (
-        None if use_image_embeddings else filtered_caption_mask(context.dataset, context.dataset_filter)
-    )
-    return ImageVectors(embeddings, len(context.dataset), caption_mask)
+def _nearest(table: NeighborTable, pair_config: PairConfig, allowed: np.ndarray) -> Candidates:
+    """Return the nearest allowed neighbors, as many as the config considers."""
+    return restrict_to(table.candidates, allowed).topk(pair_config.num_candidates)
 
 
 def _mask_key(allowed: np.ndarray) -> str:
-    """Return a fingerprint of who takes part: a run must not go on with other partners."""
+    """Return a fingerprint of the allowed images, because a run must not resume with other partners."""
     return config_hash("images", {}, {"allowed": np.packbits(allowed).tobytes().hex()})
 
 
 def _borrow_captions(
     base: Candidates, visual_candidates: Candidates, is_uncaptioned: np.ndarray
 ) -> Candidates:
-    """Treat images without caption as if they had that of their nearest captioned image by looks.
+    """Give images without a caption the caption of their visual neighbor that has one.
 
-    That image is then their nearest, with a similarity of 1, and its partners follow.
+    That neighbor is then the nearest, with a similarity of 1, followed by its own partners.
     """
     can_lend = np.append(~is_uncaptioned & base.mask.any(axis=1), False)
     lender_candidates = visual_candidates.filter(can_lend[visual_candidates.positions])
@@ -349,7 +385,7 @@ def _borrow_captions(
 def _fill_visual(
     candidates: Candidates, visual_candidates: Candidates, is_uncaptioned: np.ndarray
 ) -> Candidates:
-    """Give images without caption their visual neighbor; limits on captions do not concern it."""
+    """Give images without a caption their visual neighbor, to which caption thresholds do not apply."""
     rows = is_uncaptioned & visual_candidates.mask[:, 0]
     positions, similarity = candidates.positions.copy(), candidates.similarity.copy()
     positions[rows, 0], similarity[rows, 0] = (
@@ -360,7 +396,7 @@ def _fill_visual(
 
 
 def _apply_thresholds(base: Candidates, pair_config: PairConfig) -> Candidates:
-    """Apply the limits on similarity."""
+    """Apply the similarity thresholds."""
     filtered = base if pair_config.ratio_threshold is None else ratio_test(base, pair_config.ratio_threshold)
     return (
         filtered
@@ -370,7 +406,7 @@ def _apply_thresholds(base: Candidates, pair_config: PairConfig) -> Candidates:
 
 
 def _correct_hubness(base: Candidates, pair_config: PairConfig, vectors: ImageVectors) -> Candidates:
-    """Apply the limits on similarity and bring the rest into the order that the correction of hubs gives."""
+    """Apply the similarity thresholds and rank the rest by the hubness correction."""
     filtered = _apply_thresholds(base, pair_config)
     if pair_config.hubness_correction == "csls":
         return filtered.rerank(csls_scores(filtered, base))
@@ -380,7 +416,7 @@ def _correct_hubness(base: Candidates, pair_config: PairConfig, vectors: ImageVe
 
 
 def _apply_limits(candidates: Candidates, base: Candidates, pair_config: PairConfig) -> Candidates:
-    """Apply mutual, k and the fallback to the nearest."""
+    """Apply `mutual_k`, `k` and the fallback to the nearest."""
     limited = candidates if pair_config.mutual_k is None else filter_mutual(candidates, pair_config.mutual_k)
     limited = limited.topk(
         1

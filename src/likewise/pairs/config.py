@@ -1,4 +1,4 @@
-"""Rules of pairing: settings alone, so that the command line can know them without loading anything."""
+"""Config of pair sampling; imports no heavy library, because the command line reads it before `--help`."""
 
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -14,7 +14,7 @@ Fallback = Literal["self", "drop", "nearest"]
 MissingCaption = Literal["self", "drop", "visual", "borrow"]
 
 NEIGHBOR_SOURCES: tuple[PairSource, ...] = ("language", "vision", "hybrid")
-# What sources without neighbors can make something of; the others take every setting.
+# Fields that apply to sources without neighbors; all fields apply to the other sources.
 _COMMON_FIELDS = {"source", "filter", "caption_encoder"}
 _ALLOWED_FIELDS = {
     "self": _COMMON_FIELDS,
@@ -35,32 +35,31 @@ _ALLOWED_FIELDS = {
 
 @dataclass(frozen=True, kw_only=True)
 class PairConfig(SearchConfig):
-    """Who is shown with whom.
+    """Pair sampling: which images become positive pairs. The default is the paper's: the nearest caption.
 
     Attributes:
-        source: `self` (two views of one image), `language` (described alike), `vision` (looking alike to a
-            given encoder), `hybrid` (both together), `label` (of one label: an oracle), or `file` (given).
-        caption_encoder: Whose embeddings of captions to use; may be left out where there is only one.
-        image_encoder: Whose embeddings of images to use, for `vision`, `hybrid` and images without caption.
-        k: The partner is one of the k nearest; 1, the nearest, is the paper's. With `file`, all by default.
-        sampling_temperature: Draw the nearer of the k more often, in proportion to exp(similarity /
-            temperature); evenly where not given.
-        min_similarity: Only partners at least so alike (cosine).
-        ratio_threshold: Only where the second nearest is farther than the nearest by this factor (1 -
+        source: Source of positive pairs: `self` (two views of one image), `language` (similar captions),
+            `vision` (similar image embeddings), `hybrid` (both), `label` (same label, an oracle), or `file`.
+        caption_encoder: Name of the caption embeddings; may be omitted if there is only one.
+        image_encoder: Name of the image embeddings, for `vision`, `hybrid` and images without a caption.
+        k: The partner is one of the k nearest. Defaults to 1, the paper's, and to all partners of a file.
+        sampling_temperature: Sample one of the k in proportion to exp(similarity / temperature); uniformly by
+            default.
+        min_similarity: Minimum cosine similarity of a partner.
+        ratio_threshold: Keep the nearest only if the second nearest is farther by this factor (in 1 -
             cosine).
-        mutual_k: Only partners that are among each other's nearest so many.
-        hubness_correction: Correct the order for images that are near to everything: `csls` or
+        mutual_k: Keep only partners that are among each other's k nearest.
+        hubness_correction: Re-ranking against hubs, images that are near to many others: `csls` or
             `mutual-proximity`.
-        fusion: How `hybrid` combines: by reciprocal `rank`, or by weighted `similarity`.
-        image_weight: The weight of looks in `hybrid`, from 0 to 1.
-        self_pair_prob: How often an image is paired with itself although it has a partner, from 0 to 1.
-        fallback: Whom an image without admissible partner gets: itself (`self`), nobody (`drop`: it is no
-            anchor), or the `nearest` in spite of the rules.
-        missing_caption: Whom an image without caption gets with `language`: itself (`self`), nobody
-            (`drop`), its
-            visual neighbor (`vision`), or that one and its partners (`borrow`: the caption of its visual
-            neighbor; the same for k of 1). With `hybrid` such images go by their looks.
-        pairs_file: For `file`: a table with columns anchor, partner and, if wanted, similarity.
+        fusion: Combination of captions and images for `hybrid`: reciprocal rank fusion (`rrf`), or
+            `weighted` similarity.
+        image_weight: Weight of the image similarity for `hybrid`, from 0 to 1.
+        self_pair_prob: Probability of pairing an image with itself although it has a partner, from 0 to 1.
+        fallback: Treatment of images without an admissible partner: `self` pairs the image with itself,
+            `drop` excludes it (as LGSSL does), `nearest` ignores the constraints.
+        missing_caption: Treatment of images without a caption for `language`: `self`, `drop`, the nearest
+            image by image embeddings (`visual`), or that image and its partners (`borrow`).
+        pairs_file: Table with columns anchor, partner and optionally similarity, for `file`.
     """
 
     source: PairSource = "language"
@@ -80,10 +79,10 @@ class PairConfig(SearchConfig):
     pairs_file: Path | None = None
 
     def __post_init__(self) -> None:
-        """Refuse what no rule can mean.
+        """Validate the config.
 
         Raises:
-            InputError: naming the setting and what it may be.
+            InvalidInputError: if a value is out of range or fields contradict each other.
         """
         check_choices(self)
         for name, low, high in (
@@ -98,14 +97,15 @@ class PairConfig(SearchConfig):
             check_range(name, getattr(self, name), low, high)
         if self.sampling_temperature is not None and not self.sampling_temperature > 0:
             raise InvalidInputError(
-                f"the temperature of the draw is {self.sampling_temperature}; it must be above 0"
+                f"`sampling_temperature` must be above 0, got {self.sampling_temperature}",
+                field="sampling_temperature",
             )
         self._check_applicable()
 
     def _check_applicable(self) -> None:
-        """Refuse settings that the source of pairs would pass over in silence."""
+        """Raise for fields that the source of pairs would ignore."""
         if (self.source == "file") != (self.pairs_file is not None):
-            raise InvalidInputError("--pairs file and --pairs-file FILE go together: give both or neither")
+            raise InvalidInputError("`source` 'file' and `pairs_file` require each other", field="pairs_file")
         for field in fields(self):
             allowed = _ALLOWED_FIELDS.get(self.source)
             if (
@@ -113,31 +113,37 @@ class PairConfig(SearchConfig):
                 and field.name not in allowed
                 and getattr(self, field.name) != field.default
             ):
-                flag = field.name.replace("_", "-")
-                raise InvalidInputError(f"--{flag} means nothing for pairs from {self.source}; leave it out")
+                raise InvalidInputError(
+                    f"`{field.name}` does not apply to `source` {self.source!r}", field=field.name
+                )
         if self.source == "label" and self.fallback == "nearest":
             raise InvalidInputError(
-                "among images of one label none is the nearest: use --fallback self or drop"
+                "`fallback` must be 'self' or 'drop' for `source` 'label', which has no nearest image",
+                field="fallback",
             )
         if self.caption_pooling != "mean" and (
             self.hubness_correction == "mutual-proximity" or self.source == "hybrid"
         ):
             raise InvalidInputError(
-                "mutual proximity and hybrid pairs compare one vector an image: use them with --captions mean"
+                "`caption_pooling` must be 'mean' for mutual proximity and for `source` 'hybrid', "
+                "which compare one vector per image",
+                field="caption_pooling",
             )
         if self.caption_pooling == "sample" and (self.hubness_correction != "none" or self.mutual_k):
             raise InvalidInputError(
-                "--captions draw compares single captions: it goes without --mutual and correction of hubs"
+                "`caption_pooling` 'sample' compares single captions and excludes `mutual_k` and "
+                "`hubness_correction`",
+                field="caption_pooling",
             )
 
     @property
     def search_config(self) -> SearchConfig:
-        """The part that decides what is searched for."""
+        """The fields that the neighbor search depends on."""
         return SearchConfig(**{field.name: getattr(self, field.name) for field in fields(SearchConfig)})
 
     @property
     def num_candidates(self) -> int:
-        """How many neighbors an image the rule looks at."""
+        """Number of neighbors per image that partners are selected from."""
         num_required = max(
             1 if self.k is None else self.k, self.mutual_k or 1, 1 if self.ratio_threshold is None else 2
         )
@@ -148,59 +154,59 @@ class PairConfig(SearchConfig):
         )
 
     def summary(self) -> str:
-        """Say the rule in plain words, without the counts that only a collection gives."""
+        """Return the config in one sentence."""
         if self.source == "self":
             return "each image is paired with another view of itself"
         parts = [f"each image is paired with {self._describe_partner()}", *self._describe_constraints()]
         if self.self_pair_prob > 0:
-            parts.append(f"in {self.self_pair_prob:.0%} of the draws with itself instead")
+            parts.append(f"with probability {self.self_pair_prob:.0%} with itself instead")
         return "; ".join(parts)
 
     def _describe_partner(self) -> str:
         if self.source == "label":
             return "another image of the same label"
         if self.source == "file":
-            choice_phrase = "one of the partners" if self.k is None else f"one of the first {self.k} partners"
-            return f"{choice_phrase} that {self.pairs_file} gives it"
+            subset = "one of its partners" if self.k is None else f"one of its first {self.k} partners"
+            return f"{subset} in {self.pairs_file}"
         criterion = {
-            "language": "described most like it",
-            "vision": "that look most like it",
-            "hybrid": f"most like it in words and looks together ({self.fusion} fusion)",
+            "language": "most similar captions",
+            "vision": "most similar image embeddings",
+            "hybrid": f"most similar captions and image embeddings ({self.fusion} fusion)",
         }[self.source]
         if self.k is None or self.k == 1:
-            return f"the image {criterion.replace('that look', 'that looks')}"
-        weighting = "" if self.sampling_temperature is None else ", the nearer the more often"
-        return f"one of the {self.k} images {criterion}{weighting}"
+            return f"the image with the {criterion}"
+        weighting = "" if self.sampling_temperature is None else ", sampled by similarity"
+        return f"one of the {self.k} images with the {criterion}{weighting}"
 
     def _describe_constraints(self) -> list[str]:
-        """Each limit that differs from none, as a phrase."""
+        """Return a phrase per constraint that is active."""
         return [
             phrase
             for is_active, phrase in (
-                (self.caption_pooling == "max", "captions compared by their best match"),
-                (self.caption_pooling == "sample", "by a caption drawn anew each epoch"),
-                (self.group_scope == "same", "within its own group"),
-                (self.group_scope == "different", "from another group"),
-                (self.exclude_identical_captions, "never of the same caption"),
-                (self.exclude_near_duplicates, "never a near-duplicate image"),
-                (self.filter is not None, f"without what {self.filter} leaves out"),
-                (self.hubness_correction != "none", f"hubs corrected by {self.hubness_correction}"),
-                (self.min_similarity is not None, f"at least {self.min_similarity} alike"),
+                (self.caption_pooling == "max", "captions compared by their maximum similarity"),
+                (self.caption_pooling == "sample", "by a caption sampled each epoch"),
+                (self.group_scope == "same", "in the same group"),
+                (self.group_scope == "different", "in a different group"),
+                (self.exclude_identical_captions, "without identical captions"),
+                (self.exclude_near_duplicates, "without near-duplicate images"),
+                (self.filter is not None, f"without the exclusions of {self.filter}"),
+                (self.hubness_correction != "none", f"hubness corrected by {self.hubness_correction}"),
+                (self.min_similarity is not None, f"similarity at least {self.min_similarity}"),
                 (
                     self.ratio_threshold is not None,
-                    f"clearly nearer than the next (ratio {self.ratio_threshold})",
+                    f"nearer than the next by a ratio of {self.ratio_threshold}",
                 ),
-                (self.mutual_k is not None, f"both among each other's {self.mutual_k} nearest"),
+                (self.mutual_k is not None, f"among each other's {self.mutual_k} nearest"),
             )
             if is_active
         ]
 
 
 def parse_pair_config(text: str) -> PairConfig:
-    """Read a rule as it is typed: `k=3,mutual=10`, or `default` for the paper's.
+    """Parse a config such as `k=3,mutual_k=10`, or `default` for the paper's.
 
     Raises:
-        InputError: for an unknown setting or a value that is not of its kind.
+        InvalidInputError: if a field is unknown or repeated, or a value has another type.
     """
     hints, overrides = get_type_hints(PairConfig), {}
     for part in (part.strip() for part in text.split(",") if part.strip() not in ("", "default")):
@@ -209,10 +215,11 @@ def parse_pair_config(text: str) -> PairConfig:
         if name not in hints:
             suggestion = did_you_mean(name, list(hints))
             raise InvalidInputError(
-                f"unknown setting {name!r} in the rule {text!r}; known: {', '.join(hints)}.{suggestion}"
+                f"unknown field {name!r} in the pair config {text!r}; known: {', '.join(hints)}.{suggestion}",
+                field=name,
             )
         if name in overrides:
-            raise InvalidInputError(f"{name} stands twice in the rule {text!r}")
+            raise InvalidInputError(f"`{name}` is given twice in the pair config {text!r}", field=name)
         overrides[name] = _parse_value(hints[name], value.strip(), text)
     return PairConfig(**overrides)
 
@@ -221,9 +228,9 @@ def _parse_value(hint: Any, value: str, config_text: str) -> Any:
     types = [type_ for type_ in (get_args(hint) or (hint,)) if type_ is not type(None)]
     if types[0] is bool:
         if value not in ("", "true", "false"):
-            raise InvalidInputError(f"{value!r} in the rule {config_text!r} should be true or false")
+            raise InvalidInputError(f"{value!r} in the pair config {config_text!r} must be true or false")
         return value != "false"
     try:
         return types[0](value) if types[0] in (int, float, Path) else value
     except ValueError as error:
-        raise InvalidInputError(f"{value!r} in the rule {config_text!r} is not a number") from error
+        raise InvalidInputError(f"{value!r} in the pair config {config_text!r} is not a number") from error

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from likewise.data.dataset import CaptionDataset
+from likewise.data.filters import open_view
 from likewise.embeddings.store import find_embeddings
 from likewise.neighbors.config import SearchConfig
 from likewise.neighbors.index import find_or_compute_neighbors
@@ -93,20 +94,15 @@ def sample_neighbors(
         ArtifactError: where the embeddings are missing.
         InputError: where fewer than two images can be compared.
     """
+    embeddings = find_embeddings(dataset, encoder, modality="images" if use_image_embeddings else "captions")
     neighbors = find_or_compute_neighbors(
-        dataset,
-        encoder,
-        SearchConfig(),
-        AGREEMENT_K,
-        use_image_embeddings=use_image_embeddings,
-        progress=progress,
+        open_view(dataset), embeddings, SearchConfig(), AGREEMENT_K, progress=progress
     )
     positions, similarity = neighbors.topk(min(AGREEMENT_K, neighbors.k))
     top1_similarity = similarity[positions[:, 0] >= 0, 0]
     low = min(0.0, float(np.floor(top1_similarity.min(initial=0.0) * 10) / 10))
     counts, edges = np.histogram(np.clip(top1_similarity, low, 1), bins=_NUM_BINS, range=(low, 1))
     sample = sample_images(dataset)
-    modality = "images" if use_image_embeddings else "captions"
     return SampledNeighbors(
         encoder=encoder,
         histogram=SimilarityHistogram(
@@ -117,7 +113,7 @@ def sample_neighbors(
         ),
         anchors=sample,
         neighbor_positions=positions[sample],
-        vectors=ImageVectors(find_embeddings(dataset, encoder, modality=modality), len(dataset)),
+        vectors=ImageVectors(embeddings, len(dataset)),
     )
 
 

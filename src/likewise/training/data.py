@@ -7,13 +7,13 @@ import torch
 
 from likewise.artifacts import fingerprint
 from likewise.data.dataset import CaptionDataset
-from likewise.data.filters import read_filter
+from likewise.data.filters import DatasetView, open_view
 from likewise.data.image_cache import build_image_cache, cache_resolution
 from likewise.distributed import DistributedContext
 from likewise.embeddings.store import find_embeddings
 from likewise.errors import InvalidInputError
-from likewise.neighbors.vectors import ImageVectors, filtered_caption_mask
-from likewise.pairs.build import build_pairs
+from likewise.neighbors.vectors import ImageVectors
+from likewise.pairs.build import find_candidates, select_partners
 from likewise.pairs.config import PairConfig
 from likewise.parallel import default_num_workers
 from likewise.progress import Progress
@@ -49,20 +49,22 @@ def build_loader(
         progress: Progress bars.
     """
     view_specs = build_view_specs(config, pair_config)
-    caption_inputs = _open_caption_inputs(dataset, config, pair_config, progress)
-    pairs = build_pairs(dataset, pair_config, device=device.type, progress=progress)
+    view = open_view(dataset, pair_config.filter)
+    caption_inputs = _open_caption_inputs(view, config, pair_config, progress)
+    candidates = find_candidates(view, pair_config, device=device.type, progress=progress)
+    pairs = select_partners(candidates, pair_config)
     image_cache = build_image_cache(
         dataset, cache_resolution(config.image_size, len(dataset)), num_workers=num_workers, progress=progress
     )
     if len(image_cache.readable) < len(dataset):
-        pairs = build_pairs(dataset, pair_config, image_cache.readable, device=device.type, progress=progress)
+        pairs = select_partners(candidates, pair_config, image_cache.readable_mask)
     evaluator = None
     if config.num_val_pairs:
         split = split_validation(pairs, config.num_val_pairs, seed=config.seed)
         labels = _label_ids(dataset, split.anchors)
         evaluator = PairRetrievalEvaluator(image_cache, pairs, split, view_specs[0], labels, seed=config.seed)
-        remaining = split.training_positions(image_cache.readable)
-        pairs = build_pairs(dataset, pair_config, remaining, device=device.type, progress=progress)
+        is_training = np.isin(np.arange(len(dataset)), split.training_positions(image_cache.readable))
+        pairs = select_partners(candidates, pair_config, is_training)
     pair_dataset = PairDataset(
         image_cache, pairs, seed=config.seed, view_specs=view_specs, caption_inputs=caption_inputs
     )
@@ -91,7 +93,7 @@ def input_keys(dataset: CaptionDataset, pair_dataset: PairDataset, config: Train
 
 
 def _open_caption_inputs(
-    dataset: CaptionDataset, config: TrainConfig, pair_config: PairConfig, progress: Progress
+    view: DatasetView, config: TrainConfig, pair_config: PairConfig, progress: Progress
 ) -> CaptionInputs:
     """Open the caption embeddings or tokens that the method uses.
 
@@ -101,8 +103,7 @@ def _open_caption_inputs(
     options = config.method_options
     if not (options.uses_caption_embeddings or options.uses_tokens):
         return CaptionInputs()
-    dataset_filter = None if pair_config.filter is None else read_filter(pair_config.filter, dataset)
-    caption_mask = filtered_caption_mask(dataset, dataset_filter)
+    dataset, caption_mask = view.dataset, view.caption_mask
     vectors = tokens = has_caption = None
     if options.uses_caption_embeddings:
         embeddings = find_embeddings(dataset, pair_config.caption_encoder)
