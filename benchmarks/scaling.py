@@ -25,8 +25,8 @@ from time import perf_counter, sleep
 from likewise.demo import make_emoji_dataset
 
 _PACK = (
-    "import sys; from likewise.collection.packed import pack_images; "
-    "from likewise.collection.records import Collection; pack_images(Collection(sys.argv[1]), 48)"
+    "import sys; from likewise.data.image_cache import build_image_cache; "
+    "from likewise.data.dataset import CaptionDataset; build_image_cache(CaptionDataset(sys.argv[1]), 48)"
 )
 
 
@@ -39,7 +39,7 @@ def stages(table: Path, out: Path) -> dict[str, list[str]]:
         "pack": ["-c", _PACK, collection],
         "train, 10 steps": [
             *likewise, "train", collection, "--out", str(out / "run"), "--pairs", "self", "--steps", "10",
-            "--size", "32", "--batch-size", "64", "--backbone", "resnet10t", "--quiet",
+            "--image-size", "32", "--batch-size", "64", "--backbone", "resnet10t", "--quiet",
         ],
         # Last, as it takes longest.
         "neighbors": [*likewise, "neighbors", collection, "--encoder", "bow", "--quiet"],
