@@ -90,8 +90,8 @@ def test_validation_pairs_are_held_out_of_training(collection: CaptionDataset) -
     split = split_validation(pairs, 30, seed=0)
     assert len(split.anchors) == 30
     assert (split.anchors != split.partners).all()
-    is_training = np.isin(np.arange(len(collection)), split.training_positions(pairs.anchors))
-    train_pairs = build_pairs(collection, PairConfig(), allowed=is_training)
+    training_mask = split.training_mask(np.ones(len(collection), bool))
+    train_pairs = build_pairs(collection, PairConfig(), allowed=training_mask)
     train_images = np.union1d(
         train_pairs.anchors, train_pairs.sample_partners(train_pairs.anchors, seed=0, epoch=0)
     )
@@ -165,6 +165,6 @@ def test_validation_does_not_change_the_training(collection: CaptionDataset, tmp
     assert all(torch.equal(tensor, last[1][name]) for name, tensor in last[0].items())
 
 
-def test_training_positions_by_hand() -> None:
+def test_training_mask_by_hand() -> None:
     split = ValidationSplit(np.array([1, 2]), np.array([2, 5]))
-    assert split.training_positions(np.arange(7)).tolist() == [0, 3, 4, 6]
+    assert np.flatnonzero(split.training_mask(np.ones(7, bool))).tolist() == [0, 3, 4, 6]

@@ -63,8 +63,8 @@ def build_loader(
         split = split_validation(pairs, config.num_val_pairs, seed=config.seed)
         labels = _label_ids(dataset, split.anchors)
         evaluator = PairRetrievalEvaluator(image_cache, pairs, split, view_specs[0], labels, seed=config.seed)
-        is_training = np.isin(np.arange(len(dataset)), split.training_positions(image_cache.readable))
-        pairs = select_partners(candidates, pair_config, is_training)
+        training_mask = split.training_mask(image_cache.readable_mask)
+        pairs = select_partners(candidates, pair_config, training_mask)
     pair_dataset = PairDataset(
         image_cache, pairs, seed=config.seed, view_specs=view_specs, caption_inputs=caption_inputs
     )

@@ -36,9 +36,11 @@ class ValidationSplit:
     anchors: np.ndarray
     partners: np.ndarray
 
-    def training_positions(self, readable: np.ndarray) -> np.ndarray:
-        """Return the readable images that are neither anchor nor partner: (n,) int64."""
-        return np.setdiff1d(readable, np.concatenate([self.anchors, self.partners]))
+    def training_mask(self, readable_mask: np.ndarray) -> np.ndarray:
+        """Return the readable images that are neither anchor nor partner: (n,) bool -> (n,) bool."""
+        mask = readable_mask.copy()
+        mask[self.anchors] = mask[self.partners] = False
+        return mask
 
 
 def split_validation(pairs: Pairs, num_pairs: int, *, seed: int) -> ValidationSplit:
