@@ -1,6 +1,11 @@
 """Sphinx configuration: `make docs` builds the site into docs/_build, without network access."""
 
+from sphinx.ext.napoleon import GoogleDocstring
+
 import likewise
+
+# A docstring under a field is prose: "Column of splits: train, val or test." is not "type: description".
+GoogleDocstring._parse_attribute_docstring = lambda self: self._consume_to_end()
 
 project = "likewise"
 author = "the likewise authors"

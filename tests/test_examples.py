@@ -8,6 +8,10 @@ import pytest
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
 ARGUMENTS = {
+    "train_simclr.py": "photos/ labeled/ out/ --backbone resnet10t --image-size 32 --batch-size 32"
+    " --epochs 1",
+    "use_encoder.py": "random:resnet10t photos/ cat.jpg",
+    "custom_method.py": "photos/ labeled/ out/",
     "custom_pairs.py": "photos/ out/",
 }
 
