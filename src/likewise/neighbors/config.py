@@ -52,7 +52,7 @@ class SearchConfig:
 
     Attributes:
         caption_pooling: Comparison of images with several captions: the `mean` embedding, the `max` over
-            pairs of captions, or one caption that is `sample`d each epoch.
+            pairs of captions, or a `sample` of one caption each epoch.
         group_scope: Partners from `any` group, the `same` or a `different` one; images without a group then
             have none.
         exclude_identical_captions: Exclude images whose captions are equal except for case, spaces and
