@@ -19,10 +19,10 @@ from sklearn.linear_model import LogisticRegression
 from torch.nn.functional import normalize
 
 from benchmarks.timing import alternate, told
+from likewise.evaluation.protocols.base import Split
 from likewise.evaluation.protocols.fewshot import FewShotConfig, evaluate_few_shot, sample_episodes
 from likewise.evaluation.protocols.linear import (
-    LinearProbeConfig,
-    fit_linear_probe,
+    LinearProbe,
     search_grid,
     stratified_split,
 )
@@ -117,19 +117,21 @@ def run(rounds: int = 3, episodes: int = 5000) -> Iterator[str]:
     start = time.perf_counter()
     cost, accuracy = scikit_learn(*train, *test)
     yield f"scikit-learn: cost {cost:.4g}, test accuracy {accuracy:.4f}, {time.perf_counter() - start:.0f} s"
-    ours = fit_linear_probe(LinearProbeConfig(), *train, *test, num_classes=CLASSES)
-    yield f"ours:         cost {ours.C:.4g}, test accuracy {ours.accuracy:.4f}, converged {ours.converged}"
+    train_split, test_split = Split(*train), Split(*test)
+    ours = LinearProbe.fit(train_split, num_classes=CLASSES)
+    own_accuracy = float((ours.predict(test_split.x) == test_split.y).double().mean())
+    yield f"ours:         cost {ours.C:.4g}, test accuracy {own_accuracy:.4f}, converged {ours.converged}"
     yield told(
         "linear probe, sweep and refit",
         "scikit-learn LogisticRegression",
         alternate(
-            lambda: fit_linear_probe(LinearProbeConfig(), *train, *test, num_classes=CLASSES),
+            lambda: LinearProbe.fit(train_split, num_classes=CLASSES).predict(test_split.x),
             lambda: scikit_learn(*train, *test),
             rounds,
         ),
     )
     settings = FewShotConfig(episodes=episodes)
-    batched = evaluate_few_shot(settings, *train, *test).accuracy
+    batched = evaluate_few_shot(settings, train_split, test_split).accuracy
     yield (
         f"few-shot accuracy: {batched.value:.6f} ours, {ready_episodes(settings, train, test):.6f} the same "
         f"episodes one by one, {as_lgssl(settings, train, test):.6f} LGSSL's own draw"
@@ -139,7 +141,9 @@ def run(rounds: int = 3, episodes: int = 5000) -> Iterator[str]:
         ("drawn at once, one by one", ready_episodes),
     ):
         seconds = alternate(
-            lambda: evaluate_few_shot(settings, *train, *test), partial(loop, settings, train, test), rounds
+            lambda: evaluate_few_shot(settings, train_split, test_split),
+            partial(loop, settings, train, test),
+            rounds,
         )
         yield told(f"few-shot, {episodes:,} episodes", peer, seconds)
 

@@ -20,8 +20,9 @@ from benchmarks.timing import product_rate
 from likewise.demo import load_emoji
 from likewise.embeddings.registry import resolve_encoder
 from likewise.embeddings.text_encoders import SentenceTransformerEncoder
+from likewise.evaluation.protocols.base import Split
 from likewise.evaluation.protocols.fewshot import FewShotConfig, evaluate_few_shot
-from likewise.evaluation.protocols.linear import LinearProbeConfig, fit_linear_probe
+from likewise.evaluation.protocols.linear import LinearProbe
 from likewise.neighbors.search import ExactIndex
 
 CPU = torch.device("cpu")
@@ -43,14 +44,14 @@ def stages() -> Iterator[tuple[str, Callable[[], object], float | None]]:
     n, d = 20_000, 384
     index = ExactIndex(unit(np.random.default_rng(0).standard_normal((n, d), np.float32)))
     yield f"neighbors, {n:,} x {d}, top-{K}", lambda: index.search(np.arange(n), K), 2.0 * n * n * d
-    train, test = features(TRAIN, 1), features(TEST, 2)
-    probe, episodes = LinearProbeConfig(), FewShotConfig(episodes=5000)
+    train, test = Split(*features(TRAIN, 1)), Split(*features(TEST, 2))
+    episodes = FewShotConfig(episodes=5000)
     yield (
         "linear probe, sweep and refit",
-        lambda: fit_linear_probe(probe, *train, *test, num_classes=CLASSES),
+        lambda: LinearProbe.fit(train, num_classes=CLASSES).predict(test.x),
         None,
     )
-    yield "few-shot, 5,000 episodes", lambda: evaluate_few_shot(episodes, *train, *test), None
+    yield "few-shot, 5,000 episodes", lambda: evaluate_few_shot(episodes, train, test), None
     encoder = SentenceTransformerEncoder(resolve_encoder("all-MiniLM-L6-v2"), "cpu")
     captions = [emoji.name for emoji in load_emoji()]
     yield f"embed, {len(captions):,} captions, MiniLM", lambda: encoder.encode(captions, 64), None

@@ -18,7 +18,6 @@ from likewise.evaluation.evaluate import evaluate
 from likewise.evaluation.features import extract_features
 from likewise.evaluation.protocols import ProtocolConfig
 from likewise.evaluation.protocols.fewshot import FewShotConfig
-from likewise.evaluation.protocols.linear import LinearProbeConfig
 from likewise.evaluation.results import compare_metrics, read_results
 from likewise.models.encoders import ImageEncoder, load_encoder
 
@@ -110,7 +109,7 @@ def test_linear_probe_matches_scikit_learn_at_the_selected_cost(folder: Path, ou
     vectors, splits, labels = (
         array[features.indices] for array in (features.vectors, dataset.splits, dataset.labels)
     )
-    reference = LogisticRegression(C=score["details"]["cost"], max_iter=20_000, tol=1e-6)
+    reference = LogisticRegression(C=score["details"]["C"], max_iter=20_000, tol=1e-6)
     reference.fit(vectors[splits == "train"].astype(np.float64), labels[splits == "train"])
     accuracy = reference.score(vectors[splits == "test"].astype(np.float64), labels[splits == "test"])
     assert score["value"] == pytest.approx(accuracy, abs=0.02)
@@ -248,7 +247,7 @@ def test_results_of_several_encoders_in_one_folder_raise(folder: Path, tmp_path:
 
 
 def test_means_over_classes_are_not_compared_by_item(folder: Path, tmp_path: Path) -> None:
-    config = ProtocolConfig(linear=LinearProbeConfig(mean_class_accuracy=True))
+    config = ProtocolConfig().with_mean_class_accuracy()
     for name in ("resnet10t", "resnet14t"):
         evaluate(small_encoder(name), folder, "knn", config=config, out=tmp_path / name)
     (row,) = compare_metrics([read_results(tmp_path / "resnet10t"), read_results(tmp_path / "resnet14t")])

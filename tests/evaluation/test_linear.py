@@ -3,17 +3,19 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from jaxtyping import TypeCheckError
 from sklearn.datasets import load_digits
 from sklearn.linear_model import LogisticRegression
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
+from likewise.errors import InvalidInputError
 from likewise.evaluation.protocols._lbfgs import fit_logistic
+from likewise.evaluation.protocols.base import Split, accuracy_score, stratified_split
 from likewise.evaluation.protocols.linear import (
+    LinearProbe,
     LinearProbeConfig,
-    fit_linear_probe,
     search_grid,
-    stratified_split,
 )
 
 FEATURES, LABELS = (torch.as_tensor(part) for part in load_digits(return_X_y=True))
@@ -21,19 +23,28 @@ FEATURES = FEATURES / 16
 X0, Y0 = FEATURES[:50], LABELS[:50]
 
 
-def reference(x: Tensor, y: Tensor, cost: float) -> LogisticRegression:
-    return LogisticRegression(C=cost, tol=1e-10, max_iter=20_000).fit(x.tolist(), y.tolist())
+def test_linear_probe() -> None:
+    """First test to read: fit on train, select C on held-out images, predict."""
+    train, test = Split(FEATURES[:1000], LABELS[:1000]), Split(FEATURES[1000:], LABELS[1000:])
+    probe = LinearProbe.fit(train, num_classes=10)
+    assert probe.converged
+    assert probe.sweep[probe.C] == probe.val_accuracy > 0.9
+    assert (probe.predict(test.x) == test.y).double().mean() > 0.9
 
 
-def objective(weight: Tensor, bias: Tensor, x: Tensor, y: Tensor, cost: float) -> Tensor:
-    return cost * cross_entropy(x @ weight.T + bias, y, reduction="sum") + weight.square().sum() / 2
+def reference(x: Tensor, y: Tensor, C: float) -> LogisticRegression:
+    return LogisticRegression(C=C, tol=1e-10, max_iter=20_000).fit(x.tolist(), y.tolist())
 
 
-@pytest.mark.parametrize("cost", [1e-6, 1e-2, 1.0, 1e2])
-def test_coefficients_are_those_of_scikit_learn(cost: float) -> None:
+def objective(weight: Tensor, bias: Tensor, x: Tensor, y: Tensor, C: float) -> Tensor:
+    return C * cross_entropy(x @ weight.T + bias, y, reduction="sum") + weight.square().sum() / 2
+
+
+@pytest.mark.parametrize("C", [1e-6, 1e-2, 1.0, 1e2])
+def test_coefficients_match_scikit_learn(C: float) -> None:
     x, y = FEATURES[:600], LABELS[:600]
-    expected = reference(x, y, cost)
-    weight, bias, converged = fit_logistic(x, y, cost, 10, tolerance=1e-9)
+    expected = reference(x, y, C)
+    weight, bias, converged = fit_logistic(x, y, C, 10, tolerance=1e-9)
     assert converged
     scale = float(weight.abs().max())
     coefficients, intercept = torch.as_tensor(expected.coef_), torch.as_tensor(expected.intercept_)
@@ -43,7 +54,7 @@ def test_coefficients_are_those_of_scikit_learn(cost: float) -> None:
     np.testing.assert_array_equal(predictions, expected.predict(FEATURES.tolist()))
 
 
-def test_two_classes_are_scikit_learns_binary_form_at_twice_the_cost() -> None:
+def test_two_classes_match_scikit_learn_at_twice_the_c() -> None:
     x, y = FEATURES[LABELS < 2], LABELS[LABELS < 2]
     weight, bias, _ = fit_logistic(x, y, 0.5, 2, tolerance=1e-9)
     expected = reference(x, y, 1.0)
@@ -51,18 +62,18 @@ def test_two_classes_are_scikit_learns_binary_form_at_twice_the_cost() -> None:
     np.testing.assert_allclose(bias[1] - bias[0], expected.intercept_[0], rtol=1e-3)
 
 
-@pytest.mark.parametrize("cost", [1e-6, 1.0, 1e6])
-def test_float32_reaches_the_minimum_of_float64(cost: float) -> None:
+@pytest.mark.parametrize("C", [1e-6, 1.0, 1e6])
+def test_float32_reaches_the_minimum_of_float64(C: float) -> None:
     """At 1e6 the classes are separable and a bound on the gradient alone stops far from the minimum."""
     x, y = FEATURES[:800] * 16 + 3, LABELS[:800]
-    exact = fit_logistic(x, y, cost, 10, tolerance=1e-8, max_iterations=5000)
-    single = fit_logistic(x.float(), y, cost, 10)
+    exact = fit_logistic(x, y, C, 10, tolerance=1e-8, max_iterations=5000)
+    single = fit_logistic(x.float(), y, C, 10)
     assert exact[2] and single[2]
     assert single[0].dtype == torch.float32
-    lowest = objective(exact[0], exact[1], x, y, cost)
-    reached = objective(single[0].double(), single[1].double(), x, y, cost)
-    # Folding the mean back into a float32 bias costs digits at 1e6, where scores are in the hundreds.
-    assert float(reached) == pytest.approx(float(lowest), rel=1e-4 if cost > 1 else 1e-5)
+    lowest = objective(exact[0], exact[1], x, y, C)
+    reached = objective(single[0].double(), single[1].double(), x, y, C)
+    # Folding the mean back into a float32 bias values of C digits at 1e6, where scores are in the hundreds.
+    assert float(reached) == pytest.approx(float(lowest), rel=1e-4 if C > 1 else 1e-5)
 
 
 def test_gradient_by_autograd_vanishes_at_the_solution() -> None:
@@ -73,7 +84,7 @@ def test_gradient_by_autograd_vanishes_at_the_solution() -> None:
     assert all(slope.abs().max() < 1e-6 for slope in slopes)
 
 
-def test_starting_point_does_not_move_the_solution() -> None:
+def test_initialization_does_not_change_the_solution() -> None:
     x, y = FEATURES[:300], LABELS[:300]
     cold = fit_logistic(x, y, 0.1, 10, tolerance=1e-9)
     start = fit_logistic(x, y, 0.03, 10)
@@ -115,14 +126,14 @@ def test_one_class_and_fewer_images_than_features() -> None:
     torch.testing.assert_close(few[0], torch.as_tensor(expected.coef_), rtol=1e-3, atol=1e-5)
 
 
-def test_unfinished_fit_says_so() -> None:
+def test_fit_reports_missing_convergence() -> None:
     assert not fit_logistic(FEATURES[:300], LABELS[:300], 1e6, 10, max_iterations=3)[2]
 
 
-@pytest.mark.parametrize("cost", [0.0, -1.0, float("nan")])
-def test_cost_must_be_positive(cost: float) -> None:
-    with pytest.raises(ValueError, match="cost"):
-        fit_logistic(FEATURES[:20], LABELS[:20], cost, 10)
+@pytest.mark.parametrize("C", [0.0, -1.0, float("nan")])
+def test_c_must_be_positive(C: float) -> None:
+    with pytest.raises(ValueError, match="`C`"):
+        fit_logistic(FEATURES[:20], LABELS[:20], C, 10)
 
 
 def test_features_must_be_finite_and_present() -> None:
@@ -135,16 +146,16 @@ def test_features_must_be_finite_and_present() -> None:
 
 
 def transcribed_sweep(x: Tensor, y: Tensor, val_x: Tensor, val_y: Tensor) -> tuple[float, dict[float, float]]:
-    """The search as published, on windows of a list of costs, with scikit-learn; ties to the smaller cost."""
+    """The search as published, on windows of a list of C, with scikit-learn; ties to the smaller C."""
     known = {}
 
-    def accuracy(cost: float) -> float:
-        if cost not in known:
-            known[cost] = float(np.mean(reference(x, y, cost).predict(val_x.tolist()) == val_y.numpy()))
-        return known[cost]
+    def accuracy(C: float) -> float:
+        if C not in known:
+            known[C] = float(np.mean(reference(x, y, C).predict(val_x.tolist()) == val_y.numpy()))
+        return known[C]
 
     coarse = [10.0**e for e in range(-6, 7, 2)]
-    scores = [accuracy(cost) for cost in coarse]
+    scores = [accuracy(C) for C in coarse]
     centre = round(np.log10(coarse[scores.index(max(scores))]) * 8)
     window = [10.0 ** (e / 8) for e in range(centre - 16, centre + 17) if abs(e) <= 48]
     while len(window) > 1:
@@ -158,35 +169,33 @@ def transcribed_sweep(x: Tensor, y: Tensor, val_x: Tensor, val_y: Tensor) -> tup
         else:
             window = window[size // 2 :]
     best = max(known.values())
-    return min(cost for cost in known if known[cost] == best), known
+    return min(C for C in known if known[C] == best), known
 
 
-def test_sweep_chooses_the_cost_of_scikit_learn() -> None:
-    # Raw pixels without noise saturate; with it the best cost lies inside the grid.
+def test_sweep_selects_the_c_of_scikit_learn() -> None:
+    # Raw pixels without noise saturate; with it the best C lies inside the grid.
     noise = torch.randn(len(FEATURES), 64, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
     x = FEATURES + noise * 0.4
     train, val, test = slice(0, 500), slice(500, 1100), slice(1100, None)
     expected, known = transcribed_sweep(x[train], LABELS[train], x[val], LABELS[val])
     seen = {}
-    result = fit_linear_probe(
+    probe = LinearProbe.fit(
+        Split(x[train], LABELS[train]),
+        Split(x[val], LABELS[val]),
         LinearProbeConfig(tolerance=1e-8),
-        *(x[train], LABELS[train], x[test], LABELS[test]),
-        val_x=x[val],
-        val_y=LABELS[val],
         num_classes=10,
         callback=seen.__setitem__,
     )
-    assert expected == result.C
+    assert expected == probe.C
     assert 1e-6 < expected < 1e6
-    assert list(result.sweep) == sorted(known)
+    assert list(probe.sweep) == sorted(known)
     # At 1e6 scikit-learn stops by the change of its objective, with an image or two still undecided.
-    assert result.sweep == pytest.approx(known, abs=2 / 600)
-    assert result.sweep == seen
-    assert result.val_accuracy == max(result.sweep.values())
+    assert probe.sweep == pytest.approx(known, abs=2 / 600)
+    assert probe.sweep == seen
+    assert probe.val_accuracy == max(probe.sweep.values())
     refit = reference(x[:1100], LABELS[:1100], expected).predict(x[test].tolist())
-    np.testing.assert_array_equal(result.predictions, refit)
-    assert result.accuracy == pytest.approx(np.mean(refit == LABELS[test].numpy()))
-    assert result.converged
+    np.testing.assert_array_equal(probe.predict(x[test]), refit)
+    assert probe.converged
 
 
 @given(st.lists(st.integers(0, 5), min_size=97, max_size=97))
@@ -200,7 +209,7 @@ def test_search_visits_the_coarse_grid_and_ends_in_a_local_maximum(values: list[
         assert {best - 1, best + 1} <= set(scores)
 
 
-def test_search_finds_the_peak_of_a_concave_score_and_takes_the_smaller_of_equals() -> None:
+def test_search_finds_the_maximum_of_a_concave_score() -> None:
     for peak in range(-48, 49):
         scores = search_grid(lambda step, peak=peak: -float(abs(step - peak)))
         assert max(scores, key=scores.__getitem__) == peak
@@ -208,76 +217,81 @@ def test_search_finds_the_peak_of_a_concave_score_and_takes_the_smaller_of_equal
     assert set(flat) == {*range(-48, 49, 16), -40, -44, -46, -47}
 
 
-def test_of_equal_accuracies_the_smaller_cost_is_chosen() -> None:
-    # Three far corners and a few wrong labels in train: costs of some range are perfect on validation.
+def test_ties_select_the_smaller_c() -> None:
+    # Three far corners and a few wrong labels in train: values of C of some range are perfect on validation.
     x = torch.eye(3, dtype=torch.float64).repeat(30, 1)
     x += torch.randn(90, 3, generator=torch.Generator().manual_seed(0), dtype=torch.float64) * 0.1
     y = torch.arange(3).repeat(30)
     y[:6] = 0
-    result = fit_linear_probe(LinearProbeConfig(), x, y, x, y, val_x=x[6:], val_y=y[6:], num_classes=3)
-    assert result.val_accuracy == 1
-    assert min(cost for cost, accuracy in result.sweep.items() if accuracy == 1) == result.C
-    assert result.sweep[1e-6] < 1
-    assert sum(accuracy == 1 for accuracy in result.sweep.values()) > 2
+    probe = LinearProbe.fit(Split(x, y), Split(x[6:], y[6:]), num_classes=3)
+    assert probe.val_accuracy == 1
+    assert min(C for C, accuracy in probe.sweep.items() if accuracy == 1) == probe.C
+    assert probe.sweep[1e-6] < 1
+    assert sum(accuracy == 1 for accuracy in probe.sweep.values()) > 2
 
 
-def test_mean_per_class_weighs_rare_classes_fully() -> None:
+def test_mean_class_accuracy_weights_classes_equally() -> None:
     rare = torch.cat([torch.arange(0, 400), torch.arange(400, 1200)[LABELS[400:1200] < 5]])
-    x, y = FEATURES[rare], LABELS[rare]
-    settings_ = LinearProbeConfig(mean_class_accuracy=True, tolerance=1e-3)
-    test_y = LABELS[1300:].clone()
-    result = fit_linear_probe(settings_, x, y, FEATURES[1300:], test_y, num_classes=10)
-    hit = (result.predictions == test_y).double()
-    expected = np.mean([hit[test_y == label].mean() for label in range(10)])
-    assert result.accuracy == pytest.approx(expected)
+    train, val = Split(FEATURES[rare], LABELS[rare]), Split(FEATURES[1300:], LABELS[1300:])
+    config = LinearProbeConfig(mean_class_accuracy=True, sweep_tolerance=1e-7, max_iterations=1000)
+    probe = LinearProbe.fit(train, val, config, num_classes=10)
+    weight, bias, _ = fit_logistic(train.x, train.y, probe.C, 10, tolerance=1e-7)
+    predictions = (val.x @ weight.T + bias).argmax(dim=1)
+    expected = np.mean([(predictions[val.y == label] == label).double().mean() for label in range(10)])
+    assert probe.val_accuracy == pytest.approx(expected)
+    score = accuracy_score(predictions, val.y, config)
+    assert score.metric == "mean per-class accuracy"
+    assert score.estimate.value == pytest.approx(expected)
 
 
 @settings(deadline=None)
 @given(st.lists(st.integers(0, 6), min_size=1, max_size=60), st.floats(0.01, 0.99), st.integers(0, 3))
-def test_hold_out_is_stratified_and_keeps_every_class_in_train(
-    labels: list[int], share: float, seed: int
+def test_validation_split_is_stratified_and_leaves_every_class_in_train(
+    labels: list[int], val_fraction: float, seed: int
 ) -> None:
-    names = torch.tensor(labels)
-    counts = names.bincount()
+    y = torch.tensor(labels)
+    counts = y.bincount()
     if counts.max() < 2:
-        with pytest.raises(ValueError, match="no class has two images"):
-            stratified_split(names, share, seed)
+        with pytest.raises(InvalidInputError, match="no class has two"):
+            stratified_split(y, val_fraction, seed)
         return
-    kept, held = stratified_split(names, share, seed)
-    assert sorted([*kept.tolist(), *held.tolist()]) == list(range(len(labels)))
-    for label in names.unique():
-        of_class = int(counts[label])
-        out = int((names[held] == label).sum())
-        assert out == min(max(int(of_class * share), 1), of_class - 1)
-    again = stratified_split(names, share, seed)
-    assert torch.equal(kept, again[0]) and torch.equal(held, again[1])
+    train_indices, val_indices = stratified_split(y, val_fraction, seed)
+    assert sorted([*train_indices.tolist(), *val_indices.tolist()]) == list(range(len(labels)))
+    for label in y.unique():
+        class_size = int(counts[label])
+        num_val = int((y[val_indices] == label).sum())
+        assert num_val == min(max(int(class_size * val_fraction), 1), class_size - 1)
+    again = stratified_split(y, val_fraction, seed)
+    assert torch.equal(train_indices, again[0]) and torch.equal(val_indices, again[1])
 
 
-@pytest.mark.parametrize("share", [0.0, 1.0, -0.2])
-def test_validation_share_is_a_share(share: float) -> None:
-    with pytest.raises(ValueError, match="between 0 and 1"):
-        stratified_split(LABELS, share, 0)
+@pytest.mark.parametrize("val_fraction", [0.0, 1.0, -0.2])
+def test_invalid_val_fraction_raises(val_fraction: float) -> None:
+    with pytest.raises(InvalidInputError) as error:
+        stratified_split(LABELS, val_fraction, 0)
+    assert error.value.field == "val_fraction"
+    with pytest.raises(InvalidInputError) as error:
+        LinearProbeConfig(val_fraction=val_fraction)
+    assert error.value.field == "val_fraction"
 
 
-def test_held_out_images_are_drawn_and_not_the_first_ones() -> None:
-    first, second = (stratified_split(LABELS, 0.2, seed)[1] for seed in (0, 1))
-    assert not torch.equal(first, second)
-    assert first.max() > 1500
+def test_validation_split_is_random() -> None:
+    val_a, val_b = (stratified_split(LABELS, 0.2, seed)[1] for seed in (0, 1))
+    assert not torch.equal(val_a, val_b)
+    assert val_a.max() > 1500
 
 
-def test_without_validation_the_split_is_held_out_and_the_refit_uses_all() -> None:
-    x, y, test = FEATURES[:400], LABELS[:400], slice(1500, None)
-    probe = LinearProbeConfig(tolerance=1e-6)
-    result = fit_linear_probe(probe, x, y, FEATURES[test], LABELS[test], num_classes=10)
-    kept, held = stratified_split(y, 0.2, 0)
-    given_split = fit_linear_probe(
-        probe, x[kept], y[kept], FEATURES[test], LABELS[test], val_x=x[held], val_y=y[held], num_classes=10
-    )
-    assert result.sweep == given_split.sweep
-    weight, bias, _ = fit_logistic(x, y, result.C, 10, tolerance=1e-6)
-    assert torch.equal(result.predictions, (FEATURES[test] @ weight.T + bias).argmax(dim=1))
+def test_validation_images_are_held_out_of_train_and_used_in_the_refit() -> None:
+    train, test_x = Split(FEATURES[:400], LABELS[:400]), FEATURES[1500:]
+    config = LinearProbeConfig(tolerance=1e-6)
+    probe = LinearProbe.fit(train, config=config, num_classes=10)
+    train_indices, val_indices = stratified_split(train.y, 0.2, 0)
+    explicit = LinearProbe.fit(train.subset(train_indices), train.subset(val_indices), config, num_classes=10)
+    assert probe.sweep == explicit.sweep
+    weight, bias, _ = fit_logistic(train.x, train.y, probe.C, 10, tolerance=1e-6)
+    assert torch.equal(probe.predict(test_x), (test_x @ weight.T + bias).argmax(dim=1))
 
 
-def test_half_a_validation_split_is_an_error() -> None:
-    with pytest.raises(ValueError, match="together"):
-        fit_linear_probe(LinearProbeConfig(), X0, Y0, X0, Y0, val_x=X0, num_classes=10)
+def test_split_requires_one_label_per_image() -> None:
+    with pytest.raises(TypeCheckError):
+        Split(X0, Y0[:3])

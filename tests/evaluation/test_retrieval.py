@@ -7,14 +7,15 @@ from jaxtyping import TypeCheckError
 from sklearn.metrics import average_precision_score
 from torch import Tensor
 
+from likewise.errors import InvalidInputError
 from likewise.evaluation.protocols.retrieval import retrieve
 
 
-def items(seed: int, count: int = 60, instances: int = 15) -> tuple[Tensor, np.ndarray, np.ndarray]:
+def random_features(seed: int, count: int = 60, instances: int = 15) -> tuple[Tensor, np.ndarray, np.ndarray]:
     rng = np.random.default_rng(seed)
-    centres = rng.normal(size=(instances, 10))
+    centers = rng.normal(size=(instances, 10))
     names = rng.integers(0, instances, count)
-    return torch.from_numpy(centres[names] + rng.normal(size=(count, 10))), names, rng.integers(0, 3, count)
+    return torch.from_numpy(centers[names] + rng.normal(size=(count, 10))), names, rng.integers(0, 3, count)
 
 
 def brute_force(
@@ -35,14 +36,14 @@ def brute_force(
 
 @pytest.mark.parametrize("use_domains", [False, True])
 @pytest.mark.parametrize("seed", [0, 1])
-def test_scores_are_those_of_brute_force(use_domains: bool, seed: int) -> None:
-    features, instances, domains = items(seed)
+def test_scores_match_brute_force(use_domains: bool, seed: int) -> None:
+    features, instances, domains = random_features(seed)
     domains = domains if use_domains else None
     ks = (1, 3, 10, 500)
     result = retrieve(features, instances, domains, ks)
     expected = brute_force(features, instances, domains, ks)
     assert result.queries.tolist() == list(expected)
-    assert result.skipped == 60 - len(expected)
+    assert result.num_skipped == 60 - len(expected)
     assert list(result.recall) == list(ks)
     for column, k in enumerate(ks):
         assert result.recall[k].dtype == bool
@@ -50,8 +51,8 @@ def test_scores_are_those_of_brute_force(use_domains: bool, seed: int) -> None:
     np.testing.assert_allclose(result.average_precision, [ap for _, ap in expected.values()], rtol=1e-12)
 
 
-def test_average_precision_is_scikit_learns() -> None:
-    features, instances, domains = items(2)
+def test_average_precision_matches_scikit_learn() -> None:
+    features, instances, domains = random_features(2)
     result = retrieve(features, instances, domains)
     unit = (features / features.norm(dim=1, keepdim=True)).numpy()
     for query, got in zip(result.queries, result.average_precision, strict=True):
@@ -65,7 +66,7 @@ def test_values_by_hand() -> None:
     features = torch.stack([angles.cos(), angles.sin()], dim=1)
     result = retrieve(features, np.array(["cup", "bag", "cup", "cup", "hat"]), ks=(1, 2))
     assert result.queries.tolist() == [0, 2, 3]
-    assert result.skipped == 2
+    assert result.num_skipped == 2
     # The first cup sees bag, cup, cup; the third sees cup, bag, cup; to the second, two tie.
     assert result.average_precision[0] == pytest.approx((1 / 2 + 2 / 3) / 2)
     assert result.average_precision[2] == pytest.approx((1 + 2 / 3) / 2)
@@ -81,7 +82,7 @@ def test_ties_go_to_the_smaller_index() -> None:
     assert result.average_precision.tolist() == pytest.approx([1, 1, 1 / 3, 1 / 3])
 
 
-def test_domains_shut_out_the_same_domain_even_when_nearer() -> None:
+def test_domains_exclude_closer_images_of_the_same_domain() -> None:
     features = torch.tensor([[1.0, 0.0], [1.0, 0.01], [0.0, 1.0], [0.9, 0.1]])
     instances, domains = np.array([0, 0, 0, 1]), np.array(["street", "street", "shop", "shop"])
     result = retrieve(features, instances, domains, ks=(1,))
@@ -90,22 +91,22 @@ def test_domains_shut_out_the_same_domain_even_when_nearer() -> None:
     assert result.average_precision.tolist() == pytest.approx([0.5, 0.5, 1])
 
 
-def test_nothing_to_find() -> None:
+def test_no_query_has_a_relevant_image() -> None:
     result = retrieve(torch.eye(3), np.arange(3))
-    assert result.skipped == 3
+    assert result.num_skipped == 3
     assert len(result.queries) == len(result.average_precision) == len(result.recall[1]) == 0
 
 
 @settings(deadline=None, max_examples=50)
 @given(st.lists(st.integers(0, 4), min_size=2, max_size=20), st.integers(0, 10))
-def test_recall_grows_and_order_does_not_matter(names: list[int], seed: int) -> None:
+def test_recall_increases_with_k_and_order_does_not_matter(labels: list[int], seed: int) -> None:
     rng = np.random.default_rng(seed)
-    features, instances = torch.from_numpy(rng.normal(size=(len(names), 5))), np.array(names)
+    features, instances = torch.from_numpy(rng.normal(size=(len(labels), 5))), np.array(labels)
     result = retrieve(features, instances, ks=(1, 2, 50))
     assert (result.recall[1] <= result.recall[2]).all()
     assert result.recall[50].all()
     assert ((result.average_precision > 0) & (result.average_precision <= 1)).all()
-    order = rng.permutation(len(names))
+    order = rng.permutation(len(labels))
     again = retrieve(features[order] * 3, instances[order], ks=(1, 2, 50))
     moved = dict(zip(order[again.queries].tolist(), again.average_precision.tolist(), strict=True))
     assert moved == pytest.approx(
@@ -114,7 +115,7 @@ def test_recall_grows_and_order_does_not_matter(names: list[int], seed: int) -> 
 
 
 def test_blocks_do_not_change_the_result(monkeypatch: pytest.MonkeyPatch) -> None:
-    features, instances, domains = items(4)
+    features, instances, domains = random_features(4)
     whole = retrieve(features, instances, domains)
     monkeypatch.setattr("likewise.evaluation.protocols.retrieval._BLOCK_ELEMENTS", 60 * 7)
     blocked = retrieve(features, instances, domains)
@@ -122,10 +123,11 @@ def test_blocks_do_not_change_the_result(monkeypatch: pytest.MonkeyPatch) -> Non
     np.testing.assert_allclose(blocked.average_precision, whole.average_precision, rtol=1e-12)
 
 
-def test_programmer_errors() -> None:
+def test_invalid_arguments_raise() -> None:
     with pytest.raises((ValueError, TypeCheckError)):
         retrieve(torch.eye(3), np.arange(2))
     with pytest.raises((ValueError, TypeCheckError)):
         retrieve(torch.eye(3), np.arange(3), np.arange(2))
-    with pytest.raises(ValueError, match="depths"):
+    with pytest.raises(InvalidInputError) as error:
         retrieve(torch.eye(3), np.arange(3), ks=(0,))
+    assert error.value.field == "recall_ks"

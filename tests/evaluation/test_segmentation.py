@@ -1,7 +1,6 @@
-"""Segmentation: overlap against a matrix counted elsewhere, masks read strictly, a head that learns."""
+"""Segmentation: metrics against scikit-learn, strict reading of masks, training of the head."""
 
 from pathlib import Path
-from typing import Literal
 
 import numpy as np
 import pytest
@@ -28,33 +27,33 @@ RNG = np.random.default_rng(0)
 CPU = torch.device("cpu")
 
 
-def test_overlap_and_accuracy_are_those_of_a_confusion_matrix() -> None:
+def test_metrics_match_scikit_learn() -> None:
     for _ in range(20):
-        true, given = RNG.integers(-1, 4, (9, 13)), RNG.integers(0, 4, (9, 13))
-        counts = confusion_matrix(true, given, 6)
-        kept = true >= 0
-        expected = sklearn_confusion_matrix(true[kept], given[kept], labels=range(6))
+        target, pred = RNG.integers(-1, 4, (9, 13)), RNG.integers(0, 4, (9, 13))
+        counts = confusion_matrix(target, pred, 6)
+        mask = target >= 0
+        expected = sklearn_confusion_matrix(target[mask], pred[mask], labels=range(6))
         np.testing.assert_array_equal(counts, expected)
-        present = np.union1d(true[kept], given[kept])
-        scores = jaccard_score(true[kept], given[kept], labels=present, average=None)
+        present = np.union1d(target[mask], pred[mask])
+        scores = jaccard_score(target[mask], pred[mask], labels=present, average=None)
         np.testing.assert_allclose(per_class_iou(counts.astype(float))[present], scores)
         got = segmentation_metrics(counts.astype(float))
         assert float(got["mean IoU"]) == pytest.approx(scores.mean())
-        assert float(got["pixel accuracy"]) == pytest.approx((true[kept] == given[kept]).mean())
+        assert float(got["pixel accuracy"]) == pytest.approx((target[mask] == pred[mask]).mean())
 
 
-def test_drawn_test_sets_are_sums_over_their_images_and_the_same_every_time() -> None:
+def test_bootstrap_resamples_sum_the_confusion_matrices_of_their_images() -> None:
     counts = RNG.integers(0, 50, (7, 3, 3))
-    drawn = bootstrap_metrics(counts, 5, seed=3)
+    resampled = bootstrap_metrics(counts, 5, seed=3)
     rows = np.random.default_rng(3).multinomial(7, np.full(7, 1 / 7), size=5)
-    for i, picked in enumerate(rows):
-        whole = np.stack([counts[j] * picked[j] for j in range(7)]).sum(axis=0).astype(float)
-        assert drawn["mean IoU"][i] == pytest.approx(float(segmentation_metrics(whole)["mean IoU"]))
+    for i, image_counts in enumerate(rows):
+        whole = np.stack([counts[j] * image_counts[j] for j in range(7)]).sum(axis=0).astype(float)
+        assert resampled["mean IoU"][i] == pytest.approx(float(segmentation_metrics(whole)["mean IoU"]))
 
 
 @pytest.fixture(scope="module")
 def halves(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Write pictures whose dark and light parts are the classes, with an unlabelled frame."""
+    """Write images whose dark and light parts are the classes, with an unlabeled border."""
     root = tmp_path_factory.mktemp("segment") / "halves"
     for i in range(30):
         folder = root / ("train" if i < 22 else "val")
@@ -70,46 +69,45 @@ def halves(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return root
 
 
-@pytest.mark.parametrize("backbone", ["frozen", "tuned"])
-def test_a_head_learns_and_the_encoder_stays_as_it_was(
-    halves: Path, backbone: Literal["frozen", "tuned"]
-) -> None:
+@pytest.mark.parametrize("finetune_backbone", [False, True])
+def test_head_learns_and_does_not_modify_the_encoder(halves: Path, finetune_backbone: bool) -> None:
     encoder, images = load_encoder("random:resnet10t", image_size=64), open_segmentation(halves, (9,))
     assert images.classes == ("0", "1")
     assert (images.splits == "test").sum() == 8
     before = {name: tensor.clone() for name, tensor in encoder.model.state_dict().items()}
-    settings = {
-        "frozen": SegmentationConfig(backbone="frozen", image_size=128, epochs=30, lr=0.01),
-        "tuned": SegmentationConfig(backbone="tuned", image_size=96, epochs=12, backbone_lr=1e-3),
-    }[backbone]
-    found = run_segmentation(settings, encoder, images, device=CPU, num_workers=0)
-    whole = found.confusion.sum(axis=0).astype(float)
+    config = (
+        SegmentationConfig(finetune_backbone=True, image_size=96, epochs=12, backbone_lr=1e-3)
+        if finetune_backbone
+        else SegmentationConfig(image_size=128, epochs=30, lr=0.01)
+    )
+    result = run_segmentation(config, encoder, images, device=CPU, num_workers=0)
+    whole = result.confusion.sum(axis=0).astype(float)
     # All in the larger class would be 0.37 or less.
     assert float(segmentation_metrics(whole)["mean IoU"]) > 0.6
     assert whole.sum() == 8 * 46 * 72
-    if backbone == "frozen":
-        again = run_segmentation(settings, encoder, images, device=CPU, num_workers=2)
-        np.testing.assert_array_equal(found.confusion, again.confusion)
+    if not finetune_backbone:
+        again = run_segmentation(config, encoder, images, device=CPU, num_workers=2)
+        np.testing.assert_array_equal(result.confusion, again.confusion)
     after = encoder.model.state_dict()
     assert all(torch.equal(before[name], after[name]) for name in before)
 
 
-def test_segmentation_runs_from_a_table_and_counts_what_it_leaves_out(halves: Path, tmp_path: Path) -> None:
+def test_segmentation_from_a_table_counts_skipped_masks(halves: Path, tmp_path: Path) -> None:
     lines = ["file,mask,split"]
     for split in ("train", "val"):
-        shown = sorted((halves / split / "images").iterdir())
-        lines += [f"{image},{halves / split / 'masks' / image.name},{split}" for image in shown]
+        images = sorted((halves / split / "images").iterdir())
+        lines += [f"{image},{halves / split / 'masks' / image.name},{split}" for image in images]
     Image.new("L", (10, 10)).save(tmp_path / "small.png")
     first = lines[1].split(",")[0]
     lines += [f"{first},{tmp_path / 'small.png'},train", f"{first},{tmp_path / 'none.png'},train"]
     (tmp_path / "index.csv").write_text("\n".join(lines) + "\n")
     (tmp_path / "classes.txt").write_text("0 dark\n1 light\n")
-    settings = ProtocolConfig(segmentation=SegmentationConfig(image_size=64, epochs=1))
+    config = ProtocolConfig(segmentation=SegmentationConfig(image_size=64, epochs=1))
     (result,) = evaluate(
         load_encoder("random:resnet10t", image_size=64),
         tmp_path,
         ("segmentation",),
-        config=settings,
+        config=config,
         columns=ColumnOptions(ignore_index=(9,)),
         out=tmp_path / "out",
     ).raw
@@ -122,7 +120,7 @@ def test_segmentation_runs_from_a_table_and_counts_what_it_leaves_out(halves: Pa
     assert scores[0]["low"] <= scores[0]["value"] <= scores[0]["high"]
 
 
-def test_what_is_no_mask_is_refused(halves: Path, tmp_path: Path) -> None:
+def test_invalid_masks_raise(halves: Path, tmp_path: Path) -> None:
     with pytest.raises(InvalidInputError, match="does not exist"):
         open_segmentation(tmp_path / "absent")
     with pytest.raises(InvalidInputError, match="holds neither"):

@@ -97,7 +97,7 @@ def evaluate(
             or names that `likewise sets` lists; for image-text a CSV file or a folder with a captions.csv;
             for detection a boxes.csv, COCO, Pascal VOC or YOLO; for segmentation an index.csv or folders.
         protocol: With commas between: linear, fewshot, knn, knn-grid, retrieval, clustering, finetune,
-            localisation; with a text tower zeroshot and image-text; detection and segmentation.
+            localization; with a text tower zeroshot and image-text; detection and segmentation.
         label_column: Column of labels in CSV files.
         split_column: Column of splits (train, val, test) in CSV files.
         caption_column: Column of captions in CSV files.
@@ -141,12 +141,12 @@ def evaluate(
             finetune={"epochs": train_epochs, "lr": finetune_lr},
             zeroshot={"prompts": tuple(prompt) if prompt else None},
             detection={
-                "backbone": "tuned" if finetune_backbone else None,
+                "finetune_backbone": finetune_backbone or None,
                 "epochs": train_epochs,
                 "image_size": image_size,
             },
             segmentation={
-                "backbone": "tuned" if finetune_backbone else None,
+                "finetune_backbone": finetune_backbone or None,
                 "epochs": train_epochs,
                 "image_size": image_size,
             },
@@ -179,9 +179,8 @@ def _protocol_config(mean_class_accuracy: bool, **overrides: dict[str, Any]) -> 
         name: replace(getattr(defaults, name), **{k: v for k, v in values.items() if v is not None})
         for name, values in overrides.items()
     }
-    return replace(
-        defaults, linear=replace(defaults.linear, mean_class_accuracy=mean_class_accuracy), **configs
-    )
+    config = replace(defaults, **configs)
+    return config.with_mean_class_accuracy() if mean_class_accuracy else config
 
 
 @app.command(help_epilogue="Example: `likewise sets`, then `likewise evaluate run --on eurosat,dtd`")

@@ -17,7 +17,7 @@ from likewise.artifacts import (
     write_array,
     write_json,
 )
-from likewise.errors import InvalidInputError, LikewiseError
+from likewise.errors import InvalidInputError
 from likewise.evaluation.datasets.captioned import CaptionedDataset, open_captioned
 from likewise.evaluation.datasets.dense import (
     DEFAULT_IGNORE_INDEX,
@@ -30,8 +30,8 @@ from likewise.evaluation.datasets.download import download_dataset
 from likewise.evaluation.datasets.labeled import LabeledDataset, open_labeled
 from likewise.evaluation.datasets.registry import DATASETS, MEAN_CLASS_ACCURACY, check_complete
 from likewise.evaluation.features import Features, extract_features
-from likewise.evaluation.protocols import PROTOCOLS, AnnotationType, ProtocolConfig, validate_protocols
-from likewise.evaluation.protocols.base import EvalContext, EvalDataset, Score
+from likewise.evaluation.protocols import AnnotationType, ProtocolConfig, build_protocol
+from likewise.evaluation.protocols.base import EvalContext, EvalDataset, Protocol, Score
 from likewise.evaluation.results import RESULTS_FILE, EvalResults, load_results
 from likewise.models.encoders import ImageEncoder, count_flops, load_encoder
 from likewise.parallel import resolve_device
@@ -93,18 +93,19 @@ def evaluate(
         ModelError: if the encoder cannot be loaded.
     """
     protocols = (protocols,) if isinstance(protocols, str) else tuple(protocols)
-    validate_protocols(protocols)
     is_single = isinstance(datasets, EvalDataset | str | os.PathLike)
     datasets = [datasets] if is_single else list(datasets)
     if not datasets or not protocols:
         raise InvalidInputError(
             "`datasets` and `protocols` must not be empty", field="protocols" if datasets else "datasets"
         )
+    config = config or ProtocolConfig()
+    requirements = [build_protocol(name, config).requires for name in protocols]
     # Datasets are opened before anything is computed: a mistake in the last one is reported at once.
     opened_datasets = [
         (annotation_type, open_dataset(annotation_type, dataset, columns or ColumnOptions(), progress))
         for dataset in datasets
-        for annotation_type in dict.fromkeys(PROTOCOLS[name].requires for name in protocols)
+        for annotation_type in dict.fromkeys(requirements)
     ]
     if not isinstance(encoder, ImageEncoder):
         encoder = load_encoder(encoder, device=device)
@@ -115,9 +116,13 @@ def evaluate(
     result_files = []
     for annotation_type, dataset in opened_datasets:
         context = _build_context(encoder, dataset, out_dir / "features", num_workers, progress)
-        dataset_config = _config_for(dataset, config or ProtocolConfig())
+        dataset_config = _config_for(dataset, config)
         artifact = _create_artifact(encoder, dataset, dataset_config, out_dir)
-        protocol_names = [name for name in protocols if PROTOCOLS[name].requires == annotation_type]
+        protocol_names = [
+            name
+            for name, required in zip(protocols, requirements, strict=True)
+            if required == annotation_type
+        ]
         result_files.append(_run_protocols(context, protocol_names, dataset_config, artifact, header))
     return load_results(out_dir, result_files)
 
@@ -182,7 +187,7 @@ def _config_for(dataset: EvalDataset, config: ProtocolConfig) -> ProtocolConfig:
     info = DATASETS.get(dataset.name)
     if info is None or info.metric != MEAN_CLASS_ACCURACY:
         return config
-    return replace(config, linear=replace(config.linear, mean_class_accuracy=True))
+    return config.with_mean_class_accuracy()
 
 
 def _check_readable(dataset: LabeledDataset | CaptionedDataset, features: Features) -> None:
@@ -253,9 +258,10 @@ def _run_protocols(
     with context.progress.task(f"evaluating on {context.dataset.name}", len(protocols), "protocols") as bar:
         for name in protocols:
             if name not in result["protocols"]:
-                scores = _run_protocol(name, context, config)
+                protocol = build_protocol(name, config)
+                scores = _run_protocol(protocol, context)
                 result["protocols"][name] = {
-                    "config": PROTOCOLS[name].config_dict(config),
+                    "config": protocol.config_dict(),
                     "scores": [_save_score(name, score, artifact.path) for score in scores],
                 }
                 write_json(path, result)
@@ -264,13 +270,14 @@ def _run_protocols(
     return path
 
 
-def _run_protocol(name: str, context: EvalContext, config: ProtocolConfig) -> list[Score]:
+def _run_protocol(protocol: Protocol, context: EvalContext) -> list[Score]:
+    """Run a protocol; errors about its input name the protocol and the dataset."""
     try:
-        return PROTOCOLS[name].run(context, config)
-    except LikewiseError:
-        raise
-    except ValueError as error:
-        raise InvalidInputError(f"{name} on {context.dataset.name}: {error}") from error
+        return protocol.run(context)
+    except (ValueError, InvalidInputError) as error:
+        field, path = (getattr(error, name, None) for name in ("field", "path"))
+        message = f"{protocol.name} on {context.dataset.name}: {error}"
+        raise InvalidInputError(message, field=field, path=path) from error
 
 
 def _describe_dataset(context: EvalContext) -> dict[str, Any]:

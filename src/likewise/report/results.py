@@ -1,9 +1,11 @@
 """What was measured, as tables and in words: every figure with its interval, every run against a baseline."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from typing import Any
 
+from likewise.evaluation.protocols import PROTOCOLS
+from likewise.evaluation.protocols.base import EvalContext, Protocol, Score
 from likewise.evaluation.results import ResultRow, compare_metrics
 from likewise.evaluation.statistics import Difference, Estimate
 from likewise.pairs.config import PairConfig
@@ -18,187 +20,25 @@ from likewise.report.format import (
 from likewise.report.load import ReportEntry
 
 
-@dataclass(frozen=True, kw_only=True)
-class ProtocolText:
-    """How to speak of a protocol.
+class _UnknownProtocol(Protocol):
+    """Fallback for results of a protocol that this version does not have."""
 
-    Attributes:
-        title: What it is called.
-        explain: One line on what is done, with its settings.
-        item_nouns: What one item of its test is called, once and several times.
-        success_phrase: What an encoder does when it is right, as after `can`.
-    """
+    summary = ""
+    item_nouns = ("item", "items")
 
-    title: str
-    explain: Callable[[ResultRow], str]
-    item_nouns: tuple[str, str]
-    success_phrase: Callable[[ResultRow], str] = lambda _: "name the right class"
+    def run(self, context: EvalContext) -> list[Score]:
+        raise NotImplementedError
 
-    def metric_title(self, row: ResultRow) -> str:
-        """Return what a figure is called in a table."""
-        return f"{self.title} {row.metric}"
+    @classmethod
+    def explain(cls, row: ResultRow) -> str:
+        return ""
 
 
-def _explain_linear(_: ResultRow) -> str:
-    return (
-        "A linear classifier is fitted to the frozen features of the training images and names the class of "
-        "every test image. How strongly it is regularised is chosen on images held out of training."
-    )
-
-
-def _explain_fewshot(row: ResultRow) -> str:
-    config = row.config
-    return (
-        f"{row.n:,} small exams: {config['ways']} classes are drawn, {config['shots']} labelled "
-        f"training images "
-        "of each are given, and test images go to the class whose mean is nearest. Guessing is right "
-        f"{100 / config['ways']:.0f} % of the time. The interval covers which exams are drawn from these "
-        "images, not how another test set would come out, so it is narrower than the others."
-    )
-
-
-def _explain_knn(row: ResultRow) -> str:
-    return (
-        f"The {row.config['k']} most similar training images vote on the class of a test image; nothing is "
-        "fitted."
-    )
-
-
-def _explain_retrieval(_: ResultRow) -> str:
-    return (
-        "Every test image is a query: which other test images (of other sources, where the set names "
-        "sources) look most like it to the encoder? Recall@k is the share of queries with the same concept "
-        "among the first k answers; mean average precision also asks how far ahead of the rest all of them "
-        "come."
-    )
-
-
-def _retrieval_success(row: ResultRow) -> str:
-    k = row.metric.removeprefix("recall@")
-    rank_phrase = {"1": " at the first try"}.get(k, f" among the first {k}" if k.isdigit() else "")
-    return f"find another picture of the same concept{rank_phrase}"
-
-
-def _explain_knn_grid(row: ResultRow) -> str:
-    details = row.details
-    return (
-        "The most similar training images vote on the class of a test image. How many, and how fast a vote "
-        f"fades with distance, was chosen on held-out images: {details['k']} and {details['temperature']:g}."
-    )
-
-
-def _explain_clustering(row: ResultRow) -> str:
-    return (
-        "The test images are sorted into as many groups as there are classes without a look at labels, "
-        f"{row.n} times from other starts. 100 % is full agreement with the classes; for ARI, 0 % is chance. "
-        "The interval covers the starts, not how another test set would come out."
-    )
-
-
-def _explain_finetune(row: ResultRow) -> str:
-    return (
-        f"Encoder and classifier are trained together on the labelled images for {row.config['epochs']} "
-        "epochs; the classifier then names the class of every test image."
-    )
-
-
-def _explain_localization(_: ResultRow) -> str:
-    return (
-        "A linear map from the frozen features predicts the box around the subject. Overlap is the shared "
-        "area over the area of both boxes together."
-    )
-
-
-def _explain_zeroshot(row: ResultRow) -> str:
-    prompts = ", ".join(f"“{prompt}”" for prompt in row.config["prompts"])
-    return f"No image is learned from: one gets the class whose name, put into {prompts}, is nearest."
-
-
-def _explain_image_text(_: ResultRow) -> str:
-    return (
-        "Each test image looks for its caption among all, and each caption for its image. Recall@k is the "
-        "share that finds it among the first k answers."
-    )
-
-
-def _explain_detection(row: ResultRow) -> str:
-    backbone_mode = "as it is" if row.config["backbone"] == "frozen" else "trained with it"
-    return (
-        f"A Faster R-CNN on the encoder, which is {backbone_mode}, learns to box objects for "
-        f"{row.config['epochs']} "
-        "epochs. AP is COCO's average precision over overlaps of 50 to 95 %, AP50 and AP75 those at one."
-    )
-
-
-def _explain_segmentation(row: ResultRow) -> str:
-    head = (
-        "one linear layer on its maps" if row.config["backbone"] == "frozen" else "a network trained with it"
-    )
-    return (
-        f"Every pixel gets a class, from the encoder and {head}. IoU is the overlap of given and true areas."
-    )
-
-
-PROTOCOL_TEXTS = {
-    "linear": ProtocolText(
-        title="Linear probe", explain=_explain_linear, item_nouns=("test image", "test images")
-    ),
-    "fewshot": ProtocolText(title="Few-shot", explain=_explain_fewshot, item_nouns=("episode", "episodes")),
-    "knn": ProtocolText(title="kNN", explain=_explain_knn, item_nouns=("test image", "test images")),
-    "retrieval": ProtocolText(
-        title="Retrieval",
-        explain=_explain_retrieval,
-        item_nouns=("query", "queries"),
-        success_phrase=_retrieval_success,
-    ),
-    "knn-grid": ProtocolText(
-        title="kNN, tuned", explain=_explain_knn_grid, item_nouns=("test image", "test images")
-    ),
-    "clustering": ProtocolText(
-        title="Clustering",
-        explain=_explain_clustering,
-        item_nouns=("start", "starts"),
-        success_phrase=lambda _: "be sorted",
-    ),
-    "finetune": ProtocolText(
-        title="Fine-tuned", explain=_explain_finetune, item_nouns=("test image", "test images")
-    ),
-    "localisation": ProtocolText(
-        title="Localisation",
-        explain=_explain_localization,
-        item_nouns=("test image", "test images"),
-        success_phrase=lambda _: "box the subject",
-    ),
-    "zeroshot": ProtocolText(
-        title="Zero-shot", explain=_explain_zeroshot, item_nouns=("test image", "test images")
-    ),
-    "image-text": ProtocolText(
-        title="Image and text",
-        explain=_explain_image_text,
-        item_nouns=("query", "queries"),
-        success_phrase=lambda _: "find the other half",
-    ),
-    "detection": ProtocolText(
-        title="Detection",
-        explain=_explain_detection,
-        item_nouns=("test image", "test images"),
-        success_phrase=lambda _: "box the objects",
-    ),
-    "segmentation": ProtocolText(
-        title="Segmentation",
-        explain=_explain_segmentation,
-        item_nouns=("test image", "test images"),
-        success_phrase=lambda _: "name the pixels",
-    ),
-}
-
-
-def protocol_text(row: ResultRow) -> ProtocolText:
-    """Return the words for a row's protocol; an unknown one is called by its own name."""
-    text = PROTOCOL_TEXTS.get(row.protocol)
-    if text is not None:
-        return text
-    return ProtocolText(title=row.protocol, explain=lambda _: "", item_nouns=("item", "items"))
+def find_protocol(row: ResultRow) -> type[Protocol]:
+    """Return the protocol of a row; an unknown one has its name as title and no explanation."""
+    if row.protocol in PROTOCOLS:
+        return PROTOCOLS[row.protocol]
+    return type("UnknownProtocol", (_UnknownProtocol,), {"name": row.protocol, "title": row.protocol})
 
 
 SIGNIFICANCE_LEVEL = 0.05
@@ -341,15 +181,15 @@ def _build_table(
     rows = sorted(rows_by_name.values(), key=_sort_key)
     table_rows = []
     for row in rows:
-        text = protocol_text(row)
+        protocol = find_protocol(row)
         cells = [
             _build_cell(row, entry, i == baseline_index, differences[i]) for i, entry in enumerate(columns)
         ]
-        item_count = count_noun(row.n, *text.item_nouns)
+        item_count = count_noun(row.n, *protocol.item_nouns)
         table_rows.append(
-            TableRow(result=row, name=text.metric_title(row), item_count=item_count, cells=cells)
+            TableRow(result=row, name=f"{protocol.title} {row.metric}", item_count=item_count, cells=cells)
         )
-    explanations = {protocol_text(row).title: protocol_text(row).explain(row) for row in rows}
+    explanations = {find_protocol(row).title: find_protocol(row).explain(row) for row in rows}
     return DatasetTable(
         name=rows[0].dataset,
         description=_describe_dataset(dataset_key, columns),
@@ -458,7 +298,7 @@ def _describe_single_run(columns: Sequence[ReportEntry], baseline_index: int, ro
         for i, (other_entry, other_cell) in enumerate(zip(columns, row.cells, strict=True))
         if i != baseline_index and other_cell.estimate
     ]
-    phrase = protocol_text(row.result).success_phrase(row.result)
+    phrase = find_protocol(row.result).success_phrase(row.result)
     return (
         f"On held-out images, {subject} can {phrase} {cell.value} % of the time "
         f"{cell.interval}{''.join(comparisons)}."
@@ -470,7 +310,7 @@ def _describe_difference(
 ) -> str:
     if difference is None:
         return ""
-    phrase, stats = protocol_text(row.result).success_phrase(row.result), difference.stats
+    phrase, stats = find_protocol(row.result).success_phrase(row.result), difference.stats
     if not difference.direction:
         return (
             f"On held-out images, {entry.phrase} and {baseline.phrase} {phrase} about equally often: "

@@ -390,7 +390,7 @@ class ReproductionCommands:
         overrides["caption_column"] = dataset_info.get("caption_column")
         epochs = [p["config"]["epochs"] for p in protocols.values() if "epochs" in p["config"]]
         overrides["epochs"] = epochs[0] if len(set(epochs)) == 1 else None
-        finetuned = [p for p in protocols.values() if p["config"].get("backbone") == "tuned"]
+        finetuned = [p for p in protocols.values() if p["config"].get("finetune_backbone")]
         overrides["tune"] = bool(finetuned) or None
         overrides |= {
             name: requested[name] or None

@@ -1,4 +1,4 @@
-"""Multinomial logistic regression, fitted by L-BFGS along the principal axes of the features."""
+"""Multinomial logistic regression: L-BFGS on features rotated to their principal axes."""
 
 import math
 from dataclasses import dataclass
@@ -7,20 +7,20 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-# Class scores held at a time: 64 MiB in float32, whatever the number of images.
+# Logits per block: 64 MiB in float32, independent of the number of images.
 _BLOCK_ELEMENTS = 2**24
-# Steps and gradient changes L-BFGS remembers.
+# Pairs of steps and gradient changes in the L-BFGS history.
 _HISTORY_SIZE = 10
-# Weights of the classes seen, in the basis of the fit, with the intercept as the last column.
+# Weights of the classes with labels, in the rotated basis, with the intercept as the last column.
 Theta = Float[Tensor, "s r"]
 
 
 @dataclass(frozen=True, kw_only=True)
 class WhitenedProblem:
-    """Features centred and turned to their principal axes, with a column of ones for the intercept.
+    """Features centered and rotated to their principal axes, with a column of ones for the intercept.
 
-    The penalty sees the length of the weights and not the intercept, so neither change moves the optimum. But
-    now the columns are uncorrelated, and a diagonal is a good guess at the Hessian.
+    The penalty depends on the norm of the weights and not on the intercept, so neither change moves the
+    optimum. The columns become uncorrelated, so that a diagonal approximates the Hessian well.
     """
 
     features: Float[Tensor, "n r"]
@@ -33,7 +33,7 @@ class WhitenedProblem:
 
 @dataclass(frozen=True, kw_only=True)
 class _Point:
-    """Parameters with their gradient, each class's mean p(1-p), and the mean length of an image's part."""
+    """Parameters with their gradient, the mean p(1-p) per class, and the mean norm of an image's gradient."""
 
     theta: Theta
     gradient: Theta
@@ -51,37 +51,37 @@ def fit_logistic(
     max_iterations: int = 1000,
     tolerance: float = 1e-5,
 ) -> tuple[Float[Tensor, "c d"], Float[Tensor, " c"], bool]:
-    """Fit multinomial logistic regression with L-BFGS: minimise C sum_i CE_i + 1/2 |W|^2 over W and b.
+    """Fit multinomial logistic regression with L-BFGS: minimize C sum_i CE_i + 1/2 |W|^2 over W and b.
 
-    This is scikit-learn's LogisticRegression(C) of three or more classes. Of two classes scikit-learn fits
-    one weight vector w = W_1 - W_0, whose penalty is twice ours: its C is twice the cost given here.
+    This is scikit-learn's LogisticRegression(C) for three or more classes. For two classes scikit-learn fits
+    one weight vector w = W_1 - W_0, whose penalty is twice this one: its C is twice the C here.
 
-    Known deviation: LGSSL's torch code minimises mean_i CE_i + 1/C 1/2 |W| (the mean, and the length not
-    squared), which is another family of solutions; its scikit-learn path is the one followed here.
+    Deviation from LGSSL's torch code, which minimizes mean_i CE_i + 1/C 1/2 |W| (the mean, and the norm not
+    squared), another family of solutions; this follows LGSSL's scikit-learn path.
 
     The gradient g of the objective over C n is mean_i r_i x_i^T + W / (C n), with r the probabilities minus
-    one-hot labels and x the centred features and a one. The fit has converged when
-    |g| <= tolerance * mean_i |r_i| |x_i|. Unlike a bound on |g| alone this means the same for every cost and
-    scale, also where classes are separable and all gradients vanish (measured: 1e-5 puts the objective within
-    1e-6 of its minimum, in float32 too).
+    one-hot labels and x the centered features and a one. The fit has converged when
+    |g| <= tolerance * mean_i |r_i| |x_i|. In contrast to a bound on |g| alone, this criterion does not depend
+    on C or on the scale of the features, and works for separable classes, where all gradients vanish
+    (measured: 1e-5 puts the objective within 1e-6 of its minimum, in float32 too).
 
     Args:
-        features: float32 or float64; computed in this precision (other dtypes in float32), in one copy.
-        labels: int64, below `num_classes`.
-        C: C, the inverse of the penalty's strength.
-        num_classes: number of classes. One without labels gets weight 0 and bias -inf: it is never predicted.
-        init: weight and bias to start from, all zero if absent.
-        max_iterations: L-BFGS iterations.
-        tolerance: see above.
+        features: (n, d) float32 or float64, the precision of the fit (float32 for other dtypes).
+        labels: (n,) int64 below `num_classes`.
+        C: Inverse regularization strength.
+        num_classes: Number of classes. A class without labels gets weight 0 and bias -inf.
+        init: Initial weight and bias; defaults to zeros.
+        max_iterations: Maximum number of L-BFGS iterations.
+        tolerance: Convergence threshold, see above.
 
     Returns:
-        Weight (classes, d), bias (classes,), and whether the tolerance was reached.
+        Weight (classes, d), bias (classes,), and True if the tolerance was reached.
 
     Raises:
-        ValueError: no images, features with NaN or infinity, or a cost not above zero.
+        ValueError: There are no images, the features contain NaN or infinity, or C is not positive.
     """
     if not C > 0:
-        raise ValueError(f"the cost must be above zero, got {C}")
+        raise ValueError(f"`C` must be positive, got {C}")
     problem = whiten(features, labels)
     init_theta = problem.features.new_zeros(len(problem.classes), problem.features.shape[1])
     if init is not None:
@@ -92,9 +92,9 @@ def fit_logistic(
 
 
 def whiten(features: Float[Tensor, "n d"], labels: Int[Tensor, " n"]) -> WhitenedProblem:
-    """Centre and turn features (n, d) for fits of any cost; raises ValueError for NaN or no rows."""
+    """Center and rotate features (n, d) for fits at any C; raises ValueError for NaN or no rows."""
     if len(features) == 0 or not bool(features.isfinite().all()):
-        raise ValueError(f"features must be finite and at least one row, got shape {tuple(features.shape)}")
+        raise ValueError(f"features must be finite with at least one row, got shape {tuple(features.shape)}")
     features = features if features.dtype == torch.float64 else features.float()
     mean = features.mean(dim=0)
     augmented = torch.cat([features - mean, features.new_ones(len(features), 1)], dim=1)
@@ -115,11 +115,11 @@ def whiten(features: Float[Tensor, "n d"], labels: Int[Tensor, " n"]) -> Whitene
 def unwhiten(
     problem: WhitenedProblem, theta: Theta, num_classes: int
 ) -> tuple[Float[Tensor, "c d"], Float[Tensor, " c"]]:
-    """Weight and bias for the features as they came, of all classes."""
+    """Return weight and bias of all classes for the original features."""
     weight = theta.new_zeros(num_classes, len(problem.mean))
     bias = theta.new_full((num_classes,), -torch.inf)
     weight[problem.classes] = theta[:, :-1] @ problem.axes.T
-    # A shift of all biases changes no probability; scikit-learn's, and now ours, have mean zero.
+    # A shift of all biases changes no probability; scikit-learn's biases have mean zero.
     bias[problem.classes] = theta[:, -1] - theta[:, -1].mean() - weight[problem.classes] @ problem.mean
     return weight, bias
 
@@ -127,7 +127,7 @@ def unwhiten(
 def predict(
     weight: Float[Tensor, "c d"], bias: Float[Tensor, " c"], features: Float[Tensor, "m d"]
 ) -> Int[Tensor, " m"]:
-    """Return the class of the greatest score: features (m, d) -> (m,) int64."""
+    """Return the class with the largest logit: features (m, d) -> (m,) int64."""
     return (features.to(weight) @ weight.T + bias).argmax(dim=1)
 
 
@@ -139,7 +139,7 @@ def _evaluate(problem: WhitenedProblem, ridge: Float[Tensor, " r"], theta: Theta
     for features, labels, norms in zip(*(tensor.split(block_size) for tensor in tensors), strict=True):
         residual = (features @ theta.T).softmax(dim=1)
         hessian_diag += (residual * (1 - residual)).sum(dim=0) / n
-        # p - 1 has no digits left where p is almost 1; minus the sum of the others has them all.
+        # p - 1 cancels if p is almost 1; minus the sum of the other probabilities keeps full precision.
         residual.scatter_(1, labels[:, None], 0)
         residual.scatter_(1, labels[:, None], -residual.sum(dim=1, keepdim=True))
         gradient += residual.T @ features / n
@@ -152,7 +152,7 @@ def _evaluate(problem: WhitenedProblem, ridge: Float[Tensor, " r"], theta: Theta
 def lbfgs(
     problem: WhitenedProblem, C: float, init_theta: Theta, max_iterations: int, tolerance: float
 ) -> tuple[_Point, bool]:
-    """L-BFGS (Nocedal and Wright 2006, algorithm 7.4) on the objective over C n."""
+    """Minimize the objective over C n by L-BFGS (Nocedal and Wright 2006, algorithm 7.4)."""
     ridge = init_theta.new_full(init_theta.shape[1:], 1 / (C * len(problem.features)))
     ridge[-1] = 0
     mean_square = problem.features.square().mean(dim=0)
@@ -166,7 +166,7 @@ def lbfgs(
             problem, ridge, point, -_two_loop_recursion(point.gradient, inverse_diag, history)
         )
         change = (next_point.theta - point.theta, next_point.gradient - point.gradient)
-        # Rounding can hide the curvature of a tiny step, and one such pair would spoil all directions.
+        # Rounding can hide the curvature of a tiny step; such a pair would spoil all later directions.
         if _dot(*change) > 0:
             history = [*history[-_HISTORY_SIZE + 1 :], change]
         point = next_point
@@ -174,7 +174,7 @@ def lbfgs(
 
 
 def _two_loop_recursion(gradient: Theta, inverse_diag: Theta, history: list[tuple[Tensor, Tensor]]) -> Theta:
-    """Inverse Hessian times gradient, from the diagonal's inverse and the remembered changes."""
+    """Return the inverse Hessian times the gradient, from the inverse diagonal and the history."""
     alphas: list[Tensor] = []
     for s, y in reversed(history):
         alphas.append(_dot(s, gradient) / _dot(s, y))
@@ -191,10 +191,10 @@ def _two_loop_recursion(gradient: Theta, inverse_diag: Theta, history: list[tupl
 def _line_search(
     problem: WhitenedProblem, ridge: Float[Tensor, " r"], point: _Point, direction: Theta
 ) -> _Point:
-    """Step to where the slope has risen but is not clearly uphill.
+    """Return a point along the direction that satisfies the curvature condition.
 
-    The objective is convex, so its slope along a line only rises, and slopes alone find the bracket:
-    differences of the objective itself drown in rounding long before its gradient does.
+    The objective is convex, so its slope along a line increases monotonically, and slopes alone give the
+    bracket: differences of the objective suffer from rounding much earlier than its gradient.
     """
     slope_start = float(_dot(point.gradient, direction))
     lower, slope_lower, upper, step_size = 0.0, slope_start, math.inf, 1.0

@@ -1,9 +1,9 @@
-"""Average precision of boxes as COCO counts it, with an interval over images.
+"""COCO average precision of boxes, with a bootstrap over images.
 
-The rules are those of pycocotools for all areas and at most 100 detections an image and class: greedy
-matching by score, boxes of crowds neither right nor wrong, precision made monotone and read at 101 recalls,
-the mean over ten overlaps and all classes that occur. Written anew because an interval needs the curve of
-thousands of drawn test sets, and matching, the costly part, is the same for all of them.
+The rules are those of pycocotools for all areas and at most 100 detections per image and class: greedy
+matching by score, crowd boxes ignored, precision made monotone and sampled at 101 recall values, the mean
+over ten IoU thresholds and all classes with boxes. Reimplemented because a bootstrap needs the curves of many
+resamples, while matching, the expensive part, is the same for all of them.
 """
 
 from collections.abc import Sequence
@@ -19,50 +19,44 @@ _MAX_DETECTIONS = 100
 
 @dataclass(frozen=True, kw_only=True)
 class Boxes:
-    """Boxes of one image, found or true.
-
-    Attributes:
-        xyxy: x0 y0 x1 y1.
-        labels: The class of each.
-        scores: How sure each is; of true boxes nothing is read.
-        is_crowd: Which true boxes stand for many things at once.
-    """
+    """Predicted or true boxes of one image."""
 
     xyxy: Float[np.ndarray, "k 4"]
+    """(k, 4) corners x0, y0, x1, y1."""
     labels: Int[np.ndarray, " k"]
+    """(k,) class of each box."""
     scores: Float[np.ndarray, " k"]
+    """(k,) confidence of each predicted box; ignored for true boxes."""
     is_crowd: Bool[np.ndarray, " k"]
+    """(k,) true boxes that cover a group of objects."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class AveragePrecision:
-    """Average precision of a drawn or the given test set.
-
-    Attributes:
-        per_class: (classes, 10) by class and overlap, NaN for classes that do not occur.
-    """
+    """Average precision on the test images or on a resample of them."""
 
     per_class: Float[np.ndarray, "c 10"]
+    """(classes, 10) by class and IoU threshold; NaN for classes without true boxes."""
 
     @property
     def ap(self) -> float:
-        """The mean over overlaps and classes."""
+        """Mean over IoU thresholds and classes."""
         return float(np.nanmean(self.per_class)) if np.isfinite(self.per_class).any() else 0.0
 
     @property
     def ap50(self) -> float:
-        """The mean over classes at an overlap of 0.5."""
+        """Mean over classes at IoU 0.5."""
         return float(np.nanmean(self.per_class[:, 0])) if np.isfinite(self.per_class).any() else 0.0
 
     @property
     def ap75(self) -> float:
-        """The mean over classes at an overlap of 0.75."""
+        """Mean over classes at IoU 0.75."""
         return float(np.nanmean(self.per_class[:, 5])) if np.isfinite(self.per_class).any() else 0.0
 
 
 @dataclass(frozen=True, kw_only=True)
 class _Matches:
-    """All detections of one class, by falling score, and how many true boxes each image has."""
+    """All detections of one class in descending order of score, and the number of true boxes per image."""
 
     image_index: Int[np.ndarray, " d"]
     true_positive: Bool[np.ndarray, "10 d"]
@@ -73,10 +67,10 @@ class _Matches:
 def match_detections(
     predictions: Sequence[Boxes], targets: Sequence[Boxes], num_classes: int
 ) -> list[_Matches]:
-    """Match what was found in each image with what is there, class by class.
+    """Match the predicted with the true boxes of each image, per class.
 
     Raises:
-        ValueError: lists of different lengths.
+        ValueError: The two lists differ in length.
     """
     if len(predictions) != len(targets):
         raise ValueError(f"expected boxes of the same images, got {len(predictions)} and {len(targets)}")
@@ -86,7 +80,7 @@ def match_detections(
 def average_precision(
     matches: Sequence[_Matches], image_counts: Int[np.ndarray, " n"] | None = None
 ) -> AveragePrecision:
-    """Return average precision, each image counted as often as `image_counts` says, once where not given."""
+    """Return average precision with each image counted `image_counts` times, by default once."""
     return AveragePrecision(
         per_class=np.stack(
             [_class_average_precision(class_matches, image_counts) for class_matches in matches]
@@ -95,16 +89,16 @@ def average_precision(
 
 
 def bootstrap_average_precision(
-    matches: Sequence[_Matches], resamples: int, seed: int = 0
+    matches: Sequence[_Matches], num_resamples: int, seed: int = 0
 ) -> Float[np.ndarray, "r 3"]:
-    """Return AP, AP50 and AP75 of test sets drawn with replacement from the images.
+    """Return AP, AP50 and AP75 on bootstrap resamples of the images.
 
-    For the same number of images and seed the same images are drawn, so that two detectors can be compared
-    draw by draw.
+    The resamples depend on the number of images and the seed alone, so that two detectors can be compared
+    resample by resample.
     """
     num_images = len(matches[0].num_gt)
     rng = np.random.default_rng(seed)
-    sampled_counts = rng.multinomial(num_images, np.full(num_images, 1 / num_images), size=resamples)
+    sampled_counts = rng.multinomial(num_images, np.full(num_images, 1 / num_images), size=num_resamples)
     results = (average_precision(matches, image_counts) for image_counts in sampled_counts)
     return np.array([(result.ap, result.ap50, result.ap75) for result in results])
 
@@ -135,14 +129,14 @@ def _match_class(predictions: Sequence[Boxes], targets: Sequence[Boxes], label: 
 def _match_image(
     pred_boxes: Float[np.ndarray, "d 4"], gt_boxes: Float[np.ndarray, "g 4"], is_crowd: Bool[np.ndarray, " g"]
 ) -> tuple[Bool[np.ndarray, "10 d"], Bool[np.ndarray, "10 d"]]:
-    """Say for each overlap which boxes, the surest first, hit a true one, and which of these hit a crowd."""
+    """Return for each IoU threshold which boxes, by descending score, are matched, and which to a crowd."""
     iou = _box_iou(pred_boxes, gt_boxes, is_crowd)
     is_matched, is_ignored = (np.zeros((len(IOU_THRESHOLDS), len(pred_boxes)), bool) for _ in range(2))
     for t, threshold in enumerate(IOU_THRESHOLDS):
         is_free = np.ones(len(gt_boxes), bool)
         for d, pred_iou in enumerate(iou):
             is_candidate = (pred_iou >= min(threshold, 1 - 1e-10)) & (is_free | is_crowd)
-            # A true box goes before a crowd; of equal ones the last, as in pycocotools.
+            # Single objects take precedence over crowds; of ties the last one, as in pycocotools.
             for gt_mask in (~is_crowd, is_crowd):
                 candidates = np.flatnonzero(is_candidate & gt_mask)
                 if len(candidates):
@@ -156,7 +150,7 @@ def _match_image(
 def _box_iou(
     pred_boxes: Float[np.ndarray, "d 4"], gt_boxes: Float[np.ndarray, "g 4"], is_crowd: Bool[np.ndarray, " g"]
 ) -> Float[np.ndarray, "d g"]:
-    """Intersection over union; with a crowd, over the area of what was found."""
+    """Return the intersection over union; for a crowd, over the area of the predicted box."""
     top_left = np.maximum(pred_boxes[:, None, :2], gt_boxes[None, :, :2])
     widths_heights = (np.minimum(pred_boxes[:, None, 2:], gt_boxes[None, :, 2:]) - top_left).clip(min=0)
     intersection = widths_heights.prod(axis=2)

@@ -1,10 +1,10 @@
-"""Object detection: Faster R-CNN with a feature pyramid on the encoder, scored as COCO does."""
+"""Object detection: Faster R-CNN with a feature pyramid on the encoder, scored by COCO average precision."""
 
-from collections import Counter, OrderedDict
-from collections.abc import Callable, Iterator
+from collections import OrderedDict
+from collections.abc import Callable
 from copy import deepcopy
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import torch
@@ -15,9 +15,7 @@ from torchvision.models.detection.anchor_utils import AnchorGenerator
 from torchvision.ops import FeaturePyramidNetwork, MultiScaleRoIAlign
 from torchvision.ops.feature_pyramid_network import LastLevelMaxPool
 
-from likewise.data.dataset import ImageRef
-from likewise.data.images import UnreadableImageError, decode_image, read_image_bytes
-from likewise.errors import InvalidInputError, ModelError
+from likewise.errors import InvalidInputError
 from likewise.evaluation.datasets.dense import DetectionDataset
 from likewise.evaluation.protocols.average_precision import (
     Boxes,
@@ -25,112 +23,62 @@ from likewise.evaluation.protocols.average_precision import (
     bootstrap_average_precision,
     match_detections,
 )
+from likewise.evaluation.protocols.base import EvalContext, Score, seeded_rng
+from likewise.evaluation.protocols.dense import (
+    DenseConfig,
+    DenseProtocol,
+    DenseTrainer,
+    FeatureMapExtractor,
+    FlipBatch,
+    bootstrap_score,
+)
+from likewise.evaluation.results import ResultRow
 from likewise.models.encoders import ImageEncoder
 from likewise.parallel import prefetch_map
-from likewise.rng import Stream, uniform
+from likewise.rng import Stream
 
-# A side that every usual stride divides, so that strides can be read off the maps.
-_PROBE_SIZE = 224
-
-
-class FeatureMapExtractor(nn.Module):
-    """The maps of an encoder's stages, from fine to coarse, a map for each stride.
-
-    Attributes:
-        channels: Channels of each map.
-        strides: Pixels of the image a cell of each map.
-    """
-
-    def __init__(self, model: nn.Module, name: str) -> None:
-        """Wrap a timm model, which is not copied.
-
-        Raises:
-            ModelError: where it gives no maps.
-        """
-        super().__init__()
-        if not hasattr(model, "forward_intermediates"):
-            raise ModelError(
-                f"{name} gives no feature maps: detection and segmentation need a run or a timm model"
-            )
-        self.model: Any = model
-        self._stages: list[int] = []
-        try:
-            with torch.no_grad():
-                feature_maps = self.forward_all(torch.zeros(1, 3, _PROBE_SIZE, _PROBE_SIZE))
-        except Exception as error:  # shape faults deep in somebody else's forward
-            raise ModelError(f"{name} gives no feature maps of {_PROBE_SIZE} px images: {error}") from error
-        # Of maps at one stride the last has seen the most.
-        last_stages = {
-            _PROBE_SIZE // feature_map.shape[-1]: stage for stage, feature_map in enumerate(feature_maps)
-        }
-        self.strides = tuple(sorted(last_stages))
-        self._stages = [last_stages[stride] for stride in self.strides]
-        self.channels = tuple(feature_maps[stage].shape[1] for stage in self._stages)
-
-    def forward_all(self, images: Tensor) -> list[Tensor]:
-        """Return the maps of all stages, (b, c, h, w) each."""
-        return self.model.forward_intermediates(images, intermediates_only=True)
-
-    def forward(self, images: Tensor) -> list[Tensor]:
-        """Images (b, 3, h, w) -> maps (b, width, h / stride, w / stride)."""
-        feature_maps = self.forward_all(images)
-        return [feature_maps[stage] for stage in self._stages]
-
-
-# Anchors of each level: three sizes an octave, from four times its stride, in three shapes.
+# Anchors per level: three sizes per octave from four times the stride, in three aspect ratios.
 _ANCHOR_SCALES, _ASPECT_RATIOS = (4.0, 4 * 2 ** (1 / 3), 4 * 2 ** (2 / 3)), (0.5, 1.0, 2.0)
 
 
 @dataclass(frozen=True, kw_only=True)
-class DetectionConfig:
-    """Settings of detection.
+class DetectionConfig(DenseConfig):
+    """Options of detection."""
 
-    Attributes:
-        backbone: `frozen`, or `tuned` together with the rest.
-        image_size: The short side that images are shown at.
-        epochs: How often every training image is shown.
-        batch_size: Images a step.
-        lr: SGD's peak rate, after a tenth of the steps; it falls to zero as a cosine.
-        pyramid_channels: Channels of the pyramid.
-        num_resamples: Drawn test sets for the interval.
-        seed: Of the start, the order, flips and draws.
-    """
-
-    backbone: Literal["frozen", "tuned"] = "frozen"
     image_size: int = 224
+    """Length of the shorter side, to which images are resized."""
     epochs: int = 12
-    batch_size: int = 8
+    """Number of epochs."""
     lr: float = 0.02
+    """Peak learning rate of SGD, with warmup over 10 % of the steps and cosine decay."""
     pyramid_channels: int = 256
+    """Channels of the feature pyramid."""
     num_resamples: int = 200
-    seed: int = 0
+    """Bootstrap resamples of the test images for the confidence interval."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class DetectionResult:
-    """Average precision on the test images.
-
-    Attributes:
-        values: AP over overlaps of 0.5 to 0.95, AP at 0.5 and at 0.75.
-        bootstrap_values: (resamples, 3) the same of drawn test sets.
-        per_class: AP of each class that occurs in test.
-        num_images: How many test images were read.
-        skipped: Images that could not be read, by reason.
-    """
+    """Average precision on the test images."""
 
     values: tuple[float, float, float]
+    """AP averaged over IoU thresholds from 0.5 to 0.95, AP at 0.5, and AP at 0.75."""
     bootstrap_values: Float[np.ndarray, "r 3"]
+    """(resamples, 3) the same values on bootstrap resamples of the test images."""
     per_class: dict[str, float]
+    """AP of each class with test boxes."""
     num_images: int
+    """Number of readable test images."""
     skipped: dict[str, int]
+    """Number of unreadable images by reason."""
 
 
 class _PyramidBackbone(nn.Module):
-    """The encoder's maps, and a pyramid of one width on them."""
+    """The encoder's feature maps with a feature pyramid on top."""
 
     def __init__(self, extractor: FeatureMapExtractor, out_channels: int, *, is_frozen: bool) -> None:
         super().__init__()
-        # Maps finer than a quarter of the image cost the most and tell the least.
+        # Maps with strides below 4 are the most expensive and the least informative.
         self.levels = [i for i, stride in enumerate(extractor.strides) if stride >= 4] or [
             len(extractor.strides) - 1
         ]
@@ -146,7 +94,7 @@ class _PyramidBackbone(nn.Module):
         return self.pyramid(OrderedDict((str(k), feature_maps[i]) for k, i in enumerate(self.levels)))
 
     def train(self, mode: bool = True) -> "_PyramidBackbone":  # torch's signature
-        """Keep batch norms at what the encoder learned: a few images tell too little to learn them anew."""
+        """Keep the encoder in eval mode: small batches give poor batch-norm statistics."""
         super().train(mode)
         self.extractor.eval()
         return self
@@ -156,10 +104,9 @@ def build_detector(config: DetectionConfig, encoder: ImageEncoder, num_classes: 
     """Build Faster R-CNN (Ren et al. 2015, Lin et al. 2017) on a copy of the encoder.
 
     Raises:
-        ModelError: where the encoder gives no feature maps.
+        ModelError: The encoder has no feature maps.
     """
-    torch.manual_seed(config.seed)
-    is_frozen = config.backbone == "frozen"
+    is_frozen = not config.finetune_backbone
     extractor = FeatureMapExtractor(deepcopy(encoder.model).requires_grad_(not is_frozen), encoder.name)
     backbone = _PyramidBackbone(extractor, config.pyramid_channels, is_frozen=is_frozen)
     anchor_sizes = tuple(
@@ -175,7 +122,7 @@ def build_detector(config: DetectionConfig, encoder: ImageEncoder, num_classes: 
         image_std=list(encoder.transform.std),
         rpn_anchor_generator=AnchorGenerator(anchor_sizes, (_ASPECT_RATIOS,) * len(anchor_sizes)),
         box_roi_pool=MultiScaleRoIAlign(level_names, output_size=7, sampling_ratio=2),
-        # A quarter of the usual: most of the time goes into these, and small sets have few boxes.
+        # A quarter of torchvision's default: these dominate the run time, and small datasets have few boxes.
         box_batch_size_per_image=128,
     )
 
@@ -189,33 +136,36 @@ def run_detection(
     num_workers: int,
     update_progress: Callable[[int], None] = lambda _: None,
 ) -> DetectionResult:
-    """Train a detector on the train images of a set and score it on the test images.
+    """Train a detector on the train split and evaluate it on the test split.
 
-    The last weights are used: nothing is chosen by looking at the test images. Batch norms of the encoder
-    stay as they are, also where it is tuned. Training images are flipped half of the time; images without a
-    box count as background.
+    The last checkpoint is evaluated; nothing is selected on the test images. Batch-norm statistics of the
+    encoder are frozen even if the encoder is fine-tuned. Training images are flipped horizontally with
+    probability 0.5; images without boxes serve as background.
 
     Args:
-        config: See `Detection`.
-        encoder: It is not changed.
-        dataset: The set.
-        device: Where to train.
-        num_workers: Threads that read images.
-        update_progress: Called with the number of images after every step of training and test.
+        config: The options.
+        encoder: Not modified.
+        dataset: The dataset.
+        device: Device of training and inference.
+        num_workers: Threads that decode images.
+        update_progress: Called with the number of images after every step.
 
     Raises:
-        InputError: where no image of a split can be read.
-        ModelError: where the encoder gives no feature maps.
+        InvalidInputError: No image of a split can be read.
+        ModelError: The encoder has no feature maps.
     """
-    model = build_detector(config, encoder, len(dataset.classes)).to(device)
-    skipped: Counter[str] = Counter()
-    split_indices = {split: np.flatnonzero(dataset.splits == split) for split in ("train", "test")}
-    _train_detector(
-        config, model, dataset, split_indices["train"], device, num_workers, skipped, update_progress
+    trainer = _DetectionTrainer(
+        config=config,
+        encoder=encoder,
+        dataset=dataset,
+        device=device,
+        num_workers=num_workers,
+        update_progress=update_progress,
     )
-    predictions, targets = _predict(
-        model, dataset, split_indices["test"], device, num_workers, skipped, update_progress
-    )
+    with seeded_rng(config.seed):
+        trainer.build_model()
+        trainer.train()
+        predictions, targets = trainer.predict()
     matches = match_detections(predictions, targets, len(dataset.classes))
     result = average_precision(matches)
     with np.errstate(all="ignore"):
@@ -226,114 +176,96 @@ def run_detection(
         bootstrap_values=bootstrap_average_precision(matches, config.num_resamples, config.seed),
         per_class={name: value for name, value in named_ap if np.isfinite(value)},
         num_images=len(predictions),
-        skipped=dict(skipped),
+        skipped=dict(trainer.skipped),
     )
 
 
-def _train_detector(
-    config: DetectionConfig,
-    model: nn.Module,
-    dataset: DetectionDataset,
-    indices: np.ndarray,
-    device: torch.device,
-    num_workers: int,
-    skipped: Counter[str],
-    update_progress: Callable[[int], None],
-) -> None:
-    batches = list(_batches(config, indices))
-    params = [p for p in model.parameters() if p.requires_grad]
-    optimizer = torch.optim.SGD(params, lr=config.lr, momentum=0.9, weight_decay=1e-4)
-    scheduler = torch.optim.lr_scheduler.OneCycleLR(
-        optimizer, config.lr, total_steps=len(batches) + 1, pct_start=0.1, cycle_momentum=False
-    )
-    model.train()
-    num_updates = 0
-    for epoch, loaded in prefetch_map(
-        lambda batch: (batch[0], _load_batch(config, dataset, *batch)), batches, num_workers
-    ):
-        samples = [sample for sample in loaded if not isinstance(sample, str)]
-        if epoch == 0:
-            skipped.update(sample for sample in loaded if isinstance(sample, str))
-        if samples:
-            num_updates += 1
-            targets = [{k: v.to(device) for k, v in target.items()} for _, target in samples]
-            losses: dict[str, Tensor] = model([image.to(device) for image, _ in samples], targets)
-            optimizer.zero_grad()
-            torch.stack(list(losses.values())).sum().backward()
-            nn.utils.clip_grad_norm_(params, 10.0)
-            optimizer.step()
-            scheduler.step()
-        update_progress(len(loaded))
-    if not num_updates:
-        raise InvalidInputError(f"no train image of {dataset.root} can be read: {dict(skipped)}")
+Sample = tuple[Tensor, dict[str, Tensor]]
 
 
-def _batches(config: DetectionConfig, indices: np.ndarray) -> Iterator[tuple[int, np.ndarray]]:
-    for epoch in range(config.epochs):
-        order = np.random.default_rng((config.seed, epoch)).permutation(indices)
-        for start in range(0, len(order), config.batch_size):
-            yield epoch, order[start : start + config.batch_size]
+class _DetectionTrainer(DenseTrainer):
+    """Training and inference of a detector."""
 
+    stream = Stream.DETECTION
+    config: DetectionConfig
+    model: nn.Module
 
-def _load_batch(
-    config: DetectionConfig, dataset: DetectionDataset, epoch: int, indices: np.ndarray
-) -> list[tuple[Tensor, dict[str, Tensor]] | str]:
-    """Return images with their boxes in pixels, flipped half of the time, or why one cannot be read."""
-    flips = uniform(indices, 1, seed=config.seed, epoch=epoch, stream=Stream.DETECTION)[:, 0] < 0.5
-    return [
-        _load_sample(dataset, index, flip=bool(flip))
-        for index, flip in zip(indices.tolist(), flips, strict=True)
-    ]
+    def build_model(self) -> None:
+        """Build the detector on a copy of the encoder."""
+        model = build_detector(self.config, self.encoder, len(self.dataset.classes))
+        self.model = model.to(self.device)
 
+    def train(self) -> None:
+        """Train on the train split by SGD with gradient clipping."""
+        batches = self.batches(self.split_indices("train"))
+        params = [p for p in self.model.parameters() if p.requires_grad]
+        optimizer = torch.optim.SGD(params, lr=self.config.lr, momentum=0.9, weight_decay=1e-4)
+        scheduler = self.one_cycle(optimizer, len(batches))
+        self.model.train()
+        num_updates = 0
+        for batch, loaded in zip(
+            batches, prefetch_map(self._load_batch, batches, self.num_workers), strict=True
+        ):
+            samples = [sample for sample in loaded if not isinstance(sample, str)]
+            if batch.epoch == 0:
+                self.skipped.update(sample for sample in loaded if isinstance(sample, str))
+            if samples:
+                num_updates += 1
+                targets = [{k: v.to(self.device) for k, v in target.items()} for _, target in samples]
+                losses: dict[str, Tensor] = self.model(
+                    [image.to(self.device) for image, _ in samples], targets
+                )
+                optimizer.zero_grad()
+                torch.stack(list(losses.values())).sum().backward()
+                nn.utils.clip_grad_norm_(params, 10.0)
+                optimizer.step()
+                scheduler.step()
+            self.update_progress(len(loaded))
+        if not num_updates:
+            raise self.unreadable_split("train")
 
-def _load_sample(
-    dataset: DetectionDataset, index: int, *, flip: bool
-) -> tuple[Tensor, dict[str, Tensor]] | str:
-    try:
-        pixels = decode_image(read_image_bytes(ImageRef(path=dataset.files[index]), dataset.root))
-    except UnreadableImageError as error:
-        return str(error)
-    mask = ~dataset.is_crowd[index]
-    boxes, labels = dataset.boxes[index][mask], dataset.labels[index][mask]
-    if flip:
-        pixels = pixels[:, ::-1]
-        boxes = np.stack([1 - boxes[:, 2], boxes[:, 1], 1 - boxes[:, 0], boxes[:, 3]], axis=1)
-    height, width = pixels.shape[:2]
-    image = torch.from_numpy(pixels.copy()).permute(2, 0, 1).float() / 255
-    xyxy = torch.from_numpy(boxes * (width, height, width, height)).float()
-    return image, {"boxes": xyxy, "labels": torch.from_numpy(labels + 1)}
+    @torch.inference_mode()
+    def predict(self) -> tuple[list[Boxes], list[Boxes]]:
+        """Return the predicted and the true boxes of each readable test image, in pixels."""
+        self.model.eval()
+        predictions, targets = [], []
+        indices = self.split_indices("test").tolist()
+        samples = prefetch_map(lambda index: self._load_sample(index, flip=False), indices, self.num_workers)
+        for index, sample in zip(indices, samples, strict=True):
+            self.update_progress(1)
+            if isinstance(sample, str):
+                self.skipped[sample] += 1
+                continue
+            (output,) = self.model([sample[0].to(self.device)])
+            predictions.append(_to_boxes(output))
+            height, width = sample[0].shape[1:]
+            labels, is_crowd = self.dataset.labels[index], self.dataset.is_crowd[index]
+            xyxy = self.dataset.boxes[index] * (width, height, width, height)
+            targets.append(Boxes(xyxy=xyxy, labels=labels, scores=np.ones(len(labels)), is_crowd=is_crowd))
+        if not predictions:
+            raise self.unreadable_split("test")
+        return predictions, targets
 
+    def _load_batch(self, batch: FlipBatch) -> list[Sample | str]:
+        return [
+            self._load_sample(index, flip=flip)
+            for index, flip in zip(batch.indices.tolist(), batch.flips.tolist(), strict=True)
+        ]
 
-@torch.inference_mode()
-def _predict(
-    model: nn.Module,
-    dataset: DetectionDataset,
-    indices: np.ndarray,
-    device: torch.device,
-    num_workers: int,
-    skipped: Counter[str],
-    update_progress: Callable[[int], None],
-) -> tuple[list[Boxes], list[Boxes]]:
-    """Return what the detector finds in each readable image, and what is there, in pixels."""
-    model.eval()
-    predictions, targets = [], []
-    samples = prefetch_map(
-        lambda index: _load_sample(dataset, index, flip=False), indices.tolist(), num_workers
-    )
-    for index, sample in zip(indices.tolist(), samples, strict=True):
-        update_progress(1)
-        if isinstance(sample, str):
-            skipped[sample] += 1
-            continue
-        (output,) = model([sample[0].to(device)])
-        predictions.append(_to_boxes(output))
-        height, width = sample[0].shape[1:]
-        labels = dataset.labels[index]
-        xyxy, is_crowd = dataset.boxes[index] * (width, height, width, height), dataset.is_crowd[index]
-        targets.append(Boxes(xyxy=xyxy, labels=labels, scores=np.ones(len(labels)), is_crowd=is_crowd))
-    if not predictions:
-        raise InvalidInputError(f"no test image of {dataset.root} can be read: {dict(skipped)}")
-    return predictions, targets
+    def _load_sample(self, index: int, *, flip: bool) -> Sample | str:
+        """Return an image (3, h, w) in [0, 1] with its boxes in pixels, or why it cannot be read."""
+        pixels = self.read_pixels(index)
+        if isinstance(pixels, str):
+            return pixels
+        mask = ~self.dataset.is_crowd[index]
+        boxes, labels = self.dataset.boxes[index][mask], self.dataset.labels[index][mask]
+        if flip:
+            pixels = pixels[:, ::-1]
+            boxes = np.stack([1 - boxes[:, 2], boxes[:, 1], 1 - boxes[:, 0], boxes[:, 3]], axis=1)
+        height, width = pixels.shape[:2]
+        image = torch.from_numpy(pixels.copy()).permute(2, 0, 1).float() / 255
+        xyxy = torch.from_numpy(boxes * (width, height, width, height)).float()
+        return image, {"boxes": xyxy, "labels": torch.from_numpy(labels + 1)}
 
 
 def _to_boxes(output: dict[str, Any]) -> Boxes:
@@ -344,3 +276,44 @@ def _to_boxes(output: dict[str, Any]) -> Boxes:
         scores=scores.astype(np.float64),
         is_crowd=np.zeros(len(labels), bool),
     )
+
+
+class Detection(DenseProtocol):
+    """Object detection with Faster R-CNN on the encoder."""
+
+    name = "detection"
+    title = "Detection"
+    summary = "object detection with Faster R-CNN on the encoder's feature maps"
+    requires = "boxes"
+    config: DetectionConfig
+
+    def run(self, context: EvalContext) -> list[Score]:
+        """Train on the train split and report AP, AP50 and AP75 on the test split."""
+        dataset = context.dataset
+        if not isinstance(dataset, DetectionDataset):
+            raise InvalidInputError(f"{dataset.path} has no boxes", path=dataset.path)
+        result = self.train_and_test(context, dataset, run_detection)
+        details = {
+            "per_class": result.per_class,
+            "num_images": result.num_images,
+            "skipped": result.skipped,
+        }
+        return [
+            bootstrap_score(name, value, result.bootstrap_values[:, i], result.num_images, details)
+            for i, (name, value) in enumerate(zip(("AP", "AP50", "AP75"), result.values, strict=True))
+        ]
+
+    @classmethod
+    def explain(cls, row: ResultRow) -> str:
+        """Describe the detector and the metrics."""
+        backbone = "fine-tuned" if row.config["finetune_backbone"] else "frozen"
+        return (
+            f"Faster R-CNN on the {backbone} encoder is trained for {row.config['epochs']} epochs. AP is "
+            "COCO average precision over IoU thresholds from 0.5 to 0.95; AP50 and AP75 are those at 0.5 and "
+            "0.75."
+        )
+
+    @classmethod
+    def success_phrase(cls, row: ResultRow) -> str:
+        """Return the phrase for one image."""
+        return "detect the objects"

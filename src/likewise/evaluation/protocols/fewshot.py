@@ -1,4 +1,4 @@
-"""Few-shot classification: tell n classes apart from k images each, many times over."""
+"""Few-shot classification: many n-way k-shot episodes with a nearest-class-mean classifier."""
 
 from dataclasses import dataclass
 
@@ -8,83 +8,99 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from torch.nn.functional import embedding, normalize
 
+from likewise.errors import InvalidInputError
+from likewise.evaluation.protocols.base import (
+    EvalContext,
+    Protocol,
+    Score,
+    Split,
+    check_positive,
+)
+from likewise.evaluation.results import ResultRow
 from likewise.evaluation.statistics import Estimate, normal_interval
 
-# Query features held at a time: 4 MiB in float32, which stays near the processor.
+# Query features per block: 4 MiB in float32, which fits the CPU caches.
 _BLOCK_ELEMENTS = 2**20
 
 
 @dataclass(frozen=True, kw_only=True)
 class FewShotConfig:
-    """Settings of the episodes: classes, support images a class, query images a class, repetitions."""
+    """Options of few-shot classification."""
 
     ways: int = 5
+    """Classes per episode."""
     shots: int = 5
+    """Support images per class, drawn from train."""
     queries: int = 15
+    """Query images per class, drawn from test."""
     episodes: int = 5000
+    """Number of episodes."""
     seed: int = 0
+    """Seed of the episodes."""
+
+    def __post_init__(self) -> None:
+        """Check the ranges."""
+        check_positive(self, "ways", "shots", "queries")
+        if self.episodes < 2:
+            raise InvalidInputError(
+                f"`episodes` must be at least 2 for a confidence interval, got {self.episodes}",
+                field="episodes",
+            )
 
 
 @dataclass(frozen=True, kw_only=True)
 class FewShotResult:
-    """Accuracy over all episodes, each episode's accuracy, and how many classes could take part."""
+    """Accuracy over all episodes."""
 
     accuracy: Estimate
+    """Mean over the episodes with its confidence interval."""
     per_episode: Float[np.ndarray, " e"]
-    eligible_classes: int
-    skipped_classes: int
+    """(episodes,) accuracy of each episode."""
+    num_eligible_classes: int
+    """Classes that episodes are drawn from."""
+    num_skipped_classes: int
+    """Classes with too few train images or no test image."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Episodes:
-    """Indices of the images of each episode.
-
-    Attributes:
-        support: (episodes, ways, shots) rows of the train split.
-        query: (episodes, ways, queries) rows of the test split.
-        valid: False where a class has fewer test images than queries asked for.
-        eligible_classes: classes that could be drawn.
-        skipped_classes: classes with too few train images or no test image.
-    """
+    """Image indices of all episodes."""
 
     support: Int[np.ndarray, "e w s"]
+    """(episodes, ways, shots) indices into the train split."""
     query: Int[np.ndarray, "e w q"]
+    """(episodes, ways, queries) indices into the test split."""
     valid: Bool[np.ndarray, "e w q"]
-    eligible_classes: int
-    skipped_classes: int
+    """False for the padding of classes with fewer test images than `queries`."""
+    num_eligible_classes: int
+    """Classes that episodes are drawn from."""
+    num_skipped_classes: int
+    """Classes with too few train images or no test image."""
 
 
-def evaluate_few_shot(
-    config: FewShotConfig,
-    train_x: Float[Tensor, "n d"],
-    train_y: Int[Tensor, " n"],
-    test_x: Float[Tensor, "m d"],
-    test_y: Int[Tensor, " m"],
-) -> FewShotResult:
-    """Classify queries by the nearest class mean of centred, normalised support images (SimpleShot, CL2N).
+def evaluate_few_shot(config: FewShotConfig, train: Split, test: Split) -> FewShotResult:
+    """Classify queries by the nearest class mean of centered, normalized support images (SimpleShot, CL2N).
 
-    Per episode: subtract the mean of the support from support and queries, scale all to unit length, average
-    the support of each class, and give a query the class of the nearest average in Euclidean distance (Wang
-    et al. 2019; El Banani et al. 2023, section 4.2). The interval is that of the mean over episodes on these
-    images: it says how well 5,000 episodes stand for all episodes, not how another test set would score.
+    Per episode: subtract the mean of the support images from support and query images, scale all to unit
+    length, average the support images of each class, and assign each query to the class of the nearest mean
+    in Euclidean distance (Wang et al. 2019; El Banani et al. 2023, section 4.2). The confidence interval is
+    that of the mean over episodes on these images; it does not cover another test set.
 
-    Known deviation: LGSSL reports the standard deviation over episodes in place of an interval.
+    Deviation from LGSSL's code: LGSSL reports the standard deviation over episodes instead of an interval.
 
     Args:
-        config: see `draw_episodes` for the sampling.
-        train_x: features the support is drawn from, any floating dtype.
-        train_y: int64 labels.
-        test_x: features the queries are drawn from.
-        test_y: int64 labels.
+        config: See `sample_episodes` for the sampling.
+        train: Features (n, d) of any floating dtype and labels (n,) of the support images.
+        test: Features and labels of the query images.
 
     Raises:
-        ValueError: fewer eligible classes than ways, fewer than two episodes, or a setting below one.
+        InvalidInputError: There are fewer eligible classes than `ways`.
     """
-    episodes = sample_episodes(config, train_y.cpu().numpy(), test_y.cpu().numpy())
-    block_size = max(1, _BLOCK_ELEMENTS // (config.ways * config.queries * train_x.shape[1]))
-    # Every episode is centred anyway; done once before, differences of large numbers lose no digits.
-    mean = train_x.mean(dim=0)
-    centered_train, centered_test = train_x - mean, test_x - mean
+    episodes = sample_episodes(config, train.y.cpu().numpy(), test.y.cpu().numpy())
+    block_size = max(1, _BLOCK_ELEMENTS // (config.ways * config.queries * train.x.shape[1]))
+    # Every episode is centered anyway; centering once before avoids cancellation between large numbers.
+    mean = train.x.mean(dim=0)
+    centered_train, centered_test = train.x - mean, test.x - mean
     squared_norms = centered_test.square().sum(dim=1)
     tensors = (
         torch.from_numpy(x).to(centered_test.device)
@@ -92,7 +108,7 @@ def evaluate_few_shot(
     )
     accuracy = torch.cat(
         [
-            # A gather of whole rows; plain indexing goes number by number, four times slower.
+            # Gathers whole rows; plain indexing gathers element by element and is four times slower.
             _episode_accuracy(
                 embedding(support, centered_train),
                 embedding(query, centered_test),
@@ -106,32 +122,32 @@ def evaluate_few_shot(
     return FewShotResult(
         accuracy=normal_interval(accuracy),
         per_episode=accuracy,
-        eligible_classes=episodes.eligible_classes,
-        skipped_classes=episodes.skipped_classes,
+        num_eligible_classes=episodes.num_eligible_classes,
+        num_skipped_classes=episodes.num_skipped_classes,
     )
 
 
 def sample_episodes(
     config: FewShotConfig, train_y: Int[np.ndarray, " n"], test_y: Int[np.ndarray, " m"]
 ) -> Episodes:
-    """Draw the images of all episodes: a function of settings and labels alone, the same for every model.
+    """Sample the images of all episodes from config and labels alone, so that all encoders get the same.
 
-    Classes, support images and queries are uniform subsets without repetition. A class takes part if it has
-    `shots` train images and a test image; one with fewer than `queries` test images gives all it has.
+    Classes, support and query images are uniform subsets without replacement. A class is eligible if it has
+    at least `shots` train images and one test image; a class with fewer than `queries` test images gives all
+    of them.
 
     Raises:
-        ValueError: fewer eligible classes than ways, or a setting below one.
+        InvalidInputError: There are fewer eligible classes than `ways`.
     """
-    if min(config.ways, config.shots, config.queries, config.episodes) < 1:
-        raise ValueError(f"ways, shots, queries and episodes must be at least 1, got {config}")
     classes = np.union1d(train_y, test_y)
     train_counts, test_counts = _class_counts(train_y, classes), _class_counts(test_y, classes)
     eligible = np.flatnonzero((train_counts >= config.shots) & (test_counts >= 1))
     if len(eligible) < config.ways:
-        raise ValueError(
-            f"{config.ways}-way {config.shots}-shot episodes need {config.ways} classes with "
-            f"{config.shots} train images and a test image, but only {len(eligible)} of {len(classes)} "
-            "classes have them"
+        raise InvalidInputError(
+            f"{config.ways}-way {config.shots}-shot episodes need {config.ways} classes with at least "
+            f"{config.shots} train images and one test image, but only {len(eligible)} of {len(classes)} "
+            "classes have them; lower `ways` or `shots`",
+            field="ways",
         )
     rng = np.random.default_rng(config.seed)
     pool_sizes = np.full(config.episodes, len(eligible))
@@ -142,8 +158,8 @@ def sample_episodes(
         support=_to_indices(train_y, train_counts, episode_classes, support),
         query=_to_indices(test_y, test_counts, episode_classes, query.clip(min=0)),
         valid=query >= 0,
-        eligible_classes=len(eligible),
-        skipped_classes=len(classes) - len(eligible),
+        num_eligible_classes=len(eligible),
+        num_skipped_classes=len(classes) - len(eligible),
     )
 
 
@@ -154,10 +170,10 @@ def _class_counts(labels: Int[np.ndarray, " n"], classes: Int[np.ndarray, " c"])
 def _sample_subsets(
     rng: np.random.Generator, sizes: Int[np.ndarray, "*p"], count: int
 ) -> Int[np.ndarray, "*p {count}"]:
-    """Uniform subsets of `count` of the first `size` numbers, for every size at once.
+    """Sample uniform subsets of `count` numbers from range(size), for every size at once.
 
-    Floyd's algorithm (Bentley and Floyd 1987): work and memory do not grow with the sizes. Of a size below
-    `count` all numbers are taken, and -1 fills the rest.
+    Floyd's algorithm (Bentley and Floyd 1987): time and memory do not depend on the sizes. For a size below
+    `count` the subset is the whole range, padded with -1.
     """
     subsets = np.full((*sizes.shape, count), -1)
     for step in range(count):
@@ -174,7 +190,7 @@ def _to_indices(
     episode_classes: Int[np.ndarray, "e w"],
     positions: Int[np.ndarray, "e w k"],
 ) -> Int[np.ndarray, "e w k"]:
-    """Rows of the set, from positions inside the drawn classes."""
+    """Convert positions within the sampled classes to indices into the split."""
     class_starts = np.cumsum(counts) - counts
     return np.argsort(labels, kind="stable")[class_starts[episode_classes][..., None] + positions]
 
@@ -185,12 +201,12 @@ def _episode_accuracy(
     squared_norms: Float[Tensor, "e w q"],
     valid: Bool[Tensor, "e w q"],
 ) -> Float[Tensor, " e"]:
-    """Return the accuracy of episodes from their images and the squared lengths of the queries."""
+    """Return the accuracy of each episode from its features and the squared norms of the queries."""
     center = support.mean(dim=(1, 2), keepdim=True)
     prototypes = normalize(support - center, dim=-1).mean(dim=2)
     center = center.flatten(1, 2)
-    # |u - p|^2 with u = (x - c) / |x - c| is least where (x - c).p - |x - c| |p|^2 / 2 is greatest, and both
-    # parts come from one product with x as it lies: no centred and scaled copy of the queries is made.
+    # |u - p|^2 with u = (x - c) / |x - c| is smallest where (x - c).p - |x - c| |p|^2 / 2 is largest; both
+    # terms come from one matrix product with x, without a centered and scaled copy of the queries.
     dots = query.flatten(1, 2) @ torch.cat([prototypes, center], dim=1).mT
     squared_distances = (
         squared_norms.flatten(1)[..., None] + center.square().sum(dim=-1, keepdim=True) - 2 * dots[..., -1:]
@@ -202,3 +218,35 @@ def _episode_accuracy(
     targets = torch.arange(valid.shape[1], device=valid.device)[:, None]
     correct = (logits.argmax(dim=-1).unflatten(1, valid.shape[1:]) == targets) & valid
     return correct.sum(dim=(1, 2)) / valid.sum(dim=(1, 2))
+
+
+class FewShot(Protocol):
+    """Few-shot classification over episodes."""
+
+    name = "fewshot"
+    title = "Few-shot"
+    summary = "many n-way k-shot episodes with a nearest-class-mean classifier"
+    item_nouns = ("episode", "episodes")
+    config: FewShotConfig
+
+    def run(self, context: EvalContext) -> list[Score]:
+        """Draw support images from train and val, and queries from test."""
+        result = evaluate_few_shot(self.config, context.split("train", "val"), context.split("test"))
+        details = {
+            "num_eligible_classes": result.num_eligible_classes,
+            "num_skipped_classes": result.num_skipped_classes,
+        }
+        return [
+            Score(metric="accuracy", estimate=result.accuracy, per_item=result.per_episode, details=details)
+        ]
+
+    @classmethod
+    def explain(cls, row: ResultRow) -> str:
+        """Describe the episodes and the meaning of the interval."""
+        ways, shots = row.config["ways"], row.config["shots"]
+        return (
+            f"{row.n:,} episodes: each draws {ways} classes with {shots} labeled training images per class "
+            "and assigns test images to the class with the nearest mean. Chance level is "
+            f"{100 / ways:.0f} %. The interval covers the sampling of episodes from these images, not "
+            "another test set, so it is narrower than the others."
+        )

@@ -1,10 +1,9 @@
-"""The linear probe: logistic regression on frozen features, its cost chosen on validation images."""
+"""Linear probe: logistic regression on frozen features, with C selected on validation images."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
-import numpy as np
-import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
@@ -16,171 +15,142 @@ from likewise.evaluation.protocols._lbfgs import (
     unwhiten,
     whiten,
 )
+from likewise.evaluation.protocols.base import (
+    ClassificationConfig,
+    EvalContext,
+    Protocol,
+    Score,
+    Split,
+    accuracy_score,
+    check_fraction,
+    check_positive,
+    stratified_split,
+)
+from likewise.evaluation.results import ResultRow
 
-# Costs are 10^(e / 8) for whole e: 8 steps a decade from 1e-6 to 1e6.
+# C is 10^(step / 8) for integer steps in [-48, 48]: 8 steps per decade from 1e-6 to 1e6.
 _GRID_LIMIT = 48
 
 
 @dataclass(frozen=True, kw_only=True)
-class LinearProbeConfig:
-    """Settings of the probe.
-
-    Attributes:
-        max_iterations: L-BFGS iterations a fit; 100 as in the LGSSL code and in scikit-learn.
-        tolerance: convergence of the final fit, the gradient's length relative to its parts (see
-            `fit_logistic`).
-        sweep_tolerance: the same for the fits that are only compared with each other; at 1e-4 they are still
-            closer to their minima than scikit-learn's are by default.
-        val_fraction: share of each class held out of train where no validation split is given.
-        mean_class_accuracy: score validation and test by the mean over classes of each class's accuracy.
-        seed: seed of the held-out images.
-    """
+class LinearProbeConfig(ClassificationConfig):
+    """Options of the linear probe."""
 
     max_iterations: int = 100
+    """L-BFGS iterations per fit; 100 as in the LGSSL code and in scikit-learn."""
     tolerance: float = 1e-5
+    """Convergence threshold of the final fit, relative to the gradient's scale (see `fit_logistic`)."""
     sweep_tolerance: float = 1e-4
+    """Convergence threshold of the fits of the sweep; at 1e-4 they are still closer to their minima than
+    scikit-learn's are by default."""
     val_fraction: float = 0.2
-    mean_class_accuracy: bool = False
+    """Fraction of each class held out of train if the dataset has no validation split."""
     seed: int = 0
+    """Seed of the held-out images."""
+
+    def __post_init__(self) -> None:
+        """Check the ranges."""
+        check_positive(self, "max_iterations", "tolerance", "sweep_tolerance")
+        check_fraction(self, "val_fraction")
 
 
 @dataclass(frozen=True, kw_only=True)
-class LinearProbeResult:
-    """The chosen cost, how it was chosen, and the refitted classifier's answers on test.
+class LinearProbe:
+    """A fitted linear classifier; `LinearProbe.fit` selects C as in El Banani et al. 2023."""
 
-    Attributes:
-        C: the cost of the final fit on train and validation together.
-        val_accuracy: validation accuracy at this cost, of the fit on train alone.
-        sweep: validation accuracy of every cost visited, by ascending cost.
-        accuracy: test accuracy.
-        predictions: predicted test labels, int64.
-        converged: whether the final fit reached the tolerance.
-    """
-
+    weight: Float[Tensor, "c d"]
+    """Weights of each class."""
+    bias: Float[Tensor, " c"]
+    """Bias of each class; -inf for a class without training images."""
     C: float
+    """Inverse regularization strength of the final fit."""
     val_accuracy: float
+    """Validation accuracy at this C, of the fit on train alone."""
     sweep: dict[float, float]
-    accuracy: float
-    predictions: Int[Tensor, " m"]
+    """Validation accuracy at every C of the sweep, in ascending order of C."""
     converged: bool
+    """Whether the final fit reached the tolerance."""
 
+    @classmethod
+    def fit(
+        cls,
+        train: Split,
+        val: Split | None = None,
+        config: LinearProbeConfig | None = None,
+        *,
+        num_classes: int,
+        callback: Callable[[float, float], None] | None = None,
+    ) -> "LinearProbe":
+        """Select C on validation images and refit on train and validation together.
 
-def fit_linear_probe(
-    config: LinearProbeConfig,
-    train_x: Float[Tensor, "n d"],
-    train_y: Int[Tensor, " n"],
-    test_x: Float[Tensor, "m d"],
-    test_y: Int[Tensor, " m"],
-    *,
-    val_x: Float[Tensor, "v d"] | None = None,
-    val_y: Int[Tensor, " v"] | None = None,
-    num_classes: int,
-    callback: Callable[[float, float], None] | None = None,
-) -> LinearProbeResult:
-    """Choose the cost on validation images, refit on train and validation, and classify the test images.
+        As in El Banani et al. 2023 (section 4.2), after CLIP: seven values of C two decades apart, then a
+        binary search around the best over 33 values, 8 per decade and two decades to both sides. Features are
+        not normalized. Of values with equal accuracy the smaller C is selected.
 
-    As in El Banani et al. 2023 (section 4.2), after CLIP: seven costs two decades apart, then a search by
-    halves around the best of 33 costs, 8 steps a decade over two decades to both sides. Features are used as
-    they are. Of costs of equal accuracy the smaller one is taken.
+        Deviation from LGSSL's code: the objective (see `fit_logistic`); its 29 points are 7 per decade, not
+        the 8 its comment names; its ties partly go to the larger C; it holds out no image of a class of two
+        to four images, this one.
 
-    Known deviations from LGSSL's code: the objective (see `fit_logistic`); its 29 points are 7 steps a
-    decade, not the 8 its comment names; its ties go partly to the larger cost; it holds out none of a class
-    of two to four images, we one.
+        Args:
+            train: Training features (n, d) float32 or float64, the precision of the fits, and labels (n,).
+            val: Validation features and labels; defaults to `config.val_fraction` of each class of train.
+            config: Defaults to `LinearProbeConfig()`.
+            num_classes: Number of classes; labels are below it.
+            callback: Called after each fit of the sweep with C and the validation accuracy.
 
-    Args:
-        config: see `LinearProbe`.
-        train_x: features, float32 or float64; fits are computed in this precision.
-        train_y: int64 labels below `num_classes`.
-        test_x: features of the images to classify.
-        test_y: their labels, for the accuracy.
-        val_x: validation features; without them a share of each class of train is held out.
-        val_y: validation labels.
-        num_classes: number of classes.
-        callback: called after each fit of the sweep with its cost and validation accuracy.
-
-    Raises:
-        ValueError: features with NaN or infinity, no image to hold out, or one of val_x and val_y missing.
-    """
-    if val_x is None or val_y is None:
-        if val_x is not None or val_y is not None:
-            raise ValueError("validation features and labels must be given together")
-        all_x, all_y = train_x, train_y
-        train_indices, val_indices = stratified_split(train_y, config.val_fraction, config.seed)
-        train_x, train_y, val_x, val_y = (
-            all_x[train_indices],
-            all_y[train_indices],
-            all_x[val_indices],
-            all_y[val_indices],
+        Raises:
+            InvalidInputError: No class has two images, so that none can be held out.
+            ValueError: The features contain NaN or infinity.
+        """
+        config = config or LinearProbeConfig()
+        if val is None:
+            all_images = train
+            train_indices, val_indices = stratified_split(train.y, config.val_fraction, config.seed)
+            train, val = train.subset(train_indices), train.subset(val_indices)
+        else:
+            all_images = train.concat(val)
+        sweep = _sweep(config, whiten(train.x, train.y), val, num_classes=num_classes, callback=callback)
+        best_step = _best_step(sweep, list(sweep))
+        weight, bias, converged = fit_logistic(
+            all_images.x,
+            all_images.y,
+            _c_at_step(best_step),
+            num_classes,
+            max_iterations=config.max_iterations,
+            tolerance=config.tolerance,
         )
-    else:
-        all_x, all_y = torch.cat([train_x, val_x]), torch.cat([train_y, val_y])
-    sweep = _sweep(config, whiten(train_x, train_y), val_x, val_y, num_classes=num_classes, callback=callback)
-    best_step, (max_iterations, tolerance) = (
-        _best_step(sweep, list(sweep)),
-        (config.max_iterations, config.tolerance),
-    )
-    weight, bias, converged = fit_logistic(
-        all_x, all_y, _c_at_step(best_step), num_classes, max_iterations=max_iterations, tolerance=tolerance
-    )
-    predictions = predict(weight, bias, test_x)
-    return LinearProbeResult(
-        C=_c_at_step(best_step),
-        val_accuracy=sweep[best_step],
-        sweep={_c_at_step(step): sweep[step] for step in sorted(sweep)},
-        accuracy=_accuracy(predictions, test_y, config.mean_class_accuracy),
-        predictions=predictions,
-        converged=converged,
-    )
+        return cls(
+            weight=weight,
+            bias=bias,
+            C=_c_at_step(best_step),
+            val_accuracy=sweep[best_step],
+            sweep={_c_at_step(step): sweep[step] for step in sorted(sweep)},
+            converged=converged,
+        )
 
-
-def stratified_split(
-    labels: Int[Tensor, " n"], fraction: float, seed: int
-) -> tuple[Int[Tensor, " kept"], Int[Tensor, " held"]]:
-    """Hold out a share of each class, rounded down, but at least one image of a class that has two.
-
-    Returns the ascending indices of the images kept and of those held out.
-
-    Raises:
-        ValueError: a share outside 0..1, or no class with two images.
-    """
-    if not 0 < fraction < 1:
-        raise ValueError(f"the validation share must be between 0 and 1, got {fraction}")
-    label_array = labels.cpu().numpy()
-    order = np.random.default_rng(seed).permutation(len(label_array))
-    order = order[np.argsort(label_array[order], kind="stable")]
-    _, class_starts, counts = np.unique(label_array[order], return_index=True, return_counts=True)
-    val_counts = np.minimum(np.maximum((counts * fraction).astype(np.int64), 1), counts - 1)
-    val_mask = np.zeros(len(label_array), dtype=bool)
-    val_mask[order] = np.arange(len(label_array)) - np.repeat(class_starts, counts) < np.repeat(
-        val_counts, counts
-    )
-    if not val_mask.any():
-        raise ValueError("no class has two images, so none can be held out: give a validation split")
-    train_indices, val_indices = (
-        torch.from_numpy(np.flatnonzero(mask)).to(labels.device) for mask in (~val_mask, val_mask)
-    )
-    return train_indices, val_indices
+    def predict(self, x: Float[Tensor, "m d"]) -> Int[Tensor, " m"]:
+        """Return the class with the largest logit: features (m, d) -> (m,) int64."""
+        return predict(self.weight, self.bias, x)
 
 
 def _sweep(
     config: LinearProbeConfig,
     problem: WhitenedProblem,
-    val_x: Float[Tensor, "v d"],
-    val_y: Int[Tensor, " v"],
+    val: Split,
     *,
     num_classes: int,
     callback: Callable[[float, float], None] | None,
 ) -> dict[int, float]:
-    """Validation accuracy at every cost that the two-stage search visits, by step of the grid."""
+    """Return the validation accuracy at every step of the grid that the two-stage search visits."""
     thetas = {-_GRID_LIMIT - 1: problem.features.new_zeros(len(problem.classes), problem.features.shape[1])}
 
     def score(step: int) -> float:
-        # The next weaker classifier is close by, and growing is quicker than shrinking.
+        # Warm start from the next smaller C: the solution is close, and weights grow faster than they shrink.
         init_theta = thetas[max(fitted_step for fitted_step in thetas if fitted_step < step)]
         point, _ = lbfgs(problem, _c_at_step(step), init_theta, config.max_iterations, config.sweep_tolerance)
         thetas[step] = point.theta
-        predictions = predict(*unwhiten(problem, point.theta, num_classes), val_x)
-        accuracy = _accuracy(predictions, val_y, config.mean_class_accuracy)
+        predictions = predict(*unwhiten(problem, point.theta, num_classes), val.x)
+        accuracy = _accuracy(predictions, val.y, config.mean_class_accuracy)
         if callback is not None:
             callback(_c_at_step(step), accuracy)
         return accuracy
@@ -189,9 +159,10 @@ def _sweep(
 
 
 def search_grid(score_step: Callable[[int], float]) -> dict[int, float]:
-    """Score the coarse steps of the cost grid, then halve the distance around the best until it is one.
+    """Score the coarse steps of the grid of C, then search around the best with distances 8, 4, 2 and 1.
 
-    Returns the score of each step visited.
+    Returns:
+        The score of each visited step.
     """
     scores = {step: score_step(step) for step in range(-_GRID_LIMIT, _GRID_LIMIT + 1, 16)}
     center = _best_step(scores, list(scores))
@@ -218,3 +189,37 @@ def _accuracy(predictions: Int[Tensor, " m"], labels: Int[Tensor, " m"], mean_cl
         return float(correct.mean())
     _, inverse, counts = labels.unique(return_inverse=True, return_counts=True)
     return float((inverse.bincount(weights=correct) / counts).mean())
+
+
+class Linear(Protocol):
+    """Linear probe on the train, val and test splits."""
+
+    name = "linear"
+    title = "Linear probe"
+    summary = "logistic regression on frozen features"
+    config: LinearProbeConfig
+
+    def run(self, context: EvalContext) -> list[Score]:
+        """Fit on train and val, and classify the test images."""
+        val, test = context.split("val"), context.split("test")
+        probe = LinearProbe.fit(
+            context.split("train"),
+            val if len(val) else None,
+            self.config,
+            num_classes=len(context.labeled_dataset.classes),
+        )
+        details: dict[str, Any] = {
+            "C": probe.C,
+            "val_accuracy": probe.val_accuracy,
+            "converged": probe.converged,
+            "sweep": {f"{C:g}": accuracy for C, accuracy in probe.sweep.items()},
+        }
+        return [accuracy_score(probe.predict(test.x), test.y, self.config, details)]
+
+    @classmethod
+    def explain(cls, row: ResultRow) -> str:
+        """Describe the probe."""
+        return (
+            "Logistic regression on the frozen features of the training images classifies the test images. "
+            "The regularization strength is selected on held-out training images."
+        )
