@@ -203,7 +203,7 @@ def test_differences_are_from_the_run_with_self_pairs(home: Path, both: Path) ->
     for name, row in own.items():
         assert format_percentage_points(alike[name].estimate.value - row.estimate.value) in text
     assert "the difference from self pairs, simclr in percentage points" in text
-    assert "the recipe of views (crop, not simclr)" in text
+    assert "the augmentation (crop, not simclr)" in text
 
 
 def test_pairs_captions_curves_and_settings_are_there(both: Path) -> None:
