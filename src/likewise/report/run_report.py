@@ -500,7 +500,9 @@ def _render(
         results=results,
         sentences=[] if results is None else summary_sentences(results),
         caveats=[] if results is None else caveats(results),
-        interval_plots=[] if results is None else [_interval_plot(table, results, styles) for table in results.tables],
+        interval_plots=[
+            _interval_plot(table, results, styles) for table in ([] if results is None else results.tables)
+        ],
         unmeasured=[
             entry.error or f"{entry.name} has not been evaluated" for entry in entries if not entry.rows
         ],
