@@ -500,9 +500,7 @@ def _render(
         results=results,
         sentences=[] if results is None else summary_sentences(results),
         caveats=[] if results is None else caveats(results),
-        interval_plots=[
-            _interval_plot(table, results, styles) for table in ([] if results is None else results.tables)
-        ],
+        interval_plots=_interval_plots(results, styles),
         unmeasured=[
             entry.error or f"{entry.name} has not been evaluated" for entry in entries if not entry.rows
         ],
@@ -518,6 +516,10 @@ def _render(
         commands=ReproductionCommands(entries, examples).command_lines(),
         credits=image_credits,
     )
+
+
+def _interval_plots(results: ResultTables | None, styles: dict[Path, int]) -> list[Markup]:
+    return [] if results is None else [_interval_plot(table, results, styles) for table in results.tables]
 
 
 def _interval_plot(table: DatasetTable, results: ResultTables, styles: dict[Path, int]) -> Markup:
