@@ -19,8 +19,8 @@ from torch.utils.flop_counter import FlopCounterMode
 from benchmarks.loading import make_photos
 from benchmarks.step import bare_steps, make_trainer, train
 from benchmarks.timing import alternate, product_rate, wait
+from likewise.data.config import ImportOptions
 from likewise.data.importing import import_dataset
-from likewise.data.readers.base import ImportOptions
 from likewise.parallel import default_num_workers, resolve_device
 from likewise.training.config import TrainConfig
 from likewise.training.methods.base import Batch

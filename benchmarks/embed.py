@@ -6,9 +6,9 @@ from pathlib import Path
 
 from benchmarks.timing import alternate, told
 from likewise.artifacts import shard_name, write_array
+from likewise.data.config import ImportOptions
 from likewise.data.dataset import CaptionDataset
 from likewise.data.importing import import_dataset
-from likewise.data.readers.base import ImportOptions
 from likewise.demo import make_emoji_dataset
 from likewise.embeddings.config import Backend, EncoderOptions
 from likewise.embeddings.embed import CaptionEmbedder

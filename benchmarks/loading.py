@@ -25,9 +25,9 @@ from torchvision.transforms import v2
 
 from benchmarks.timing import alternate, told
 from likewise.data import image_cache as packed
+from likewise.data.config import ImportOptions
 from likewise.data.dataset import CaptionDataset
 from likewise.data.importing import import_dataset
-from likewise.data.readers.base import ImportOptions
 from likewise.pairs.build import build_pairs
 from likewise.pairs.config import PairConfig
 from likewise.training.config import ViewSpec

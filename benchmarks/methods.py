@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from likewise import PairConfig, TrainConfig, embed, find_neighbors, import_dataset, train
-from likewise.data.readers.base import ImportOptions
+from likewise.data.config import ImportOptions
 from likewise.evaluation.datasets.labeled import open_labeled
 from likewise.evaluation.evaluate import evaluate
 from likewise.progress import NULL_PROGRESS

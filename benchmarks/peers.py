@@ -26,8 +26,8 @@ from torchvision.transforms import v2
 
 from benchmarks.step import make_trainer, train
 from benchmarks.timing import alternate, told
+from likewise.data.config import ImportOptions
 from likewise.data.importing import import_dataset
-from likewise.data.readers.base import ImportOptions
 from likewise.demo import make_emoji_dataset
 from likewise.models.backbones import IMAGENET_MEAN, IMAGENET_STD, BackboneConfig, build_backbone
 from likewise.training.config import TrainConfig

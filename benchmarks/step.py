@@ -9,9 +9,9 @@ import torch
 
 from benchmarks.timing import alternate, told
 from likewise.artifacts import read_jsonl
+from likewise.data.config import ImportOptions
 from likewise.data.dataset import CaptionDataset
 from likewise.data.importing import import_dataset
-from likewise.data.readers.base import ImportOptions
 from likewise.demo import make_emoji_dataset
 from likewise.distributed import DistributedContext
 from likewise.pairs.config import PairConfig

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from benchmarks.methods import COMMON, figures
 from likewise import PairConfig, TrainConfig, embed, find_neighbors, import_dataset, train
-from likewise.data.readers.base import ImportOptions
+from likewise.data.config import ImportOptions
 
 ARMS = {"self": PairConfig(source="self"), "language": PairConfig()}
 

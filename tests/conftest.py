@@ -14,9 +14,9 @@ from jaxtyping import install_import_hook
 # Check the shapes and types of all annotated functions while the tests run.
 install_import_hook("likewise", "beartype.beartype")
 
+from likewise.data.config import ImportOptions
 from likewise.data.dataset import CaptionDataset
 from likewise.data.importing import import_dataset
-from likewise.data.readers.base import ImportOptions
 from likewise.demo import make_emoji_dataset
 from likewise.embeddings.embed import embed
 from likewise.neighbors.index import find_neighbors
@@ -30,7 +30,7 @@ def emoji(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
-def collection(emoji: Path, tmp_path_factory: pytest.TempPathFactory) -> CaptionDataset:
+def dataset(emoji: Path, tmp_path_factory: pytest.TempPathFactory) -> CaptionDataset:
     """The training emoji as a dataset of several shards, with caption embeddings and neighbors."""
     options = ImportOptions(
         caption_column=("caption", "alias"),
@@ -41,6 +41,12 @@ def collection(emoji: Path, tmp_path_factory: pytest.TempPathFactory) -> Caption
     dataset = import_dataset(emoji, tmp_path_factory.mktemp("collection") / "c", options, shard_rows=64)
     embed(dataset, MINILM)
     find_neighbors(dataset, k=5)
+    return dataset
+
+
+@pytest.fixture(scope="session")
+def collection(dataset: CaptionDataset) -> CaptionDataset:
+    """The same as `dataset`."""
     return dataset
 
 

@@ -1,6 +1,7 @@
-"""Recipes: all that are shipped are sound, and running one is running its commands."""
+"""Recipes and `likewise run`: every recipe of the package is valid, and a run equals its commands."""
 
 import json
+import re
 import shlex
 from pathlib import Path
 
@@ -9,10 +10,15 @@ import pytest
 import likewise
 from likewise.artifacts import read_json
 from likewise.cli.__main__ import main
+from likewise.cli.pipeline import DEFAULT_RECIPE, read_recipe
 from likewise.data.dataset import CaptionDataset
+from likewise.training.methods.options import SimSiamOptions
 from likewise.training.train import Run
 
-RECIPES = sorted((Path(likewise.__file__).parent / "recipes").rglob("*.yaml"))
+RECIPES_DIR = Path(likewise.__file__).parent / "recipes"
+RECIPES = sorted(
+    path.relative_to(RECIPES_DIR).with_suffix("").as_posix() for path in RECIPES_DIR.rglob("*.yaml")
+)
 TINY = """
 import:
   caption_column: [caption, alias]
@@ -21,20 +27,20 @@ embed:
   encoder: all-MiniLM-L6-v2
 train:
   method: simsiam
-  head: [32, 16]
+  projector_dims: [32, 16]
   backbone: resnet10t
-  size: 32
+  image_size: 32
   batch-size: 32
-  steps: 2
+  max_steps: 2
 evaluate:
   protocol: [knn]
 """
 
 
 def call(*command: str | Path) -> int:
-    with pytest.raises(SystemExit) as left:
+    with pytest.raises(SystemExit) as exit_info:
         main([*map(str, command), "--quiet"])
-    return int(left.value.code or 0)
+    return int(exit_info.value.code or 0)
 
 
 @pytest.fixture
@@ -44,97 +50,141 @@ def recipe(tmp_path: Path) -> Path:
     return path
 
 
-@pytest.mark.parametrize("path", RECIPES, ids=lambda path: f"{path.parent.name}/{path.stem}")
-def test_every_recipe_is_sound_and_tells_its_own_command(
-    path: Path, capsys: pytest.CaptureFixture[str]
+def test_a_recipe_is_parsed_into_configs(recipe: Path) -> None:
+    config = read_recipe(str(recipe), ["train.k=3", "train.base_lr=2e-3", "evaluate.shots=1"])
+    assert config.import_options.caption_column == ("caption", "alias")
+    assert config.embed is not None
+    assert config.embed.encoder == "all-MiniLM-L6-v2"
+    assert config.train.method == SimSiamOptions(projector_dims=(32, 16))
+    assert config.train.base_lr == 2e-3
+    assert config.pairs == likewise.PairConfig(k=3)
+    assert config.protocols.protocol == ("knn",)
+    assert config.protocol_flags.shots == 1
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_every_recipe_is_valid_and_contains_its_command(
+    name: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert call("run", path, "--source", "photos", "--out", "out", "--on", "set", "--dry-run") == 0
-    commands = capsys.readouterr().out.splitlines()
-    assert commands[-1] == "likewise report out/run"
-    about = path.read_text()
-    assert f"likewise run {path.parent.name}/{path.stem} --source" in about
-    for told in ("what:", "cost:", "score:"):
-        assert told in about
+    command = ("run", "photos", "--recipe", name, "--out", "out", "--dataset", "labeled", "--dry-run")
+    assert call(*command) == 0
+    assert capsys.readouterr().out.splitlines()[-1] == "likewise report out/run"
+    about = (RECIPES_DIR / f"{name}.yaml").read_text()
+    assert f"likewise run IMAGES --recipe {name} --out" in about
+    for key in ("what:", "cost:", "score:"):
+        assert key in about
 
 
-def test_there_are_recipes() -> None:
-    assert {path.parent.name for path in RECIPES} == {"lgssl", "small"}
+def test_recipes_of_the_package() -> None:
+    assert {name.split("/")[0] for name in RECIPES} == {"lgssl", "small"}
+    assert DEFAULT_RECIPE in RECIPES
 
 
-def test_a_recipe_runs_the_whole_chain_and_once_only(
+def test_default_recipe(capsys: pytest.CaptureFixture[str]) -> None:
+    assert call("run", "photos", "--out", "out", "--dry-run") == 0
+    default = capsys.readouterr().out
+    assert call("run", "photos", "--out", "out", "--recipe", "small/lgsimclr", "--dry-run") == 0
+    assert capsys.readouterr().out == default
+    assert "likewise import photos out/dataset" in default
+
+
+def test_a_run_has_all_stages_and_is_reused(
     recipe: Path, emoji: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     out = tmp_path / "out"
-    command = ("run", recipe, "--source", emoji, "--out", out, "--on", emoji.parent)
+    command = ("run", emoji, "--recipe", recipe, "--out", out, "--dataset", emoji.parent)
     assert call(*command) == 0
-    assert len(CaptionDataset(out / "collection")) == 207
+    assert len(CaptionDataset(out / "dataset")) == 207
     run = Run(out / "run")
     assert run.artifact.manifest.settings["method"] == "simsiam"
-    assert run.artifact.manifest.settings["head"] == [32, 16]
+    assert run.artifact.manifest.settings["projector_dims"] == [32, 16]
     assert (out / "run" / "report.html").stat().st_size > 10_000
-    knn = read_json(next((out / "run" / "evaluation").rglob("results.json")))
-    assert "knn" in json.dumps(knn)
-    before = {p: p.stat().st_mtime_ns for p in out.rglob("*.safetensors")}
-    capsys.readouterr()
-    assert call(*command) == 0
-    assert {p: p.stat().st_mtime_ns for p in out.rglob("*.safetensors")} == before
+    assert "knn" in json.dumps(read_json(next((out / "run" / "evaluation").rglob("results.json"))))
+    assert "knn" in capsys.readouterr().out
+    before = {path: path.stat().st_mtime_ns for path in out.rglob("*.safetensors")}
+    assert call(*command, "--json") == 0
+    result = json.loads(capsys.readouterr().out)
+    assert result["run"] == str(out / "run")
+    assert [item["dataset"]["name"] for item in result["results"]]
+    assert {path: path.stat().st_mtime_ns for path in out.rglob("*.safetensors")} == before
 
 
-def test_the_commands_that_are_shown_make_the_same_run(
+def test_printed_commands_give_the_same_run(
     recipe: Path, emoji: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     whole, steps = tmp_path / "whole", tmp_path / "steps"
-    # A seed of another value than the default, from the command line.
-    override = ("--override", "train.seed=3", "--override", "train.steps=1")
-    assert call("run", recipe, "--source", emoji, "--out", whole, *override) == 0
+    flags = ("--recipe", recipe, "--set", "train.seed=3", "--set", "train.max-steps=1")
+    assert call("run", emoji, "--out", whole, *flags) == 0
     capsys.readouterr()
-    assert call("run", recipe, "--source", emoji, "--out", steps, *override, "--dry-run") == 0
+    assert call("run", emoji, "--out", steps, *flags, "--dry-run") == 0
     lines = capsys.readouterr().out.splitlines()
     assert not steps.exists()
     for line in lines:
         assert call(*shlex.split(line)[1:]) == 0
-    runs = [Run(out / "run").artifact.manifest for out in (whole, steps)]
-    assert runs[0].key == runs[1].key
-    assert runs[0].settings["seed"] == 3
+    manifests = [Run(out / "run").artifact.manifest for out in (whole, steps)]
+    assert manifests[0].key == manifests[1].key
+    assert manifests[0].settings["seed"] == 3
 
 
-def test_a_collection_is_taken_as_it_is(
-    collection: CaptionDataset, recipe: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+def test_the_source_can_be_a_dataset(
+    dataset: CaptionDataset, recipe: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert call("run", recipe, "--source", collection.path, "--out", tmp_path / "o", "--dry-run") == 0
-    assert capsys.readouterr().out.startswith(f"likewise embed {collection.path}")
+    assert call("run", dataset.path, "--recipe", recipe, "--out", tmp_path / "o", "--dry-run") == 0
+    assert capsys.readouterr().out.startswith(f"likewise embed {dataset.path}")
 
 
 @pytest.mark.parametrize(
-    ("text", "told"),
+    ("text", "pattern"),
     [
-        ("", "no settings"),
+        ("", "bad.yaml"),
         ("a: [", "not valid YAML"),
         ("trian:\n  seed: 1", "unknown section 'trian'.*Did you mean train"),
         ("embed: {}", "no section train"),
-        ("train: 3", "section train holds 3"),
-        ("train:\n  metod: simclr", "section train: .*--metod.*Did you mean --method"),
-        ("train:\n  size: large", "section train: .*size"),
-        ("train:\n  method: vicreg\n  queue: 600", "section train: --queue means nothing to --method vicreg"),
-        ("train: {}\nevaluate:\n  protocl: knn", "section evaluate: .*protocl"),
-        ("train:\n  method: supcon\n  partners: 3", "give -k 3 or more"),
+        ("train: 3", "section train: .*3"),
+        ("train:\n  metod: simclr", "section train: unknown key 'metod'.*Did you mean method"),
+        ("train:\n  source: self", "section train: unknown key 'source'"),
+        ("train:\n  pairs: langage", "section train: .*'langage'.*Did you mean language"),
+        ("train:\n  pairs: file", "section train: `pairs`"),
+        ("train:\n  image_size: large", "section train: `image_size` must be int, got 'large'"),
+        ("train:\n  seed: true", "section train: `seed` must be int, got True"),
+        ("train:\n  base_lr: fast", "section train: `base_lr` must be float"),
+        ("train:\n  mine_in_batch: 3\n  method: pair-classifier", "`mine_in_batch` must be bool"),
+        (
+            "train:\n  method: vicreg\n  memory_bank_size: 600",
+            "`memory_bank_size` is not an option of method",
+        ),
+        ("train: {}\nevaluate:\n  protocl: knn", "section evaluate: .*'protocl'.*protocol"),
+        ("train:\n  method: supcon\n  num_positives: 3", "section train: `k` must be at least"),
     ],
 )
-def test_a_bad_recipe_is_one_sentence_before_anything_is_made(
-    text: str, told: str, emoji: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+def test_an_invalid_recipe_is_one_line_and_creates_nothing(
+    text: str, pattern: str, emoji: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    import re
-
-    (tmp_path / "bad.yaml").write_text(text)
-    assert call("run", tmp_path / "bad.yaml", "--source", emoji, "--out", tmp_path / "o", "--on", "set") == 1
+    path, out = tmp_path / "bad.yaml", tmp_path / "o"
+    path.write_text(text)
+    assert call("run", emoji, "--recipe", path, "--out", out, "--dataset", "labeled") == 1
     error = " ".join(capsys.readouterr().err.split())
-    assert re.search(told, error), error
-    assert not (tmp_path / "o").exists()
+    assert re.search(pattern, error), error
+    assert not out.exists()
 
 
-def test_what_is_not_there_is_told(recipe: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert call("run", tmp_path / "none.yaml", "--source", "x", "--out", tmp_path / "o") == 1
-    assert "none.yaml does not exist" in " ".join(capsys.readouterr().err.split())
-    assert call("run", recipe, "--source", "x", "--out", tmp_path / "o", "--override", "seed=1") == 1
-    assert "SECTION.FLAG=VALUE" in capsys.readouterr().err
-    assert call("run", recipe, "--out", tmp_path / "o") == 2
+@pytest.mark.parametrize(
+    ("flags", "exit_code", "text"),
+    [
+        (["--recipe", "none.yaml"], 1, "none.yaml"),
+        (["--recipe", "small/simcrl"], 1, "Did you mean small/simclr"),
+        (["--set", "seed=1"], 1, "--set must be SECTION.KEY=VALUE"),
+        (["--set", "train.seed"], 1, "SECTION.KEY=VALUE"),
+        (["--set", "train.sed=1"], 1, "Did you mean seed"),
+        (["--set", "train.batch_size=1"], 1, "batch_size"),
+    ],
+)
+def test_invalid_flags_of_run(
+    flags: list[str], exit_code: int, text: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert call("run", "x", "--out", tmp_path / "o", *flags) == exit_code
+    assert text in " ".join(capsys.readouterr().err.split())
+
+
+def test_run_needs_out() -> None:
+    assert call("run", "x") == 2

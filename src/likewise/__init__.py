@@ -14,10 +14,10 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from likewise.data.audit.audit import AuditReport, audit_dataset
     from likewise.data.audit.config import AuditConfig
+    from likewise.data.config import ImportOptions
     from likewise.data.dataset import CaptionDataset
     from likewise.data.images import UnreadableImageError
     from likewise.data.importing import import_dataset
-    from likewise.data.readers.base import ImportOptions
     from likewise.embeddings.config import EncoderOptions
     from likewise.embeddings.embed import embed
     from likewise.embeddings.store import Embeddings
@@ -167,7 +167,7 @@ _MODULES = {
     "EncoderOptions": "likewise.embeddings.config",
     "EvalResults": "likewise.evaluation.results",
     "ImageEncoder": "likewise.models.encoders",
-    "ImportOptions": "likewise.data.readers.base",
+    "ImportOptions": "likewise.data.config",
     "InterruptedRunError": "likewise.errors",
     "InvalidInputError": "likewise.errors",
     "LabeledDataset": "likewise.evaluation.datasets.labeled",

@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from likewise.artifacts import Artifact, read_json, write_text
+from likewise.data.config import ImportOptions
 from likewise.data.importing import import_dataset
-from likewise.data.readers.base import ImportOptions
 from likewise.embeddings.embed import embed
 from likewise.errors import DependencyError
 from likewise.evaluation.evaluate import evaluate

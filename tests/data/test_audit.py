@@ -28,11 +28,11 @@ from likewise.data.audit.scan import (
     top_phrases,
     uninformative_reason,
 )
+from likewise.data.config import ImportOptions
 from likewise.data.dataset import CaptionDataset
 from likewise.data.filters import read_filter
 from likewise.data.images import decode_image
 from likewise.data.importing import import_dataset
-from likewise.data.readers.base import ImportOptions
 from likewise.errors import ArtifactError, DependencyError, InvalidInputError
 
 Row = tuple[str, str, str, str]  # file, caption, label, group

@@ -9,11 +9,11 @@ import pytest
 from PIL import Image
 
 from likewise.artifacts import MANIFEST
+from likewise.data.config import ImportOptions
 from likewise.data.dataset import CaptionDataset, ImageRef
 from likewise.data.image_cache import ImageCache, build_image_cache, cache_resolution, downscale
 from likewise.data.images import UnreadableImageError, check_image_size, decode_image, read_image_bytes
 from likewise.data.importing import import_dataset
-from likewise.data.readers.base import ImportOptions
 from likewise.errors import ArtifactError
 
 

@@ -10,10 +10,10 @@ import torch
 from safetensors.numpy import load_file, save_file
 
 from likewise.artifacts import MANIFEST
+from likewise.data.config import ImportOptions
 from likewise.data.dataset import CaptionDataset
 from likewise.data.images import decode_image, read_image_bytes
 from likewise.data.importing import import_dataset
-from likewise.data.readers.base import ImportOptions
 from likewise.embeddings.base import l2_normalize
 from likewise.embeddings.config import EncoderOptions
 from likewise.embeddings.embed import embed

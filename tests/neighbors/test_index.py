@@ -8,9 +8,9 @@ import pyarrow.parquet as pq
 import pytest
 
 from likewise.artifacts import MANIFEST
+from likewise.data.config import ImportOptions
 from likewise.data.dataset import CaptionDataset
 from likewise.data.importing import import_dataset
-from likewise.data.readers.base import ImportOptions
 from likewise.embeddings.embed import embed
 from likewise.embeddings.registry import SentenceTransformerEncoder, resolve_encoder
 from likewise.embeddings.store import find_embeddings

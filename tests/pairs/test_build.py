@@ -7,9 +7,9 @@ from typing import Literal
 import numpy as np
 import pytest
 
+from likewise.data.config import ImportOptions
 from likewise.data.dataset import CaptionDataset
 from likewise.data.importing import import_dataset
-from likewise.data.readers.base import ImportOptions
 from likewise.embeddings.embed import embed
 from likewise.embeddings.store import find_embeddings
 from likewise.errors import ArtifactError, InvalidInputError

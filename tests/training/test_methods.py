@@ -23,9 +23,9 @@ from helpers.methods import (
     random_batch,
     with_options,
 )
+from likewise.data.config import ImportOptions
 from likewise.data.dataset import CaptionDataset
 from likewise.data.importing import import_dataset
-from likewise.data.readers.base import ImportOptions
 from likewise.errors import InvalidInputError, ModelError, TrainingError
 from likewise.models.checkpoints import load_tensors
 from likewise.models.text_tower import TextTower, tokenize

@@ -14,10 +14,10 @@ import torch
 
 import likewise
 from helpers.methods import InterruptAfter, InterruptedTrainingError
+from likewise.data.config import ImportOptions
 from likewise.data.dataset import CaptionDataset
 from likewise.data.filters import FilterRow, write_filter
 from likewise.data.importing import import_dataset
-from likewise.data.readers.base import ImportOptions
 from likewise.errors import ArtifactError, InvalidInputError, ModelError, TrainingError
 from likewise.models.checkpoints import load_tensors
 from likewise.pairs.config import PairConfig

@@ -1,57 +1,149 @@
-"""The application that every verb belongs to, and what verbs share."""
+"""The application object and what all commands share: options, output, messages."""
 
 import json
+import logging
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from cyclopts import App, Parameter
+from cyclopts import App, Group, Parameter
 
 from likewise.progress import NULL_PROGRESS, Progress, RichProgress
 
 if TYPE_CHECKING:
+    from rich.console import Console
+    from rich.table import Table
+
     from likewise.evaluation.results import MetricComparison
     from likewise.evaluation.statistics import Difference, Estimate
 
+_PIPE_WIDTH = 200  # characters per line where the output is not a terminal
 
-@Parameter(name="*")
+app = App(
+    name="likewise",
+    help="Language-guided contrastive pre-training: images with similar captions become positive pairs.",
+    help_epilogue="Example: `likewise demo --quick`",
+    help_format="markdown",
+    default_parameter=Parameter(negative=()),
+)
+
+
+# Groups of flags, in the order of `--help`.
+HELP_GROUPS = {
+    name: Group(name, sort_key=10 + i)
+    for i, name in enumerate((
+        "Columns",
+        "Selection",
+        "Thresholds",
+        "Pair sampling",
+        "Neighbor search",
+        "Method options",
+        "Model and augmentation",
+        "Optimization",
+        "Validation",
+        "Protocol options",
+        "Encoder options",
+        "Output",
+    ))
+}  # fmt: skip
+
+
+@Parameter(name="*", group=HELP_GROUPS["Output"])
 @dataclass(frozen=True, kw_only=True)
 class CommonOptions:
-    """What every verb takes.
-
-    Attributes:
-        json: Print the result as JSON for machines.
-        quiet: Show no progress.
-        debug: Show the stack trace of an error.
-    """
+    """Options shared by all commands."""
 
     json: bool = False
+    """Print the result as JSON."""
     quiet: bool = False
+    """Print no progress and no messages except warnings."""
     debug: bool = False
+    """Print the stack trace of an error."""
 
     def progress(self) -> Progress:
-        """Return where to report: bars on standard error, unless told to be quiet."""
-        if self.quiet:
-            return NULL_PROGRESS
+        """Return progress bars on standard error, or none with `--quiet`."""
+        return NULL_PROGRESS if self.quiet else RichProgress(error_console())
+
+    def print_result(self, result: Mapping[str, Any], *output: "str | Table") -> None:
+        """Print the result to standard output: as JSON, or as lines and tables."""
+        if self.json:
+            print(json.dumps(result, default=str))  # noqa: T201  # the output of the command
+        else:
+            self.print_text(*output)
+
+    def print_text(self, *output: "str | Table") -> None:
+        """Print lines and tables to standard output, except with `--json`."""
+        if self.json:
+            return
         from rich.console import Console
 
-        return RichProgress(Console(stderr=True))
+        console = Console(width=None if sys.stdout.isatty() else _PIPE_WIDTH)
+        for item in output:
+            console.print(item, markup=False, highlight=False, soft_wrap=isinstance(item, str))
 
-    def print_result(self, result: dict[str, Any], text: str) -> None:
-        """Print the result: as JSON, or as a sentence."""
-        print(json.dumps(result, default=str) if self.json else text)  # noqa: T201  # the CLI's own output
+
+COMMON_OPTIONS = CommonOptions()
+
+
+@cache
+def error_console() -> "Console":
+    """Return the console on standard error that progress bars and messages share."""
+    from rich.console import Console
+
+    return Console(stderr=True)
+
+
+class _ConsoleHandler(logging.Handler):
+    """Prints messages above the progress bars, warnings with a prefix."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """Print one message."""
+        is_warning = record.levelno >= logging.WARNING
+        message = f"warning: {record.getMessage()}" if is_warning else record.getMessage()
+        style = "yellow" if is_warning else "dim"
+        error_console().print(message, style=style, markup=False, highlight=False, soft_wrap=True)
+
+
+@contextmanager
+def log_to_console(*, quiet: bool) -> Iterator[None]:
+    """Print the messages of the library to standard error for the duration of a command."""
+    logger, handler = logging.getLogger("likewise"), _ConsoleHandler()
+    level = logger.level
+    logger.addHandler(handler)
+    logger.setLevel(logging.WARNING if quiet else logging.INFO)
+    try:
+        yield
+    finally:
+        logger.removeHandler(handler)
+        logger.setLevel(level)
 
 
 def print_error(message: str, exit_code: int) -> int:
-    """Print a fault on standard error and return the exit code."""
-    print(message, file=sys.stderr)  # noqa: T201  # the CLI's own output
+    """Print a message to standard error and return the exit code."""
+    print(message, file=sys.stderr)  # noqa: T201  # the output of the command
     return exit_code
 
 
-def import_summary(dataset: Path, summary: dict[str, Any]) -> list[str]:
-    """Say what an import found and left out."""
+def make_table(columns: Sequence[str], rows: Sequence[Sequence[str]], *, num_labels: int = 1) -> "Table":
+    """Return a table; the first `num_labels` columns are text, the others right-aligned numbers."""
+    from rich.box import SIMPLE_HEAD
+    from rich.table import Table
+    from rich.text import Text
+
+    table = Table(box=SIMPLE_HEAD, pad_edge=False)
+    for i, column in enumerate(columns):
+        table.add_column(Text(column), justify="left" if i < num_labels else "right", overflow="fold")
+    for row in rows:
+        table.add_row(*map(Text, row))
+    return table
+
+
+def import_summary(dataset: Path, summary: dict[str, Any]) -> str:
+    """Return the counts of an import as text, with what was skipped and why."""
     lines = [
         f"{summary['images']:,} images, {summary['captions']:,} captions: {dataset}",
         f"  without a caption: {summary['without_caption']:,}",
@@ -61,55 +153,20 @@ def import_summary(dataset: Path, summary: dict[str, Any]) -> list[str]:
     if skipped:
         reasons = ", ".join(f"{count:,} {reason}" for reason, count in skipped.items())
         lines.append(f"  skipped: {sum(skipped.values()):,} ({reasons}); see {dataset}/skipped-*.jsonl")
-    return lines
+    return "\n".join(lines)
 
 
-def results_table(results: Sequence[dict[str, Any]]) -> list[str]:
-    """Lay out what was measured on each set, in percent with 95 % intervals."""
-    lines = []
-    for result in results:
-        dataset_info = result["dataset"]
-        description = (
-            f"{dataset_info['num_classes']} classes"
-            if "num_classes" in dataset_info
-            else f"{dataset_info['num_captions']:,} captions"
-        )
-        lines.append(f"{dataset_info['name']}: {description}, images {dataset_info['num_images']}")
-        lines += [f"  skipped {count:,}: {reason}" for reason, count in dataset_info["skipped"].items()]
-        test_only_classes = dataset_info.get("test_only_classes", [])
-        if test_only_classes:
-            lines.append(
-                f"  classes only in test, which no classifier learns: {', '.join(test_only_classes)}"
-            )
-        for name, protocol_result in result["protocols"].items():
-            for score in protocol_result["scores"]:
-                value, low, high = (100 * score[key] for key in ("value", "low", "high"))
-                cell = f"{value:5.1f}  [{low:.1f}, {high:.1f}]  n={score['n']:,}"
-                lines.append(f"  {name:<12} {score['metric']:<24} {cell}")
-    return lines
-
-
-def comparison_table(rows: "Sequence[MetricComparison]", names: Sequence[str]) -> list[str]:
-    """Lay out encoders side by side, the last column the difference of the second from the first."""
-    lines = [f"{'':<32}" + "".join(f"{name:>18}" for name in names) + f"   {names[1]} - {names[0]}"]
-    for row in rows:
-        cells = "".join(f"{_format_interval(estimate):>18}" for estimate in row.estimates)
-        difference = row.differences[0]
-        difference_text = "" if difference is None else _format_interval(difference, sign="+")
-        lines.append(f"{_row_label(row):<32}{cells}   {difference_text}")
-    return lines
-
-
-def format_table(rows: Sequence[Sequence[str]]) -> list[str]:
-    """Set cells of text in columns, the first three to the left and figures to the right."""
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    return [
-        "  ".join(
-            cell.ljust(width) if i < 3 else cell.rjust(width)
-            for i, (cell, width) in enumerate(zip(row, widths, strict=True))
-        ).rstrip()
+def comparison_table(rows: "Sequence[MetricComparison]", names: Sequence[str]) -> "Table":
+    """Return a table of encoders side by side; the last column is the second minus the first."""
+    cells = [
+        [
+            f"{row.baseline.protocol} {row.baseline.metric.replace('mean average precision', 'mAP')}",
+            *(_format_interval(estimate) for estimate in row.estimates),
+            "" if row.differences[0] is None else _format_interval(row.differences[0], sign="+"),
+        ]
         for row in rows
     ]
+    return make_table(["", *names, f"{names[1]} - {names[0]}"], cells)
 
 
 def _format_interval(estimate: "Estimate | Difference", sign: str = "") -> str:
@@ -117,24 +174,3 @@ def _format_interval(estimate: "Estimate | Difference", sign: str = "") -> str:
         format(100 * fraction, f"{sign}.1f") for fraction in (estimate.value, estimate.low, estimate.high)
     )
     return f"{value} [{low}, {high}]"
-
-
-def _row_label(row: "MetricComparison") -> str:
-    metric = row.baseline.metric.replace("mean average precision", "mAP")
-    return f"{row.baseline.protocol} {metric}"
-
-
-app = App(
-    name="likewise",
-    help="Learn image encoders from captioned images: pictures that are described alike, learn alike.",
-    help_epilogue="Start here: `likewise demo --quick`",
-    help_format="markdown",
-    default_parameter=Parameter(negative=()),
-)
-
-COMMON_OPTIONS = CommonOptions()
-
-
-def parse_list(text: str | None) -> tuple[str, ...]:
-    """Split a list with commas between."""
-    return tuple(part.strip() for part in (text or "").split(",") if part.strip())

@@ -1,29 +1,107 @@
-"""From a source of images and captions to a collection, and what is wrong with it: `import`, `audit`."""
+"""Commands on datasets: `import`, `audit`, `embed`, `neighbors`."""
 
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 from cyclopts import Parameter
 
-from likewise.cli.common import COMMON_OPTIONS, CommonOptions, app, import_summary, parse_list
+from likewise.cli.common import COMMON_OPTIONS, CommonOptions, app, import_summary
+from likewise.cli.flags import FLATTEN, STRINGS, make_flags, to_config
 from likewise.data.audit.config import AuditConfig
-from likewise.embeddings.config import DEFAULT_OPTIONS, EncoderOptions
+from likewise.data.config import ImportOptions
+from likewise.embeddings.config import EncoderOptions
 from likewise.neighbors.config import DEFAULT_K, SearchConfig
 
-_DEFAULT_SEARCH_CONFIG = SearchConfig()
-EncoderFlags = Annotated[EncoderOptions, Parameter(name="*", group="How the encoder is used")]
-SearchFlags = Annotated[SearchConfig, Parameter(name="*", group="Who may be found")]
+_ImportFlags = make_flags(
+    ImportOptions,
+    group="Columns",
+    groups={"where": "Selection", "images": "Selection", "limit": "Selection"},
+    parameters={"caption_column": STRINGS},
+)
+ImportFlags = Annotated[_ImportFlags, FLATTEN]
+_AuditFlags = make_flags(AuditConfig, group="Thresholds")
+AuditFlags = Annotated[_AuditFlags, FLATTEN]
+_EncoderFlags = make_flags(EncoderOptions, group="Encoder options")
+EncoderFlags = Annotated[_EncoderFlags, FLATTEN]
+_SearchFlags = make_flags(SearchConfig, group="Neighbor search")
+SearchFlags = Annotated[_SearchFlags, FLATTEN]
 
 
-_ENCODER_EXAMPLES = """Encoders, by example:
+@app.command(
+    name="import",
+    help_epilogue="Example: `likewise import photos/ photos.likewise --caption-column title,alt`",
+)
+def import_(
+    source: str,
+    dataset: Path,
+    /,
+    *,
+    flags: ImportFlags | None = None,
+    num_workers: int | None = None,
+    common: CommonOptions = COMMON_OPTIONS,
+) -> None:
+    """Import captioned images as a dataset; the images stay where they are.
+
+    Args:
+        source: A folder of images with `.json` or `.txt` sidecars; a CSV, TSV, JSON Lines or Parquet table;
+            WebDataset tars; COCO captions JSON; a Flickr8k/30k token file; or a Hugging Face dataset (a
+            folder, or `hf:NAME`).
+        dataset: The dataset to create.
+        num_workers: Threads that decode images; defaults to the number of CPU cores.
+    """
+    from likewise.data.importing import import_dataset
+
+    options = to_config(ImportOptions, flags)
+    imported = import_dataset(source, dataset, options, num_workers=num_workers, progress=common.progress())
+    summary = imported.summary()
+    common.print_result({"dataset": str(dataset), **summary}, import_summary(dataset, summary))
+
+
+@app.command(help_epilogue="Example: `likewise audit photos.likewise --min-side 128`")
+def audit(
+    dataset: Path,
+    /,
+    *,
+    flags: AuditFlags | None = None,
+    num_workers: int | None = None,
+    common: CommonOptions = COMMON_OPTIONS,
+) -> None:
+    """Find problems of captions and images; nothing is deleted.
+
+    Writes an HTML report with examples, and a filter of uninformative captions and duplicate images for
+    `--filter` of `neighbors` and `train`.
+
+    Args:
+        dataset: A dataset.
+        num_workers: Threads that decode images; defaults to the number of CPU cores.
+    """
+    from likewise.data.audit.audit import audit_dataset
+    from likewise.data.dataset import CaptionDataset
+    from likewise.report.audit_report import format_audit, write_audit_report
+
+    caption_dataset = CaptionDataset.open(dataset)
+    result = audit_dataset(
+        caption_dataset, to_config(AuditConfig, flags), num_workers=num_workers, progress=common.progress()
+    )
+    page = write_audit_report(caption_dataset, result)
+    common.print_result(
+        result.summary() | {"filter": str(result.filter_path), "page": str(page)},
+        str(dataset),
+        *format_audit(result.report),
+        f"filter: {result.filter_path}",
+        f"page: {page}",
+    )
+
+
+_ENCODER_EXAMPLES = """Encoders:
 
 - `all-mpnet-base-v2` (the paper's), `./folder`: a sentence-transformers model by hub name or folder
 - `hf:bert-base-uncased`, `hf:./folder`: any Hugging Face text model, with `--pooling`
 - `clip:ViT-B-32/openai`, `clip:ViT-B-32/./weights.pt`: the text tower of an open_clip model
 - `model2vec:minishlab/potion-base-8M`: static token embeddings
-- `words:glove.6B.300d.txt`: word vectors (GloVe, fastText `.vec`; also `.gz`), averaged
-- `tfidf`, `bow`: word counts, the free baselines (8 KB a caption on disk)
-- `image:timm:resnet50`, `image:RUN`, `image:clip:ViT-B-32/openai`: looks instead of words
+- `words:glove.6B.300d.txt`: mean of word vectors (GloVe, fastText `.vec`; also `.gz`)
+- `tfidf`, `bow`: word counts, the model-free baselines (8 KB per caption on disk)
+- `image:timm:resnet50`, `image:RUN`, `image:clip:ViT-B-32/openai`: an image encoder; embeds the images
 
 Example: `likewise embed photos.likewise --encoder all-MiniLM-L6-v2`"""
 
@@ -34,26 +112,26 @@ def embed(
     /,
     *,
     encoder: str | None = None,
-    options: EncoderFlags = DEFAULT_OPTIONS,
+    flags: EncoderFlags | None = None,
     batch_size: int = 64,
     device: str | None = None,
     common: CommonOptions = COMMON_OPTIONS,
 ) -> None:
-    """Embed the captions of a collection with a pretrained language model, or its images.
+    """Embed the captions of a dataset with a pretrained language model, or its images.
 
     Args:
-        dataset: A collection.
-        encoder: What turns captions into vectors (see below); by default the paper's, all-mpnet-base-v2.
-        batch_size: Captions or images a forward pass, at most.
-        device: `cpu`, `cuda`, …; chosen by itself.
+        dataset: A dataset.
+        encoder: The encoder (see below); defaults to the paper's, all-mpnet-base-v2.
+        batch_size: Captions or images per forward pass.
+        device: `cpu`, `cuda`, ...; defaults to a GPU if there is one.
     """
-    from likewise.embeddings.embed import embed as embed_all
+    from likewise.embeddings.embed import embed as embed_dataset
     from likewise.embeddings.registry import DEFAULT_ENCODER
 
-    embeddings = embed_all(
+    embeddings = embed_dataset(
         dataset,
         encoder or DEFAULT_ENCODER,
-        options=options,
+        options=to_config(EncoderOptions, flags),
         batch_size=batch_size,
         device=device,
         progress=common.progress(),
@@ -63,38 +141,41 @@ def embed(
         "embeddings": str(embeddings.path),
         embeddings.modality: len(embeddings),
         "dim": embeddings.dim,
+        "num_zero_vectors": embeddings.num_zero_vectors,
+        "skipped": skipped,
     }
-    result |= {"num_zero_vectors": embeddings.num_zero_vectors, "skipped": skipped}
-    notes = [f"{count:,} skipped ({reason})" for reason, count in skipped.items()]
+    notes = [f"  {count:,} skipped ({reason})" for reason, count in skipped.items()]
     if embeddings.num_zero_vectors:
-        notes.insert(0, f"{embeddings.num_zero_vectors:,} without direction (nothing in them is known)")
+        notes.insert(0, f"  {embeddings.num_zero_vectors:,} zero vectors (no known words)")
     summary = f"{len(embeddings):,} {embeddings.modality} in {embeddings.dim} dimensions: {embeddings.path}"
-    common.print_result(result, "\n  ".join([summary, *notes]))
+    common.print_result(result, summary, *notes)
 
 
-@app.command(help_epilogue="Example: `likewise neighbors photos.likewise -k 10 --distinct-captions`")
+@app.command(help_epilogue="Example: `likewise neighbors photos.likewise -k 10 --exclude-identical-captions`")
 def neighbors(
     dataset: Path,
     /,
     *,
     encoder: str | None = None,
     k: Annotated[int, Parameter(name=["-k", "--k"])] = DEFAULT_K,
-    search_config: SearchFlags = _DEFAULT_SEARCH_CONFIG,
+    flags: SearchFlags | None = None,
     memory_mb: int = 512,
     device: str = "cpu",
     common: CommonOptions = COMMON_OPTIONS,
 ) -> None:
-    """Find for each image those described most alike; training does so itself where it needs more.
+    """Find the nearest neighbors of each image by caption similarity; `train` does it if it needs more.
 
     Args:
-        dataset: A collection with embeddings.
-        encoder: Whose embeddings to use; may be left out where there is only one. `image:…` compares looks.
-        k: Neighbors an image.
-        memory_mb: MiB that a block of similarities may take.
-        device: Where blocks are compared.
+        dataset: A dataset with embeddings.
+        encoder: Encoder of the embeddings; optional if there is only one. With `image:...`, neighbors are
+            by image similarity.
+        k: Neighbors per image.
+        memory_mb: Memory limit for a block of similarities, in MiB.
+        device: Device of the search.
     """
     from likewise.neighbors.index import find_neighbors
 
+    search_config = to_config(SearchConfig, flags)
     neighbors = find_neighbors(
         dataset,
         encoder,
@@ -105,101 +186,9 @@ def neighbors(
         progress=common.progress(),
     )
     counts = neighbors.artifact.manifest.counts
-    result = {"neighbors": str(neighbors.path), "k": neighbors.k, **counts}
     unit = "captions" if search_config.caption_pooling == "sample" else "images"
     common.print_result(
-        result,
+        {"neighbors": str(neighbors.path), "k": neighbors.k, **counts},
         f"up to {neighbors.k} neighbors for {counts['with_neighbors']:,} of {len(neighbors):,} {unit}: "
         f"{neighbors.path}",
     )
-
-
-_DEFAULT_AUDIT_CONFIG = AuditConfig()
-AuditFlags = Annotated[AuditConfig, Parameter(name="*", group="Where lines are drawn")]
-
-
-@app.command(name="import", help_epilogue="Example: `likewise import photos/ photos.likewise`")
-def import_(
-    source: str,
-    dataset: Path,
-    /,
-    *,
-    image_column: str | None = None,
-    caption_column: str | None = None,
-    label_column: str | None = None,
-    group_column: str | None = None,
-    id_column: str | None = None,
-    where: list[str] | None = None,
-    images: Path | None = None,
-    limit: int | None = None,
-    num_workers: int | None = None,
-    common: CommonOptions = COMMON_OPTIONS,
-) -> None:
-    """Make a collection of captioned images; the images stay where they are.
-
-    Args:
-        source: A folder of images with `.json` or `.txt` beside them, a CSV, TSV, JSON Lines or Parquet
-            table, WebDataset tars, COCO captions JSON, a Flickr8k/30k token file, or a Hugging Face set (a
-            folder, or `hf:NAME`).
-        dataset: The folder to make.
-        image_column: Column of image paths; guessed where its name is usual.
-        caption_column: Column of captions, or several with commas between; guessed where the name is usual.
-        label_column: Column of labels, for judging pairs later; never used in training.
-        group_column: Column of groups (subreddit, year, product line).
-        id_column: Column of identifiers; the image path by default.
-        where: Keep only rows with COLUMN=VALUE; may be given several times.
-        images: Folder that image paths are relative to; the source's own by default.
-        limit: Take the first so many images only.
-        num_workers: Threads that decode images.
-    """
-    from likewise.data.importing import import_dataset
-    from likewise.data.readers.base import ImportOptions
-
-    options = ImportOptions(
-        image_column=image_column,
-        caption_column=parse_list(caption_column),
-        label_column=label_column,
-        group_column=group_column,
-        id_column=id_column,
-        where=tuple(where or ()),
-        images=images,
-        limit=limit,
-    )
-    imported = import_dataset(source, dataset, options, num_workers=num_workers, progress=common.progress())
-    summary = imported.summary()
-    common.print_result({"dataset": str(dataset), **summary}, "\n".join(import_summary(dataset, summary)))
-
-
-@app.command(help_epilogue="Example: `likewise audit photos.likewise`")
-def audit(
-    dataset: Path,
-    /,
-    *,
-    config: AuditFlags = _DEFAULT_AUDIT_CONFIG,
-    num_workers: int | None = None,
-    common: CommonOptions = COMMON_OPTIONS,
-) -> None:
-    """Tell what is wrong with the captions and images of a collection; nothing is deleted.
-
-    Writes a page with pictures and a filter, a table of what says nothing and should take no part, for
-    `--filter` of `neighbors` and `train`.
-
-    Args:
-        dataset: A collection.
-        num_workers: Threads that decode images.
-    """
-    from likewise.data.audit.audit import audit_dataset as look_for_faults
-    from likewise.data.dataset import CaptionDataset
-    from likewise.report.audit_report import format_audit, write_audit_report
-
-    caption_dataset = CaptionDataset(dataset)
-    result = look_for_faults(caption_dataset, config, num_workers=num_workers, progress=common.progress())
-    page = write_audit_report(caption_dataset, result)
-    paths = {"filter": str(result.filter_path), "page": str(page)}
-    common.print_result(
-        result.summary() | paths, "\n".join([str(dataset), *format_audit(result.report), *_path_lines(paths)])
-    )
-
-
-def _path_lines(paths: dict[str, Any]) -> list[str]:
-    return [f"{name}: {path}" for name, path in paths.items()]

@@ -1,207 +1,234 @@
-"""What an encoder is worth: `evaluate`, `sets`, `compare`, `report` and `demo`."""
+"""Commands of evaluation: `analyze-pairs`, `evaluate`, `datasets`, `compare`, `report`, `demo`."""
 
-from dataclasses import asdict, replace
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 from cyclopts import Parameter
 
-from likewise.cli.common import (
-    COMMON_OPTIONS,
-    CommonOptions,
-    app,
-    comparison_table,
-    format_table,
-    parse_list,
-    results_table,
-)
-from likewise.errors import InvalidInputError
+from likewise.cli.common import COMMON_OPTIONS, HELP_GROUPS, CommonOptions, app, comparison_table, make_table
+from likewise.cli.flags import INTS, STRINGS, parse_list
+
+if TYPE_CHECKING:
+    from likewise.evaluation.evaluate import ColumnOptions
+    from likewise.evaluation.protocols import ProtocolConfig
+    from likewise.evaluation.results import EvalResults
+
+Strings = Annotated[tuple[str, ...], STRINGS]
 
 
 @app.command(
-    help_epilogue="Example: `likewise diagnose photos.likewise --encoder all-MiniLM-L6-v2,tfidf --rule paper "
-    "--rule k=3 --rule mutual=10,hubs=csls`"
+    help_epilogue="Example: `likewise analyze-pairs photos.likewise --encoder all-MiniLM-L6-v2,tfidf "
+    "--pair-config default --pair-config k=3 --pair-config mutual_k=10,hubness_correction=csls`"
 )
 def analyze_pairs(
     dataset: Path,
     /,
     *,
-    encoder: str | None = None,
+    encoder: Strings = (),
     pair_config: list[str] | None = None,
     out: Path | None = None,
     common: CommonOptions = COMMON_OPTIONS,
 ) -> None:
-    """Judge pairs without training: encoders and rules side by side, as a table and as a page with pictures.
+    """Compare encoders and pair configurations without training, as a table and an HTML report.
 
     Args:
-        dataset: A collection with embeddings.
-        encoder: Whose embeddings to compare, with commas between; `image:…` for those of images. All that
-            the collection has by default.
-        pair_config: Settings of a rule with commas between, such as `k=3,mutual=10`, or `paper` for the
-            nearest
-            caption; may be given several times. The usual ones by default.
-        out: The HTML file, its data beside it; by default `diagnosis.html` in the collection.
+        dataset: A dataset with embeddings.
+        encoder: Encoders to compare, comma-separated; `image:...` for image encoders. Defaults to all whose
+            embeddings the dataset has.
+        pair_config: Comma-separated options of `train`'s pair sampling, such as `k=3,mutual_k=10`, or
+            `default` for the nearest caption; repeatable. Defaults to a selection.
+        out: The HTML file; defaults to `pairs.html` in the dataset.
     """
     from likewise.data.dataset import CaptionDataset
-    from likewise.pairs.analyze import analyze_pairs as diagnose_pairs
+    from likewise.pairs.analyze import analyze_pairs as analyze
     from likewise.report.pairs_report import format_analysis, write_pairs_report
 
     caption_dataset = CaptionDataset.open(dataset)
-    encoders = None if encoder is None else parse_list(encoder)
-    analysis = diagnose_pairs(caption_dataset, encoders, pair_config, progress=common.progress())
-    page = write_pairs_report(analysis, caption_dataset, out or caption_dataset.path / "diagnosis.html")
+    analysis = analyze(caption_dataset, encoder or None, pair_config, progress=common.progress())
+    page = write_pairs_report(analysis, caption_dataset, out or caption_dataset.path / "pairs.html")
     common.print_result(
-        {"page": str(page), **analysis.to_dict()}, "\n".join([*format_analysis(analysis), f"page: {page}"])
+        {"page": str(page), **analysis.to_dict()}, *format_analysis(analysis), f"page: {page}"
     )
 
 
-if TYPE_CHECKING:
-    from likewise.evaluation.protocols import ProtocolConfig
+@Parameter(name="*", group=HELP_GROUPS["Columns"])
+@dataclass(frozen=True, kw_only=True)
+class ColumnFlags:
+    """Columns of tables, and ignored values of masks."""
+
+    label_column: str = "label"
+    """Column of labels in tables."""
+    split_column: str = "split"
+    """Column of splits (train, val, test) in tables."""
+    caption_column: str | None = None
+    """Column of captions in tables; inferred from its name by default."""
+    ignore_index: Annotated[tuple[int, ...], INTS] = (255,)
+    """Mask values to ignore (comma-separated), e.g. 255."""
+
+    def to_columns(self) -> "ColumnOptions":
+        """Return the options of `evaluate`."""
+        from likewise.evaluation.evaluate import ColumnOptions
+
+        return ColumnOptions(
+            label=self.label_column,
+            split=self.split_column,
+            caption=self.caption_column,
+            ignore_index=self.ignore_index,
+        )
 
 
-@app.command(help_epilogue="Example: `likewise evaluate run --on labelled/ --protocol linear,fewshot`")
+@Parameter(name="*", group=HELP_GROUPS["Protocol options"])
+@dataclass(frozen=True, kw_only=True)
+class ProtocolFlags:
+    """Options of protocols; None is the default of the protocol."""
+
+    ways: int | None = None
+    """Classes per few-shot episode; defaults to 5."""
+    shots: int | None = None
+    """Labeled images per class of a few-shot episode; defaults to 5."""
+    episodes: int | None = None
+    """Few-shot episodes; defaults to 5,000."""
+    mean_class_accuracy: bool = False
+    """Score the linear probe by the mean of the per-class accuracies."""
+    prompt: Annotated[list[str] | None, Parameter(consume_multiple=True)] = None
+    """Prompt templates of zeroshot with {} for the class; defaults to "a photo of a {}."."""
+    finetune_backbone: bool = False
+    """Train the encoder too in detection and segmentation; by default it is frozen."""
+    train_epochs: int | None = None
+    """Epochs of finetune (defaults to 10), detection (12) and segmentation (20)."""
+    finetune_lr: float | None = None
+    """Peak learning rate of the encoder in finetune; defaults to 0.0001."""
+
+    def to_config(self, image_size: int | None) -> "ProtocolConfig":
+        """Return the config of the protocols; detection and segmentation read images at `image_size`."""
+        from likewise.evaluation.protocols import ProtocolConfig
+
+        dense = {
+            "finetune_backbone": self.finetune_backbone or None,
+            "epochs": self.train_epochs,
+            "image_size": image_size,
+        }
+        overrides: dict[str, dict[str, Any]] = {
+            "fewshot": {"ways": self.ways, "shots": self.shots, "episodes": self.episodes},
+            "zeroshot": {"prompts": tuple(self.prompt) if self.prompt else None},
+            "finetune": {"epochs": self.train_epochs, "lr": self.finetune_lr},
+            "detection": dense,
+            "segmentation": dense,
+        }
+        config = ProtocolConfig()
+        for name, values in overrides.items():
+            given = {key: value for key, value in values.items() if value is not None}
+            config = replace(config, **{name: replace(getattr(config, name), **given)})
+        return config.with_mean_class_accuracy() if self.mean_class_accuracy else config
+
+
+@Parameter(name="*", group=HELP_GROUPS["Encoder options"])
+@dataclass(frozen=True, kw_only=True)
+class ImageEncoderFlags:
+    """How an image encoder is loaded and run."""
+
+    image_size: int | None = None
+    """Height and width of the input in pixels; defaults to that of the model's training."""
+    backbone: str | None = None
+    """Architecture of a weights file: a timm name, or `torchvision:NAME`."""
+    weights_prefix: str = ""
+    """Prefix of the backbone's weights in the file, such as `module.encoder_q.`; others are ignored."""
+    weights_exclude: Annotated[list[str] | None, Parameter(consume_multiple=True)] = None
+    """Prefixes of weights to ignore; all others must match."""
+    device: str | None = None
+    """`cpu`, `cuda`, ...; defaults to a GPU if there is one."""
+    num_workers: int | None = None
+    """Threads that read images; defaults to the number of CPU cores."""
+
+
+_DEFAULT_COLUMNS, _DEFAULT_PROTOCOLS, _DEFAULT_ENCODER = ColumnFlags(), ProtocolFlags(), ImageEncoderFlags()
+
+
+@app.command(
+    help_epilogue="Example: `likewise evaluate run --dataset eurosat,labeled/ --protocol linear,fewshot`"
+)
 def evaluate(
     encoder: str,
     /,
     *,
-    dataset: str,
-    protocol: str = "linear,fewshot,knn",
-    label_column: str = "label",
-    split_column: str = "split",
-    caption_column: str | None = None,
-    ways: int | None = None,
-    shots: int | None = None,
-    episodes: int | None = None,
-    mean_class_accuracy: bool = False,
-    finetune_backbone: Annotated[bool, Parameter(negative="")] = False,
-    ignore_index: str = "255",
-    train_epochs: int | None = None,
-    finetune_lr: float | None = None,
-    prompt: Annotated[list[str] | None, Parameter(consume_multiple=True, negative="")] = None,
-    backbone: str | None = None,
-    weights_prefix: str = "",
-    weights_exclude: Annotated[list[str] | None, Parameter(consume_multiple=True, negative="")] = None,
-    image_size: int | None = None,
+    dataset: Strings,
+    protocol: Strings = ("linear", "fewshot", "knn"),
+    columns: ColumnFlags = _DEFAULT_COLUMNS,
+    protocols: ProtocolFlags = _DEFAULT_PROTOCOLS,
+    options: ImageEncoderFlags = _DEFAULT_ENCODER,
     out: Path | None = None,
-    num_workers: int | None = None,
-    device: str | None = None,
     common: CommonOptions = COMMON_OPTIONS,
 ) -> None:
-    """Measure an image encoder on labelled or captioned images.
+    """Evaluate an image encoder on labeled or captioned images.
 
     Args:
         encoder: A run; `timm:NAME`, `torchvision:NAME`, `hf:NAME`, `clip:ARCH/WEIGHTS` or
-            `hub:OWNER/REPO/ENTRY` (pretrained); `random:NAME` (untrained); or a file of weights.
-        dataset: Sets, with commas between: folders laid out as split/class/image or with a labels.csv, CSV
-            files,
-            or names that `likewise sets` lists; for image-text a CSV file or a folder with a captions.csv;
-            for detection a boxes.csv, COCO, Pascal VOC or YOLO; for segmentation an index.csv or folders.
-        protocol: With commas between: linear, fewshot, knn, knn-grid, retrieval, clustering, finetune,
+            `hub:OWNER/REPO/ENTRY` (pretrained); `random:NAME` (untrained); or a weights file.
+        dataset: Datasets, comma-separated: folders split/class/image, folders with a labels.csv, CSV files,
+            or names (see `likewise datasets`); for image-text a CSV file or a folder with a captions.csv; for
+            detection a boxes.csv, COCO, Pascal VOC or YOLO; for segmentation an index.csv or folders.
+        protocol: Protocols, comma-separated: linear, fewshot, knn, knn-grid, retrieval, clustering, finetune,
             localization; with a text tower zeroshot and image-text; detection and segmentation.
-        label_column: Column of labels in CSV files.
-        split_column: Column of splits (train, val, test) in CSV files.
-        caption_column: Column of captions in CSV files.
-        ways: Classes a few-shot episode; 5 by default.
-        shots: Labelled images a class; 5 by default.
-        episodes: Few-shot episodes; 5,000 by default.
-        mean_class_accuracy: Score classifiers by the mean of the classes' accuracies.
-        finetune_backbone: Let detection and segmentation train the encoder, too; by default it stays as it
-            is.
-        ignore_index: Numbers in masks that count neither way, with commas between.
-        train_epochs: Epochs of finetune (10 by default), detection (12) and segmentation (20).
-        finetune_lr: Peak learning rate of the encoder in finetune; 0.0001 by default.
-        prompt: Sentences for zeroshot with {} for the class; "a photo of a {}." by default.
-        backbone: The timm model, or `torchvision:NAME`, that a plain file of weights is for.
-        weights_prefix: What stands before the names of its weights, as in `module.encoder_q.`; others are
-            left out.
-        weights_exclude: Beginnings of names of weights that are left out; everything else must fit.
-        image_size: Side of the input in pixels; by default what the model was trained with.
-        out: Where results go; by default `evaluation` in the run.
-        num_workers: Threads that read images.
-        device: Where features are computed.
+        out: Directory of the results; defaults to `evaluation` in the run.
     """
-    from likewise.evaluation.evaluate import ColumnOptions
     from likewise.evaluation.evaluate import evaluate as evaluate_encoder
     from likewise.models.encoders import load_encoder
 
     results = evaluate_encoder(
         load_encoder(
             encoder,
-            backbone=backbone,
-            weights_prefix=weights_prefix,
-            weights_exclude=weights_exclude or (),
-            image_size=image_size,
-            device=device,
+            backbone=options.backbone,
+            weights_prefix=options.weights_prefix,
+            weights_exclude=options.weights_exclude or (),
+            image_size=options.image_size,
+            device=options.device,
         ),
-        parse_list(dataset),
-        parse_list(protocol),
-        config=_protocol_config(
-            mean_class_accuracy,
-            fewshot={"ways": ways, "shots": shots, "episodes": episodes},
-            finetune={"epochs": train_epochs, "lr": finetune_lr},
-            zeroshot={"prompts": tuple(prompt) if prompt else None},
-            detection={
-                "finetune_backbone": finetune_backbone or None,
-                "epochs": train_epochs,
-                "image_size": image_size,
-            },
-            segmentation={
-                "finetune_backbone": finetune_backbone or None,
-                "epochs": train_epochs,
-                "image_size": image_size,
-            },
-        ),
-        columns=ColumnOptions(
-            label=label_column,
-            split=split_column,
-            caption=caption_column,
-            ignore_index=_parse_ints(ignore_index),
-        ),
+        dataset,
+        protocol,
+        config=protocols.to_config(options.image_size),
+        columns=columns.to_columns(),
         out=out,
-        num_workers=num_workers,
+        num_workers=options.num_workers,
         progress=common.progress(),
     )
-    common.print_result({"results": results.raw}, "\n".join(results_table(results.raw)))
+    common.print_result({"results": results.raw}, *dataset_lines(results), results.table())
 
 
-def _parse_ints(text: str) -> tuple[int, ...]:
-    if not all(part.isdecimal() for part in parse_list(text)):
-        raise InvalidInputError(f"--ignore {text}: give numbers with commas between, such as 11,255")
-    return tuple(map(int, parse_list(text)))
+def dataset_lines(results: "EvalResults") -> Iterator[str]:
+    """Yield what is known of each dataset: counts, skipped images, classes without training images."""
+    for result in results.raw:
+        info = result["dataset"]
+        annotations = (
+            f"{info['num_classes']} classes"
+            if "num_classes" in info
+            else f"{info['num_captions']:,} captions"
+        )
+        yield f"{info['name']}: {annotations}, images {info['num_images']}"
+        for reason, count in info["skipped"].items():
+            yield f"  skipped {count:,}: {reason}"
+        if info.get("test_only_classes"):
+            yield f"  classes without training images: {', '.join(info['test_only_classes'])}"
 
 
-def _protocol_config(mean_class_accuracy: bool, **overrides: dict[str, Any]) -> "ProtocolConfig":
-    """Return the usual settings but for those that are given, by the protocol they belong to."""
-    from likewise.evaluation.protocols import ProtocolConfig
-
-    defaults = ProtocolConfig()
-    configs = {
-        name: replace(getattr(defaults, name), **{k: v for k, v in values.items() if v is not None})
-        for name, values in overrides.items()
-    }
-    config = replace(defaults, **configs)
-    return config.with_mean_class_accuracy() if mean_class_accuracy else config
-
-
-@app.command(help_epilogue="Example: `likewise sets`, then `likewise evaluate run --on eurosat,dtd`")
+@app.command(help_epilogue="Example: `likewise datasets`, then `likewise evaluate run --dataset eurosat,dtd`")
 def datasets(*, common: CommonOptions = COMMON_OPTIONS) -> None:
-    """List the well-known sets that `evaluate --on NAME` fetches, and which of them are here."""
+    """List the datasets that `evaluate --dataset NAME` downloads, and which of them are on disk."""
     from likewise.evaluation.datasets.download import dataset_dir, is_downloaded
     from likewise.evaluation.datasets.registry import DATASETS
 
-    rows = {name: asdict(info) | {"here": is_downloaded(name)} for name, info in DATASETS.items()}
+    rows = {name: asdict(info) | {"is_downloaded": is_downloaded(name)} for name, info in DATASETS.items()}
     lines = []
     for name, info in DATASETS.items():
         images = ", ".join(f"{count:,} {split}" for split, count in info.split_sizes.items())
-        location = (
-            f"in {dataset_dir(name)}" if is_downloaded(name) else f"about {info.download_mb:,} MB to fetch"
-        )
+        location = f"in {dataset_dir(name)}" if is_downloaded(name) else f"download {info.download_mb:,} MB"
         lines += [
             f"{name:<16}{info.title}: {info.num_classes} classes, {images}",
-            f"{'':<16}{info.metric}; {location}; licence: {info.license}",
+            f"{'':<16}{info.metric}; {location}; license: {info.license}",
             f"{'':<16}{info.homepage}",
         ]
-    common.print_result({"sets": rows}, "\n".join(lines))
+    common.print_result({"datasets": rows}, *lines)
 
 
 @app.command(
@@ -214,12 +241,12 @@ def compare(
     out: Path | None = None,
     common: CommonOptions = COMMON_OPTIONS,
 ) -> None:
-    """Lay encoders side by side: intervals, paired tests against the first, ranks over sets.
+    """Compare encoders: confidence intervals, paired tests against the first, and mean ranks.
 
     Args:
-        encoders: Runs or evaluation folders that were measured on the same sets; commas between those that
-            differ only in their seed, `NAME=` before them to call them so. All are compared with the first.
-        out: A folder to write the table to as CSV, Markdown and LaTeX, with plots.
+        encoders: Runs or evaluation directories with results on the same datasets, the first of which is the
+            baseline. Seeds of one encoder are comma-separated; `NAME=` before them sets its name.
+        out: Directory for the table as CSV, Markdown and LaTeX, and for plots.
     """
     from likewise.evaluation.results import compare as compare_encoders
     from likewise.report.comparison import LEGEND, to_rows, write_comparison
@@ -228,9 +255,12 @@ def compare(
     comparison = compare_encoders([parse_list(seeds) for seeds in paths], [name or None for name in names])
     gflops = [None if flops is None else flops / 1e9 for flops in comparison.encoder_flops]
     files = [] if out is None else write_comparison(comparison, out, gflops)
-    lines = [*format_table(to_rows(comparison)), LEGEND, *(f"written: {path}" for path in files)]
+    header, *rows = to_rows(comparison)
     common.print_result(
-        {"table": asdict(comparison), "files": [str(path) for path in files]}, "\n".join(lines)
+        {"table": asdict(comparison), "files": [str(path) for path in files]},
+        make_table(header, rows, num_labels=3),
+        LEGEND,
+        *(f"written: {path}" for path in files),
     )
 
 
@@ -243,12 +273,12 @@ def report(
     title: str | None = None,
     common: CommonOptions = COMMON_OPTIONS,
 ) -> None:
-    """Write a page that shows pairs, curves and results of one or several runs.
+    """Write an HTML report with pairs, training curves and results of one or several runs.
 
     Args:
-        runs: Finished runs; they are compared with the first that has `self` pairs, else with the first.
-        out: The HTML file; by default `report.html` in the first run.
-        title: What stands at the top.
+        runs: Finished runs; the baseline is the first with `self` pairs, else the first.
+        out: The HTML file; defaults to `report.html` in the first run.
+        title: Title of the report.
     """
     from likewise.report.run_report import write_report
 
@@ -264,15 +294,15 @@ def demo(
     device: str | None = None,
     common: CommonOptions = COMMON_OPTIONS,
 ) -> None:
-    """Run the whole pipeline on real captioned images and write a report.
+    """Train on emoji from two vendors with self pairs and with language pairs, and write an HTML report.
 
-    Emoji as drawn by two houses, captioned by their Unicode names: an encoder is trained twice from the same
-    start, once on pairs of views of one image and once on pairs of images that are described alike.
+    Captions are Unicode names. Both encoders have the same initial weights and are evaluated on held-out
+    concepts.
 
     Args:
-        out: The folder of everything the demo makes; `likewise-demo` or `likewise-demo-quick` by default.
-        quick: A smaller run, under 90 seconds on 2 processors.
-        device: Where to train.
+        out: Directory of all results; defaults to `likewise-demo`, or `likewise-demo-quick`.
+        quick: Run a smaller demo, under 90 seconds on 2 CPU cores.
+        device: `cpu`, `cuda`, ...; defaults to a GPU if there is one.
     """
     from likewise.demo import run_demo
 
@@ -280,11 +310,7 @@ def demo(
     page, rows = run_demo(out_dir, quick=quick, device=device, progress=common.progress())
     common.print_result(
         {"report": str(page), "results": [row.to_dict() for row in rows]},
-        "\n".join(
-            [
-                "on held-out concepts, in %, with 95 % intervals:",
-                *comparison_table(rows, ("self", "language", "untrained")),
-                f"report: {page.resolve()}",
-            ]
-        ),
+        "on held-out concepts, in %, with 95 % intervals:",
+        comparison_table(rows, ("self", "language", "untrained")),
+        f"report: {page.resolve()}",
     )

@@ -1,200 +1,108 @@
-"""From pairs to an image encoder: `train`."""
+"""Commands of pre-training: `train`, `methods`."""
 
-import json
-import shlex
-from collections.abc import Iterator
-from dataclasses import field, fields, make_dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import Annotated, Any, get_type_hints
+from typing import Annotated, Any, Literal, get_type_hints
 
-import docstring_parser
-from cyclopts import CycloptsError, Parameter
+from cyclopts import Parameter
 
-from likewise.cli.common import COMMON_OPTIONS, CommonOptions, app
-from likewise.errors import InvalidInputError, did_you_mean
+from likewise.cli.common import COMMON_OPTIONS, HELP_GROUPS, CommonOptions, app, make_table
+from likewise.cli.flags import (
+    FLATTEN,
+    field_docs,
+    make_flag_dataclass,
+    make_flags,
+    to_config,
+    to_values,
+    translate_fields,
+)
+from likewise.neighbors.config import SearchConfig
 from likewise.pairs.config import PairConfig
-from likewise.training.config import TrainConfig, parse_train_config, validate_combination
+from likewise.training.config import TrainConfig, parse_train_config
 from likewise.training.methods.options import METHODS
 
-# The stages of a chain, in order, and what each works on beside its flags.
-_STAGES = ("import", "embed", "train", "evaluate")
-_SECTIONS = ("about", *_STAGES)
+_METHOD_GROUP = "Method options"
 
-
-@app.command(
-    help_epilogue="Example: `likewise run recipes/small/lgsimclr.yaml --source photos/ --out photos-run`"
+_PairFlags = make_flags(
+    PairConfig,
+    group="Pair sampling",
+    groups={item.name: "Neighbor search" for item in fields(SearchConfig)},
+    parameters={"source": Parameter(name="--pairs"), "k": Parameter(name=["-k", "--k"])},
 )
-def run(
-    recipe: Path,
-    /,
-    *,
-    source: str,
-    out: Path,
-    dataset: str | None = None,
-    set_: list[str] | None = None,
-    dry_run: bool = False,
-    common: CommonOptions = COMMON_OPTIONS,
-) -> None:
-    """Run a recipe: import, embed, train, evaluate and report, as one command.
-
-    A recipe is a YAML file with a section a stage, whose keys are the flags of that verb. What is finished is
-    taken as it is: run the same command again after an interruption, and it goes on.
-
-    Args:
-        recipe: A recipe, such as those under `recipes/`.
-        source: Captioned images in any form that `import` reads, or a collection.
-        out: The folder for everything: `collection`, `run` and, in it, the evaluation and the report.
-        dataset: Labelled sets to evaluate on, with commas between; without any the encoder is only trained.
-        set_: SECTION.FLAG=VALUE, such as train.seed=1, instead of what the recipe has; may be given
-            several times.
-        dry_run: Show the commands that the recipe stands for, and do nothing.
-    """
-    commands = list(_stage_commands(_read_recipe(recipe, set_ or []), source, out, dataset))
-    for command in commands:
-        _validate_command(command, recipe)
-    if dry_run:
-        lines = [shlex.join(["likewise", *command]) for command in commands]
-        common.print_result({"commands": lines}, "\n".join(lines))
-        return
-    common_flags = [f"--{name}" for name in ("json", "quiet", "debug") if getattr(common, name)]
-    for command in commands:
-        app([*command, *common_flags], exit_on_error=False, result_action="return_value")
+PairFlags = Annotated[_PairFlags, FLATTEN]
+_TrainFlags = make_flags(
+    TrainConfig,
+    group="Optimization",
+    groups={
+        "method": _METHOD_GROUP,
+        **dict.fromkeys(("backbone", "stem", "init", "image_size", "augmentation"), "Model and augmentation"),
+        **dict.fromkeys(("num_val_pairs", "val_every", "early_stopping_patience"), "Validation"),
+    },
+    parameters={"method": Parameter(help="Pre-training method; `likewise methods` describes them.")},
+    types={"method": Literal[*METHODS]},  # pyrefly: ignore[invalid-literal]
+)
+TrainFlags = Annotated[_TrainFlags, FLATTEN]
 
 
-def _read_recipe(recipe: Path, overrides: list[str]) -> dict[str, dict[str, Any]]:
-    """Read a recipe and put the overrides in."""
-    from likewise.artifacts import read_yaml
-
-    content = read_yaml(recipe)
-    for name, section in content.items():
-        if name not in _SECTIONS:
-            suggestion = did_you_mean(str(name), list(_SECTIONS))
-            raise InvalidInputError(
-                f"{recipe}: unknown section {name!r}; known: {', '.join(_SECTIONS)}.{suggestion}"
-            )
-        if not isinstance(section or {}, dict):
-            raise InvalidInputError(
-                f"{recipe}: section {name} holds {section!r}; flags and their values are needed"
-            )
-    if "train" not in content:
-        raise InvalidInputError(f"{recipe}: there is no section train, so there is nothing to run")
-    sections = {name: dict(section or {}) for name, section in content.items() if name != "about"}
-    for override in overrides:
-        key, equals, value = override.partition("=")
-        stage, dot, flag = key.partition(".")
-        if not (equals and dot and stage in _STAGES):
-            raise InvalidInputError(f"--override {override}: give SECTION.FLAG=VALUE, such as train.seed=1")
-        sections.setdefault(stage, {})[flag.replace("-", "_")] = value
-    return sections
-
-
-def _stage_commands(
-    sections: dict[str, dict[str, Any]], source: str, out: Path, eval_dataset: str | None
-) -> Iterator[list[str]]:
-    """Yield the command of each stage, as one would type it."""
-    dataset, run_dir = out / "collection", out / "run"
-    if _is_dataset(Path(source)):
-        dataset = Path(source)
-    else:
-        yield ["import", source, str(dataset), *_to_flags(sections.get("import", {}))]
-    if "embed" in sections:
-        yield ["embed", str(dataset), *_to_flags(sections["embed"])]
-    yield ["train", str(dataset), "--out", str(run_dir), *_to_flags(sections["train"])]
-    if eval_dataset is not None:
-        yield ["evaluate", str(run_dir), "--on", eval_dataset, *_to_flags(sections.get("evaluate", {}))]
-    yield ["report", str(run_dir)]
-
-
-def _is_dataset(source: Path) -> bool:
-    manifest_path = source / "artifact.json"
-    return manifest_path.is_file() and json.loads(manifest_path.read_text()).get("kind") == "dataset"
-
-
-def _to_flags(section: dict[str, Any]) -> list[str]:
-    """Turn a section into flags: lists of numbers as several values, `where` repeated, other lists joined."""
-    tokens: list[str] = []
-    for name, value in section.items():
-        flag = f"--{str(name).replace('_', '-')}"
-        if value is True:
-            tokens.append(flag)
-        elif isinstance(value, list) and name == "where":
-            tokens += [token for item in value for token in (flag, str(item))]
-        elif isinstance(value, list) and all(isinstance(item, int) for item in value):
-            tokens += [flag, *map(str, value)]
-        elif isinstance(value, list):
-            tokens += [flag, ",".join(map(str, value))]
-        elif value is not None and value is not False:
-            tokens += [flag, str(value)]
-    return tokens
-
-
-def _validate_command(command: list[str], recipe: Path) -> None:
-    """Parse a command without running it, so that a slip in the last stage shows before the first one runs.
-
-    Raises:
-        InputError: naming the stage and what is wrong.
-    """
-    try:
-        _, bound, _ = app.parse_args(command, exit_on_error=False, print_error=False)
-    except (CycloptsError, InvalidInputError) as error:
-        message = " ".join(str(error).split())
-        raise InvalidInputError(f"{recipe}, section {command[0]}: {message}") from error
-    if command[0] == "train":
-        arguments = bound.arguments
-        config = _train_config(
-            arguments.get("config", _DEFAULT_TRAIN_CONFIG), arguments.get("method_options")
-        )
-        validate_combination(config, arguments.get("pair_config", _DEFAULT_PAIR_CONFIG))
-
-
-_DEFAULT_TRAIN_CONFIG = TrainConfig()
-_DEFAULT_PAIR_CONFIG = PairConfig()
-
-
-def _method_flags() -> Any:
+def _make_method_flags() -> Any:
     """Return a dataclass with the options of all methods as flags; None means not given."""
     hints: dict[str, Any] = {}
     docs: dict[str, str] = {}
+    for options in METHODS.values():
+        hints = get_type_hints(options) | hints
+        docs = field_docs(options) | docs
+    names = {name: f"`--{name.replace('_', '-')}`" for name in docs}
+    specs = []
+    for name, defaults in _method_defaults().items():
+        methods = [
+            f"{', '.join(methods)}{default and ': '}{default}" for default, methods in defaults.items()
+        ]
+        parameter = Parameter(
+            group=HELP_GROUPS[_METHOD_GROUP],
+            help=f"{translate_fields(docs[name], names)} ({'; '.join(methods)})",
+            consume_multiple=True,
+        )
+        specs.append((name, Annotated[hints[name] | None, parameter], field(default=None)))
+    return make_flag_dataclass("MethodFlags", specs)
+
+
+def _method_defaults() -> dict[str, dict[str, list[str]]]:
+    """Return the methods of each default of each option; no text for None and False."""
     defaults: dict[str, dict[str, list[str]]] = {}
     for method, options in METHODS.items():
-        for base in reversed(options.__mro__[:-1]):
-            for param in docstring_parser.parse_from_object(base).params:
-                docs.setdefault(param.arg_name, " ".join((param.description or "").split()))
         for option in fields(options):
-            hints.setdefault(option.name, get_type_hints(options)[option.name])
             value = option.default
             if option.name == "memory_bank_size":
                 value = getattr(options, "default_memory_bank_size", None)
             text = " ".join(map(str, value)) if isinstance(value, tuple) else str(value)
+            text = "" if value is None or value is False else text
             defaults.setdefault(option.name, {}).setdefault(text, []).append(method)
-    flags = []
-    for name, hint in hints.items():
-        parts = "; ".join(f"{', '.join(methods)}: {text}" for text, methods in defaults[name].items())
-        parameter = Parameter(help=f"{docs[name]} ({parts})")
-        flags.append((name, Annotated[hint | None, parameter], field(default=None)))
-    return make_dataclass("MethodFlags", flags, frozen=True, kw_only=True, namespace={"__module__": __name__})
+    return defaults
 
 
-_MethodFlags = _method_flags()
-MethodFlags = Annotated[
-    _MethodFlags, Parameter(name="*", group="Options of the method", consume_multiple=True)
-]
+_MethodFlags = _make_method_flags()
+MethodFlags = Annotated[_MethodFlags, FLATTEN]
 
 
-def _train_config(config: TrainConfig, method_flags: Any) -> TrainConfig:
-    """Return the config with the options of the method that were given as flags."""
-    settings = {item.name: getattr(config, item.name) for item in fields(config)}
-    if method_flags is not None:
-        settings |= {name: value for name, value in vars(method_flags).items() if value is not None}
-    return parse_train_config(settings)
+@Parameter(name="*")
+@dataclass(frozen=True, kw_only=True)
+class RuntimeFlags:
+    """Options that do not change the result of training."""
+
+    num_workers: int | None = None
+    """Threads that load batches; defaults to half the CPU cores."""
+    device: str | None = None
+    """`cpu`, `cuda`, ...; defaults to a GPU if there is one."""
+    checkpoint_minutes: float = 2.0
+    """Minutes between checkpoints."""
 
 
-TrainFlags = Annotated[TrainConfig, Parameter(name="*", group="Training", consume_multiple=True)]
-PairFlags = Annotated[PairConfig, Parameter(name="*", group="Who is shown with whom")]
+_DEFAULT_RUNTIME = RuntimeFlags()
 
 
 @app.command(
-    help_epilogue="Example: `likewise train photos.likewise --out run --backbone resnet18 --size 64 "
+    help_epilogue="Example: `likewise train photos.likewise --out run --backbone resnet18 --image-size 64 "
     "--epochs 20 --batch-size 128`"
 )
 def train(
@@ -202,47 +110,52 @@ def train(
     /,
     *,
     out: Path,
-    pair_config: PairFlags = _DEFAULT_PAIR_CONFIG,
-    config: TrainFlags = _DEFAULT_TRAIN_CONFIG,
-    method_options: MethodFlags | None = None,
-    num_workers: int | None = None,
-    device: str | None = None,
-    checkpoint_minutes: float = 2.0,
+    runtime: RuntimeFlags = _DEFAULT_RUNTIME,
+    pair_flags: PairFlags | None = None,
+    train_flags: TrainFlags | None = None,
+    method_flags: MethodFlags | None = None,
     common: CommonOptions = COMMON_OPTIONS,
 ) -> None:
-    """Train an image encoder; run it again after an interruption, and it goes on.
+    """Train an image encoder; an interrupted run resumes with the same command.
 
-    On several GPUs or machines: `torchrun --nproc-per-node 8 -m likewise.cli train …` with the same flags;
-    each process takes its part of every batch.
+    With several GPUs or machines: `torchrun --nproc-per-node 8 -m likewise.cli train ...` with the same
+    flags; each process trains on its share of every batch.
 
     Args:
-        dataset: A collection; `--pairs language` needs embeddings of its captions.
-        out: The run's folder.
-        num_workers: Threads that make batches; half the processors by default.
-        device: `cpu`, `cuda`, …; chosen by itself.
-        checkpoint_minutes: A kill loses at most this much work.
+        dataset: A dataset; `--pairs language` needs caption embeddings.
+        out: Directory of the run.
     """
     from likewise.distributed import is_main_process
     from likewise.training.train import train as train_encoder
 
+    options = {name: value for name, value in to_values(method_flags).items() if value is not None}
     run = train_encoder(
         dataset,
         out,
-        _train_config(config, method_options),
-        pair_config,
-        num_workers=num_workers,
-        device=device,
-        checkpoint_minutes=checkpoint_minutes,
+        parse_train_config(to_values(train_flags) | options),
+        to_config(PairConfig, pair_flags),
+        num_workers=runtime.num_workers,
+        device=runtime.device,
+        checkpoint_minutes=runtime.checkpoint_minutes,
         progress=common.progress(),
     )
-    if not is_main_process():
-        return
+    if is_main_process():
+        common.print_result(*run_summary(run))
+
+
+def run_summary(run: Any) -> tuple[Mapping[str, Any], str]:
+    """Return the result of a run for `print_result`: as a dict and as text."""
     last_metrics = (run.metrics() or [{}])[-1]
-    common.print_result(
-        {"run": str(run.path), "encoder": str(run.encoder_path), "last": last_metrics, "kept": run.best_step},
+    result = {
+        "run": str(run.path),
+        "encoder": str(run.encoder_path),
+        "metrics": last_metrics,
+        "best_step": run.best_step,
+    }
+    return result, (
         f"trained: {run.path} (loss {last_metrics.get('loss', float('nan')):.3f}, effective rank "
         f"{last_metrics.get('effective_rank', float('nan')):.0f}; encoder of step {run.best_step:,})\n"
-        f"  next: likewise evaluate {run.path} --on FOLDER; likewise report {run.path}",
+        f"  next: likewise evaluate {run.path} --dataset FOLDER; likewise report {run.path}"
     )
 
 
@@ -257,8 +170,12 @@ def methods(*, common: CommonOptions = COMMON_OPTIONS) -> None:
         }
         for name, options in METHODS.items()
     }
-    lines = []
-    for name, options in METHODS.items():
-        requirements = f"; requires: {', '.join(options.requirements)}" if options.requirements else ""
-        lines += [f"{name:<16}{options.summary}", f"{'':<16}negatives: {options.negatives}{requirements}"]
-    common.print_result({"methods": rows}, "\n".join(lines))
+    table = make_table(
+        ("method", "objective", "negatives", "requirements"),
+        [
+            (name, options.summary, options.negatives, ", ".join(options.requirements))
+            for name, options in METHODS.items()
+        ],
+        num_labels=4,
+    )
+    common.print_result({"methods": rows}, table)

@@ -57,7 +57,7 @@ class ColumnOptions:
     """Values in masks that are ignored in training and in scores."""
 
 
-def evaluate(
+def evaluate(  # the public function; all but the first three are keywords
     encoder: ImageEncoder | str | os.PathLike[str],
     datasets: EvalDataset | str | os.PathLike[str] | Sequence[EvalDataset | str | os.PathLike[str]],
     protocols: str | Sequence[str] = DEFAULT_PROTOCOLS,

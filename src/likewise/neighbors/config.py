@@ -48,29 +48,23 @@ IndexType = Literal["auto", "exact", "ivf"]
 
 @dataclass(frozen=True, kw_only=True)
 class SearchConfig:
-    """Neighbor search: which images are compared, and how.
-
-    Attributes:
-        caption_pooling: Comparison of images with several captions: the `mean` embedding, the `max` over
-            pairs of captions, or a `sample` of one caption each epoch.
-        group_scope: Partners from `any` group, the `same` or a `different` one; images without a group then
-            have none.
-        exclude_identical_captions: Exclude images whose captions are equal except for case, spaces and
-            punctuation.
-        exclude_near_duplicates: Exclude near-duplicate images (difference hashes at most 3 of 64 bits apart,
-            and similar colors).
-        filter: Filter file, as written by `audit`, of images and captions to exclude.
-        index: `exact` search, an approximate inverted file (`ivf`), or `auto`: exact up to a million rows.
-        target_recall: Recall at 10 that an approximate index must reach on a sample.
-    """
+    """Neighbor search: which images are compared, and how."""
 
     caption_pooling: CaptionPooling = "mean"
+    """Comparison of images with several captions: the `mean` embedding, the `max` over pairs of captions,
+    or a `sample` of one caption each epoch."""
     group_scope: GroupScope = "any"
+    """Partners from `any` group, the `same` or a `different` one; images without a group then have none."""
     exclude_identical_captions: bool = False
+    """Exclude images whose captions are equal except for case, spaces and punctuation."""
     exclude_near_duplicates: bool = False
+    """Exclude near-duplicate images (difference hashes at most 3 of 64 bits apart, and similar colors)."""
     filter: Path | None = None
+    """Filter file, as written by `audit`, of images and captions to exclude."""
     index: IndexType = "auto"
+    """`exact` search, an approximate inverted file (`ivf`), or `auto`: exact up to a million rows."""
     target_recall: float = 0.95
+    """Recall at 10 that an approximate index must reach on a sample."""
 
     def __post_init__(self) -> None:
         """Validate the config.

@@ -35,48 +35,42 @@ _ALLOWED_FIELDS = {
 
 @dataclass(frozen=True, kw_only=True)
 class PairConfig(SearchConfig):
-    """Pair sampling: which images become positive pairs. The default is the paper's: the nearest caption.
-
-    Attributes:
-        source: Source of positive pairs: `self` (two views of one image), `language` (similar captions),
-            `vision` (similar image embeddings), `hybrid` (both), `label` (same label, an oracle), or `file`.
-        caption_encoder: Name of the caption embeddings; may be omitted if there is only one.
-        image_encoder: Name of the image embeddings, for `vision`, `hybrid` and images without a caption.
-        k: The partner is one of the k nearest. Defaults to 1, the paper's, and to all partners of a file.
-        sampling_temperature: Sample one of the k in proportion to exp(similarity / temperature); uniformly by
-            default.
-        min_similarity: Minimum cosine similarity of a partner.
-        ratio_threshold: Keep the nearest only if the second nearest is farther by this factor (in 1 -
-            cosine).
-        mutual_k: Keep only partners that are among each other's k nearest.
-        hubness_correction: Re-ranking against hubs, images that are near to many others: `csls` or
-            `mutual-proximity`.
-        fusion: Combination of captions and images for `hybrid`: reciprocal rank fusion (`rrf`), or
-            `weighted` similarity.
-        image_weight: Weight of the image similarity for `hybrid`, from 0 to 1.
-        self_pair_prob: Probability of pairing an image with itself although it has a partner, from 0 to 1.
-        fallback: Treatment of images without an admissible partner: `self` pairs the image with itself,
-            `drop` excludes it (as LGSSL does), `nearest` ignores the constraints.
-        missing_caption: Treatment of images without a caption for `language`: `self`, `drop`, the nearest
-            image by image embeddings (`visual`), or that image and its partners (`borrow`).
-        pairs_file: Table with columns anchor, partner and optionally similarity, for `file`.
-    """
+    """Pair sampling: which images become positive pairs. The default is the paper's: the nearest caption."""
 
     source: PairSource = "language"
+    """Source of positive pairs: `self` (two views of one image), `language` (similar captions), `vision`
+    (similar image embeddings), `hybrid` (both), `label` (same label, an oracle), or `file`."""
     caption_encoder: str | None = None
+    """Name of the caption embeddings; may be omitted if there is only one."""
     image_encoder: str | None = None
+    """Name of the image embeddings, for `vision`, `hybrid` and images without a caption."""
     k: int | None = None
+    """The partner is one of the k nearest. Defaults to 1, the paper's, and to all partners of a file."""
     sampling_temperature: float | None = None
+    """Sample one of the k in proportion to exp(similarity / temperature); uniformly by default."""
     min_similarity: float | None = None
+    """Minimum cosine similarity of a partner."""
     ratio_threshold: float | None = None
+    """Keep the nearest only if the second nearest is farther by this factor (in 1 - cosine)."""
     mutual_k: int | None = None
+    """Keep only partners that are among each other's k nearest."""
     hubness_correction: HubnessCorrection = "none"
+    """Re-ranking against hubs, images that are near to many others: `csls` or `mutual-proximity`."""
     fusion: Fusion = "rrf"
+    """Combination of captions and images for `hybrid`: reciprocal rank fusion (`rrf`), or `weighted`
+    similarity."""
     image_weight: float = 0.5
+    """Weight of the image similarity for `hybrid`, from 0 to 1."""
     self_pair_prob: float = 0.0
+    """Probability of pairing an image with itself although it has a partner, from 0 to 1."""
     fallback: Fallback = "self"
+    """Treatment of images without an admissible partner: `self` pairs the image with itself, `drop`
+    excludes it (as LGSSL does), `nearest` ignores the constraints."""
     missing_caption: MissingCaption = "self"
+    """Treatment of images without a caption for `language`: `self`, `drop`, the nearest image by image
+    embeddings (`visual`), or that image and its partners (`borrow`)."""
     pairs_file: Path | None = None
+    """Table with columns anchor, partner and optionally similarity, for `file`."""
 
     def __post_init__(self) -> None:
         """Validate the config.

@@ -6,8 +6,9 @@ from dataclasses import replace
 from pathlib import Path
 
 from likewise.artifacts import MANIFEST
+from likewise.data.config import ImportOptions
 from likewise.data.images import IMAGE_SUFFIXES
-from likewise.data.readers.base import ImportOptions, RawSample, Reader, SkippedSample, match_score
+from likewise.data.readers.base import RawSample, Reader, SkippedSample, match_score
 from likewise.data.readers.folder import has_images, open_image_folder
 from likewise.data.readers.huggingface import (
     HUB_PREFIX,
