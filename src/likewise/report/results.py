@@ -20,25 +20,31 @@ from likewise.report.format import (
 from likewise.report.load import ReportEntry
 
 
-class _UnknownProtocol(Protocol):
+class UnknownProtocol(Protocol):
     """Fallback for results of a protocol that this version does not have."""
 
+    name = title = "unknown"
     summary = ""
     item_nouns = ("item", "items")
 
     def run(self, context: EvalContext) -> list[Score]:
+        """Raise, because only results exist."""
         raise NotImplementedError
 
     @classmethod
     def explain(cls, row: ResultRow) -> str:
+        """Return nothing."""
         return ""
 
 
 def find_protocol(row: ResultRow) -> type[Protocol]:
-    """Return the protocol of a row; an unknown one has its name as title and no explanation."""
-    if row.protocol in PROTOCOLS:
-        return PROTOCOLS[row.protocol]
-    return type("UnknownProtocol", (_UnknownProtocol,), {"name": row.protocol, "title": row.protocol})
+    """Return the protocol of a row."""
+    return PROTOCOLS.get(row.protocol, UnknownProtocol)
+
+
+def protocol_title(row: ResultRow) -> str:
+    """Return the title of a row's protocol; that of an unknown one is its name."""
+    return PROTOCOLS[row.protocol].title if row.protocol in PROTOCOLS else row.protocol
 
 
 SIGNIFICANCE_LEVEL = 0.05
@@ -187,9 +193,11 @@ def _build_table(
         ]
         item_count = count_noun(row.n, *protocol.item_nouns)
         table_rows.append(
-            TableRow(result=row, name=f"{protocol.title} {row.metric}", item_count=item_count, cells=cells)
+            TableRow(
+                result=row, name=f"{protocol_title(row)} {row.metric}", item_count=item_count, cells=cells
+            )
         )
-    explanations = {find_protocol(row).title: find_protocol(row).explain(row) for row in rows}
+    explanations = {protocol_title(row): find_protocol(row).explain(row) for row in rows}
     return DatasetTable(
         name=rows[0].dataset,
         description=_describe_dataset(dataset_key, columns),

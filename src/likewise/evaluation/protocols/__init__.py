@@ -18,19 +18,9 @@ from likewise.evaluation.protocols.zero_shot import ZeroShot, ZeroShotConfig
 
 __all__ = ["PROTOCOLS", "AnnotationType", "Protocol", "ProtocolConfig", "build_protocol"]
 
-_CLASSES = (
-    Linear,
-    FewShot,
-    KNN,
-    KNNGrid,
-    Retrieval,
-    Clustering,
-    FineTuning,
-    Localization,
-    ZeroShot,
-    ImageText,
-)
-PROTOCOLS: dict[str, type[Protocol]] = {cls.name: cls for cls in (*_CLASSES, Detection, Segmentation)}
+_CLASSIFICATION = (Linear, FewShot, KNN, KNNGrid, FineTuning, ZeroShot)
+_OTHERS = (Retrieval, Clustering, Localization, ImageText, Detection, Segmentation)
+PROTOCOLS: dict[str, type[Protocol]] = {protocol.name: protocol for protocol in _CLASSIFICATION + _OTHERS}
 
 
 @dataclass(frozen=True, kw_only=True)
