@@ -156,8 +156,8 @@ def transcribed_sweep(x: Tensor, y: Tensor, val_x: Tensor, val_y: Tensor) -> tup
 
     coarse = [10.0**e for e in range(-6, 7, 2)]
     scores = [accuracy(C) for C in coarse]
-    centre = round(np.log10(coarse[scores.index(max(scores))]) * 8)
-    window = [10.0 ** (e / 8) for e in range(centre - 16, centre + 17) if abs(e) <= 48]
+    center = round(np.log10(coarse[scores.index(max(scores))]) * 8)
+    window = [10.0 ** (e / 8) for e in range(center - 16, center + 17) if abs(e) <= 48]
     while len(window) > 1:
         size = len(window)
         quarter, half, three = window[size // 4], window[size // 2], window[-size // 4]

@@ -128,9 +128,9 @@ def test_invalid_masks_raise(halves: Path, tmp_path: Path) -> None:
     (tmp_path / "index.csv").write_text("file,split\na.png,train\n")
     with pytest.raises(InvalidInputError, match="no column 'mask'"):
         open_segmentation(tmp_path)
-    Image.new("RGB", (72, 48)).save(tmp_path / "colour.png")
+    Image.new("RGB", (72, 48)).save(tmp_path / "color.png")
     image = halves / "train/images/00.png"
-    (tmp_path / "index.csv").write_text(f"file,mask,split\n{image},colour.png,train\n")
+    (tmp_path / "index.csv").write_text(f"file,mask,split\n{image},color.png,train\n")
     with pytest.raises(InvalidInputError, match="mode RGB"):
         open_segmentation(tmp_path)
     mask = halves / "train/masks/00.png"
