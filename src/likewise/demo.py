@@ -127,7 +127,7 @@ def make_emoji_dataset(out: Path, *, subsample: int = 1, progress: Progress = NU
         emoji for emoji in load_emoji() if _hash_fraction(f"quick {emoji.concept_group}") < 1 / subsample
     ]
     artifact = Artifact.create_or_resume(
-        out, ARTIFACT_KIND, {"side": RENDER_SIZE, "every": subsample, "held_out": TEST_FRACTION}, {}
+        out, ARTIFACT_KIND, {"side": RENDER_SIZE, "every": subsample, "test_fraction": TEST_FRACTION}, {}
     )
     table_path = out / "labels.csv"
     if artifact.is_complete:

@@ -11,10 +11,10 @@ import pytest
 from PIL import Image
 
 from likewise.data.audit.audit import AuditReport, audit_dataset
-from likewise.data.config import ImportOptions
 from likewise.data.dataset import CaptionDataset
 from likewise.data.images import decode_image
 from likewise.data.importing import import_dataset
+from likewise.data.readers.base import ImportOptions
 from likewise.report.audit_report import format_audit, format_fraction, write_audit_report
 
 EVIL = "<script>alert(1)</script> {{7*7}} <img src=x onerror=alert(2)>"

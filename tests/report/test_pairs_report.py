@@ -9,9 +9,9 @@ from pathlib import Path
 
 import pytest
 
-from likewise.data.config import ImportOptions
 from likewise.data.dataset import CaptionDataset
 from likewise.data.importing import import_dataset
+from likewise.data.readers.base import ImportOptions
 from likewise.embeddings.embed import embed
 from likewise.pairs.analyze import PairAnalysis, analyze_pairs
 from likewise.report.pairs_report import (
@@ -27,11 +27,11 @@ from likewise.report.plots import NUM_STYLES
 from support import MINILM
 
 RULES = [
-    "paper",
+    "default",
     "k=3",
-    "distinct-captions,min-similarity=0.999",
-    "mutual=1,min-similarity=0.9",
-    "pairs=label",
+    "exclude-identical-captions,min-similarity=0.999",
+    "mutual-k=1,min-similarity=0.9",
+    "source=label",
 ]
 EVIL = "<script>alert(1)</script> {{7*7}} <img src=x onerror=alert(2)>"
 VOID = {"meta", "img"}
@@ -206,7 +206,7 @@ def test_the_terminal_shows_the_same_figures_in_columns(made: Made) -> None:
             assert (
                 line.split()[1:] == " ".join(c.format_cell(row.stats) for c in table_columns(found)).split()
             )
-    ends = {len(line) for line in lines if line.startswith("  ") and line.split()[0] in ("paper", "k=3")}
+    ends = {len(line) for line in lines if line.startswith("  ") and line.split()[0] in ("default", "k=3")}
     assert len(ends) == 1
     assert [name for name, _ in group_by_encoder(found)] == [MINILM, ""]
 
@@ -227,7 +227,7 @@ def test_numbers_of_dots_on_one_spot_are_written_together() -> None:
 
 def test_nothing_to_draw_is_told(made: Made, tmp_path: Path) -> None:
     _, collection, _ = made
-    found = analyze_pairs(collection, pair_configs=["distinct-captions,min-similarity=0.999"])
+    found = analyze_pairs(collection, pair_configs=["exclude-identical-captions,min-similarity=0.999"])
     page: Page = read(write_pairs_report(found, collection, tmp_path / "none.html"))
     assert "No rule left pairs to draw" in page.text
     assert "1 rule leaves nobody with a partner" in page.text

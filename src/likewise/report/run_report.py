@@ -254,7 +254,7 @@ def throughput(entry: ReportEntry) -> dict[str, Any]:
     }
     return {
         "entry": entry,
-        "pace": figures.ABSENT if images_per_second is None else f"{images_per_second:,.0f}",
+        "images_per_second": figures.ABSENT if images_per_second is None else f"{images_per_second:,.0f}",
         "wait": figures.ABSENT if data_wait is None else f"{100 * data_wait:.1f} %",
         "device": figures.format_value(entry.run.derived.get("device")),
         **{
@@ -280,7 +280,7 @@ def config_rows(entries: Sequence[ReportEntry]) -> list[dict[str, Any]]:
                 {
                     "kind": kind,
                     "name": name.replace("_", " "),
-                    "told": values,
+                    "cells": values,
                     "differs": len(set(values)) > 1,
                 }
             )
@@ -375,7 +375,8 @@ class ReproductionCommands:
     def _train_command(self, entry: ReportEntry, run: RunInfo) -> str:
         dataset = self._relative(Path(str(run.derived.get("dataset"))))
         config = run.derived.get("non_default", run.config)
-        return _command_line("train", dataset, out=self._relative(entry.path), **config)
+        flags = {"pairs" if name == "source" else name: value for name, value in config.items()}
+        return _command_line("train", dataset, out=self._relative(entry.path), **flags)
 
     def _evaluate_command(self, entry: ReportEntry, result: dict[str, Any]) -> str:
         protocols = result["protocols"]
@@ -389,15 +390,15 @@ class ReproductionCommands:
             overrides[name] = None if dataset_info.get(name, default) == default else dataset_info[name]
         overrides["caption_column"] = dataset_info.get("caption_column")
         epochs = [p["config"]["epochs"] for p in protocols.values() if "epochs" in p["config"]]
-        overrides["epochs"] = epochs[0] if len(set(epochs)) == 1 else None
+        overrides["train_epochs"] = epochs[0] if len(set(epochs)) == 1 else None
         finetuned = [p for p in protocols.values() if p["config"].get("finetune_backbone")]
-        overrides["tune"] = bool(finetuned) or None
+        overrides["finetune_backbone"] = bool(finetuned) or None
         overrides |= {
             name: requested[name] or None
             for name in ("backbone", "weights_prefix", "weights_exclude", "image_size")
         }
         flags = {
-            "on": self._relative(Path(dataset_info["path"])),
+            "dataset": self._relative(Path(dataset_info["path"])),
             "protocol": ",".join(protocols),
             **overrides,
         }
@@ -499,22 +500,26 @@ def _render(
         results=results,
         sentences=[] if results is None else summary_sentences(results),
         caveats=[] if results is None else caveats(results),
-        dots=[] if results is None else [_interval_plot(table, results, styles) for table in results.tables],
+        interval_plots=_interval_plots(results, styles),
         unmeasured=[
             entry.error or f"{entry.name} has not been evaluated" for entry in entries if not entry.rows
         ],
         facts=key_facts(entries, examples),
-        found=examples,
+        examples=examples,
         anchors=build_anchor_examples(entries, examples),
-        alike=_similarity_summary(examples),
+        similarity=_similarity_summary(examples),
         curves=_training_curves(entries),
-        pace=[throughput(entry) for entry in entries if entry.run],
+        throughput=[throughput(entry) for entry in entries if entry.run],
         settings=config_rows(entries),
         skipped=skipped_counts(entries, examples),
         versions=library_versions(entries),
         commands=ReproductionCommands(entries, examples).command_lines(),
         credits=image_credits,
     )
+
+
+def _interval_plots(results: ResultTables | None, styles: dict[Path, int]) -> list[Markup]:
+    return [] if results is None else [_interval_plot(table, results, styles) for table in results.tables]
 
 
 def _interval_plot(table: DatasetTable, results: ResultTables, styles: dict[Path, int]) -> Markup:
@@ -552,13 +557,13 @@ def _similarity_summary(examples: PairExamples) -> dict[str, Any] | None:
                 "style": source.style,
                 "encoder": source.neighbors.encoder,
                 "median": f"{np.median(similarities):.2f}",
-                "near": figures.format_percent(float((similarities >= 0.8).mean())),
-                "same": figures.format_percent(float((similarities >= 0.9995).mean())),
+                "percent_similar": figures.format_percent(float((similarities >= 0.8).mean())),
+                "percent_identical": figures.format_percent(float((similarities >= 0.9995).mean())),
             }
             for source, similarities in nearest
         ],
-        "images": num_images,
-        "without": num_images - len(nearest[0][1]),
+        "num_images": num_images,
+        "num_without_caption": num_images - len(nearest[0][1]),
         "share": figures.format_percent((num_images - len(nearest[0][1])) / num_images),
     }
 
