@@ -1,4 +1,4 @@
-"""Speed against named peers, and quality on real data; `python -m benchmarks` runs what takes minutes."""
+"""Benchmarks: speed against other tools, and quality on real data; `python -m benchmarks` takes minutes."""
 
 import os
 

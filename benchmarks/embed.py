@@ -1,10 +1,10 @@
-"""Embedding a collection into files against sentence-transformers' plain `encode` of all its captions."""
+"""`likewise.embed` against `SentenceTransformer.encode` of all captions."""
 
 import sys
 import tempfile
 from pathlib import Path
 
-from benchmarks.timing import alternate, told
+from benchmarks.timing import alternate, format_result
 from likewise.artifacts import shard_name, write_array
 from likewise.data.config import ImportOptions
 from likewise.data.dataset import CaptionDataset
@@ -16,13 +16,13 @@ from likewise.embeddings.registry import load_text_encoder, resolve_encoder
 from likewise.embeddings.text_encoders import SentenceTransformerEncoder
 from likewise.progress import NULL_PROGRESS
 
-BATCH = 64
+BATCH_SIZE = 64
 
 
 def run(table: Path | None = None, encoder: str = "all-MiniLM-L6-v2", rounds: int = 3) -> list[str]:
-    """Compare on the captions of a table, by default those of the demo's emoji, with each backend.
+    """Compare each backend on the captions of a table, by default those of the emoji dataset.
 
-    Models are loaded before; ours writes its shards, the peer only returns its vectors.
+    Loading the model is not timed. likewise writes its shards, the peer only returns its vectors.
     """
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
@@ -31,28 +31,28 @@ def run(table: Path | None = None, encoder: str = "all-MiniLM-L6-v2", rounds: in
             options = ImportOptions(caption_column=("caption", "alias"))
         else:
             source, options = table, ImportOptions()
-        collection = import_dataset(source, folder / "c", options)
-        return [_compare(collection, encoder, backend, folder, rounds) for backend in ("torch", "onnx")]
+        dataset = import_dataset(source, folder / "dataset", options)
+        return [_compare(dataset, encoder, backend, folder, rounds) for backend in ("torch", "onnx")]
 
 
-def _compare(collection: CaptionDataset, name: str, backend: Backend, folder: Path, rounds: int) -> str:
-    choice = resolve_encoder(name, EncoderOptions(backend=backend))
-    loaded = load_text_encoder(choice, "cpu", lambda: iter([]))
-    plain = SentenceTransformerEncoder(resolve_encoder(name), "cpu").model
-    captions = [text for record in collection for text in record.captions]
+def _compare(dataset: CaptionDataset, name: str, backend: Backend, folder: Path, rounds: int) -> str:
+    spec = resolve_encoder(name, EncoderOptions(backend=backend))
+    encoder = load_text_encoder(spec, "cpu", lambda: iter([]))
+    model = SentenceTransformerEncoder(resolve_encoder(name), "cpu").model
+    captions = [text for sample in dataset for text in sample.captions]
 
     def ours() -> None:
-        rows = CaptionEmbedder(collection, loaded, BATCH)
-        with NULL_PROGRESS.task("embedding", len(captions), "captions") as task:
-            for shard in range(len(collection.shard_paths)):
-                made = rows.embed_shard(shard, task)
-                write_array(folder / shard_name("vectors", shard, "npy"), made.vectors)
-                write_array(folder / shard_name("ids", shard, "npy"), made.image_ids)
+        embedder = CaptionEmbedder(dataset, encoder, BATCH_SIZE)
+        with NULL_PROGRESS.task("embedding", len(captions), "captions") as bar:
+            for shard in range(len(dataset.shard_paths)):
+                embedded = embedder.embed_shard(shard, bar)
+                write_array(folder / shard_name("vectors", shard, "npy"), embedded.vectors)
+                write_array(folder / shard_name("ids", shard, "npy"), embedded.image_ids)
 
     def peer() -> object:
-        return plain.encode(captions, batch_size=BATCH, show_progress_bar=False)
+        return model.encode(captions, batch_size=BATCH_SIZE, show_progress_bar=False)
 
-    return told(
+    return format_result(
         f"embed, {len(captions):,} captions ({len(set(captions)):,} distinct), {backend}",
         "SentenceTransformer.encode",
         alternate(ours, peer, rounds),

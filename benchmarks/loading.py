@@ -1,10 +1,10 @@
-"""Images to batches on one core: our packed cache against reading the files anew, as others do.
+"""Batches of crops on one core: the image cache against reading the files again.
 
     python -m benchmarks.loading [TABLE]
 
-Both give batches of crops of the same distribution (half to all of the area), uint8, side 224 and 64. The
-photographs are windows of 500 x 375 pixels, the usual size on Flickr, of those that scikit-learn ships; a
-TABLE of one's own has columns that `likewise import` knows.
+All return batches of random crops (50 to 100 % of the area), uint8, at 224 and 64 pixels. The photographs are
+windows of those of scikit-learn, 500 x 375 (the default on Flickr) and 640 x 427 pixels; TABLE is a table
+that `likewise import` reads.
 """
 
 import sys
@@ -23,8 +23,8 @@ from sklearn.datasets import load_sample_images
 from torchvision.io import ImageReadMode, read_image
 from torchvision.transforms import v2
 
-from benchmarks.timing import alternate, told
-from likewise.data import image_cache as packed
+from benchmarks.timing import alternate, format_result
+from likewise.data import image_cache
 from likewise.data.config import ImportOptions
 from likewise.data.dataset import CaptionDataset
 from likewise.data.importing import import_dataset
@@ -37,15 +37,15 @@ PHOTOS, PAIRS = 256, 64
 
 
 def make_photos(folder: Path, count: int = PHOTOS, sides: tuple[int, int] = (375, 500)) -> Path:
-    """Write a table of JPEG photographs, each a window of one of scikit-learn's two, which go on round."""
+    """Write a table of JPEG photographs, windows of scikit-learn's two photographs, wrapped around."""
     folder.mkdir()
     rng = np.random.default_rng(0)
     sources = load_sample_images().images
     lines = ["file,caption"]
     for number in range(count):
         pixels = sources[number % 2]
-        turned = np.roll(pixels, [int(rng.integers(side)) for side in pixels.shape[:2]], axis=(0, 1))
-        Image.fromarray(turned[: sides[0], : sides[1]]).save(folder / f"{number}.jpg", quality=90)
+        rolled = np.roll(pixels, [int(rng.integers(side)) for side in pixels.shape[:2]], axis=(0, 1))
+        Image.fromarray(rolled[: sides[0], : sides[1]]).save(folder / f"{number}.jpg", quality=90)
         lines.append(f"{number}.jpg,window {number} of photograph {number % 2}")
     table = folder / "photos.csv"
     table.write_text("\n".join(lines) + "\n")
@@ -53,10 +53,7 @@ def make_photos(folder: Path, count: int = PHOTOS, sides: tuple[int, int] = (375
 
 
 def run(table: Path | None = None, rounds: int = 5) -> list[str]:
-    """Compare with lightly's data set and with torchvision's `read_image`, each followed by a crop.
-
-    The photographs are 500 x 375 pixels, as Flickr shows them, and 640 x 427, or those of a table.
-    """
+    """Compare with `LightlyDataset` and with torchvision's `read_image`, each followed by a crop."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
@@ -74,45 +71,47 @@ def run(table: Path | None = None, rounds: int = 5) -> list[str]:
 
 def _compare_all(table: Path, rounds: int) -> Iterator[str]:
     with tempfile.TemporaryDirectory() as folder:
-        collection = import_dataset(table, Path(folder) / "c", ImportOptions())
-        for size, raw_bytes in ((224, packed.RAW_BYTES), (224, 0), (64, 0)):
-            yield from _compare(collection, size, raw_bytes, rounds)
+        dataset = import_dataset(table, Path(folder) / "dataset", ImportOptions())
+        for size, raw_bytes in ((224, image_cache.RAW_BYTES), (224, 0), (64, 0)):
+            yield from _compare(dataset, size, raw_bytes, rounds)
 
 
-def _compare(collection: CaptionDataset, size: int, raw_bytes: int, rounds: int) -> list[str]:
-    """Compare with a cache as a collection has it for which `raw_bytes` are enough, or too few."""
-    files = [record.image.path or "" for record in collection]
+def _compare(dataset: CaptionDataset, size: int, raw_bytes: int, rounds: int) -> list[str]:
+    """Compare with a cache of pixels, or of JPEGs if `raw_bytes` is too small for pixels."""
+    files = [sample.image.path or "" for sample in dataset]
     crop = v2.RandomResizedCrop(size, scale=(0.5, 1.0), antialias=True)
-    transform: Any = v2.Compose([crop, v2.PILToTensor()])  # lightly's types know those of version 1 alone
-    photos = LightlyDataset(str(collection.root), transform=transform)
-    places = cycle(range(len(files)))
-    with patch.object(packed, "RAW_BYTES", raw_bytes):
-        images = packed.build_image_cache(collection, packed.cache_resolution(size, len(collection)))
-    # Each image beside another one, so that ours decodes as many as the peers do.
-    others = (
+    transform: Any = v2.Compose(
+        [crop, v2.PILToTensor()]
+    )  # lightly's annotations name transforms of version 1
+    photos = LightlyDataset(str(dataset.root), transform=transform)
+    indices = cycle(range(len(files)))
+    with patch.object(image_cache, "RAW_BYTES", raw_bytes):
+        cache = image_cache.build_image_cache(dataset, image_cache.cache_resolution(size, len(dataset)))
+    # Two different images per pair, so that the cache decodes as many images as the peers do.
+    view_specs = (
         ViewSpec(source=0, augmentation="crop", image_size=size),
         ViewSpec(source=1, augmentation="crop", image_size=size),
     )
-    pairs = build_pairs(collection, PairConfig(source="self"), allowed=images.readable_mask)
-    pair_dataset = PairDataset(images, pairs, view_specs=others)
+    pairs = build_pairs(dataset, PairConfig(source="self"), allowed=cache.readable_mask)
+    pair_dataset = PairDataset(cache, pairs, view_specs=view_specs)
     anchors = np.arange(PAIRS)
 
     def ours() -> object:
         return pair_dataset.collate(anchors, [anchors + PAIRS], epoch=0)
 
     def lightly() -> object:
-        return torch.stack([photos[next(places)][0] for _ in range(2 * PAIRS)])
+        return torch.stack([photos[next(indices)][0] for _ in range(2 * PAIRS)])
 
     def torchvision() -> object:
         return torch.stack([
-            crop(read_image(str(collection.root / files[next(places)]), ImageReadMode.RGB))
+            crop(read_image(str(dataset.root / files[next(indices)]), ImageReadMode.RGB))
             for _ in range(2 * PAIRS)
         ])  # fmt: skip
 
-    name = f"{2 * PAIRS} crops of {size} px, packed as {'pixels' if images.is_raw else 'JPEG'}"
+    name = f"{2 * PAIRS} crops of {size} px, cached as {'pixels' if cache.is_raw else 'JPEG'}"
     return [
-        told(name, "lightly: LightlyDataset + RandomResizedCrop", alternate(ours, lightly, rounds)),
-        told(name, "read_image + RandomResizedCrop (LGSSL)", alternate(ours, torchvision, rounds)),
+        format_result(name, "lightly: LightlyDataset + RandomResizedCrop", alternate(ours, lightly, rounds)),
+        format_result(name, "read_image + RandomResizedCrop (LGSSL)", alternate(ours, torchvision, rounds)),
     ]
 
 

@@ -1,9 +1,9 @@
-"""Every method with its sources of pairs, at one budget: the figures of docs/results/methods.md.
+"""All methods with their sources of pairs, at the same budget: the results of docs/results/methods.md.
 
     python -m benchmarks.methods ITEMS.csv WORK --also FOLDER --seeds 2
 
-ITEMS.csv has columns file, split, title and articleType; FOLDER is a labelled set. Finished runs are reused,
-so it can be stopped and run again; the table is printed after each run.
+ITEMS.csv has columns file, split, title and articleType; FOLDER is a labeled dataset. Finished runs are
+reused. The table grows with each run.
 """
 
 import argparse
@@ -11,17 +11,15 @@ import time
 from pathlib import Path
 from typing import Any
 
-from likewise import PairConfig, TrainConfig, embed, find_neighbors, import_dataset, train
-from likewise.data.config import ImportOptions
+from likewise import ImportOptions, PairConfig, TrainConfig, embed, find_neighbors, import_dataset, train
 from likewise.evaluation.datasets.labeled import open_labeled
 from likewise.evaluation.evaluate import evaluate
-from likewise.progress import NULL_PROGRESS
 from likewise.training.config import parse_train_config
 from likewise.training.initial import save_untrained_encoder
 from likewise.training.methods.options import METHODS
 
 PROTOCOLS = ("linear", "fewshot")
-# What a method's own defaults, made for millions of images at 224 pixels, are too large for.
+# Smaller values for defaults that are made for millions of images at 224 pixels.
 SMALL: dict[str, dict[str, Any]] = {
     "vicreg": {"projector_dims": (2048, 2048, 2048)},
     "barlow-twins": {"projector_dims": (2048, 2048, 2048)},
@@ -29,8 +27,7 @@ SMALL: dict[str, dict[str, Any]] = {
     "swav": {"num_prototypes": 300},
     **{name: {"text_width": 128, "text_layers": 2} for name in ("clip", "siglip", "declip", "slip")},
 }
-# Beside each method by itself: the baseline with a frozen sentence encoder, several partners at once, labels
-# as the classes, and pairs from within the batch.
+# Variants: a frozen sentence encoder, several positives per anchor, label pairs, and pairs from the batch.
 MORE: dict[str, tuple[dict[str, Any], dict[str, PairConfig]]] = {
     "clip, frozen text": (
         {"method": "clip", "text_tower": "frozen"},
@@ -53,27 +50,27 @@ COMMON: dict[str, Any] = {
 
 
 def arms() -> list[tuple[str, str, dict[str, Any], PairConfig]]:
-    """Return name, pairs, settings and rule of every run, those that most is compared with first."""
+    """Return name, source of pairs, settings and pair config of every run."""
     sources = {"self": PairConfig(source="self"), "language": PairConfig()}
-    found = [
-        (method, pairs, {"method": method, **SMALL.get(method, {})}, rule)
+    runs = [
+        (method, pairs, {"method": method, **SMALL.get(method, {})}, pair_config)
         for method in METHODS
-        for pairs, rule in sources.items()
+        for pairs, pair_config in sources.items()
     ]
-    for name, (settings, rules) in MORE.items():
-        found += [(name, pairs, settings, rule) for pairs, rule in rules.items()]
-    return found
+    for name, (settings, pair_configs) in MORE.items():
+        runs += [(name, pairs, settings, pair_config) for pairs, pair_config in pair_configs.items()]
+    return runs
 
 
-def figures(target: Path, items: Path, also: list[Path], out: Path) -> list[str]:
-    """Evaluate one encoder and return its figures in percent, with 95 % intervals over test items."""
-    sets = [open_labeled(items, label_column="articleType"), *(open_labeled(path) for path in also)]
+def measure(encoder: Path, items: Path, also: list[Path], out: Path) -> list[str]:
+    """Evaluate one encoder and return its results in percent, with 95 % intervals over test items."""
+    datasets = [open_labeled(items, label_column="articleType"), *map(open_labeled, also)]
     cells = []
-    for result in evaluate(target, sets, PROTOCOLS, out=out).raw:
+    for result in evaluate(encoder, datasets, PROTOCOLS, out=out).raw:
         for protocol in PROTOCOLS:
-            told = result["protocols"][protocol]["scores"][0]
-            half = (told["high"] - told["low"]) / 2
-            cells.append(f"{100 * told['value']:.1f} ± {100 * half:.1f}")
+            score = result["protocols"][protocol]["scores"][0]
+            half = (score["high"] - score["low"]) / 2
+            cells.append(f"{100 * score['value']:.1f} ± {100 * half:.1f}")
     return cells
 
 
@@ -86,25 +83,25 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=1)
     parser.add_argument("--steps", type=int, default=360)
     parser.add_argument("--only", nargs="*", default=[])
-    told = parser.parse_args()
+    args = parser.parse_args()
     options = ImportOptions(caption_column=("title",), label_column="articleType", where=("split=train",))
-    collection = import_dataset(told.items, told.work / "collection", options)
-    embed(collection, "all-MiniLM-L6-v2")
-    find_neighbors(collection)
-    for seed in range(told.seeds):
-        common = COMMON | {"steps": told.steps, "seed": seed}
-        start = save_untrained_encoder(TrainConfig(**common), told.work / f"untrained-{seed}.safetensors")
-        cells = figures(start, told.items, told.also, told.work / f"untrained-{seed}")
+    dataset = import_dataset(args.items, args.work / "dataset", options)
+    embed(dataset, "all-MiniLM-L6-v2")
+    find_neighbors(dataset)
+    for seed in range(args.seeds):
+        common = COMMON | {"max_steps": args.steps, "seed": seed}
+        untrained = save_untrained_encoder(TrainConfig(**common), args.work / f"untrained-{seed}.safetensors")
+        cells = measure(untrained, args.items, args.also, args.work / f"untrained-{seed}")
         print(f"| untrained | | {seed} | {' | '.join(cells)} | | |", flush=True)
-        for name, pairs, settings, rule in arms():
-            if told.only and name not in told.only:
+        for name, pairs, settings, pair_config in arms():
+            if args.only and name not in args.only:
                 continue
-            run = told.work / f"{name.replace(', ', '-').replace(' ', '-')}-{pairs}-{seed}"
-            began = time.monotonic()
-            done = train(collection, run, parse_train_config(common | settings), rule, progress=NULL_PROGRESS)
-            minutes = (time.monotonic() - began) / 60
-            cells = figures(run, told.items, told.also, run / "evaluation")
-            rank = done.metrics()[-1]["effective_rank"]
+            run = args.work / f"{name.replace(', ', '-').replace(' ', '-')}-{pairs}-{seed}"
+            start = time.monotonic()
+            finished = train(dataset, run, parse_train_config(common | settings), pair_config)
+            minutes = (time.monotonic() - start) / 60
+            cells = measure(run, args.items, args.also, run / "evaluation")
+            rank = finished.metrics()[-1]["effective_rank"]
             print(
                 f"| {name} | {pairs} | {seed} | {' | '.join(cells)} | {rank:.0f} | {minutes:.1f} |",
                 flush=True,

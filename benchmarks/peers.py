@@ -1,11 +1,11 @@
-"""Pairs a second of `likewise train` against lightly's and solo-learn's way of writing the same training.
+"""Training throughput of likewise against the same SimCLR in lightly and solo-learn.
 
     python -m benchmarks.peers [--rounds R] [--steps S]
 
-SimCLR on each image with itself: the same backbone, side, batch, views, loss, optimizer and number of steps
-on the same picture files. Peers are Lightning modules: lightly's with its `LightlyDataset`, `SimCLR` views
-written in torchvision and `NTXentLoss`, both views passed through the network one after the other, as its
-tutorial does; solo-learn's the same with the linear classifier that it trains along on detached features.
+Self pairs with the same backbone, image size, batch size, augmentation, loss, optimizer and number of steps,
+on the same image files. Peers are Lightning modules: lightly's with `LightlyDataset`, torchvision transforms
+and `NTXentLoss`, which encodes one view after the other, as in its tutorial; solo-learn's with the online
+linear classifier on detached features.
 """
 
 import argparse
@@ -25,7 +25,7 @@ from torch.utils.data import DataLoader
 from torchvision.transforms import v2
 
 from benchmarks.step import make_trainer, train
-from benchmarks.timing import alternate, told
+from benchmarks.timing import alternate, format_result
 from likewise.data.config import ImportOptions
 from likewise.data.importing import import_dataset
 from likewise.demo import make_emoji_dataset
@@ -34,87 +34,88 @@ from likewise.training.config import TrainConfig
 from likewise.training.methods.modules import projection_head
 from likewise.training.trainer import Trainer
 
-NAME, SIZE, BATCH, HEAD = "resnet18", 64, 64, (2048, 2048, 128)
+BACKBONE, IMAGE_SIZE, BATCH_SIZE, PROJECTOR_DIMS = "resnet18", 64, 64, (2048, 2048, 128)
 
 
-class LikeLightly(pl.LightningModule):
-    """SimCLR as in lightly's tutorial, with our optimizer and widths of the head."""
+class LightlySimCLR(pl.LightningModule):
+    """SimCLR as in lightly's tutorial, with likewise's optimizer and projection head."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.backbone, self.width = build_backbone(BackboneConfig(name=NAME, image_size=SIZE, stem="cifar"))
-        self.head = projection_head(self.width, HEAD)
+        config = BackboneConfig(name=BACKBONE, image_size=IMAGE_SIZE, stem="cifar")
+        self.backbone, self.feature_dim = build_backbone(config)
+        self.projection_head = projection_head(self.feature_dim, PROJECTOR_DIMS)
         self.criterion = NTXentLoss(temperature=0.1)
 
     def training_step(self, batch: list[Any], _: int) -> Tensor:
-        """Return the loss of two views, each passed by itself."""
-        first, second = batch[0]
-        return self.criterion(self.head(self.backbone(first)), self.head(self.backbone(second)))
+        """Return the loss of two views, encoded one after the other."""
+        z1, z2 = (self.projection_head(self.backbone(view)) for view in batch[0])
+        return self.criterion(z1, z2)
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
-        """Return AdamW as torch makes it where nothing else is asked for."""
+        """Return AdamW."""
         return torch.optim.AdamW(self.parameters(), lr=1e-4, weight_decay=0.01)
 
 
-class LikeSoloLearn(LikeLightly):
-    """The same with solo-learn's linear classifier beside it."""
+class SoloLearnSimCLR(LightlySimCLR):
+    """The same with solo-learn's online linear classifier."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.classifier = nn.Linear(self.width, 10)
+        self.classifier = nn.Linear(self.feature_dim, 10)
 
     def training_step(self, batch: list[Any], _: int) -> Tensor:
         """Return the loss of the views and of the classifier on their features."""
         views, labels = batch[:2]
         features = [self.backbone(view) for view in views]
-        said = [nn.functional.cross_entropy(self.classifier(each.detach()), labels) for each in features]
-        first, second = (self.head(each) for each in features)
-        return self.criterion(first, second) + sum(said) / len(said)
+        z1, z2 = (self.projection_head(z) for z in features)
+        class_losses = [nn.functional.cross_entropy(self.classifier(z.detach()), labels) for z in features]
+        return self.criterion(z1, z2) + sum(class_losses) / len(class_losses)
 
 
-def _views() -> MultiViewTransform:
-    """Return our recipe `simclr` in torchvision's own transforms, on Pillow images as lightly reads them."""
-    one = v2.Compose([
-        v2.RandomResizedCrop(SIZE, scale=(0.2, 1.0)),
+def _simclr_transform() -> MultiViewTransform:
+    """Return the augmentation `simclr` as torchvision transforms of Pillow images."""
+    view = v2.Compose([
+        v2.RandomResizedCrop(IMAGE_SIZE, scale=(0.2, 1.0)),
         v2.RandomHorizontalFlip(0.5),
         v2.RandomApply([v2.ColorJitter(0.4, 0.4, 0.4, 0.1)], 0.8),
         v2.RandomGrayscale(0.2),
-        v2.RandomApply([v2.GaussianBlur(5, (0.1 * SIZE / 224, 2 * SIZE / 224))], 0.5),
+        v2.RandomApply([v2.GaussianBlur(5, (0.1 * IMAGE_SIZE / 224, 2 * IMAGE_SIZE / 224))], 0.5),
         v2.ToImage(),
         v2.ToDtype(torch.float32, scale=True),
         v2.Normalize(list(IMAGENET_MEAN), list(IMAGENET_STD)),
     ])  # fmt: skip
-    return MultiViewTransform([one, one])
+    return MultiViewTransform([view, view])
 
 
 def run(rounds: int = 3, steps: int = 6) -> Iterator[str]:
-    """Yield a line for each peer and precision; peers have two worker processes, kept from epoch to epoch."""
+    """Yield one line per peer and precision; peers have two persistent worker processes."""
     warnings.simplefilter("ignore")
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         table = make_emoji_dataset(folder / "emoji", subsample=6)
-        collection = import_dataset(table, folder / "c", ImportOptions())
-        transform: Any = _views()  # lightly and torch each expect another type of what they take
-        pictures: Any = LightlyDataset(str(collection.root), transform=transform)
+        dataset = import_dataset(table, folder / "dataset", ImportOptions())
+        transform: Any = _simclr_transform()  # the annotations of lightly and torch differ
+        images: Any = LightlyDataset(str(dataset.root), transform=transform)
         for dtype in (torch.float32, torch.bfloat16):
             config = TrainConfig(
-                backbone=NAME,
-                image_size=SIZE,
-                batch_size=BATCH,
+                backbone=BACKBONE,
+                image_size=IMAGE_SIZE,
+                batch_size=BATCH_SIZE,
                 max_steps=steps,
                 augmentation="simclr",
                 precision="fp32" if dtype == torch.float32 else "bf16",
             )
-            trainer = make_trainer(collection, folder / f"run-{config.precision}", config)
-            for peer, made in (("lightly", LikeLightly), ("solo-learn", LikeSoloLearn)):
-                model = made().train()
+            trainer = make_trainer(dataset, folder / f"run-{config.precision}", config)
+            for peer, module in (("lightly", LightlySimCLR), ("solo-learn", SoloLearnSimCLR)):
+                model = module().train()
 
-                def ours(trainer: Trainer = trainer) -> object:
+                def likewise_fit(trainer: Trainer = trainer) -> object:
                     return train(trainer)
 
-                def theirs(model: pl.LightningModule = model, dtype: torch.dtype = dtype) -> None:
+                def peer_fit(model: pl.LightningModule = model, dtype: torch.dtype = dtype) -> None:
                     loader = DataLoader(
-                        pictures, BATCH, shuffle=True, drop_last=True, num_workers=2,
+                        images, BATCH_SIZE, shuffle=True, drop_last=True, num_workers=2,
                         persistent_workers=True,
                     )  # fmt: skip
                     pl.Trainer(
@@ -123,13 +124,13 @@ def run(rounds: int = 3, steps: int = 6) -> Iterator[str]:
                         precision="32-true" if dtype == torch.float32 else "bf16-mixed",
                     ).fit(model, loader)  # fmt: skip
 
-                yield told(
-                    f"{steps} steps, {NAME} {SIZE} px, batch {BATCH}, {str(dtype).removeprefix('torch.')}",
-                    f"{peer}, on Lightning",
-                    alternate(ours, theirs, rounds),
+                yield format_result(
+                    f"{steps} steps, {BACKBONE} {IMAGE_SIZE} px, batch {BATCH_SIZE}, {config.precision}",
+                    f"{peer} on Lightning",
+                    alternate(likewise_fit, peer_fit, rounds),
                 )
             row = train(trainer)[-1]
-            yield f"ours, {dtype}: share of time waited for data {row['data_time_fraction']:.4f}"
+            yield f"likewise, {config.precision}: data wait {row['data_time_fraction']:.4f}"
 
 
 def main() -> None:
@@ -137,8 +138,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--steps", type=int, default=6)
-    asked = parser.parse_args()
-    for line in run(asked.rounds, asked.steps):
+    args = parser.parse_args()
+    for line in run(args.rounds, args.steps):
         print(line, flush=True)
 
 

@@ -1,11 +1,10 @@
-"""The linear probe's whole protocol and few-shot episodes, against what one would write with other tools.
+"""Linear probe and few-shot protocols against scikit-learn and simple loops.
 
     python -m benchmarks.probing [--rounds R] [--episodes N]
 
 Features are synthetic, 10,000 x 512 for training and 5,000 for testing, of 100 classes, with the decaying
-spectrum of pooled ReLU features. The peer is scikit-learn's `LogisticRegression` (L-BFGS, its default
-tolerance, 1,000 iterations at most as in CLIP's evaluation) on the same search over costs: the same images
-held out, the same costs visited as long as its accuracies agree, its own choice of the best.
+spectrum of pooled ReLU features. The peer is scikit-learn's `LogisticRegression` (L-BFGS, default tolerance,
+at most 1,000 iterations as in CLIP's evaluation) with the same search over C and the same validation images.
 """
 
 import argparse
@@ -18,7 +17,7 @@ import torch
 from sklearn.linear_model import LogisticRegression
 from torch.nn.functional import normalize
 
-from benchmarks.timing import alternate, told
+from benchmarks.timing import alternate, format_result
 from likewise.evaluation.protocols.base import Split
 from likewise.evaluation.protocols.fewshot import FewShotConfig, evaluate_few_shot, sample_episodes
 from likewise.evaluation.protocols.linear import (
@@ -27,125 +26,131 @@ from likewise.evaluation.protocols.linear import (
     stratified_split,
 )
 
-CLASSES, WIDTH, TRAIN, TEST = 100, 512, 10_000, 5_000
+NUM_CLASSES, FEATURE_DIM, NUM_TRAIN, NUM_TEST = 100, 512, 10_000, 5_000
 
 
-def features(count: int, seed: int) -> tuple[torch.Tensor, torch.Tensor]:
+def make_features(count: int, seed: int) -> tuple[torch.Tensor, torch.Tensor]:
     """Return features (count, 512) float32 and labels (count,) int64 of 100 overlapping classes."""
-    world = np.random.default_rng(0)
-    spectrum = 1 / np.sqrt(1 + np.arange(WIDTH))
-    turn = np.linalg.qr(world.standard_normal((WIDTH, WIDTH)))[0]
-    centres = world.standard_normal((CLASSES, WIDTH)) * spectrum
+    shared_rng = np.random.default_rng(0)
+    spectrum = 1 / np.sqrt(1 + np.arange(FEATURE_DIM))
+    rotation = np.linalg.qr(shared_rng.standard_normal((FEATURE_DIM, FEATURE_DIM)))[0]
+    centers = shared_rng.standard_normal((NUM_CLASSES, FEATURE_DIM)) * spectrum
     rng = np.random.default_rng(seed)
-    labels = rng.integers(CLASSES, size=count)
-    noise = rng.standard_normal((count, WIDTH)) * spectrum
-    mixed = (0.28 * centres[labels] + noise) @ turn
-    # A tenth is labelled at random, as real sets are a little: with clean labels no cost would be too large.
-    wrong = rng.random(count) < 0.1
-    labels[wrong] = rng.integers(CLASSES, size=wrong.sum())
+    labels = rng.integers(NUM_CLASSES, size=count)
+    noise = rng.standard_normal((count, FEATURE_DIM)) * spectrum
+    mixed = (0.28 * centers[labels] + noise) @ rotation
+    # Label noise, as in real datasets: with clean labels no C would be too large.
+    is_noisy = rng.random(count) < 0.1
+    labels[is_noisy] = rng.integers(NUM_CLASSES, size=is_noisy.sum())
     return torch.from_numpy(np.maximum(mixed * 4 + 0.2, 0)).float(), torch.from_numpy(labels)
 
 
 def scikit_learn(
     train_x: torch.Tensor, train_y: torch.Tensor, test_x: torch.Tensor, test_y: torch.Tensor
 ) -> tuple[float, float]:
-    """Run the protocol with scikit-learn and return the chosen cost and the test accuracy."""
-    kept, held = (part.numpy() for part in stratified_split(train_y, 0.2, 0))
+    """Run the protocol with scikit-learn and return the selected C and the test accuracy."""
+    train_indices, val_indices = (part.numpy() for part in stratified_split(train_y, 0.2, 0))
     x, y = train_x.numpy(), train_y.numpy()
 
-    def fit(step: int, rows: np.ndarray) -> LogisticRegression:
-        return LogisticRegression(C=10.0 ** (step / 8), max_iter=1000).fit(x[rows], y[rows])
+    def fit(step: int, indices: np.ndarray) -> LogisticRegression:
+        return LogisticRegression(C=10.0 ** (step / 8), max_iter=1000).fit(x[indices], y[indices])
 
-    scores = search_grid(lambda step: float(fit(step, kept).score(x[held], y[held])))
+    scores = search_grid(lambda step: float(fit(step, train_indices).score(x[val_indices], y[val_indices])))
     best = max(scores, key=lambda step: (scores[step], -step))
     final = fit(best, np.arange(len(y)))
     return 10.0 ** (best / 8), float(final.score(test_x.numpy(), test_y.numpy()))
 
 
-def as_lgssl(
-    settings: FewShotConfig, train: tuple[torch.Tensor, torch.Tensor], test: tuple[torch.Tensor, torch.Tensor]
+def few_shot_as_lgssl(
+    config: FewShotConfig, train: tuple[torch.Tensor, torch.Tensor], test: tuple[torch.Tensor, torch.Tensor]
 ) -> float:
-    """Return the mean accuracy by what LGSSL's `evaluate_fewshot` does: draw and classify one by one."""
-    places = [[np.flatnonzero(labels.numpy() == c) for c in range(CLASSES)] for labels in (train[1], test[1])]
-    found = []
-    for _ in range(settings.episodes):
-        rows: list[list[np.ndarray]] = [[], []]
-        for c in torch.randperm(CLASSES)[: settings.ways].tolist():
-            for part, count in ((0, settings.shots), (1, settings.queries)):
-                own = places[part][c]
-                rows[part].append(own[torch.multinomial(torch.ones(len(own)), count).numpy()])
-        support, query = (np.concatenate(each) for each in rows)
-        found.append(
-            _classify(train[0][support], test[0][query], train[1][support], test[1][query], settings)
+    """Return the mean accuracy of LGSSL's `evaluate_fewshot`: one episode at a time."""
+    class_indices = [
+        [np.flatnonzero(labels.numpy() == c) for c in range(NUM_CLASSES)] for labels in (train[1], test[1])
+    ]
+    accuracies = []
+    for _ in range(config.episodes):
+        indices: list[list[np.ndarray]] = [[], []]
+        for c in torch.randperm(NUM_CLASSES)[: config.ways].tolist():
+            for part, count in ((0, config.shots), (1, config.queries)):
+                members = class_indices[part][c]
+                sampled = torch.multinomial(torch.ones(len(members)), count).numpy()
+                indices[part].append(members[sampled])
+        support, query = (np.concatenate(part) for part in indices)
+        accuracies.append(
+            _classify(train[0][support], test[0][query], train[1][support], test[1][query], config)
         )
-    return float(torch.stack(found).mean())
+    return float(torch.stack(accuracies).mean())
 
 
 def _classify(
     support: torch.Tensor,
     query: torch.Tensor,
-    named: torch.Tensor,
-    truth: torch.Tensor,
-    settings: FewShotConfig,
+    support_labels: torch.Tensor,
+    query_labels: torch.Tensor,
+    config: FewShotConfig,
 ) -> torch.Tensor:
-    centre = support.mean(dim=0, keepdim=True)
-    support, query = (normalize(part - centre, dim=-1) for part in (support, query))
-    prototypes = support.view(settings.ways, settings.shots, -1).mean(dim=1)
+    center = support.mean(dim=0, keepdim=True)
+    support, query = (normalize(part - center, dim=-1) for part in (support, query))
+    prototypes = support.view(config.ways, config.shots, -1).mean(dim=1)
     distance = (query[:, None] - prototypes[None]).norm(dim=-1)
-    return (named.view(settings.ways, -1)[:, 0][distance.argmin(dim=1)] == truth).double().mean()
+    predicted = support_labels.view(config.ways, -1)[:, 0][distance.argmin(dim=1)]
+    return (predicted == query_labels).double().mean()
 
 
-def ready_episodes(
-    settings: FewShotConfig, train: tuple[torch.Tensor, torch.Tensor], test: tuple[torch.Tensor, torch.Tensor]
+def few_shot_loop(
+    config: FewShotConfig, train: tuple[torch.Tensor, torch.Tensor], test: tuple[torch.Tensor, torch.Tensor]
 ) -> float:
-    """Return the mean accuracy by the leanest loop: all episodes drawn at once, then one after the other."""
-    drawn = sample_episodes(settings, train[1].numpy(), test[1].numpy())
-    truth = torch.arange(settings.ways).repeat_interleave(settings.queries)
-    found = []
-    for support_rows, query_rows, valid in zip(drawn.support, drawn.query, drawn.valid, strict=True):
-        support, query = train[0][torch.from_numpy(support_rows)], test[0][torch.from_numpy(query_rows)]
-        centre = support.mean(dim=(0, 1))
-        support, query = (normalize(part - centre, dim=-1) for part in (support, query))
-        answer = torch.cdist(query.flatten(0, 1), support.mean(dim=1)).argmin(dim=1)
-        found.append((answer == truth)[torch.from_numpy(valid).flatten()].double().mean())
-    return float(torch.stack(found).mean())
+    """Return the mean accuracy by a loop over episodes that are sampled at once."""
+    episodes = sample_episodes(config, train[1].numpy(), test[1].numpy())
+    labels = torch.arange(config.ways).repeat_interleave(config.queries)
+    accuracies = []
+    for support_indices, query_indices, valid in zip(
+        episodes.support, episodes.query, episodes.valid, strict=True
+    ):
+        support, query = train[0][torch.from_numpy(support_indices)], test[0][torch.from_numpy(query_indices)]
+        center = support.mean(dim=(0, 1))
+        support, query = (normalize(part - center, dim=-1) for part in (support, query))
+        predicted = torch.cdist(query.flatten(0, 1), support.mean(dim=1)).argmin(dim=1)
+        accuracies.append((predicted == labels)[torch.from_numpy(valid).flatten()].double().mean())
+    return float(torch.stack(accuracies).mean())
 
 
 def run(rounds: int = 3, episodes: int = 5000) -> Iterator[str]:
-    """Yield a line of results for each comparison."""
-    train, test = features(TRAIN, 1), features(TEST, 2)
+    """Yield one line per comparison."""
+    train, test = make_features(NUM_TRAIN, 1), make_features(NUM_TEST, 2)
     start = time.perf_counter()
-    cost, accuracy = scikit_learn(*train, *test)
-    yield f"scikit-learn: cost {cost:.4g}, test accuracy {accuracy:.4f}, {time.perf_counter() - start:.0f} s"
+    C, accuracy = scikit_learn(*train, *test)
+    yield f"scikit-learn: C {C:.4g}, test accuracy {accuracy:.4f}, {time.perf_counter() - start:.0f} s"
     train_split, test_split = Split(*train), Split(*test)
-    ours = LinearProbe.fit(train_split, num_classes=CLASSES)
-    own_accuracy = float((ours.predict(test_split.x) == test_split.y).double().mean())
-    yield f"ours:         cost {ours.C:.4g}, test accuracy {own_accuracy:.4f}, converged {ours.converged}"
-    yield told(
+    probe = LinearProbe.fit(train_split, num_classes=NUM_CLASSES)
+    probe_accuracy = float((probe.predict(test_split.x) == test_split.y).double().mean())
+    yield f"likewise:     C {probe.C:.4g}, test accuracy {probe_accuracy:.4f}, converged {probe.converged}"
+    yield format_result(
         "linear probe, sweep and refit",
         "scikit-learn LogisticRegression",
         alternate(
-            lambda: LinearProbe.fit(train_split, num_classes=CLASSES).predict(test_split.x),
+            lambda: LinearProbe.fit(train_split, num_classes=NUM_CLASSES).predict(test_split.x),
             lambda: scikit_learn(*train, *test),
             rounds,
         ),
     )
-    settings = FewShotConfig(episodes=episodes)
-    batched = evaluate_few_shot(settings, train_split, test_split).accuracy
+    config = FewShotConfig(episodes=episodes)
+    batched = evaluate_few_shot(config, train_split, test_split).accuracy
     yield (
-        f"few-shot accuracy: {batched.value:.6f} ours, {ready_episodes(settings, train, test):.6f} the same "
-        f"episodes one by one, {as_lgssl(settings, train, test):.6f} LGSSL's own draw"
+        f"few-shot accuracy: {batched.value:.6f} likewise, {few_shot_loop(config, train, test):.6f} the same "
+        f"episodes in a loop, {few_shot_as_lgssl(config, train, test):.6f} LGSSL's episodes"
     )
     for peer, loop in (
-        ("LGSSL's way: draw and classify one by one", as_lgssl),
-        ("drawn at once, one by one", ready_episodes),
+        ("LGSSL: one episode at a time", few_shot_as_lgssl),
+        ("episodes sampled at once, in a loop", few_shot_loop),
     ):
         seconds = alternate(
-            lambda: evaluate_few_shot(settings, train_split, test_split),
-            partial(loop, settings, train, test),
+            lambda: evaluate_few_shot(config, train_split, test_split),
+            partial(loop, config, train, test),
             rounds,
         )
-        yield told(f"few-shot, {episodes:,} episodes", peer, seconds)
+        yield format_result(f"few-shot, {episodes:,} episodes", peer, seconds)
 
 
 def main() -> None:
@@ -153,8 +158,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--episodes", type=int, default=5000)
-    asked = parser.parse_args()
-    for line in run(asked.rounds, asked.episodes):
+    args = parser.parse_args()
+    for line in run(args.rounds, args.episodes):
         print(line, flush=True)
 
 

@@ -1,13 +1,12 @@
-"""How time and memory of each stage grow with the collection, and what that predicts.
+"""Scaling of time and memory of each stage with the number of images.
 
-    python -m benchmarks.scaling [--most 100000] [--captions 10]
+    python -m benchmarks.scaling [--max-images 100000] [--captions 10]
 
-Every stage is a command of its own, as users run it, on 1,000, 10,000, … images: the emoji pictures, shown
-again and again, each with some captions that numbers make different. Printed are seconds and peak memory of
-the process, the slope of the time between the two largest sizes (1: linear, 2: quadratic), and the hours that
-this slope predicts for more images, on this machine, with how many like it would need a day.
-Peak memory counts files that are mapped as long as they are resident, which the system takes back when it is
-short; what stands after it is the process's own, which it cannot (looked at 50 times a second, on Linux).
+Every stage runs as a command of its own on 1,000, 10,000, ... images: copies of the emoji images with
+distinct captions. Printed are the seconds and the peak memory of the process, the slope of log time over log
+images between the two largest sizes (1: linear, 2: quadratic), and the hours that it predicts for more images
+on this machine. Peak memory includes resident memory-mapped files, which the system can reclaim; anonymous
+memory does not (sampled 50 times per second, on Linux).
 """
 
 import argparse
@@ -24,100 +23,101 @@ from time import perf_counter, sleep
 
 from likewise.demo import make_emoji_dataset
 
-_PACK = (
+_BUILD_CACHE = (
     "import sys; from likewise.data.image_cache import build_image_cache; "
     "from likewise.data.dataset import CaptionDataset; build_image_cache(CaptionDataset(sys.argv[1]), 48)"
 )
 
 
 def stages(table: Path, out: Path) -> dict[str, list[str]]:
-    """Return the arguments of Python by which each stage is run, in order."""
-    likewise, collection = ["-m", "likewise.cli"], str(out / "c")
+    """Return the Python arguments of each stage, in order."""
+    likewise, dataset = ["-m", "likewise.cli"], str(out / "c")
     return {
-        "import": [*likewise, "import", str(table), collection, "--quiet"],
-        "embed": [*likewise, "embed", collection, "--encoder", "bow", "--quiet"],
-        "pack": ["-c", _PACK, collection],
+        "import": [*likewise, "import", str(table), dataset, "--quiet"],
+        "embed": [*likewise, "embed", dataset, "--encoder", "bow", "--quiet"],
+        "cache": ["-c", _BUILD_CACHE, dataset],
         "train, 10 steps": [
-            *likewise, "train", collection, "--out", str(out / "run"), "--pairs", "self", "--steps", "10",
+            *likewise, "train", dataset, "--out", str(out / "run"), "--pairs", "self", "--max-steps", "10",
             "--image-size", "32", "--batch-size", "64", "--backbone", "resnet10t", "--quiet",
         ],
-        # Last, as it takes longest.
-        "neighbors": [*likewise, "neighbors", collection, "--encoder", "bow", "--quiet"],
+        # Last, because it takes longest.
+        "neighbors": [*likewise, "neighbors", dataset, "--encoder", "bow", "--quiet"],
     }  # fmt: skip
 
 
-def spent(arguments: list[str]) -> tuple[float, int, int]:
-    """Run Python as a child; return seconds, peak memory and how much of that is its own, in bytes."""
-    start, own = perf_counter(), 0
+def measure(arguments: list[str]) -> tuple[float, int, int]:
+    """Run Python as a child; return seconds, peak memory and peak anonymous memory in bytes."""
+    start, anonymous = perf_counter(), 0
     child = subprocess.Popen([sys.executable, *arguments], stdout=subprocess.DEVNULL)
     while True:
-        own = max(own, _own_memory(child.pid))
+        anonymous = max(anonymous, _anonymous_memory(child.pid))
         ended, status, usage = os.wait4(child.pid, os.WNOHANG)
         if ended:
             break
         sleep(0.02)
     if status:
         raise RuntimeError(f"failed: {' '.join(arguments)}")
-    return perf_counter() - start, usage.ru_maxrss * (1 if sys.platform == "darwin" else 1024), own
+    return perf_counter() - start, usage.ru_maxrss * (1 if sys.platform == "darwin" else 1024), anonymous
 
 
-def _own_memory(process: int) -> int:
-    """Return the resident bytes that no file stands behind; 0 where the system does not tell."""
-    told = Path(f"/proc/{process}/status")
-    lines = told.read_text().splitlines() if told.exists() else []
+def _anonymous_memory(process: int) -> int:
+    """Return the resident bytes that are not memory-mapped files; 0 if unknown."""
+    status = Path(f"/proc/{process}/status")
+    lines = status.read_text().splitlines() if status.exists() else []
     return sum(1024 * int(line.split()[1]) for line in lines if line.startswith("RssAnon"))
 
 
 def make_table(emoji: Path, n: int, captions: int) -> Path:
-    """Write a table of n images with so many rows each, every image a file of its own: a link."""
+    """Write a table of n images with several captions each; every image is a hard link."""
     with emoji.open(encoding="utf-8", newline="") as file:
         rows = [(emoji.parent / row["file"], row["caption"]) for row in csv.DictReader(file)]
-    folder = emoji.parent.with_name(f"pictures-{n}")
+    folder = emoji.parent.with_name(f"images-{n}")
     folder.mkdir()
-    table = folder / "pictures.csv"
+    table = folder / "images.csv"
     with table.open("w", encoding="utf-8", newline="") as file:
         writer = csv.writer(file)
         writer.writerow(("file", "caption"))
-        for number, (picture, text) in enumerate(islice(cycle(rows), n)):
-            (folder / f"{number}.png").hardlink_to(picture)
-            for nth in range(captions):
-                writer.writerow((f"{number}.png", f"{text} {number} {nth}"))
+        for number, (image, text) in enumerate(islice(cycle(rows), n)):
+            (folder / f"{number}.png").hardlink_to(image)
+            for i in range(captions):
+                writer.writerow((f"{number}.png", f"{text} {number} {i}"))
     return table
 
 
-def run(most: int, captions: int) -> Iterator[str]:
-    """Yield a line for each stage and size, then one a stage with its slope and predictions."""
+def run(max_images: int, captions: int) -> Iterator[str]:
+    """Yield one line per stage and size, then one per stage with its slope and predictions."""
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         emoji = make_emoji_dataset(folder / "emoji")
-        sizes = [10**power for power in range(3, 1 + round(math.log10(most)))]
+        sizes = [10**power for power in range(3, 1 + round(math.log10(max_images)))]
         seconds: dict[str, list[float]] = {}
         for n in sizes:
             out = folder / str(n)
             out.mkdir()
             for stage, arguments in stages(make_table(emoji, n, captions), out).items():
-                took, memory, own = spent(arguments)
-                seconds.setdefault(stage, []).append(took)
+                elapsed, memory, anonymous = measure(arguments)
+                seconds.setdefault(stage, []).append(elapsed)
                 yield (
-                    f"{stage:<16} {n:>9,} images {took:9.1f} s {memory / 2**20:8.0f} MiB, "
-                    f"{own / 2**20:.0f} its own"
+                    f"{stage:<16} {n:>9,} images {elapsed:9.1f} s {memory / 2**20:8.0f} MiB, "
+                    f"{anonymous / 2**20:.0f} anonymous"
                 )
-        for stage, each in seconds.items() if len(sizes) > 1 else ():
-            slope = math.log(each[-1] / each[-2]) / math.log(sizes[-1] / sizes[-2])
-            hours = [each[-1] * (n / sizes[-1]) ** slope / 3600 for n in (10**7, 10**8, 10**9)]
-            foretold = ", ".join(
-                f"10^{7 + i}: {h:,.1f} h ({math.ceil(h / 24):,} for a day)" for i, h in enumerate(hours)
+        for stage, times in seconds.items() if len(sizes) > 1 else ():
+            slope = math.log(times[-1] / times[-2]) / math.log(sizes[-1] / sizes[-2])
+            hours = [times[-1] * (n / sizes[-1]) ** slope / 3600 for n in (10**7, 10**8, 10**9)]
+            prediction = ", ".join(
+                f"10^{7 + i}: {h:,.1f} h ({math.ceil(h / 24):,} machines for a day)"
+                for i, h in enumerate(hours)
             )
-            yield f"{stage:<16} slope {slope:.2f}; predicts {foretold}"
+            yield f"{stage:<16} slope {slope:.2f}; predicts {prediction}"
 
 
 def main() -> None:
-    """Print the figures."""
+    """Print the measurements."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--most", type=int, default=100_000, help="images in the largest collection")
-    parser.add_argument("--captions", type=int, default=10, help="captions an image")
-    asked = parser.parse_args()
-    for line in run(asked.most, asked.captions):
+    parser.add_argument("--max-images", type=int, default=100_000, help="images of the largest dataset")
+    parser.add_argument("--captions", type=int, default=10, help="captions per image")
+    args = parser.parse_args()
+    for line in run(args.max_images, args.captions):
         print(line, flush=True)
 
 

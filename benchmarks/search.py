@@ -1,4 +1,4 @@
-"""The search for neighbors against faiss's IndexFlatIP, scikit-learn's and LGSSL's, and in lists."""
+"""Neighbor search against faiss, scikit-learn and LGSSL, and approximate against exact search."""
 
 import argparse
 import tempfile
@@ -15,58 +15,59 @@ import numpy as np
 from scipy.sparse import csr_array
 from sklearn.neighbors import NearestNeighbors
 
-from benchmarks.timing import alternate, told
+from benchmarks.timing import alternate, format_result
 from likewise.embeddings.lexical import BagOfWordsEncoder
 from likewise.neighbors.faiss_index import IVFIndex
 from likewise.neighbors.search import DEFAULT_MEMORY_BYTES, ExactIndex, deduplicate_rows, exact_topk
 
 K = 10
-_BATCH = 512  # queries that LGSSL searches for at a time
+_BATCH_SIZE = 512  # queries per search in LGSSL
 _PER_CENTER = 50
 
 
 def run() -> list[str]:
-    """Compare searches of 20,000 vectors and of 10,000 captions' words."""
-    return [*compared(20_000, None, rounds=3), *counted(10_000, rounds=3)]
+    """Compare searches of 20,000 dense vectors and of 10,000 TF-IDF vectors."""
+    return [*compare_dense(20_000, None, rounds=3), *compare_sparse(10_000, rounds=3)]
 
 
-def compared(rows: int, queries: int | None, rounds: int, dimension: int = 384) -> Iterator[str]:
-    """Compare searches of random unit vectors, and of clustered ones in inverted lists.
+def compare_dense(rows: int, queries: int | None, rounds: int, dim: int = 384) -> Iterator[str]:
+    """Compare exact search of random vectors, and approximate search of clustered vectors.
 
     Args:
-        rows: How many vectors are searched.
-        queries: How many of them are searched for, all of them if not given; all searches take time
-            proportional to it.
-        rounds: Times of which the median is told.
-        dimension: Numbers a vector.
+        rows: Number of indexed vectors.
+        queries: Number of query vectors; defaults to all.
+        rounds: Timed rounds.
+        dim: Dimension of the vectors.
     """
-    vectors = unit(np.random.default_rng(0).standard_normal((rows, dimension), np.float32))
-    asked = np.arange(rows if queries is None else min(queries, rows))
-    name = f"top-{K} of {rows:,} x {dimension}" + ("" if len(asked) == rows else f", for {len(asked):,}")
-    index, building = timed(partial(ExactIndex, vectors))
+    vectors = normalize_rows(np.random.default_rng(0).standard_normal((rows, dim), np.float32))
+    query_ids = np.arange(rows if queries is None else min(queries, rows))
+    name = f"top-{K} of {rows:,} x {dim}" + ("" if len(query_ids) == rows else f", for {len(query_ids):,}")
+    index, build_seconds = timed(partial(ExactIndex, vectors))
     for peer_name, peer_index, search in (
-        ("faiss IndexFlatIP, k + 1", faiss.IndexFlatIP(dimension), search_once),
-        ("as LGSSL: k, k + 1, row by row", faiss.IndexFlatL2(dimension), search_as_lgssl),
+        ("faiss IndexFlatIP, k + 1", faiss.IndexFlatIP(dim), search_once),
+        ("as LGSSL: k, k + 1, row by row", faiss.IndexFlatL2(dim), search_as_lgssl),
     ):
         peer_index.add(vectors)  # pyrefly: ignore[missing-argument]
-        peer = partial(search, peer_index, vectors, asked)
-        yield told(f"neighbors, {name}", peer_name, alternate(partial(index.search, asked, K), peer, rounds))
+        peer = partial(search, peer_index, vectors, query_ids)
+        yield format_result(
+            f"neighbors, {name}", peer_name, alternate(partial(index.search, query_ids, K), peer, rounds)
+        )
         peer_index.reset()
-    needed = memory_needed(vectors, asked)
-    yield f"{'':<4}grouping equal rows before: {building:.3f} s; memory beside the vectors: {needed:,.0f} MiB"
+    memory_mb = memory_needed(vectors, query_ids)
+    yield f"{'':<4}deduplication: {build_seconds:.3f} s; memory apart from the vectors: {memory_mb:,.0f} MiB"
     del index, vectors
-    vectors = clustered(rows, dimension)
-    exact, (lists, building) = ExactIndex(vectors), timed(partial(IVFIndex, vectors))
-    times = alternate(partial(lists.search, asked, K), partial(exact.search, asked, K), rounds)
-    yield told(f"lists, {name}, clustered", "our exact search", times)
+    vectors = make_clusters(rows, dim)
+    exact, (ivf, build_seconds) = ExactIndex(vectors), timed(partial(IVFIndex, vectors))
+    times = alternate(partial(ivf.search, query_ids, K), partial(exact.search, query_ids, K), rounds)
+    yield format_result(f"IVF, {name}, clustered", "exact search", times)
     yield (
-        f"{'':<4}recall@{K} {lists.recall:.3f} with {lists.nprobe} of {lists.nlist} lists, "
-        f"built and measured in {building:.1f} s"
+        f"{'':<4}recall@{K} {ivf.recall:.3f} with {ivf.nprobe} of {ivf.nlist} lists, "
+        f"built and calibrated in {build_seconds:.1f} s"
     )
 
 
-def counted(rows: int, rounds: int) -> Iterator[str]:
-    """Compare searches of hashed words (`--encoder tfidf`), in captions of eight that follow Zipf's law."""
+def compare_sparse(rows: int, rounds: int) -> Iterator[str]:
+    """Compare searches of TF-IDF vectors (`--encoder tfidf`) of captions of eight words with Zipf's law."""
     rng = np.random.default_rng(2)
     captions = [" ".join(map("w{}".format, words)) for words in rng.zipf(1.3, (rows, 8)) % 5000]
     vectors = BagOfWordsEncoder(lambda: iter([captions]), use_idf=True).encode(captions, rows)
@@ -81,62 +82,62 @@ def counted(rows: int, rounds: int) -> Iterator[str]:
     }
     for name, peer in peers.items():
         times = alternate(lambda: ExactIndex(vectors).search(np.arange(rows), K), peer, rounds)
-        yield told(f"neighbors, words of {rows:,} captions", name, times)
+        yield format_result(f"neighbors, TF-IDF of {rows:,} captions", name, times)
 
 
-def unit(vectors: np.ndarray) -> np.ndarray:
-    """Bring rows to unit length, in place."""
+def normalize_rows(vectors: np.ndarray) -> np.ndarray:
+    """Scale rows to unit length, in place."""
     vectors /= np.linalg.norm(vectors, axis=1, keepdims=True)
     return vectors
 
 
-def clustered(rows: int, dimension: int) -> np.ndarray:
-    """Draw unit rows around centers, 50 around each, whose cosine to each other is about 0.7."""
+def make_clusters(rows: int, dim: int) -> np.ndarray:
+    """Sample unit vectors around centers, 50 per center, with a cosine of about 0.7 within a cluster."""
     rng = np.random.default_rng(1)
-    centers = rng.normal(size=(max(1, rows // _PER_CENTER), dimension)).astype(np.float32)
+    centers = rng.normal(size=(max(1, rows // _PER_CENTER), dim)).astype(np.float32)
     vectors = centers[rng.integers(0, len(centers), rows)]
     vectors += 0.65 * rng.standard_normal(size=vectors.shape, dtype=np.float32)
-    return unit(vectors)
+    return normalize_rows(vectors)
 
 
-def search_once(index: faiss.IndexFlat, vectors: np.ndarray, asked: np.ndarray) -> object:
-    """Search for one more than k, and leave to the reader who is whose own neighbor."""
-    return index.search(vectors[asked], K + 1)  # pyrefly: ignore[missing-argument]
+def search_once(index: faiss.IndexFlat, vectors: np.ndarray, query_ids: np.ndarray) -> object:
+    """Search for k + 1 neighbors, without removing each vector from its own neighbors."""
+    return index.search(vectors[query_ids], K + 1)  # pyrefly: ignore[missing-argument]
 
 
-def search_as_lgssl(index: faiss.IndexFlat, vectors: np.ndarray, asked: np.ndarray) -> object:
+def search_as_lgssl(index: faiss.IndexFlat, vectors: np.ndarray, query_ids: np.ndarray) -> object:
     """Follow the procedure of `faiss_knn(exclude_self=True)` in LGSSL's lgssl/utils/faiss.py.
 
-    In batches of 512 it searches for k, then for k + 1, and strikes each row out of its own neighbors.
+    In batches of 512 it searches for k, then for k + 1, and removes each vector from its own neighbors.
     """
     nearest = []
-    for start in range(0, len(asked), _BATCH):
-        own = asked[start : start + _BATCH]
-        index.search(vectors[own], K)  # pyrefly: ignore[missing-argument]
-        _, found = index.search(vectors[own], K + 1)  # pyrefly: ignore[missing-argument]
-        nearest.append(np.stack([row[row != me][:K] for row, me in zip(found, own, strict=True)]))
+    for start in range(0, len(query_ids), _BATCH_SIZE):
+        batch = query_ids[start : start + _BATCH_SIZE]
+        index.search(vectors[batch], K)  # pyrefly: ignore[missing-argument]
+        _, neighbors = index.search(vectors[batch], K + 1)  # pyrefly: ignore[missing-argument]
+        nearest.append(np.stack([row[row != i][:K] for row, i in zip(neighbors, batch, strict=True)]))
     return np.concatenate(nearest)
 
 
-def timed(make: partial) -> tuple:
-    """Return what is made and the seconds it took."""
+def timed(function: partial) -> tuple:
+    """Return the result of a call and its seconds."""
     start = time.perf_counter()
-    made = make()
-    return made, time.perf_counter() - start
+    result = function()
+    return result, time.perf_counter() - start
 
 
-def memory_needed(vectors: np.ndarray, asked: np.ndarray) -> float:
-    """Return by how many MiB a fresh process grows while it searches a file of vectors."""
+def memory_needed(vectors: np.ndarray, query_ids: np.ndarray) -> float:
+    """Return the growth in MiB of a new process while it searches a file of vectors."""
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "vectors"
         vectors.tofile(path)
         with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
-            return pool.submit(_memory_needed, path, vectors.shape, asked).result()
+            return pool.submit(_memory_needed, path, vectors.shape, query_ids).result()
 
 
-def _memory_needed(path: Path, shape: tuple[int, int], asked: np.ndarray) -> float:
+def _memory_needed(path: Path, shape: tuple[int, int], query_ids: np.ndarray) -> float:
     mapped = np.memmap(path, np.float32, "r", shape=shape)
-    # Multiplying once lets the libraries take what they keep for themselves.
+    # A first search allocates the buffers of the libraries.
     exact_topk(np.array(mapped[:64]), deduplicate_rows(mapped[:64]), np.arange(64), K)
     before, peak, done = _anonymous(), 0.0, threading.Event()
 
@@ -147,28 +148,28 @@ def _memory_needed(path: Path, shape: tuple[int, int], asked: np.ndarray) -> flo
 
     watcher = threading.Thread(target=watch)
     watcher.start()
-    ExactIndex(mapped, memory_bytes=DEFAULT_MEMORY_BYTES).search(asked, K)
+    ExactIndex(mapped, memory_bytes=DEFAULT_MEMORY_BYTES).search(query_ids, K)
     done.set()
     watcher.join()
     return peak - before
 
 
 def _anonymous() -> float:
-    """Return the process's memory in MiB without files that it maps (Linux)."""
+    """Return the anonymous memory of the process in MiB (Linux)."""
     status = Path("/proc/self/status").read_text()
     return int(status.split("RssAnon:")[1].split()[0]) / 1024
 
 
 def main() -> None:
-    """Print a line for each comparison."""
+    """Print one line per comparison."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--rows", type=int, default=20_000, help="vectors that are searched")
-    parser.add_argument("--queries", type=int, help="how many of them are searched for (default: all)")
-    parser.add_argument("--rounds", type=int, default=3, help="times of which the median is told")
-    given = parser.parse_args()
-    for line in compared(given.rows, given.queries, given.rounds):
+    parser.add_argument("--rows", type=int, default=20_000, help="indexed vectors")
+    parser.add_argument("--queries", type=int, help="query vectors (default: all)")
+    parser.add_argument("--rounds", type=int, default=3, help="timed rounds")
+    args = parser.parse_args()
+    for line in compare_dense(args.rows, args.queries, args.rounds):
         print(line, flush=True)
-    for line in counted(min(given.rows, 10_000), given.rounds):
+    for line in compare_sparse(min(args.rows, 10_000), args.rounds):
         print(line, flush=True)
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import torch
 
-from benchmarks.timing import alternate, told
+from benchmarks.timing import alternate, format_result
 from likewise.artifacts import read_jsonl
 from likewise.data.config import ImportOptions
 from likewise.data.dataset import CaptionDataset
@@ -48,7 +48,7 @@ def _compare(trainer: Trainer) -> str:
     batch = trainer.loader.batch_at(0).to_device(trainer.loader.dataset.augmentations, CPU)
     seconds = alternate(lambda: train(trainer), lambda: bare_steps(trainer, batch, steps))
     name = f"{config.backbone} {config.image_size} px, batch {config.batch_size}, {config.augmentation}"
-    return told(f"{name}: the loop", "bare steps", seconds)
+    return format_result(f"{name}: training loop", "bare steps", seconds)
 
 
 def make_trainer(

@@ -1,4 +1,4 @@
-"""Fair timing on shared machines: in one process, one after the other, alternating, median of several."""
+"""Timing on shared machines: two functions alternate in one process, and the median counts."""
 
 import statistics
 import time
@@ -10,43 +10,43 @@ import torch
 def alternate(
     ours: Callable[[], object], peer: Callable[[], object], rounds: int = 5
 ) -> tuple[float, float, float]:
-    """Time two functions in turn after a warm-up of each.
+    """Time two functions alternately, after one warm-up call of each.
 
     Returns:
-        The median seconds of ours and of the peer, and the median of the rounds' ratios peer / ours: above 1,
-        ours is faster.
+        The median seconds of `ours` and of `peer`, and the median ratio peer / ours: above 1, `ours` is
+        faster.
     """
     ours()
     peer()
-    mine, theirs = [], []
+    our_seconds, peer_seconds = [], []
     for _ in range(rounds):
-        for function, seconds in ((ours, mine), (peer, theirs)):
+        for function, seconds in ((ours, our_seconds), (peer, peer_seconds)):
             start = time.perf_counter()
             function()
             seconds.append(time.perf_counter() - start)
-    ratios = [other / own for own, other in zip(mine, theirs, strict=True)]
-    return statistics.median(mine), statistics.median(theirs), statistics.median(ratios)
+    ratios = [b / a for a, b in zip(our_seconds, peer_seconds, strict=True)]
+    return statistics.median(our_seconds), statistics.median(peer_seconds), statistics.median(ratios)
 
 
-def told(name: str, peer: str, seconds: tuple[float, float, float]) -> str:
-    """Lay one comparison out as a line."""
+def format_result(name: str, peer: str, seconds: tuple[float, float, float]) -> str:
+    """Return the result of one comparison as a line."""
     return f"{name:<44} {seconds[0]:8.3f} s   {peer:<34} {seconds[1]:8.3f} s   ratio {seconds[2]:.2f}"
 
 
-def wait(device: torch.device) -> None:
-    """Wait until a device has done what it was asked."""
+def synchronize(device: torch.device) -> None:
+    """Wait until all kernels of a device have finished."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
 
 
-def product_rate(device: torch.device, dtype: torch.dtype, side: int = 2048) -> float:
-    """Return the FLOP/s of a product of square matrices, the best of ten."""
+def matmul_flops(device: torch.device, dtype: torch.dtype, side: int = 2048) -> float:
+    """Return the FLOP/s of a product of square matrices, the best of ten runs."""
     matrix = torch.randn(side, side, device=device, dtype=dtype)
     best = float("inf")
     for _ in range(10):
-        wait(device)
+        synchronize(device)
         start = time.perf_counter()
         matrix @ matrix
-        wait(device)
+        synchronize(device)
         best = min(best, time.perf_counter() - start)
     return 2 * side**3 / best
