@@ -1,4 +1,4 @@
-"""Figures of pairs against naive loops and scipy, and the whole diagnosis against brute force."""
+"""Statistics of pairs, compared to loops and scipy, and the analysis, compared to brute force."""
 
 import json
 import shutil
@@ -43,48 +43,56 @@ from likewise.pairs.stats import (
 )
 from support import MINILM
 
-LOOKS = "image:random:resnet10t"
-Table = list[tuple[int, int, float, float, float]]  # anchor, partner, weight, weight of the best, similarity
+IMAGE_ENCODER = "image:random:resnet10t"
+# (anchor, partner, probability, probability if only the best is sampled, similarity)
+PairRows = list[tuple[int, int, float, float, float]]
 
 
-def _pairs(n: int, temperature: float | None, *, several: bool, seed: int = 0) -> tuple[Pairs, np.ndarray]:
-    """Make pairs of random candidates, a row an image or a few, with holes."""
+def _make_pairs(
+    n: int, temperature: float | None, *, multiple_rows: bool, seed: int = 0
+) -> tuple[Pairs, np.ndarray]:
+    """Return pairs of random candidates, with one or several rows per image, some of them empty."""
     rng = np.random.default_rng(seed)
-    rows = rng.integers(0, 4, n) if several else np.ones(n, np.int64)
-    owner = np.repeat(np.arange(n), rows)
-    positions = np.stack([rng.permutation(np.delete(np.arange(n // 2), a % (n // 2)))[:6] for a in owner])
+    rows = rng.integers(0, 4, n) if multiple_rows else np.ones(n, np.int64)
+    image_ids = np.repeat(np.arange(n), rows)
+    positions = np.stack([rng.permutation(np.delete(np.arange(n // 2), a % (n // 2)))[:6] for a in image_ids])
     similarity = -np.sort(-rng.uniform(-0.2, 1, positions.shape).astype(np.float32), axis=1)
-    table = Candidates(positions, similarity).filter(
-        rng.random(positions.shape) < rng.random((len(owner), 1))
+    candidates = Candidates(positions, similarity).filter(
+        rng.random(positions.shape) < rng.random((len(image_ids), 1))
     )
-    choice = CandidateSampler(table, temperature, np.concatenate([[0], np.cumsum(rows)]))
-    return Pairs(PairConfig(), choice, "key", excluded=rng.random(n) < 0.1), owner
+    sampler = CandidateSampler(candidates, temperature, np.concatenate([[0], np.cumsum(rows)]))
+    return Pairs(PairConfig(), sampler, "key", excluded=rng.random(n) < 0.1), image_ids
 
 
-def _naive_table(pairs: Pairs, owner: np.ndarray) -> Table:
-    """List draws as the rule says them: a row of the image evenly, then a candidate of the row."""
-    choice = pairs.sampler
-    assert isinstance(choice, CandidateSampler)
+def _list_pairs(pairs: Pairs, image_ids: np.ndarray) -> PairRows:
+    """List all pairs by definition: a uniform row of the image, then a candidate of the row."""
+    sampler = pairs.sampler
+    assert isinstance(sampler, CandidateSampler)
     rows = defaultdict(list)
-    for row, image in enumerate(owner):
-        near = [(int(p), float(s)) for p, s in zip(*_row(choice.candidates, row), strict=True) if p >= 0]
-        if near and not pairs.excluded[image]:
-            rows[int(image)].append(near)
-    told = []
-    for image, lists in rows.items():
-        for near in lists:
-            chances = [1.0 if choice.temperature is None else np.exp(s / choice.temperature) for _, s in near]
-            for place, (p, s) in enumerate(near):
-                weight = chances[place] / sum(chances) / len(lists)
-                told.append((image, p, weight, (place == 0) / len(lists), s))
-    return told
+    for row, image in enumerate(image_ids):
+        row_candidates = [
+            (int(p), float(s)) for p, s in zip(*_row(sampler.candidates, row), strict=True) if p >= 0
+        ]
+        if row_candidates and not pairs.excluded[image]:
+            rows[int(image)].append(row_candidates)
+    pair_rows = []
+    for image, image_rows in rows.items():
+        for row_candidates in image_rows:
+            weights = [
+                1.0 if sampler.temperature is None else np.exp(s / sampler.temperature)
+                for _, s in row_candidates
+            ]
+            for rank, (p, s) in enumerate(row_candidates):
+                weight = weights[rank] / sum(weights) / len(image_rows)
+                pair_rows.append((image, p, weight, (rank == 0) / len(image_rows), s))
+    return pair_rows
 
 
-def _row(table: Candidates, row: int) -> tuple[np.ndarray, np.ndarray]:
-    return table.positions[row], table.similarity[row]
+def _row(candidates: Candidates, row: int) -> tuple[np.ndarray, np.ndarray]:
+    return candidates.positions[row], candidates.similarity[row]
 
 
-def _evidence(n: int, seed: int = 1) -> PairSignals:
+def _make_signals(n: int, seed: int = 1) -> PairSignals:
     rng = np.random.default_rng(seed)
     return PairSignals(
         caption_hashes=rng.integers(-1, 4, n),
@@ -96,343 +104,354 @@ def _evidence(n: int, seed: int = 1) -> PairSignals:
     )
 
 
-def _naive_precision(table: Table, labels: np.ndarray, column: int) -> list[float]:
-    right, whole = defaultdict(float), defaultdict(float)
-    for each in table:
-        a, p, w = each[0], each[1], each[column]
+def _label_precisions(pair_rows: PairRows, labels: np.ndarray, column: int) -> list[float]:
+    correct, total = defaultdict(float), defaultdict(float)
+    for row in pair_rows:
+        a, p, w = row[0], row[1], row[column]
         if labels[a] >= 0 and labels[p] >= 0 and w > 0:
-            whole[a] += w
-            right[a] += w * (labels[a] == labels[p])
-    return [right[a] / whole[a] for a in whole]
+            total[a] += w
+            correct[a] += w * (labels[a] == labels[p])
+    return [correct[a] / total[a] for a in total]
 
 
-@pytest.mark.parametrize(("temperature", "several"), [(None, False), (0.2, False), (None, True), (0.2, True)])
-def test_figures_are_those_of_naive_loops(
-    collection: CaptionDataset, temperature: float | None, *, several: bool
+@pytest.mark.parametrize(
+    ("temperature", "multiple_rows"), [(None, False), (0.2, False), (None, True), (0.2, True)]
+)
+def test_stats_equal_loops(
+    collection: CaptionDataset, temperature: float | None, *, multiple_rows: bool
 ) -> None:
     n = 80
-    pairs, owner = _pairs(n, temperature, several=several)
-    told, evidence = _naive_table(pairs, owner), _evidence(n)
-    found = compute_pair_stats(pair_distribution(pairs, owner), evidence, collection)
-    total = sum(w for _, _, w, _, _ in told)
-    edges = {(a, p) for a, p, *_ in told}
-    chosen = np.zeros(n)
-    for _, p, w, _, _ in told:
-        chosen[p] += w
+    pairs, image_ids = _make_pairs(n, temperature, multiple_rows=multiple_rows)
+    pair_rows, signals = _list_pairs(pairs, image_ids), _make_signals(n)
+    result = compute_pair_stats(pair_distribution(pairs, image_ids), signals, collection)
+    total = sum(w for _, _, w, _, _ in pair_rows)
+    edges = {(a, p) for a, p, *_ in pair_rows}
+    in_degree = np.zeros(n)
+    for _, p, w, _, _ in pair_rows:
+        in_degree[p] += w
 
-    assert found.paired_fraction == len({a for a, *_ in told}) / n
-    assert found.hubness_skew == pytest.approx(stats.skew(chosen), abs=1e-9)
-    assert found.coverage == np.mean(chosen > 0)
-    assert found.reciprocity == pytest.approx(sum(w for a, p, w, *_ in told if (p, a) in edges) / total)
-    for figure, codes in (
-        (found.identical_caption_fraction, evidence.caption_hashes),
-        (found.near_duplicate_fraction, evidence.near_duplicate_ids),
+    assert result.paired_fraction == len({a for a, *_ in pair_rows}) / n
+    assert result.hubness_skew == pytest.approx(stats.skew(in_degree), abs=1e-9)
+    assert result.coverage == np.mean(in_degree > 0)
+    assert result.reciprocity == pytest.approx(sum(w for a, p, w, *_ in pair_rows if (p, a) in edges) / total)
+    for fraction, hashes in (
+        (result.identical_caption_fraction, signals.caption_hashes),
+        (result.near_duplicate_fraction, signals.near_duplicate_ids),
     ):
-        same = sum(w for a, p, w, *_ in told if codes[a] == codes[p] >= 0)
-        assert 0 < figure == pytest.approx(same / total)
-    seen = [(a, p, w) for a, p, w, *_ in told if evidence.is_readable[a] and evidence.is_readable[p]]
-    bits = sum(
-        w * (int(evidence.image_hashes[a]) ^ int(evidence.image_hashes[p])).bit_count() for a, p, w in seen
+        equal_weight = sum(w for a, p, w, *_ in pair_rows if hashes[a] == hashes[p] >= 0)
+        assert 0 < fraction == pytest.approx(equal_weight / total)
+    readable = [(a, p, w) for a, p, w, *_ in pair_rows if signals.is_readable[a] and signals.is_readable[p]]
+    weighted_distance = sum(
+        w * (int(signals.image_hashes[a]) ^ int(signals.image_hashes[p])).bit_count() for a, p, w in readable
     )
-    assert found.hash_distance == pytest.approx(bits / sum(w for *_, w in seen))
-    ordered = sorted((s, w) for _, _, w, _, s in told)
-    reached = np.cumsum([w for _, w in ordered]) / total
-    naive = [next(s for (s, _), r in zip(ordered, reached, strict=True) if r >= q) for q in (0.1, 0.5, 0.9)]
-    assert found.similarity == pytest.approx(naive)
-    assert evidence.labels is not None
-    for share, column in ((found.top1_precision, 3), (found.label_precision, 2)):
-        values = _naive_precision(told, evidence.labels, column)
-        assert share is not None
-        assert share.num_images == len(values)
-        assert share.value == pytest.approx(np.mean(values))
+    assert result.hash_distance == pytest.approx(weighted_distance / sum(w for *_, w in readable))
+    by_similarity = sorted((s, w) for _, _, w, _, s in pair_rows)
+    cumulative = np.cumsum([w for _, w in by_similarity]) / total
+    expected = [
+        next(s for (s, _), r in zip(by_similarity, cumulative, strict=True) if r >= q)
+        for q in (0.1, 0.5, 0.9)
+    ]
+    assert result.similarity == pytest.approx(expected)
+    assert signals.labels is not None
+    for estimate, column in ((result.top1_precision, 3), (result.label_precision, 2)):
+        values = _label_precisions(pair_rows, signals.labels, column)
+        assert estimate is not None
+        assert estimate.num_images == len(values)
+        assert estimate.value == pytest.approx(np.mean(values))
         low, high = stats.norm.interval(0.95, np.mean(values), stats.sem(values))
-        assert (share.low, share.high) == pytest.approx((low, high), abs=1e-6)
-    most = sorted(range(n), key=lambda at: (-chosen[at], at))[: len(found.hubs)]
-    assert [hub.position for hub in found.hubs] == most
-    assert [hub.expected_in_degree for hub in found.hubs] == pytest.approx(chosen[most])
+        assert (estimate.low, estimate.high) == pytest.approx((low, high), abs=1e-6)
+    expected_hubs = sorted(range(n), key=lambda i: (-in_degree[i], i))[: len(result.hubs)]
+    assert [hub.position for hub in result.hubs] == expected_hubs
+    assert [hub.expected_in_degree for hub in result.hubs] == pytest.approx(in_degree[expected_hubs])
 
 
-@pytest.mark.parametrize("several", [False, True])
-def test_weights_are_those_of_the_draw(*, several: bool) -> None:
-    pairs, owner = _pairs(24, 0.3, several=several, seed=3)
-    draws, epochs = pair_distribution(pairs, owner), 4000
+@pytest.mark.parametrize("multiple_rows", [False, True])
+def test_probabilities_equal_sampled_frequencies(*, multiple_rows: bool) -> None:
+    pairs, image_ids = _make_pairs(24, 0.3, multiple_rows=multiple_rows, seed=3)
+    distribution, epochs = pair_distribution(pairs, image_ids), 4000
     anchors = np.flatnonzero(pairs.has_partner)
-    drawn = np.stack([pairs.sample_partners(anchors, seed=0, epoch=epoch) for epoch in range(epochs)])
+    sampled = np.stack([pairs.sample_partners(anchors, seed=0, epoch=epoch) for epoch in range(epochs)])
     for column, anchor in enumerate(anchors):
-        mine = draws.anchors == anchor
-        expected = np.bincount(draws.partners[mine], draws.prob[mine], minlength=24)
-        counted = np.bincount(drawn[:, column], minlength=24) / epochs
+        is_anchor = distribution.anchors == anchor
+        expected = np.bincount(distribution.partners[is_anchor], distribution.prob[is_anchor], minlength=24)
+        counted = np.bincount(sampled[:, column], minlength=24) / epochs
         np.testing.assert_allclose(counted, expected, atol=0.04)
 
 
-def test_pairs_of_one_label_are_counted_exactly(collection: CaptionDataset) -> None:
-    groups = np.array([0, 0, 0, 1, 1, 2, -1])
-    draws = pair_distribution(
-        Pairs(PairConfig(source="label"), LabelSampler(groups), "key", excluded=np.zeros(7, bool)), groups
+def test_label_pair_distribution(collection: CaptionDataset) -> None:
+    labels = np.array([0, 0, 0, 1, 1, 2, -1])
+    distribution = pair_distribution(
+        Pairs(PairConfig(source="label"), LabelSampler(labels), "key", excluded=np.zeros(7, bool)), labels
     )
-    assert draws.anchors.tolist() == [0, 1, 2, 3, 4]
-    assert (groups[draws.partners] == groups[draws.anchors]).all()
-    assert (draws.partners != draws.anchors).all()
-    assert draws.expected_in_degree.tolist() == [1, 1, 1, 1, 1, 0, 0]
-    evidence = _evidence(7)
-    told = compute_pair_stats(draws, evidence, collection)
-    assert (told.reciprocity, told.coverage, told.paired_fraction) == (1.0, 5 / 7, 5 / 7)
-    assert told.similarity is None
-    assert told.hubs == ()
+    assert distribution.anchors.tolist() == [0, 1, 2, 3, 4]
+    assert (labels[distribution.partners] == labels[distribution.anchors]).all()
+    assert (distribution.partners != distribution.anchors).all()
+    assert distribution.expected_in_degree.tolist() == [1, 1, 1, 1, 1, 0, 0]
+    signals = _make_signals(7)
+    pair_stats = compute_pair_stats(distribution, signals, collection)
+    assert (pair_stats.reciprocity, pair_stats.coverage, pair_stats.paired_fraction) == (1.0, 5 / 7, 5 / 7)
+    assert pair_stats.similarity is None
+    assert pair_stats.hubs == ()
 
 
-def test_chance_is_the_mean_over_all_pairs(collection: CaptionDataset) -> None:
-    looks = ImageVectors(find_embeddings(collection, MINILM), len(collection))
+def test_random_baseline_is_the_mean_over_all_pairs(collection: CaptionDataset) -> None:
+    image_vectors = ImageVectors(find_embeddings(collection, MINILM), len(collection))
     n = len(collection)
-    base = _evidence(n)
-    evidence = PairSignals(
+    base = _make_signals(n)
+    signals = PairSignals(
         caption_hashes=base.caption_hashes,
         image_hashes=base.image_hashes,
         is_readable=base.is_readable,
         near_duplicate_ids=base.near_duplicate_ids,
         labels=base.labels,
-        image_vectors=looks,
+        image_vectors=image_vectors,
     )
-    found, both = random_baseline(evidence), list(combinations(range(n), 2))
+    result, all_pairs = random_baseline(signals), list(combinations(range(n), 2))
     assert base.labels is not None
-    labelled = [(a, b) for a, b in both if base.labels[a] >= 0 and base.labels[b] >= 0]
-    assert found.label_precision == pytest.approx(
-        np.mean([base.labels[a] == base.labels[b] for a, b in labelled])
+    labeled_pairs = [(a, b) for a, b in all_pairs if base.labels[a] >= 0 and base.labels[b] >= 0]
+    assert result.label_precision == pytest.approx(
+        np.mean([base.labels[a] == base.labels[b] for a, b in labeled_pairs])
     )
-    for figure, codes in (
-        (found.identical_caption_fraction, base.caption_hashes),
-        (found.near_duplicate_fraction, base.near_duplicate_ids),
+    for fraction, hashes in (
+        (result.identical_caption_fraction, base.caption_hashes),
+        (result.near_duplicate_fraction, base.near_duplicate_ids),
     ):
-        assert figure == pytest.approx(np.mean([codes[a] == codes[b] >= 0 for a, b in both]))
-    seen = [
+        assert fraction == pytest.approx(np.mean([hashes[a] == hashes[b] >= 0 for a, b in all_pairs]))
+    readable = [
         (int(base.image_hashes[a]) ^ int(base.image_hashes[b])).bit_count()
-        for a, b in both
+        for a, b in all_pairs
         if base.is_readable[a] and base.is_readable[b]
     ]
-    assert found.hash_distance == pytest.approx(np.mean(seen))
-    vectors = looks.get(np.arange(n)).astype(np.float64)
+    assert result.hash_distance == pytest.approx(np.mean(readable))
+    vectors = image_vectors.get(np.arange(n)).astype(np.float64)
     cosines = vectors @ vectors.T
-    assert found.image_similarity == pytest.approx(cosines[np.triu_indices(n, 1)].mean(), abs=1e-6)
+    assert result.image_similarity == pytest.approx(cosines[np.triu_indices(n, 1)].mean(), abs=1e-6)
 
 
-def test_figures_without_anything_to_judge_are_absent() -> None:
+def test_stats_without_data_are_none() -> None:
     assert skewness(np.ones(5)) == 0.0
     a, p, w = np.array([0, 1]), np.array([1, 0]), np.ones(2)
     assert label_precision(a, p, w, np.array([0, -1])) is None
-    alone = label_precision(a[:1], p[:1], w[:1], np.array([2, 2]))
-    assert alone is not None
-    assert (alone.value, alone.low, alone.high, alone.num_images) == (1.0, 0.0, 1.0, 1)
+    estimate = label_precision(a[:1], p[:1], w[:1], np.array([2, 2]))
+    assert estimate is not None
+    assert (estimate.value, estimate.low, estimate.high, estimate.num_images) == (1.0, 0.0, 1.0, 1)
 
 
-def test_rank_correlation_is_spearmans() -> None:
+def test_rank_correlation_equals_scipy() -> None:
     rng = np.random.default_rng(0)
-    first = rng.integers(0, 6, (40, 12)).astype(np.float32)  # many ties
-    second = first + rng.integers(-3, 4, first.shape).astype(np.float32)
-    there = rng.random(first.shape) < 0.7
-    there[0] = False
-    first[1] = 2
-    found = rank_correlations(first, second, there)
-    assert np.isnan(found[:2]).all()
-    expected = [stats.spearmanr(first[i, there[i]], second[i, there[i]])[0] for i in range(2, 40)]
-    np.testing.assert_allclose(found[2:], expected, atol=1e-12)
+    a = rng.integers(0, 6, (40, 12)).astype(np.float32)  # many ties
+    b = a + rng.integers(-3, 4, a.shape).astype(np.float32)
+    mask = rng.random(a.shape) < 0.7
+    mask[0] = False
+    a[1] = 2
+    result = rank_correlations(a, b, mask)
+    assert np.isnan(result[:2]).all()
+    expected = [stats.spearmanr(a[i, mask[i]], b[i, mask[i]])[0] for i in range(2, 40)]
+    np.testing.assert_allclose(result[2:], expected, atol=1e-12)
 
 
-def test_rules_are_told_as_they_are_typed() -> None:
+def test_pair_config_text_round_trip() -> None:
     for text in (
         *LANGUAGE_PAIR_CONFIGS,
-        "k=3,mutual-k=10",
+        "k=3,mutual_k=10",
         "source=vision",
-        "sampling-temperature=0.1,k=4",
-        "scope=other",
+        "sampling_temperature=0.1,k=4",
+        "group_scope=different",
     ):
-        rule = parse_pair_config(text)
-        assert parse_pair_config(format_pair_config(rule)) == rule
+        pair_config = parse_pair_config(text)
+        assert parse_pair_config(format_pair_config(pair_config)) == pair_config
     assert format_pair_config(parse_pair_config("default")) == "default"
     assert (
-        format_pair_config(parse_pair_config("exclude-identical-captions,k=2,caption-encoder=tfidf"))
-        == "exclude-identical-captions,k=2"
+        format_pair_config(parse_pair_config("exclude_identical_captions,k=2,caption_encoder=tfidf"))
+        == "exclude_identical_captions,k=2"
     )
 
 
 @pytest.fixture(scope="module")
-def usual(collection: CaptionDataset) -> PairAnalysis:
+def analysis(collection: CaptionDataset) -> PairAnalysis:
     return analyze_pairs(collection)
 
 
-def _by_rule(found: PairAnalysis) -> dict[str, AnalysisRow]:
-    return {row.pair_config: row for row in found.rows}
+def _by_config(result: PairAnalysis) -> dict[str, AnalysisRow]:
+    return {row.pair_config: row for row in result.rows}
 
 
-def _figures(row: AnalysisRow) -> PairStats:
+def _stats_of(row: AnalysisRow) -> PairStats:
     assert row.error is None
     assert row.stats is not None
     return row.stats
 
 
-def test_the_usual_rules_are_applied_with_labels_as_the_oracle(
-    collection: CaptionDataset, usual: PairAnalysis
-) -> None:
-    assert [row.pair_config for row in usual.rows] == [*LANGUAGE_PAIR_CONFIGS, "source=label"]
-    assert {row.encoder for row in usual.rows[:-1]} == {MINILM}
-    oracle = _figures(usual.rows[-1])
+def test_first_analysis_with_default_configs(collection: CaptionDataset, analysis: PairAnalysis) -> None:
+    assert [row.pair_config for row in analysis.rows] == [*LANGUAGE_PAIR_CONFIGS, "source=label"]
+    assert {row.encoder for row in analysis.rows[:-1]} == {MINILM}
+    oracle = _stats_of(analysis.rows[-1])
     assert oracle.label_precision is not None
     assert oracle.label_precision.value == 1.0
-    assert usual.random_baseline.label_precision is not None
-    assert usual.random_baseline.label_precision < 0.1
-    assert (usual.num_images, usual.num_labeled) == (len(collection), len(collection))
-    assert len(usual.anchors) == 6
-    assert all(len(anchor.partners) == len(usual.rows) for anchor in usual.anchors)
-    assert json.loads(json.dumps(usual.to_dict()))["rows"][0]["stats"]["paired_fraction"] == 1.0
+    assert analysis.random_baseline.label_precision is not None
+    assert analysis.random_baseline.label_precision < 0.1
+    assert (analysis.num_images, analysis.num_labeled) == (len(collection), len(collection))
+    assert len(analysis.anchors) == 6
+    assert all(len(anchor.partners) == len(analysis.rows) for anchor in analysis.anchors)
+    assert json.loads(json.dumps(analysis.to_dict()))["rows"][0]["stats"]["paired_fraction"] == 1.0
 
 
-def test_the_papers_rule_is_judged_as_by_brute_force(collection: CaptionDataset, usual: PairAnalysis) -> None:
-    """Nearest in float64; concepts that both houses call by one name are told apart by nothing else."""
+def test_default_config_equals_brute_force(collection: CaptionDataset, analysis: PairAnalysis) -> None:
+    """Compare with nearest captions in float64; both vendors use the same name for many concepts."""
     embeddings = find_embeddings(collection, MINILM)
     pooled = np.concatenate(
         [embeddings.load_mean_vectors(i)[0] for i in range(embeddings.num_shards)]
     ).astype(np.float64)
     cosine = pooled @ pooled.T
     np.fill_diagonal(cosine, -2)
-    best = np.where(cosine > cosine.max(axis=1, keepdims=True) - 1e-6, np.arange(len(cosine)), len(cosine))
-    nearest = best.min(axis=1)
-    found, records = _figures(_by_rule(usual)["default"]), list(collection)
-    labels = [record.label for record in records]
-    right = np.mean([labels[a] == labels[p] for a, p in enumerate(nearest)])
-    assert found.label_precision is not None
-    assert found.label_precision.value == pytest.approx(right)
-    assert found.similarity is not None
-    assert found.similarity[1] == pytest.approx(np.median(cosine.max(axis=1)), abs=1e-3)
-    assert found.coverage == len(set(nearest.tolist())) / len(records)
-    assert found.reciprocity == np.mean([nearest[p] == a for a, p in enumerate(nearest)])
-    bits = compute_perceptual_hashes(collection).hashes
-    distances = [(int(bits[a]) ^ int(bits[p])).bit_count() for a, p in enumerate(nearest)]
-    assert found.hash_distance is not None
-    assert found.hash_distance == pytest.approx(np.mean(distances))
-    assert usual.random_baseline.hash_distance is not None
-    assert usual.random_baseline.hash_distance > found.hash_distance > 0
-    same = [sorted(records[a].captions) == sorted(records[p].captions) for a, p in enumerate(nearest)]
-    assert found.identical_caption_fraction == pytest.approx(np.mean(same))
-
-
-def test_rules_change_what_they_promise(usual: PairAnalysis) -> None:
-    rules = {name: _figures(row) for name, row in _by_rule(usual).items()}
-    assert (
-        rules["exclude-identical-captions"].identical_caption_fraction
-        == 0
-        < rules["default"].identical_caption_fraction
+    best_positions = np.where(
+        cosine > cosine.max(axis=1, keepdims=True) - 1e-6, np.arange(len(cosine)), len(cosine)
     )
-    least = rules["min-similarity=0.7"].similarity
-    assert least is not None
-    assert least[0] >= 0.7
-    assert rules["k=5"].coverage > rules["default"].coverage
-    k5 = rules["k=5"]
+    nearest = best_positions.min(axis=1)
+    result, samples = _stats_of(_by_config(analysis)["default"]), list(collection)
+    labels = [sample.label for sample in samples]
+    correct = np.mean([labels[a] == labels[p] for a, p in enumerate(nearest)])
+    assert result.label_precision is not None
+    assert result.label_precision.value == pytest.approx(correct)
+    assert result.similarity is not None
+    assert result.similarity[1] == pytest.approx(np.median(cosine.max(axis=1)), abs=1e-3)
+    assert result.coverage == len(set(nearest.tolist())) / len(samples)
+    assert result.reciprocity == np.mean([nearest[p] == a for a, p in enumerate(nearest)])
+    image_hashes = compute_perceptual_hashes(collection).hashes
+    distances = [(int(image_hashes[a]) ^ int(image_hashes[p])).bit_count() for a, p in enumerate(nearest)]
+    assert result.hash_distance is not None
+    assert result.hash_distance == pytest.approx(np.mean(distances))
+    assert analysis.random_baseline.hash_distance is not None
+    assert analysis.random_baseline.hash_distance > result.hash_distance > 0
+    is_identical = [sorted(samples[a].captions) == sorted(samples[p].captions) for a, p in enumerate(nearest)]
+    assert result.identical_caption_fraction == pytest.approx(np.mean(is_identical))
+
+
+def test_configs_change_their_statistics(analysis: PairAnalysis) -> None:
+    config_stats = {name: _stats_of(row) for name, row in _by_config(analysis).items()}
+    assert (
+        config_stats["exclude_identical_captions"].identical_caption_fraction
+        == 0
+        < config_stats["default"].identical_caption_fraction
+    )
+    similarity = config_stats["min_similarity=0.7"].similarity
+    assert similarity is not None
+    assert similarity[0] >= 0.7
+    assert config_stats["k=5"].coverage > config_stats["default"].coverage
+    k5 = config_stats["k=5"]
     assert k5.label_precision is not None
     assert k5.top1_precision is not None
     assert k5.label_precision.value < k5.top1_precision.value
 
 
-def test_all_mutual_neighbors_are_reciprocal_pairs(collection: CaptionDataset) -> None:
-    (row,) = analyze_pairs(collection, pair_configs=["k=10,mutual-k=10"]).rows
-    assert _figures(row).reciprocity == pytest.approx(1.0)
+def test_mutual_neighbors_are_reciprocal(collection: CaptionDataset) -> None:
+    (row,) = analyze_pairs(collection, pair_configs=["k=10,mutual_k=10"]).rows
+    assert _stats_of(row).reciprocity == pytest.approx(1.0)
 
 
-def test_a_rule_that_leaves_nobody_is_a_row(collection: CaptionDataset) -> None:
-    found = analyze_pairs(
+def test_config_without_pairs_is_a_row_with_an_error(collection: CaptionDataset) -> None:
+    result = analyze_pairs(
         collection,
         [MINILM],
-        ["exclude-identical-captions,min-similarity=1", "source=self", "default", "default"],
+        ["exclude_identical_captions,min_similarity=1", "source=self", "default", "default"],
     )
-    assert [row.stats is None for row in found.rows] == [True, False, True]
-    nobody, paper, itself = found.rows
-    assert nobody.error is not None
-    assert "has a partner" in nobody.error
-    assert itself.error == "no image has a partner other than itself"
-    assert paper.error is None
-    assert [[shown.row for shown in anchor.partners] for anchor in found.anchors] == [[1]] * 6
+    assert [row.stats is None for row in result.rows] == [True, False, True]
+    no_partner, default, self_pairs = result.rows
+    assert no_partner.error is not None
+    assert "has a partner" in no_partner.error
+    assert self_pairs.error == "no image has a partner other than itself"
+    assert default.error is None
+    assert [[partner.row for partner in anchor.partners] for anchor in result.anchors] == [[1]] * 6
 
 
-def test_captions_drawn_each_epoch_are_judged_by_caption(collection: CaptionDataset) -> None:
-    draw, best = analyze_pairs(collection, [MINILM], ["caption-pooling=sample", "caption-pooling=max"]).rows
-    assert _figures(draw).paired_fraction == _figures(best).paired_fraction == 1.0
-    assert _figures(draw).coverage > 0.5
+def test_sampled_captions_are_analyzed_per_caption(collection: CaptionDataset) -> None:
+    sampled, max_pooled = analyze_pairs(
+        collection, [MINILM], ["caption_pooling=sample", "caption_pooling=max"]
+    ).rows
+    assert _stats_of(sampled).paired_fraction == _stats_of(max_pooled).paired_fraction == 1.0
+    assert _stats_of(sampled).coverage > 0.5
 
 
-def test_the_same_question_has_the_same_answer(collection: CaptionDataset, usual: PairAnalysis) -> None:
-    assert analyze_pairs(collection) == usual
+def test_analysis_is_deterministic(collection: CaptionDataset, analysis: PairAnalysis) -> None:
+    assert analyze_pairs(collection) == analysis
 
 
-def test_what_cannot_be_diagnosed_is_refused(collection: CaptionDataset) -> None:
+def test_invalid_analysis_raises(collection: CaptionDataset) -> None:
     with pytest.raises(InvalidInputError, match="unknown field 'mutal'"):
         analyze_pairs(collection, pair_configs=["mutal=10"])
     with pytest.raises(ArtifactError, match="no embeddings"):
         analyze_pairs(collection, pair_configs=["source=vision"])
 
 
-def test_nearest_of_a_sample_are_those_of_the_search(collection: CaptionDataset, usual: PairAnalysis) -> None:
-    found = sample_neighbors(collection, MINILM, use_image_embeddings=False)
-    np.testing.assert_array_equal(found.anchors, np.arange(len(collection)))
-    assert sum(found.histogram.counts) == len(collection)
-    assert found.histogram == usual.similarity_histograms[0]
+def test_sampled_neighbors_equal_the_search(collection: CaptionDataset, analysis: PairAnalysis) -> None:
+    result = sample_neighbors(collection, MINILM, use_image_embeddings=False)
+    np.testing.assert_array_equal(result.anchors, np.arange(len(collection)))
+    assert sum(result.histogram.counts) == len(collection)
+    assert result.histogram == analysis.similarity_histograms[0]
 
 
 @pytest.fixture(scope="module")
-def several(collection: CaptionDataset, tmp_path_factory: pytest.TempPathFactory) -> CaptionDataset:
-    """The same collection with embeddings of captions by words, and of images by an untrained network."""
-    folder = tmp_path_factory.mktemp("several") / "c"
+def dataset(collection: CaptionDataset, tmp_path_factory: pytest.TempPathFactory) -> CaptionDataset:
+    """Return a copy of the dataset with TF-IDF embeddings of captions and untrained embeddings of images."""
+    folder = tmp_path_factory.mktemp("dataset") / "c"
     shutil.copytree(collection.path, folder)
     embed(folder, "tfidf")
-    embed(folder, LOOKS)
+    embed(folder, IMAGE_ENCODER)
     return CaptionDataset(folder)
 
 
-def test_encoders_are_compared_side_by_side(several: CaptionDataset) -> None:
-    found = analyze_pairs(several, pair_configs=["default", "source=vision", "source=hybrid"])
-    assert {(row.pair_config, row.encoder) for row in found.rows} == {
+def test_encoders_are_compared(dataset: CaptionDataset) -> None:
+    result = analyze_pairs(dataset, pair_configs=["default", "source=vision", "source=hybrid"])
+    assert {(row.pair_config, row.encoder) for row in result.rows} == {
         ("default", MINILM),
         ("default", "tfidf"),
-        ("source=vision", LOOKS),
-        ("source=hybrid", f"{MINILM} + {LOOKS}"),
-        ("source=hybrid", f"tfidf + {LOOKS}"),
+        ("source=vision", IMAGE_ENCODER),
+        ("source=hybrid", f"{MINILM} + {IMAGE_ENCODER}"),
+        ("source=hybrid", f"tfidf + {IMAGE_ENCODER}"),
     }
-    by_looks = {row.pair_config: _figures(row).image_similarity or 0.0 for row in found.rows}
-    assert found.image_encoder == LOOKS
-    assert found.random_baseline.image_similarity is not None
+    image_similarity = {row.pair_config: _stats_of(row).image_similarity or 0.0 for row in result.rows}
+    assert result.image_encoder == IMAGE_ENCODER
+    assert result.random_baseline.image_similarity is not None
     assert (
-        by_looks["source=vision"]
-        > by_looks["source=hybrid"]
-        > by_looks["default"]
-        > found.random_baseline.image_similarity
+        image_similarity["source=vision"]
+        > image_similarity["source=hybrid"]
+        > image_similarity["default"]
+        > result.random_baseline.image_similarity
     )
-    assert {each.encoder for each in found.similarity_histograms} == {MINILM, "tfidf", LOOKS}
-    assert len(found.agreements) == 3
-    one = analyze_pairs(several, ["tfidf"], ["default"])
+    assert {row.encoder for row in result.similarity_histograms} == {MINILM, "tfidf", IMAGE_ENCODER}
+    assert len(result.agreements) == 3
+    one = analyze_pairs(dataset, ["tfidf"], ["default"])
     assert [row.encoder for row in one.rows] == ["tfidf"]
-    assert one.image_encoder == LOOKS
-    assert "source=hybrid" in {row.pair_config for row in analyze_pairs(several, ["tfidf", LOOKS]).rows}
+    assert one.image_encoder == IMAGE_ENCODER
+    assert "source=hybrid" in {
+        row.pair_config for row in analyze_pairs(dataset, ["tfidf", IMAGE_ENCODER]).rows
+    }
 
 
-def test_agreement_is_that_of_the_nearest(several: CaptionDataset) -> None:
-    """Ten nearest and similarities recomputed image by image, ties as the search breaks them."""
-    sides = [
-        sample_neighbors(several, MINILM, use_image_embeddings=False),
-        sample_neighbors(several, "tfidf", use_image_embeddings=False),
+def test_agreement_equals_a_direct_computation(dataset: CaptionDataset) -> None:
+    """Recompute overlap and correlation of the ten nearest, image by image."""
+    by_encoder = [
+        sample_neighbors(dataset, MINILM, use_image_embeddings=False),
+        sample_neighbors(dataset, "tfidf", use_image_embeddings=False),
     ]
-    told = compute_agreement(*sides)
-    assert told is not None
-    vectors = [side.vectors.get(np.arange(len(several))) for side in sides]
+    agreement = compute_agreement(*by_encoder)
+    assert agreement is not None
+    vectors = [neighbors.vectors.get(np.arange(len(dataset))) for neighbors in by_encoder]
     overlaps, correlations = [], []
-    for image in range(len(several)):
-        tens = [{int(p) for p in side.neighbor_positions[image] if p >= 0} for side in sides]
-        if not all(tens):
+    for image in range(len(dataset)):
+        nearest = [
+            {int(p) for p in neighbors.neighbor_positions[image] if p >= 0} for neighbors in by_encoder
+        ]
+        if not all(nearest):
             continue
-        overlaps.append(len(tens[0] & tens[1]) / max(map(len, tens)))
-        union = sorted(tens[0] | tens[1])
+        overlaps.append(len(nearest[0] & nearest[1]) / max(map(len, nearest)))
+        union = sorted(nearest[0] | nearest[1])
         values = [(v[union] * v[image]).sum(axis=1) for v in vectors]
-        if all(np.ptp(each) > 0 for each in values):
+        if all(np.ptp(row) > 0 for row in values):
             correlations.append(stats.spearmanr(*values)[0])
-    assert told.num_images == len(overlaps)
-    assert told.overlap == pytest.approx(np.mean(overlaps))
-    assert told.correlation == pytest.approx(np.mean(correlations), abs=0.01)
+    assert agreement.num_images == len(overlaps)
+    assert agreement.overlap == pytest.approx(np.mean(overlaps))
+    assert agreement.correlation == pytest.approx(np.mean(correlations), abs=0.01)
 
 
 def _likewise(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
@@ -440,27 +459,25 @@ def _likewise(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
     return subprocess.run(command, capture_output=True, text=True, check=False)
 
 
-def test_the_command_line_prints_a_table_and_writes_a_page(
-    collection: CaptionDataset, tmp_path: Path
-) -> None:
-    page, asked = (
+def test_command_prints_a_table_and_writes_a_report(collection: CaptionDataset, tmp_path: Path) -> None:
+    page, configs = (
         tmp_path / "pairs.html",
-        ("default", "k=3,mutual-k=10", "exclude-identical-captions,min-similarity=0.99"),
+        ("default", "k=3,mutual_k=10", "exclude_identical_captions,min_similarity=0.99"),
     )
-    rules = [word for rule in asked for word in ("--pair-config", rule)]
-    told = _likewise("analyze-pairs", collection.path, "--encoder", MINILM, *rules, "--out", page)
-    assert told.returncode == 0, told.stderr
-    lines = told.stdout.splitlines()
-    starts = [line.split()[0] for line in lines if line.startswith("  ") and line.strip()]
-    assert [each for each in starts if each in asked] == list(asked)
-    assert any("has a partner" in line for line in lines)
+    flags = [flag for pair_config in configs for flag in ("--pair-config", pair_config)]
+    completed = _likewise("analyze-pairs", collection.path, "--encoder", MINILM, *flags, "--out", page)
+    assert completed.returncode == 0, completed.stderr
+    output_lines = completed.stdout.splitlines()
+    starts = [line.split()[0] for line in output_lines if line.startswith("  ") and line.strip()]
+    assert [start for start in starts if start in configs] == list(configs)
+    assert any("has a partner" in line for line in output_lines)
     assert page.is_file()
     assert page.with_suffix(".json").is_file()
 
 
-def test_the_command_line_tells_machines_the_same(collection: CaptionDataset, tmp_path: Path) -> None:
+def test_command_prints_json(collection: CaptionDataset, tmp_path: Path) -> None:
     page = tmp_path / "pairs.html"
-    told = _likewise(
+    completed = _likewise(
         "analyze-pairs",
         collection.path,
         "--pair-config",
@@ -472,8 +489,8 @@ def test_the_command_line_tells_machines_the_same(collection: CaptionDataset, tm
         "--out",
         page,
     )
-    assert told.returncode == 0, told.stderr
-    result = json.loads(told.stdout)
+    assert completed.returncode == 0, completed.stderr
+    result = json.loads(completed.stdout)
     assert [row["pair_config"] for row in result["rows"]] == ["default", "k=3"]
     assert result["page"] == str(page)
     saved = json.loads(page.with_suffix(".json").read_text())
@@ -483,10 +500,10 @@ def test_the_command_line_tells_machines_the_same(collection: CaptionDataset, tm
     )
 
 
-def test_draws_are_plain_arrays() -> None:
-    pairs, owner = _pairs(12, None, several=False)
-    draws = pair_distribution(pairs, owner)
-    assert isinstance(draws, PairDistribution)
-    sums = np.bincount(draws.anchors, draws.prob, minlength=12)
+def test_distribution_sums_to_one_per_anchor() -> None:
+    pairs, image_ids = _make_pairs(12, None, multiple_rows=False)
+    distribution = pair_distribution(pairs, image_ids)
+    assert isinstance(distribution, PairDistribution)
+    sums = np.bincount(distribution.anchors, distribution.prob, minlength=12)
     np.testing.assert_allclose(sums[pairs.has_partner], 1)
     assert not sums[~pairs.has_partner].any()

@@ -1,1 +1,1 @@
-"""Who is described like whom, and who is shown with whom."""
+"""Nearest neighbors of images by caption or image embeddings: exact and approximate search."""

@@ -1,8 +1,8 @@
-"""One pass over all columns: fast inexact products first, exact ones for the few pairs that they leave.
+"""Exact top-k in one pass over all columns: low-precision scores with an error bound, rescored in float64.
 
-A fast product gives an interval that holds the similarity. A pair is dropped only when the intervals of k
-others of its row lie wholly above its own, and what is left is scored again in float64. So the result is
-exact, and the same whatever the arithmetic, the block sizes and the device.
+A low-precision product with its error bound gives an interval that contains the similarity. A pair is pruned
+only if the intervals of k others of its row lie entirely above its own; the remaining pairs are rescored in
+float64. The result is therefore exact and independent of precision, block sizes and device.
 """
 
 from collections.abc import Callable
@@ -15,20 +15,22 @@ import torch
 from scipy.sparse import csr_array, vstack
 from torch import Tensor
 
-# (n, d): an array of float32, or scipy's csr_array of float64, whose annotations lack indexing.
+from likewise.neighbors.constraints import SearchConstraints
+
+# (n, d): a float32 array or a float64 scipy csr_array, whose annotations lack indexing.
 Vectors = Any
-_MAX_SPARSE_DENSITY = 1 / 64  # nonzero share below which a sparse product is faster than a dense one
+_MAX_SPARSE_DENSITY = 1 / 64  # nonzero fraction below which a sparse product is faster than a dense one
 _SPARSE_CHUNK_ROWS = 4096
 
 
 @dataclass(frozen=True)
 class MatmulPrecision:
-    """How blocks are multiplied, and by how much that errs.
+    """Precision of block products, with its error.
 
     Attributes:
-        device: Where.
-        dtype: What vectors are rounded to before.
-        rel_error: Relative error of a product beyond the rounding of what goes in.
+        device: Device of the products.
+        dtype: Type that the vectors are rounded to.
+        rel_error: Relative error of a product beyond that of rounding the vectors.
         output_error: Relative error of rounding the result.
     """
 
@@ -42,10 +44,10 @@ EXACT_PRECISION = MatmulPrecision("cpu", torch.float64, 0.0, 0.0)
 
 
 def to_sparse_if_sparse(vectors: np.ndarray) -> Vectors:
-    """Return vectors (n, d) float32 as sparse float64 where nearly all of it is zero, as in word counts.
+    """Return vectors (n, d) float32 as sparse float64 if nearly all components are zero, as in word counts.
 
-    Such vectors have few different similarities, many of them 0. Their fast product is the exact one, summed
-    column by column in float64, so that ties need not be told apart by scoring each pair again.
+    Such vectors have many equal similarities. Their sparse product is the exact one, summed column by column
+    in float64, so that ties need no rescoring.
     """
     sample = vectors[:: max(1, len(vectors) // 1000)]
     if not len(vectors) or np.count_nonzero(sample) > _MAX_SPARSE_DENSITY * sample.size:
@@ -60,10 +62,10 @@ def to_sparse_if_sparse(vectors: np.ndarray) -> Vectors:
 
 
 def fastest_precision(device: str) -> MatmulPrecision:
-    """Choose the fastest multiplication whose error is known.
+    """Return the fastest precision with a known error bound.
 
-    bfloat16 (8 bits of precision, sums in float32) where the processor multiplies it; float32 elsewhere,
-    which on a GPU may mean TensorFloat-32 of 11 bits, as the caller has set it.
+    On the CPU bfloat16 (8 bits, sums in float32) if it has such instructions, else float32. On a GPU float32,
+    which may be TensorFloat-32 (11 bits), as the caller has set it.
     """
     if device != "cpu":
         return MatmulPrecision(device, torch.float32, 2.0**-9, 0.0)
@@ -74,14 +76,14 @@ def fastest_precision(device: str) -> MatmulPrecision:
 
 @cache
 def _has_native_bf16() -> bool:
-    # Older releases of torch do not tell.
+    # Older releases of torch lack this function.
     capabilities = getattr(torch.cpu, "get_capabilities", dict)()
     return bool(capabilities.get("avx512_bf16") or capabilities.get("amx_bf16"))
 
 
 @dataclass(frozen=True)
 class QuantizedRows:
-    """Vectors as they are multiplied, with what rounding did to them: norms of both, (n,) float64."""
+    """Rounded vectors, with their norms and the norms of their rounding errors, (n,) float64."""
 
     values: Tensor
     norms: np.ndarray
@@ -89,7 +91,7 @@ class QuantizedRows:
 
 
 def quantize_rows(vectors: np.ndarray, precision: MatmulPrecision) -> QuantizedRows:
-    """Make vectors (n, d) float32 ready to be multiplied."""
+    """Round vectors (n, d) float32 to the precision."""
     values = torch.from_numpy(vectors).to(precision.dtype)
     if precision.dtype == torch.float32:
         return QuantizedRows(values.to(precision.device), _norms(vectors), np.zeros(len(vectors)))
@@ -104,8 +106,8 @@ def _norms(vectors: np.ndarray) -> np.ndarray:
 def error_bound(queries: QuantizedRows, columns: QuantizedRows, precision: MatmulPrecision) -> np.ndarray:
     """Bound |x·y - fl(x̃·ỹ)| before the result is rounded, for each query and any of the columns: (m,).
 
-    With x = x̃ + e and y = ỹ + f it is at most |e||y| + |x̃||f| by Cauchy and Schwarz, and summing d products
-    in float32 adds at most d 2⁻²⁴ |x̃||ỹ|, doubled here for what hardware does with rounding and underflow.
+    With x = x̃ + e and y = ỹ + f it is at most |e||y| + |x̃||f| (Cauchy-Schwarz); summing d products in
+    float32 adds at most d 2⁻²⁴ |x̃||ỹ|, doubled here to cover rounding modes and underflow of the hardware.
     """
     max_norm, max_error = columns.norms.max(), columns.errors.max()
     rel_error = precision.rel_error + columns.values.shape[1] * 2.0**-23
@@ -117,27 +119,27 @@ def error_bound(queries: QuantizedRows, columns: QuantizedRows, precision: Matmu
 def score_interval(
     scores: np.ndarray, error: np.ndarray, precision: MatmulPrecision
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Return the ends of intervals that hold the true products, from computed ones and their radius."""
+    """Return the bounds of the intervals that contain the exact products of computed scores."""
     margin = error + precision.output_error * np.abs(scores)
     return scores - margin, scores + margin
 
 
 def matmul(queries: QuantizedRows, columns: QuantizedRows) -> Tensor:
-    """Return the products of all pairs, (m, c) of the type that is multiplied."""
+    """Return the products of all pairs, (m, c) in the dtype of the vectors."""
     if queries.values.device.type == "cpu" and queries.values.dtype == torch.float32:
-        # No setting lowers the precision of numpy's product, as it may that of torch's.
+        # Settings may lower the precision of torch's float32 product, but not of numpy's.
         return torch.from_numpy(queries.values.numpy() @ columns.values.numpy().T)
     return queries.values @ columns.values.T
 
 
 def at_least(scores: Tensor, threshold: np.ndarray) -> Tensor:
-    """Tell which places of a block reach their row's least value: (m, c) bool.
+    """Return which scores of a block reach the threshold of their row: (m, c) bool.
 
-    The bound is rounded as the block was. Rounding is monotone, so what reached it before, reaches it after.
+    The threshold is rounded as the block was. Rounding is monotone, so no score above it is lost.
     """
     bound = torch.from_numpy(threshold).to(scores.device, scores.dtype)[:, None]
     if scores.dtype == torch.bfloat16 and scores.device.type == "cpu" and bool((bound > 0).all()):
-        # Positive floats are ordered as their bits are, and numpy compares those four times as fast.
+        # Positive floats are ordered as their bits, and numpy compares those four times as fast.
         score_bits, bound_bits = scores.view(torch.int16).numpy(), bound.view(torch.int16).numpy()
         return torch.from_numpy(score_bits >= bound_bits)
     return scores >= bound
@@ -146,7 +148,7 @@ def at_least(scores: Tensor, threshold: np.ndarray) -> Tensor:
 def make_block_scorer(
     vectors: Vectors, rows: np.ndarray, precision: MatmulPrecision
 ) -> Callable[[np.ndarray], tuple[Tensor, np.ndarray]]:
-    """Return what multiplies some rows with others: (c,) -> products (m, c) and their radius (m,) float64."""
+    """Return a function from columns (c,) to scores (m, c) and their error bounds (m,) float64."""
     if not isinstance(vectors, np.ndarray):
         query_vectors, zero_error = vectors[rows], np.zeros(len(rows))
         return lambda columns: (torch.from_numpy((query_vectors @ vectors[columns].T).toarray()), zero_error)
@@ -160,90 +162,46 @@ def make_block_scorer(
 
 
 def _gather_rows(vectors: np.ndarray, rows: np.ndarray) -> np.ndarray:
-    """Copy some rows, at once where they lie side by side."""
+    """Copy rows, by a slice if they are contiguous."""
     if rows[-1] - rows[0] == len(rows) - 1 and (np.diff(rows) == 1).all():
         return np.array(vectors[rows[0] : rows[-1] + 1])
     return vectors[rows]
 
 
 _RESCORE_CHUNK_BYTES = 2**19
-_MIN_SCORE = -1e30  # below all similarities, and above what is struck out
-_BYTES_PER_HIT = 120  # of a pair that is kept, with what sorting it takes
-
-
-@dataclass(frozen=True)
-class SearchConstraints:
-    """Who may be whose neighbor, by row.
-
-    Attributes:
-        exclude: (n, m) int64; rows with an equal code >= 0 in any column are kept apart.
-        require: (n,) int64 or None; only rows with an equal code >= 0 come together.
-    """
-
-    exclude: np.ndarray
-    require: np.ndarray | None
-
-    @property
-    def is_trivial(self) -> bool:
-        """Whether anybody may be anybody's neighbor."""
-        return self.require is None and not self.exclude.shape[1]
-
-    def admissible(self, rows: np.ndarray, columns: np.ndarray) -> np.ndarray:
-        """Return which of some pairs are admissible: (p,), (p,) -> (p,) bool."""
-        mask = np.ones(len(rows), bool)
-        for ids in self.exclude.T:
-            row_ids = ids[rows]
-            mask &= (row_ids != ids[columns]) | (row_ids < 0)
-        if self.require is not None:
-            row_ids = self.require[rows]
-            mask &= (row_ids == self.require[columns]) & (row_ids >= 0)
-        return mask
-
-    def mask_scores(self, scores: Tensor, rows: np.ndarray, columns: np.ndarray) -> None:
-        """Set a block's inadmissible places to -inf: similar (m, c), rows (m,), others (c,)."""
-        for ids in self.exclude.T:
-            row_ids = np.where(ids[rows] < 0, -2, ids[rows])
-            scores.masked_fill_(_pairwise_equal(row_ids, ids[columns], scores.device), -torch.inf)
-        if self.require is not None:
-            is_equal = _pairwise_equal(
-                np.where(self.require[rows] < 0, -2, self.require[rows]), self.require[columns], scores.device
-            )
-            scores.masked_fill_(is_equal.logical_not_(), -torch.inf)
-
-
-def _pairwise_equal(rows: np.ndarray, columns: np.ndarray, device: torch.device) -> Tensor:
-    return torch.from_numpy(rows).to(device)[:, None] == torch.from_numpy(columns).to(device)
+_MIN_SCORE = -1e30  # below all similarities, and above masked scores
+_BYTES_PER_HIT = 120  # per candidate pair, including the buffers of sorting
 
 
 class TopKAccumulator:
-    """The pairs that may still be among their row's k best, each with an interval that holds its score.
+    """The pairs that may still be in the top k of their row, each with an interval that contains its score.
 
     Attributes:
-        lower_bound: (m,) float64, what k of the row's columns are known to reach.
+        lower_bound: (m,) float64, a score that at least k columns of the row reach.
     """
 
     def __init__(
         self, num_rows: int, k: int, score_fn: Callable[[np.ndarray, np.ndarray], np.ndarray]
     ) -> None:
-        """Begin with nothing; `score_fn` scores pairs (rows, columns) in float64."""
+        """Start empty; `score_fn` scores pairs (rows, columns) in float64."""
         self.k = k
         self.lower_bound = np.full(num_rows, -np.inf)
         self._rescored_bound = np.full(num_rows, -np.inf)
         self._score_fn = score_fn
-        # The k greatest lower ends that were seen of each row, rounded down: floors come from here.
+        # The k greatest lower ends of intervals per row, rounded down; lower bounds derive from them.
         self._top_lower_bounds = torch.full((num_rows, k), -torch.inf)
         self._candidates = [(np.empty(0, np.int64), np.empty(0, np.int64), np.empty(0), np.empty(0))]
         self._num_candidates = 0
 
     @property
     def threshold(self) -> np.ndarray:
-        """What a later column must reach, (m,) float64: beyond k settled ones, as ties go to the earlier."""
+        """Score that a later column must reach, (m,) float64; ties go to the earlier column."""
         return np.maximum(self.lower_bound, np.nextafter(self._rescored_bound, np.inf))
 
     def add(self, rows: np.ndarray, columns: np.ndarray, low: np.ndarray, high: np.ndarray) -> None:
-        """Take new pairs on: (p,) int64 each, rows ascending; and their intervals' ends (p,) float64.
+        """Add pairs, (p,) int64 each, rows ascending, with the bounds of their intervals, (p,) float64.
 
-        Columns must come in ascending order of each row.
+        The columns of a row must be added in ascending order.
         """
         self._raise_bounds(rows, low)
         self._candidates.append((rows, columns, low, high))
@@ -254,10 +212,10 @@ class TopKAccumulator:
                 self._rescore()
 
     def _raise_bounds(self, rows: np.ndarray, low: np.ndarray) -> None:
-        """Raise floors by new pairs."""
+        """Raise the lower bounds by new pairs."""
         starts = np.searchsorted(rows, np.arange(len(self.lower_bound)))
         rank = np.arange(len(rows)) - starts[rows]
-        # A row's pairs beyond so many are passed over here, which leaves its floor lower and still true.
+        # Further pairs of a row are ignored here, which leaves its bound lower but valid.
         width = min(int(rank.max(initial=-1)) + 1, 4 * self.k)
         new_bounds = np.full((len(self.lower_bound), width), -np.inf, np.float32)
         is_within = rank < width
@@ -269,14 +227,14 @@ class TopKAccumulator:
         self.lower_bound = np.maximum(self.lower_bound, self._top_lower_bounds.amin(dim=1).numpy())
 
     def _prune(self) -> None:
-        """Let go of what can no longer be among the best."""
+        """Remove pairs that can no longer be in the top k."""
         rows, columns, low, high = (np.concatenate(parts) for parts in zip(*self._candidates, strict=True))
         mask = high >= self.lower_bound[rows]
         self._candidates = [(rows[mask], columns[mask], low[mask], high[mask])]
         self._num_candidates = int(mask.sum())
 
     def _rescore(self) -> np.ndarray:
-        """Score exactly what is left and keep k a row, in order; return each one's place in its row."""
+        """Rescore the remaining pairs, sort and keep the top k of each row; return the rank of each."""
         rows, columns, low, high = self._candidates[0]
         is_uncertain = low < high
         score = low.copy()
@@ -294,7 +252,7 @@ class TopKAccumulator:
         return rank[mask]
 
     def result(self) -> tuple[np.ndarray, np.ndarray]:
-        """Return the k best columns of every row (m, k) int64, -1 padded, and scores (m, k) float64."""
+        """Return the top k columns of each row, (m, k) int64 padded with -1, and scores (m, k) float64."""
         self._prune()
         rank = self._rescore()
         rows, columns, score, _ = self._candidates[0]
@@ -305,7 +263,7 @@ class TopKAccumulator:
 
 
 def exact_scores(vectors: np.ndarray, rows: np.ndarray, columns: np.ndarray) -> np.ndarray:
-    """Score pairs in float64; each pair's value depends on nothing but its two vectors."""
+    """Score pairs in float64; the score of a pair depends on its two vectors only."""
     scores = np.empty(len(rows))
     chunk_size = max(1, _RESCORE_CHUNK_BYTES // (4 * max(1, vectors.shape[1])))
     for start in range(0, len(rows), chunk_size):
@@ -315,7 +273,7 @@ def exact_scores(vectors: np.ndarray, rows: np.ndarray, columns: np.ndarray) -> 
 
 
 def block_sizes(dim: int, k: int, memory_bytes: int) -> tuple[int, int]:
-    """Return how many query rows and columns to compare at a time, within some bytes; at least 32 of each."""
+    """Return the numbers of query rows and columns per block within a memory limit; at least 32 each."""
     rows, columns = 4096, 1024
 
     def num_bytes() -> int:
@@ -336,20 +294,20 @@ def topk_columns(
     precision: MatmulPrecision,
     block_size: int,
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Return the k best admissible columns of each row.
+    """Return the top k admissible columns of each row.
 
     Args:
-        vectors: (n, d) float32, or what `compact` made of them.
-        rows: (m,) int64 rows of `vectors` to search for.
-        columns: (c,) int64 rows of `vectors` to search among.
-        k: How many.
-        constraints: Who may be whose.
-        precision: How to multiply blocks.
-        block_size: Columns a block.
+        vectors: (n, d) float32, or the result of `to_sparse_if_sparse`.
+        rows: (m,) int64, the query rows of `vectors`.
+        columns: (c,) int64, the rows of `vectors` to search.
+        k: Number of columns per row.
+        constraints: Which rows may be neighbors.
+        precision: Precision of block products.
+        block_size: Columns per block.
 
     Returns:
-        Indices into `columns` (m, k) int64, best first, ties to the lower, -1 where there are no more; and
-        similarities (m, k) float64, -inf there.
+        Indices into `columns` (m, k) int64, best first, ties to the lower, padded with -1; and similarities
+        (m, k) float64, padded with -inf.
     """
     accumulator = TopKAccumulator(
         len(rows),
@@ -358,7 +316,7 @@ def topk_columns(
     )
     score_block = make_block_scorer(vectors, rows, precision)
     if len(columns) > 4 * block_size:
-        # A sample first: where like lies beside like, the first block alone would say little of the others.
+        # Bounds from a sample first: if similar rows are adjacent, the first block is not representative.
         sample = columns[:: len(columns) // block_size]
         scores, error = score_block(sample)
         constraints.mask_scores(scores, rows, sample)
@@ -377,7 +335,7 @@ def topk_columns(
 
 
 def _dense_limit(accumulator: TopKAccumulator) -> int:
-    """Return how many pairs of a block are too many to look at one by one."""
+    """Return the number of hits of a block above which it is masked as a whole."""
     return 2 * accumulator.k * len(accumulator.lower_bound)
 
 
@@ -388,7 +346,7 @@ def _count_true(mask: Tensor) -> int:
 def _raise_bounds_from_block(
     scores: Tensor, accumulator: TopKAccumulator, error: np.ndarray, precision: MatmulPrecision
 ) -> None:
-    """Raise each row's floor to what k columns of a block reach for certain."""
+    """Raise each lower bound to what k columns of a block reach for certain."""
     if accumulator.k <= scores.shape[1]:
         kth_scores = scores.topk(accumulator.k, dim=1, sorted=False).values.amin(dim=1).double().cpu().numpy()
         is_full = np.isfinite(kth_scores)
@@ -404,9 +362,9 @@ def _select_hits(
     constraints: SearchConstraints,
     block: tuple[np.ndarray, np.ndarray],
 ) -> Tensor:
-    """Return the flat places of a block that are admissible and may belong to their row's best, ascending.
+    """Return the flat indices of admissible pairs of a block that may be in their row's top k, ascending.
 
-    Where they crowd, the codes of the whole block are compared, and floors are raised by what it holds.
+    If there are many, the constraints mask the whole block, which then raises the lower bounds.
     """
 
     def select() -> Tensor:

@@ -1,4 +1,4 @@
-"""Search settings: which images may be found, and how."""
+"""Config of the neighbor search; imports no heavy library, because the command line reads it first."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -38,12 +38,11 @@ def check_range(name: str, value: int | float | None, low: int | float, high: in
 
 
 CaptionPooling = Literal["mean", "max", "sample"]
-
-
 GroupScope = Literal["any", "same", "different"]
-
-
 IndexType = Literal["auto", "exact", "ivf"]
+
+DEFAULT_K = 10  # neighbors per image
+NUM_RERANK_CANDIDATES = 50  # neighbors that are re-ranked or fused
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -74,9 +73,3 @@ class SearchConfig:
         """
         check_choices(self)
         check_range("target_recall", self.target_recall, 0, 1)
-
-
-DEFAULT_K = 10  # neighbors per image
-
-
-NUM_RERANK_CANDIDATES = 50  # neighbors that are re-ranked or fused

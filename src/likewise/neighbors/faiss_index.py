@@ -1,7 +1,7 @@
-"""Approximate nearest neighbors: faiss's inverted lists, probed until a measured recall is reached.
+"""Approximate nearest neighbors: a faiss inverted file (IVF) whose `nprobe` is set by measured recall.
 
-Vectors are put into lists by k-means, and a query looks only into the lists whose centers are nearest to it
-(Jégou, Douze and Schmid 2011, section IV). What is found is scored again in float64.
+k-means assigns vectors to lists, and a query searches the lists with the nearest centroids only (Jégou, Douze
+and Schmid 2011, section IV). Results are rescored in float64.
 """
 
 from typing import Any
@@ -10,8 +10,10 @@ import numpy as np
 
 from likewise.errors import DependencyError
 from likewise.neighbors._bf16_scan import exact_scores
+from likewise.neighbors.constraints import SearchConstraints
 from likewise.neighbors.search import (
     DEFAULT_MEMORY_BYTES,
+    UNCONSTRAINED,
     ExactIndex,
     Index,
     SearchResult,
@@ -24,62 +26,50 @@ _RECALL_K = 10
 _RECALL_SAMPLE_SIZE = 500
 _LISTS_PER_SQRT_ROW = 2
 _TRAIN_ROWS_PER_LIST = 64
-_MIN_ROWS_PER_LIST = 39  # where faiss begins to warn
+_MIN_ROWS_PER_LIST = 39  # below it faiss warns
 _ADD_BATCH_SIZE = 65_536
-_MAX_OVERSAMPLING = 16  # times k + 1; rows that so many cannot fill are searched exactly
+_MAX_OVERSAMPLING = 16  # times k + 1; rows with fewer results are searched exactly
 
 
 class IVFIndex(Index):
-    """Search in the nearest of faiss's inverted lists, with measured recall.
+    """Approximate search in a faiss inverted file with measured recall.
 
     Attributes:
-        recall: The share of the exact 10 nearest that was found, over a sample of rows, with this `nprobe`.
-        nprobe: How many lists are looked into.
-        nlist: How many lists there are.
-        sample_size: How many rows the recall was measured on.
+        recall: Recall at 10 against the exact search, on a sample of rows.
+        nprobe: Number of lists that a query searches.
+        nlist: Number of lists.
+        sample_size: Number of rows in the sample.
     """
 
     def __init__(
         self,
         vectors: np.ndarray,
+        constraints: SearchConstraints = UNCONSTRAINED,
         *,
-        exclude: np.ndarray | None = None,
-        require: np.ndarray | None = None,
-        image_ids: np.ndarray | None = None,
         memory_bytes: int = DEFAULT_MEMORY_BYTES,
         device: str = "cpu",
         target_recall: float = DEFAULT_TARGET_RECALL,
         seed: int = 0,
     ) -> None:
-        """Build the lists and double `nprobe` until the recall is reached, or all lists are searched.
+        """Build the lists, and double `nprobe` until the target recall is reached or all lists are searched.
 
-        There are 2 √u lists of u distinct vectors; they hold u d 4 bytes in memory beside the mapped vectors,
-        and where nearly all numbers are 0, 12 bytes for each other one.
+        u distinct vectors are assigned to 2 √u lists, which take 4 u d bytes of memory in addition to the
+        memory-mapped vectors, and 12 bytes per nonzero component of sparse ones.
 
         Args:
-            vectors: (n, d) float32 of unit length or zero, may be memory-mapped.
-            exclude: (n, m) int64 codes or None: rows with an equal code >= 0 in any column are kept apart.
-            require: (n,) int64 codes or None: only rows with an equal code >= 0 come together.
-            image_ids: (n,) int64 codes >= 0 or None: rows of one record are kept apart, and of another record
-                only the nearest row is found.
-            memory_bytes: Bytes that blocks may take beside the lists.
-            device: Where the exact search runs, of the sample and of rows that the lists cannot fill.
-            target_recall: The least recall@10 to reach on the sample.
-            seed: Draws what k-means begins with, what it is trained on, and the sample.
+            vectors: (n, d) float32, unit length or zero, may be memory-mapped.
+            constraints: Which rows may be neighbors.
+            memory_bytes: Memory of blocks in bytes, in addition to the lists.
+            device: Device of the exact search, of the sample and of rows that the lists leave incomplete.
+            target_recall: Minimum recall at 10 on the sample.
+            seed: Seed of k-means and of the sample.
 
         Raises:
-            DependencyError: where faiss is not installed.
-            InputError: for codes that are not one a row.
+            DependencyError: if faiss is not installed.
+            InvalidInputError: if the constraints do not have one code per row.
         """
         self._faiss = _import_faiss()
-        self._exact = ExactIndex(
-            vectors,
-            exclude=exclude,
-            require=require,
-            image_ids=image_ids,
-            memory_bytes=memory_bytes,
-            device=device,
-        )
+        self._exact = ExactIndex(vectors, constraints, memory_bytes=memory_bytes, device=device)
         self._memory_bytes = memory_bytes
         self._first_rows = self._exact.dedup.first_rows
         num_unique = len(self._first_rows)
@@ -98,7 +88,7 @@ class IVFIndex(Index):
 
     def search(self, rows: np.ndarray, k: int) -> SearchResult:
         """See `Index.search`."""
-        image_ids = self._exact.image_ids
+        image_ids = self._exact.constraints.image_ids
         return (
             self._search_rows(rows, k)
             if image_ids is None
@@ -145,7 +135,7 @@ class IVFIndex(Index):
         return neighbors, similarity
 
     def _search_groups(self, groups: np.ndarray, num_candidates: int) -> tuple[np.ndarray, np.ndarray]:
-        """Return those of the nearest groups that are admissible, best first, and their exact scores."""
+        """Return the admissible ones of the nearest groups, best first, and their exact scores."""
         first_rows = self._first_rows
         search_params = self._faiss.SearchParametersIVF(nprobe=self.nprobe)
         best_groups = np.full((len(groups), num_candidates), -1, np.int64)
@@ -178,6 +168,6 @@ def _import_faiss() -> Any:
         import faiss
     except ImportError as error:
         raise DependencyError(
-            "the approximate search needs faiss; run: pip install 'likewise[approximate]'"
+            "the approximate search requires faiss: pip install 'likewise[approximate]'"
         ) from error
     return faiss

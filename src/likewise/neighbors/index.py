@@ -1,4 +1,4 @@
-"""The neighbors artifact: for each image of a collection, those most alike to it."""
+"""The neighbors artifact: the nearest images of each image of a dataset."""
 
 import logging
 from dataclasses import fields
@@ -31,8 +31,8 @@ from likewise.progress import NULL_PROGRESS, Progress
 logger = logging.getLogger(__name__)
 
 ARTIFACT_KIND = "neighbors"
-MAX_EXACT_ROWS = 1_000_000  # rows up to which `auto` compares everything with everything
-_QUERY_BATCH_SIZE = 4096  # an engine reads all columns once a call
+MAX_EXACT_ROWS = 1_000_000  # rows up to which `auto` is exact
+_QUERY_BATCH_SIZE = 4096  # each call to an index reads all vectors
 
 SCHEMA = pa.schema(
     [
@@ -44,10 +44,20 @@ SCHEMA = pa.schema(
 
 
 class Neighbors:
-    """Finished neighbors: a row an image, or a row a caption where captions are drawn."""
+    """Neighbors on disk: one row per image, or per caption with `caption_pooling` 'sample'.
+
+    Attributes:
+        k: Maximum number of neighbors per row.
+        encoder: Display name of the encoder of the embeddings.
+        embeddings_key: Key of the embeddings.
+    """
 
     def __init__(self, path: str | Path) -> None:
-        """Open neighbors; raises ArtifactError where there are none."""
+        """Open neighbors.
+
+        Raises:
+            ArtifactError: if the path holds no complete neighbors.
+        """
         self.artifact = Artifact.open(Path(path), ARTIFACT_KIND)
         self.path = self.artifact.path
         self.k: int = self.artifact.manifest.settings["k"]
@@ -56,7 +66,7 @@ class Neighbors:
 
     @property
     def order_key(self) -> str:
-        """A fingerprint of the order of neighbors; exact ones are the same however many are kept."""
+        """Hash of the order of neighbors; that of an exact search does not depend on k."""
         manifest = self.artifact.manifest
         if manifest.settings["index"] != "exact":
             return manifest.key
@@ -64,20 +74,25 @@ class Neighbors:
         return config_hash(ARTIFACT_KIND, settings, manifest.inputs)
 
     def __len__(self) -> int:
-        """How many rows there are."""
+        """Return the number of rows."""
         return self.artifact.manifest.counts["rows"]
 
     def topk(self, k: int | None = None) -> tuple[np.ndarray, np.ndarray]:
-        """Return the first k neighbors of every row.
+        """Return the first k neighbors of each row, all by default.
 
         Returns:
-            Positions (n, k) int64, nearest first, -1 where there is none; similarities (n, k) float32, -inf
-            there.
+            Positions (n, k) int64, nearest first, padded with -1; and similarities (n, k) float32, padded
+            with -inf.
+
+        Raises:
+            ArtifactError: if there are fewer than k neighbors per row.
         """
         width = self.k if k is None else k
         if not 1 <= width <= self.k:
             raise ArtifactError(
-                f"{self.path} holds {self.k} neighbors an image, not {width}; make it with -k {width}"
+                f"{self.path} has {self.k} neighbors per row, not {width}; search with a larger `k`",
+                field="k",
+                path=self.path,
             )
         positions = np.full((len(self), width), -1, np.int64)
         similarity = np.full((len(self), width), -np.inf, np.float32)
@@ -98,7 +113,7 @@ class Neighbors:
 
 
 def _ranks_in_lists(lengths: np.ndarray) -> np.ndarray:
-    """Return the place in its list of every entry of concatenated lists of these lengths."""
+    """Return the index of each entry within its list, for concatenated lists of these lengths."""
     ends = np.cumsum(lengths)
     return np.arange(ends[-1] if len(ends) else 0) - np.repeat(ends - lengths, lengths)
 
@@ -114,36 +129,35 @@ def find_neighbors(
     device: str | None = None,
     progress: Progress = NULL_PROGRESS,
 ) -> Neighbors:
-    """Find the k images most alike to each, into `COLLECTION/neighbors/…`.
+    """Find the k nearest images of each image; writes `DATASET/neighbors/…`.
 
-    Images without a caption take no part and get an empty list.
+    Images without a caption are no neighbors and have none.
 
     Args:
-        dataset: A collection or its path.
-        encoder: Whose embeddings to use; may be left out where there is only one.
-        k: Neighbors an image.
-        search_config: Who may be found at all; everybody where not given.
-        use_image_embeddings: Compare images by embeddings of themselves instead of their captions; so does
-            an `encoder`
-            whose name begins with `image:`.
-        memory_mb: MiB that a block of similarities may take; the vectors are mapped from disk.
-        device: Where blocks are compared.
-        progress: Where to report.
+        dataset: A dataset or its path.
+        encoder: Name of the embeddings; may be omitted if there is only one.
+        k: Neighbors per image.
+        search_config: Which images are compared, and how.
+        use_image_embeddings: Compare images by image embeddings instead of captions; implied by an `encoder`
+            that starts with `image:`.
+        memory_mb: Memory of blocks of similarities in MiB; the vectors are memory-mapped.
+        device: Device of the search; chosen automatically by default.
+        progress: Progress reporter.
 
     Raises:
-        InputError: for a k that the collection cannot give.
-        ArtifactError: where embeddings are missing.
+        InvalidInputError: if `k` is below 1 or the dataset has too few images.
+        ArtifactError: if embeddings are missing.
     """
     dataset, search_config = CaptionDataset.open(dataset), search_config or SearchConfig()
     use_image_embeddings = use_image_embeddings or (encoder or "").startswith("image:")
     embeddings = find_embeddings(dataset, encoder, modality="images" if use_image_embeddings else "captions")
     if k < 1:
-        raise InvalidInputError(f"-k is {k}; at least 1 neighbor is needed")
+        raise InvalidInputError(f"`k` must be at least 1, got {k}", field="k")
     view = open_view(dataset, search_config.filter)
     num_comparable = _num_comparable(view, embeddings)
     if num_comparable <= k:
         description = _describe_corpus(view, embeddings, search_config, num_comparable)
-        raise InvalidInputError(f"{description}; -k {k} needs at least {k + 1}")
+        raise InvalidInputError(f"{description}; `k` {k} requires at least {k + 1}", field="k")
     return _compute_neighbors(view, embeddings, search_config, k, memory_mb * 2**20, device, progress)
 
 
@@ -164,7 +178,7 @@ def _compute_neighbors(
         dataset.path / "neighbors" / folder_name, ARTIFACT_KIND, settings, inputs
     )
     if artifact.is_complete:
-        logger.info(f"neighbors by {settings['encoder']} exist: {artifact.path}")
+        logger.info(f"neighbors by {settings['encoder']} already exist: {artifact.path}")
         return Neighbors(artifact.path)
     with build_search_corpus(view, embeddings, search_config, artifact.path, progress=progress) as corpus:
         index = _build_index(corpus, settings, memory_bytes, device)
@@ -227,7 +241,7 @@ def find_or_compute_neighbors(
     num_comparable = _num_comparable(view, embeddings)
     if num_comparable < 2:
         description = _describe_corpus(view, embeddings, search_config, num_comparable)
-        raise InvalidInputError(f"{description}; pairs need at least 2")
+        raise InvalidInputError(f"{description}; pairs require at least 2")
     return _compute_neighbors(
         view, embeddings, search_config, max(k, DEFAULT_K), 512 * 2**20, device, progress
     )
@@ -267,27 +281,17 @@ def _settings_and_inputs(
 
 
 def _build_index(corpus: SearchCorpus, settings: dict[str, Any], memory_bytes: int, device: str) -> Index:
-    image_ids = corpus.image_ids if corpus.by_caption else None
     if settings["index"] == "exact":
-        return ExactIndex(
-            corpus.vectors,
-            exclude=corpus.exclude,
-            require=corpus.require,
-            image_ids=image_ids,
-            memory_bytes=memory_bytes,
-            device=device,
-        )
+        return ExactIndex(corpus.vectors, corpus.constraints, memory_bytes=memory_bytes, device=device)
     index = IVFIndex(
         corpus.vectors,
-        exclude=corpus.exclude,
-        require=corpus.require,
-        image_ids=image_ids,
+        corpus.constraints,
         memory_bytes=memory_bytes,
         target_recall=settings["target_recall"],
     )
     logger.info(
-        f"approximate index: {index.nlist:,} lists of which {index.nprobe:,} are searched; "
-        f"recall@10 {index.recall:.3f} on {index.sample_size:,} images searched exactly"
+        f"approximate index: nprobe {index.nprobe:,} of {index.nlist:,} lists; "
+        f"recall@10 {index.recall:.3f} on {index.sample_size:,} images"
     )
     return index
 
@@ -295,7 +299,7 @@ def _build_index(corpus: SearchCorpus, settings: dict[str, Any], memory_bytes: i
 def _search_missing_shards(
     dataset: CaptionDataset, artifact: Artifact, corpus: SearchCorpus, index: Index, progress: Progress
 ) -> int:
-    """Write the shards that are missing and return how many rows have a neighbor."""
+    """Write the missing shards and return the number of rows with a neighbor."""
     settings = artifact.manifest.settings
     paths = [artifact.path / shard_name("neighbors", i, "parquet") for i in range(len(dataset.shard_paths))]
     row_bounds = np.searchsorted(corpus.image_ids, dataset.shard_offsets)
@@ -325,7 +329,7 @@ def _write_shard(
     rows: np.ndarray,
     results: list[tuple[np.ndarray, np.ndarray]],
 ) -> None:
-    """Write one shard: a row an image, or a row a caption that counts where these are drawn from."""
+    """Write one shard: one row per image, or per included caption with `caption_pooling` 'sample'."""
     k = settings["k"]
     neighbors = np.concatenate([n for n, _ in results]) if results else np.empty((0, k), np.int64)
     similarity = np.concatenate([s for _, s in results]) if results else np.empty((0, k), np.float32)
@@ -356,7 +360,7 @@ def _write_shard(
 def _caption_rows(
     corpus: SearchCorpus, first_image: int, last_image: int, rows: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Return where in a shard's table searched captions stand, and whose each row of the table is."""
+    """Return the row of each searched caption in the table of a shard, and the image of each table row."""
     start, stop = np.searchsorted(corpus.all_image_ids, [first_image, last_image])
     return corpus.row_ids[rows] - start, corpus.all_image_ids[start:stop] - first_image
 
@@ -364,7 +368,10 @@ def _caption_rows(
 def _max_pool_captions(
     neighbors: np.ndarray, similarity: np.ndarray, image_ids: np.ndarray, k: int
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Merge the rows of each image's captions: the k best images by their best match, ties to the next."""
+    """Merge the rows of the captions of each image: the top k images by maximum similarity.
+
+    Ties are broken round-robin, as in `expand_duplicates`.
+    """
     query = np.repeat(image_ids, neighbors.shape[1])
     neighbor, score = neighbors.ravel(), similarity.ravel()
     order = np.lexsort((-score, neighbor, query))

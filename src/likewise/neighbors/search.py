@@ -1,9 +1,10 @@
-"""Exact nearest neighbors by cosine among admissible rows.
+"""Exact nearest neighbors by cosine similarity among admissible rows.
 
-Results depend neither on the size of blocks nor on the device (see `scan`). Equal vectors are searched once.
-Of equal vectors each finds those after itself first, and round, so that the images of one caption do not all
-share one partner; other ties go to the lower position. Nobody is their own neighbor, by identity and not by
-dropping the first hit: with repeated captions, the first hit is often somebody else.
+Results depend neither on block sizes nor on the device (see `_bf16_scan`). Equal vectors are searched once
+and expanded afterwards, with round-robin tie breaking: each of several equal rows has the next one as its
+nearest neighbor, and the last has the first. Images with the same caption thus do not all share one partner,
+and more images become partners. Other ties go to the lower row. A row is excluded from its own neighbors by
+its index, not by dropping the first hit, which with repeated captions is often another row.
 """
 
 from abc import ABC, abstractmethod
@@ -12,29 +13,29 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from likewise.errors import InvalidInputError
 from likewise.neighbors._bf16_scan import (
     EXACT_PRECISION,
-    SearchConstraints,
     Vectors,
     block_sizes,
     fastest_precision,
     to_sparse_if_sparse,
     topk_columns,
 )
+from likewise.neighbors.constraints import SearchConstraints
 
+UNCONSTRAINED = SearchConstraints()
 _HASH_CHUNK_BYTES = 2**19
 
 
 @dataclass(frozen=True)
 class Deduplicated:
-    """Vectors with the repeats taken out.
+    """Groups of equal rows.
 
     Attributes:
-        first_rows: (u,) int64, the first row of each distinct vector, ascending.
-        group_ids: (n,) int64, the distinct vector of each row.
-        members: (n,) int64, all rows ordered by group and then by row.
-        group_starts: (u + 1,) int64, where each group begins in `members`.
+        first_rows: (u,) int64, the first row of each group, ascending.
+        group_ids: (n,) int64, the group of each row.
+        members: (n,) int64, all rows, sorted by group and then by row.
+        group_starts: (u + 1,) int64, the start of each group in `members`.
     """
 
     first_rows: np.ndarray
@@ -43,21 +44,20 @@ class Deduplicated:
     group_starts: np.ndarray
 
 
-def deduplicate_rows(
-    vectors: np.ndarray, exclude: np.ndarray | None = None, require: np.ndarray | None = None
-) -> Deduplicated:
-    """Find rows that are equal to the bit, vectors (n, d) float32 and codes alike.
+def deduplicate_rows(vectors: np.ndarray, constraints: SearchConstraints = UNCONSTRAINED) -> Deduplicated:
+    """Group rows whose vectors and constraint codes are bitwise equal.
 
-    Rows are told apart by two independent 64-bit multiply-add hashes, so a false match among 10⁹ rows has a
-    probability below 10⁻²⁰.
+    Rows are compared by two independent 64-bit multiply-add hashes: the probability of a false match among
+    10⁹ rows is below 10⁻²⁰.
 
     Args:
         vectors: (n, d) float32, may be memory-mapped.
-        exclude: (n, m) int64 codes, or None.
-        require: (n,) int64 codes, or None.
+        constraints: Codes of the rows.
     """
-    id_columns = [part.reshape(len(vectors), -1) for part in (exclude, require) if part is not None]
-    num_words = (vectors.shape[1] + 1) // 2 + sum(part.shape[1] for part in id_columns)
+    id_columns = [column[:, None] for column in constraints.exclusion_columns()]
+    if constraints.require is not None:
+        id_columns.append(constraints.require[:, None])
+    num_words = (vectors.shape[1] + 1) // 2 + len(id_columns)
     multipliers = (
         np.random.default_rng(0).integers(1, 2**63, size=(2, num_words), dtype=np.int64).astype(np.uint64)
     )
@@ -74,7 +74,7 @@ def deduplicate_rows(
 
 
 def _as_uint64(vectors: np.ndarray, id_columns: list[np.ndarray]) -> np.ndarray:
-    """Lay rows out as 64-bit words, none of them zero for a zero component."""
+    """Return rows as 64-bit words that are nonzero for zero components."""
     is_odd = vectors.shape[1] % 2
     padded = np.pad(vectors, ((0, 0), (0, 1))) if is_odd else np.ascontiguousarray(vectors)
     columns = [
@@ -86,7 +86,7 @@ def _as_uint64(vectors: np.ndarray, id_columns: list[np.ndarray]) -> np.ndarray:
 
 def _group_by_hash(hashes: np.ndarray) -> Deduplicated:
     n = hashes.shape[1]
-    order = np.lexsort((hashes[1], hashes[0]))  # stable: rows of a group stay in their order
+    order = np.lexsort((hashes[1], hashes[0]))  # stable: keeps the order of rows in a group
     sorted_hashes = hashes[:, order]
     is_first = np.ones(n, bool)
     is_first[1:] = (sorted_hashes[:, 1:] != sorted_hashes[:, :-1]).any(axis=0)
@@ -102,100 +102,80 @@ def _group_by_hash(hashes: np.ndarray) -> Deduplicated:
 
 
 DEFAULT_MEMORY_BYTES = 512 * 2**20
-_MAX_WASTED_PAIRS = 2**17  # comparing so many takes about as long as beginning another block
+_MAX_WASTED_PAIRS = 2**17  # comparing these takes about as long as another block
 
 SearchResult = tuple[np.ndarray, np.ndarray]
 
 
 class Index(ABC):
-    """Vectors that can be asked for the nearest admissible others of their rows."""
+    """Index of vectors that returns the nearest admissible other rows of its rows."""
 
     @abstractmethod
     def search(self, rows: np.ndarray, k: int) -> SearchResult:
-        """Return the k nearest admissible other rows of some rows.
+        """Return the k nearest admissible other rows of each query row.
 
         Args:
-            rows: (m,) int64; thousands at a time are faster than the same in small parts.
-            k: How many, at least 1; rows with fewer admissible others are padded.
+            rows: Query rows, (m,) int64; thousands per call are faster than several small calls.
+            k: Number of neighbors, at least 1.
 
         Returns:
-            Rows (m, k) int64, nearest first, -1 where there are no more; and their cosine
-            similarity (m, k) float32, -inf there. Where records were given, at most one row of each record:
-            its nearest.
+            Rows (m, k) int64, nearest first, padded with -1; and cosine similarities (m, k) float32, padded
+            with -inf. With `SearchConstraints.image_ids`, at most one row per image, its nearest.
         """
 
 
 class ExactIndex(Index):
-    """Exact search over all rows."""
+    """Exact search over all rows.
+
+    ::
+
+        index = ExactIndex(vectors, SearchConstraints(require=group_ids))
+        neighbors, similarity = index.search(np.arange(len(vectors)), k=10)
+    """
 
     def __init__(
         self,
         vectors: np.ndarray,
+        constraints: SearchConstraints = UNCONSTRAINED,
         *,
-        exclude: np.ndarray | None = None,
-        require: np.ndarray | None = None,
-        image_ids: np.ndarray | None = None,
         memory_bytes: int = DEFAULT_MEMORY_BYTES,
         device: str = "cpu",
     ) -> None:
-        """Group equal rows.
+        """Deduplicate the rows.
 
         Args:
-            vectors: (n, d) float32 of unit length or zero, may be memory-mapped.
-            exclude: (n, m) int64 codes or None: rows with an equal code >= 0 in any column are kept apart.
-            require: (n,) int64 codes or None: only rows with an equal code >= 0 come together.
-            image_ids: (n,) int64 codes >= 0 or None: rows of one record are kept apart, and of another record
-                only the nearest row is found.
-            memory_bytes: Bytes that blocks may take; about 50 bytes a row and 4 a code come on top, and 24
-                for
-                each number that is not 0 where nearly all are.
-            device: Where blocks are compared; those of nearly nothing but zeros are on the processor.
+            vectors: (n, d) float32, unit length or zero, may be memory-mapped.
+            constraints: Which rows may be neighbors.
+            memory_bytes: Memory of blocks in bytes, in addition to about 50 bytes per row and, for sparse
+                vectors, 24 per nonzero component.
+            device: Device of dense products; sparse ones run on the CPU.
 
         Raises:
-            InputError: for codes that are not one a row.
+            InvalidInputError: if the constraints do not have one code per row.
         """
-        self.vectors, self.image_ids = vectors, image_ids
-        self.constraints = SearchConstraints(
-            _exclusion_columns(vectors, exclude, require, image_ids), require
-        )
-        self.dedup = deduplicate_rows(vectors, self.constraints.exclude, require)
+        constraints.validate(len(vectors))
+        self.vectors, self.constraints = vectors, constraints
+        self.dedup = deduplicate_rows(vectors, constraints)
         self._search_vectors = to_sparse_if_sparse(vectors)
         self._memory_bytes, self._device = memory_bytes, device
 
     def search(self, rows: np.ndarray, k: int) -> SearchResult:
         """See `Index.search`."""
-        if self.image_ids is None:
+        if self.constraints.image_ids is None:
             return self.search_rows(rows, k)
-        return topk_per_image(self.search_rows, rows, k, self.image_ids)
+        return topk_per_image(self.search_rows, rows, k, self.constraints.image_ids)
 
     def search_rows(self, rows: np.ndarray, k: int) -> SearchResult:
-        """Search as `search` does, and leave several rows of one record among what is found."""
-        exclude, require = self.constraints.exclude, self.constraints.require
+        """Search like `search`, but allow several rows of one image among the neighbors."""
         return exact_topk(
             self._search_vectors,
             self.dedup,
             rows,
             k,
-            exclude=exclude,
-            require=require,
+            constraints=self.constraints,
             memory_bytes=self._memory_bytes,
             device=self._device,
         )
-
-
-def _exclusion_columns(
-    vectors: np.ndarray, exclude: np.ndarray | None, require: np.ndarray | None, image_ids: np.ndarray | None
-) -> np.ndarray:
-    """Check that there is a code a row, and add the record to what must differ: (n, m) int64.
-
-    Raises:
-        InputError: for codes that are not one a row.
-    """
-    for name, ids in (("exclude", exclude), ("require", require), ("image_ids", image_ids)):
-        if ids is not None and (len(ids) != len(vectors) or ids.ndim != 1 + (name == "exclude")):
-            raise InvalidInputError(f"codes `{name}` have the shape {ids.shape}, for {len(vectors)} vectors")
-    columns = [ids.reshape(len(vectors), -1) for ids in (exclude, image_ids) if ids is not None]
-    return np.concatenate([np.empty((len(vectors), 0), np.int64), *columns], axis=1)
 
 
 def exact_topk(
@@ -204,38 +184,34 @@ def exact_topk(
     queries: np.ndarray,
     k: int,
     *,
-    exclude: np.ndarray | None = None,
-    require: np.ndarray | None = None,
+    constraints: SearchConstraints = UNCONSTRAINED,
     memory_bytes: int = DEFAULT_MEMORY_BYTES,
     device: str = "cpu",
 ) -> SearchResult:
-    """Return the k nearest admissible other rows of some query rows.
+    """Return the k nearest admissible other rows of each query row.
 
     Args:
-        vectors: (n, d) float32 of unit length or zero, may be memory-mapped; or what `compact` made of them.
-        dedup: What `group_equal` made of them and of the same codes.
-        queries: (m,) int64 rows.
-        k: How many neighbors; rows with fewer than k admissible others are padded.
-        exclude: (n, m) int64 codes or None: rows with an equal code >= 0 in any column are kept apart.
-        require: (n,) int64 codes or None: only rows with an equal code >= 0 come together.
-        memory_bytes: Bytes that blocks of similarities and what is selected of them may take.
-        device: Where blocks are compared.
+        vectors: (n, d) float32, unit length or zero, may be memory-mapped; or the result of
+            `to_sparse_if_sparse`.
+        dedup: Result of `deduplicate_rows` for the same vectors and constraints.
+        queries: Query rows, (m,) int64.
+        k: Number of neighbors.
+        constraints: Which rows may be neighbors.
+        memory_bytes: Memory of blocks of scores and their candidates, in bytes.
+        device: Device of dense products.
 
     Returns:
-        Neighbors (m, k) int64, nearest first, -1 where there are no more; and their cosine similarity (m, k)
-        float32, -inf there. Of rows that are equally near, those equal to each other (in codes too) stand
-        together, ordered by their lowest; among them come first those after the query row.
+        Neighbors (m, k) int64, nearest first, padded with -1; and cosine similarities (m, k) float32, padded
+        with -inf. Ties are ordered by the first row of each group of equal rows, and within a group by
+        round-robin tie breaking.
     """
     groups, inverse = np.unique(dedup.group_ids[queries], return_inverse=True)
     best_groups = np.full((len(groups), k + 1), -1, np.int64)
     scores = np.full((len(groups), k + 1), -np.inf)
-    constraints = SearchConstraints(
-        np.empty((vectors.shape[0], 0), np.int64) if exclude is None else exclude, require
-    )
     precision = fastest_precision(device) if isinstance(vectors, np.ndarray) else EXACT_PRECISION
     query_block_size, column_block_size = block_sizes(vectors.shape[1], k + 1, memory_bytes)
-    for block, columns in _query_blocks(dedup, groups, require, query_block_size):
-        # One more than k, because a row's own group is among its best and may hold nobody else.
+    for block, columns in _query_blocks(dedup, groups, constraints.require, query_block_size):
+        # k + 1, because the group of the query row is among the best and may have no other member.
         rows = dedup.first_rows[groups[block]]
         matches, scores[block] = topk_columns(
             vectors, rows, columns, k + 1, constraints, precision, column_block_size
@@ -247,7 +223,7 @@ def exact_topk(
 def _query_blocks(
     dedup: Deduplicated, groups: np.ndarray, require: np.ndarray | None, block_size: int
 ) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """Divide query groups into blocks: (places in `groups`, rows to search among), both int64."""
+    """Yield blocks of queries: (indices into `groups`, rows to search), both int64."""
     if require is None:
         blocks = [(np.arange(len(groups)), dedup.first_rows)]
     else:
@@ -260,7 +236,7 @@ def _query_blocks(
 def _group_blocks(
     query_group_ids: np.ndarray, column_group_ids: np.ndarray, rows: np.ndarray
 ) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """Bring queries and columns of the same code together, several small codes at a time."""
+    """Yield blocks of queries and the rows with the same codes, several small codes per block."""
     order = np.argsort(query_group_ids, kind="stable")
     order = order[np.searchsorted(query_group_ids[order], 0) :]
     column_order = np.argsort(column_group_ids, kind="stable")
@@ -293,18 +269,18 @@ def expand_duplicates(
     dedup: Deduplicated,
     k: int,
 ) -> SearchResult:
-    """Turn best groups into best rows, each row itself left out.
+    """Expand groups of equal rows to rows, without the query row itself.
 
-    Of the rows of a group, those after the row itself come first, and then those before it: were the lowest
-    always first, all images of one caption would share one partner.
+    Round-robin tie breaking: the members of a group after the query row come first, then those before it. If
+    the lowest member always came first, all images with one caption would share one partner.
 
     Args:
-        rows: (m,) int64.
-        best_groups: (g, j) int64 groups, best first, -1 padded; j > k, or all there are.
+        rows: Query rows, (m,) int64.
+        best_groups: (g, j) int64 groups, best first, padded with -1; j > k, or j is the number of groups.
         scores: (g, j) float64 similarities.
-        inverse: (m,) int64, the place in `best_groups` that answers for each row.
-        dedup: Who is in which group.
-        k: How many.
+        inverse: (m,) int64, the row of `best_groups` for each query row.
+        dedup: The groups.
+        k: Number of neighbors.
 
     Returns:
         Rows (m, k) int64 and similarities (m, k) float32, padded with -1 and -inf.
@@ -313,7 +289,7 @@ def expand_duplicates(
     similarity = np.full((len(rows), k), -np.inf, np.float32)
     group_sizes = np.diff(dedup.group_starts)
     max_members = min(k + 1, int(group_sizes.max(initial=0)))
-    # Members in order are also in the order of these numbers, which tell where a row would stand among them.
+    # These keys sort like `members`, so that a binary search gives the position of a row in a group.
     sort_keys = dedup.group_ids[dedup.members] * len(dedup.group_ids) + dedup.members
     chunk_size = max(1, 2**18 // max(1, best_groups.shape[1] * max_members))
     offsets = np.arange(max_members)
@@ -346,16 +322,17 @@ def expand_duplicates(
 def topk_per_image(
     search_fn: Callable[[np.ndarray, int], SearchResult], rows: np.ndarray, k: int, image_ids: np.ndarray
 ) -> SearchResult:
-    """Return the nearest rows of the k nearest records, by looking for more and more rows.
+    """Return the nearest row of each of the k nearest images, by doubling the number of rows.
 
     Args:
-        search_fn: Returns the best rows of some rows, as `Index.search` does.
-        rows: (m,) int64.
-        k: How many records.
-        image_ids: (n,) int64, the record of each row.
+        search_fn: Returns the nearest rows of query rows, like `Index.search`.
+        rows: Query rows, (m,) int64.
+        k: Number of images.
+        image_ids: (n,) int64, the image of each row.
 
     Returns:
-        Rows (m, k) int64 of different records, best first, and similarities (m, k) float32, padded.
+        Rows (m, k) int64 of different images, nearest first, and similarities (m, k) float32, padded with -1
+        and -inf.
     """
     neighbors = np.full((len(rows), k), -1, np.int64)
     similarity = np.full((len(rows), k), -np.inf, np.float32)
@@ -378,7 +355,7 @@ def topk_per_image(
 
 
 def _is_first_occurrence(ids: np.ndarray) -> np.ndarray:
-    """Tell where a code stands for the first time in its row: (m, k) int64 -> (m, k) bool."""
+    """Return which codes occur for the first time in their row: (m, k) int64 -> (m, k) bool."""
     order = np.argsort(ids, axis=1, kind="stable")
     sorted_ids = np.take_along_axis(ids, order, axis=1)
     is_first = np.ones(ids.shape, bool)

@@ -1,1 +1,1 @@
-"""Pair sampling: which images become positive pairs."""
+"""Positive pairs: configs, candidates, sampling, and statistics without training."""

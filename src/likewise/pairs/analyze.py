@@ -1,4 +1,4 @@
-"""Judge pairs without training: encoders and rules side by side, by figures and by pictures."""
+"""Compare encoders and pair configs without training: statistics of their pairs, and examples."""
 
 from collections import Counter
 from collections.abc import Sequence
@@ -9,15 +9,17 @@ from typing import Any
 
 import numpy as np
 
-from likewise.artifacts import MANIFEST
+from likewise.artifacts import Artifact
 from likewise.data.dataset import CaptionDataset
 from likewise.data.filters import DatasetView, open_view
 from likewise.data.perceptual_hash import compute_perceptual_hashes, find_near_duplicate_clusters
+from likewise.embeddings.store import ARTIFACT_KIND as EMBEDDINGS_KIND
 from likewise.embeddings.store import Embeddings, find_embeddings
 from likewise.errors import ArtifactError, InvalidInputError
 from likewise.neighbors.config import SearchConfig
+from likewise.neighbors.constraints import caption_hashes, encode_column
 from likewise.neighbors.index import find_or_compute_neighbors
-from likewise.neighbors.vectors import ImageVectors, caption_hashes, encode_column
+from likewise.neighbors.vectors import ImageVectors
 from likewise.pairs.build import find_candidates, select_partners
 from likewise.pairs.config import NEIGHBOR_SOURCES, PairConfig, parse_pair_config
 from likewise.pairs.sampling import Pairs
@@ -41,14 +43,14 @@ from likewise.rng import epoch_permutation
 
 @dataclass(frozen=True, kw_only=True)
 class AnalysisRow:
-    """One rule with one encoder.
+    """One pair config with one encoder.
 
     Attributes:
-        encoder: Whose embeddings; two names for a hybrid, none for labels and files.
-        pair_config: The rule as it is typed.
-        summary: The rule in words, with how many images have a partner.
-        error: Why there are no pairs, where there are none.
-        stats: What its pairs are worth, where there are some.
+        encoder: Name of the encoder; two names for `hybrid`, empty for labels and files.
+        pair_config: The pair config as text.
+        summary: The pair config in one sentence, with counts of images.
+        error: Reason if there are no pairs.
+        stats: Statistics of the pairs, unless there are none.
     """
 
     encoder: str
@@ -60,12 +62,12 @@ class AnalysisRow:
 
 @dataclass(frozen=True, kw_only=True)
 class PartnerExample:
-    """Whom a rule shows an image with in the first epoch of seed 0.
+    """The partner of an image by one pair config, in the first epoch with seed 0.
 
     Attributes:
-        row: The place of the rule among the rows.
-        position: The partner, or None where there is none.
-        similarity: As the rule sees it, if it does.
+        row: Index of the pair config in the rows of the analysis.
+        position: Position of the partner; None without one.
+        similarity: Cosine similarity of the search, if there is one.
     """
 
     row: int
@@ -75,7 +77,7 @@ class PartnerExample:
 
 @dataclass(frozen=True, kw_only=True)
 class AnchorExample:
-    """An image picked by seed alone, with its partner under each rule that left pairs."""
+    """A random image with its partner by each pair config that has pairs."""
 
     position: int
     partners: tuple[PartnerExample, ...]
@@ -83,18 +85,18 @@ class AnchorExample:
 
 @dataclass(frozen=True, kw_only=True)
 class PairAnalysis:
-    """Encoders and rules of pairing side by side.
+    """Comparison of encoders and pair configs on one dataset.
 
     Attributes:
-        dataset: The path of the collection.
-        num_images: How many images it has.
-        num_labeled: How many of them have a label.
-        image_encoder: The image encoder that tells how alike pairs look, if there is one.
-        rows: One an encoder and rule.
-        random_baseline: The same for two images picked blindly.
-        similarity_histograms: How alike the nearest are, one an encoder.
-        agreements: How far each two encoders agree.
-        anchors: A few images with their partners.
+        dataset: Path of the dataset.
+        num_images: Number of images.
+        num_labeled: Number of images with a label.
+        image_encoder: Encoder of the image similarity of pairs, if there are image embeddings.
+        rows: One row per encoder and pair config.
+        random_baseline: The statistics of random pairs.
+        similarity_histograms: Similarity to the nearest neighbor, one per encoder.
+        agreements: Agreement of each pair of encoders.
+        anchors: Random images with their partners.
     """
 
     dataset: str
@@ -108,18 +110,18 @@ class PairAnalysis:
     anchors: tuple[AnchorExample, ...]
 
     def to_dict(self) -> dict[str, Any]:
-        """Return everything as plain dictionaries, lists and numbers."""
+        """Return the analysis as dictionaries, lists and numbers."""
         return asdict(self)
 
 
 LANGUAGE_PAIR_CONFIGS = (
     "default",
     "k=5",
-    "exclude-identical-captions",
-    "mutual-k=10",
-    "hubness-correction=csls",
-    "hubness-correction=mutual-proximity",
-    "min-similarity=0.7",
+    "exclude_identical_captions",
+    "mutual_k=10",
+    "hubness_correction=csls",
+    "hubness_correction=mutual-proximity",
+    "min_similarity=0.7",
 )
 NUM_ANCHOR_EXAMPLES = 6
 _SEED = 0
@@ -128,7 +130,7 @@ _IMAGE_MODALITY = "images"
 
 @dataclass(frozen=True)
 class _EncoderNames:
-    """Names of finished embeddings, of captions and of images."""
+    """Names of the embeddings of captions and of images."""
 
     caption_encoders: tuple[str, ...]
     image_encoders: tuple[str, ...]
@@ -141,23 +143,22 @@ def analyze_pairs(
     *,
     progress: Progress = NULL_PROGRESS,
 ) -> PairAnalysis:
-    """Apply rules to a collection by several encoders and measure the pairs that they leave.
+    """Build the pairs of several encoders and pair configs, and compute their statistics without training.
 
-    Neighbors that are missing are searched for and kept. A rule that leaves nobody with a partner, or asks
-    for what the collection does not have (groups, labels), is a row with the reason.
+    Missing neighbors are searched for and stored. A pair config without pairs, or one that requires groups or
+    labels that the dataset lacks, is a row with an error.
 
     Args:
-        dataset: A collection or its path.
-        encoders: Whose embeddings to compare; names that begin with `image:` are those of images. All
-            finished ones where not given.
-        pair_configs: Rules as `parse_rule` reads them, or as they are; a rule that names no encoder is
-            applied with
-            each. Where not given, the usual ones, with labels as the oracle where there are any.
-        progress: Where to report.
+        dataset: A dataset or its path.
+        encoders: Names of the embeddings to compare; names that start with `image:` are of image embeddings.
+            Defaults to all embeddings of the dataset.
+        pair_configs: Pair configs, or their text as `parse_pair_config` reads it. A pair config that names no
+            encoder is analyzed with each. Defaults to a standard selection, with labels as the oracle.
+        progress: Progress reporter.
 
     Raises:
-        ArtifactError: where embeddings are missing.
-        InputError: for a rule that cannot be read.
+        ArtifactError: if embeddings are missing.
+        InvalidInputError: if a pair config is invalid.
     """
     dataset = CaptionDataset.open(dataset)
     available = _select_encoders(dataset, None)
@@ -168,12 +169,12 @@ def analyze_pairs(
     parsed = [parse_pair_config(config) if isinstance(config, str) else config for config in pair_configs]
     if not pair_configs:
         raise ArtifactError(
-            f"{dataset.path} has neither finished embeddings nor labels; run: likewise embed {dataset.path}"
+            f"{dataset.path} has neither embeddings nor labels; embed the dataset first", path=dataset.path
         )
     configs = list(
         dict.fromkeys(config for pair_config in parsed for config in _expand_encoders(pair_config, selected))
     )
-    configs.sort(key=lambda case: _sort_key(case, selected))
+    configs.sort(key=lambda config: _sort_key(config, selected))
     views = _Views(dataset)
     _precompute_neighbors(views, configs, progress)
     image_encoder = next(iter(selected.image_encoders or available.image_encoders), None)
@@ -202,9 +203,9 @@ def analyze_pairs(
 
 
 def format_pair_config(pair_config: PairConfig) -> str:
-    """Return a rule as it is typed, without its encoders; `default` if nothing differs from it."""
+    """Return a pair config as text without its encoders, in the form that `parse_pair_config` reads."""
     parts = [
-        field.name.replace("_", "-") + ("" if value is True else f"={value}")
+        field.name + ("" if value is True else f"={value}")
         for field in fields(pair_config)
         if (value := getattr(pair_config, field.name)) != field.default
         and field.name not in ("caption_encoder", "image_encoder")
@@ -213,7 +214,7 @@ def format_pair_config(pair_config: PairConfig) -> str:
 
 
 def format_encoders(pair_config: PairConfig) -> str:
-    """Return whose embeddings a rule goes by, or nothing where it needs none."""
+    """Return the names of the encoders of a pair config; empty if it uses none."""
     caption_encoder, image_encoder = pair_config.caption_encoder or "", pair_config.image_encoder or ""
     return {
         "language": caption_encoder,
@@ -223,9 +224,10 @@ def format_encoders(pair_config: PairConfig) -> str:
 
 
 def _select_encoders(dataset: CaptionDataset, requested: Sequence[str] | None) -> _EncoderNames:
-    """Return the names of embeddings that are asked for, or of all that are finished."""
+    """Return the names of the requested embeddings, all by default."""
     if requested is None:
-        embeddings = _list_embeddings(dataset)
+        artifacts = Artifact.find(dataset.path / "embeddings", EMBEDDINGS_KIND)
+        embeddings = [Embeddings(artifact.path) for artifact in artifacts]
     else:
         embeddings = [
             find_embeddings(
@@ -233,7 +235,7 @@ def _select_encoders(dataset: CaptionDataset, requested: Sequence[str] | None) -
             )
             for name in requested
         ]
-    # Two of one name, of other weights, go by the names of their folders.
+    # Embeddings with the same display name but different weights are identified by folder name.
     name_counts = Counter(name for name, _ in {(item.encoder_name, item.path) for item in embeddings})
     names = {
         item.path.name if name_counts[item.encoder_name] > 1 else item.encoder_name: item.modality
@@ -243,16 +245,6 @@ def _select_encoders(dataset: CaptionDataset, requested: Sequence[str] | None) -
         tuple(name for name, modality in names.items() if modality != _IMAGE_MODALITY),
         tuple(name for name, modality in names.items() if modality == _IMAGE_MODALITY),
     )
-
-
-def _list_embeddings(dataset: CaptionDataset) -> list[Embeddings]:
-    embeddings = []
-    for path in sorted((dataset.path / "embeddings").glob(f"*/{MANIFEST}")):
-        try:
-            embeddings.append(Embeddings(path.parent))
-        except ArtifactError:
-            continue
-    return embeddings
 
 
 def _default_configs(encoders: _EncoderNames, *, has_labels: bool) -> list[str]:
@@ -265,7 +257,7 @@ def _default_configs(encoders: _EncoderNames, *, has_labels: bool) -> list[str]:
 
 
 def _expand_encoders(pair_config: PairConfig, encoders: _EncoderNames) -> list[PairConfig]:
-    """Return a rule once for each encoder that it may go by and does not name."""
+    """Return a pair config once per encoder, unless it names one."""
     caption_encoders: Sequence[str | None] = (
         (pair_config.caption_encoder,)
         if pair_config.caption_encoder
@@ -275,7 +267,7 @@ def _expand_encoders(pair_config: PairConfig, encoders: _EncoderNames) -> list[P
         (pair_config.image_encoder,) if pair_config.image_encoder else encoders.image_encoders or (None,)
     )
     if pair_config.source == "language":
-        # Looks stand in for missing captions only.
+        # Image embeddings only replace missing captions.
         return [
             replace(pair_config, caption_encoder=caption_encoder, image_encoder=image_encoders[0])
             for caption_encoder in caption_encoders
@@ -291,7 +283,7 @@ def _expand_encoders(pair_config: PairConfig, encoders: _EncoderNames) -> list[P
 
 
 def _sort_key(pair_config: PairConfig, encoders: _EncoderNames) -> tuple[int, int, int]:
-    """Sort rows by what they go by, encoder by encoder; within one they stay as they were asked for."""
+    """Return the sort key of a row: source and encoders; the requested order is kept within these."""
     rank = {name: i for i, name in enumerate((*encoders.caption_encoders, *encoders.image_encoders))}
     source_rank = (
         NEIGHBOR_SOURCES.index(pair_config.source)
@@ -324,7 +316,7 @@ class _Views:
 
 
 def _precompute_neighbors(views: _Views, pair_configs: Sequence[PairConfig], progress: Progress) -> None:
-    """Search once for all rules that look for the same, as deep as the deepest of them needs."""
+    """Search once for all pair configs with the same search, with the largest k that any requires."""
     required_k: dict[tuple[str | None, bool, SearchConfig], int] = {}
     for pair_config in pair_configs:
         uses_images = pair_config.source in ("vision", "hybrid") or pair_config.missing_caption in (
@@ -349,7 +341,7 @@ def _precompute_neighbors(views: _Views, pair_configs: Sequence[PairConfig], pro
             embeddings = find_embeddings(view.dataset, encoder, modality=modality)
             find_or_compute_neighbors(view, embeddings, search_config, k, progress=progress)
         except InvalidInputError:
-            continue  # the row says why
+            continue  # the row has the error
 
 
 def _load_signals(
@@ -376,10 +368,10 @@ def _analyze_configs(
     anchors: np.ndarray,
     progress: Progress,
 ) -> tuple[list[AnalysisRow], list[list[PartnerExample]]]:
-    """Return a row a case, and for each anchor its partner under each case that leaves pairs."""
+    """Return one row per pair config, and for each anchor its partner by each config with pairs."""
     rows: list[AnalysisRow] = []
     examples: list[list[PartnerExample]] = [[] for _ in anchors]
-    with progress.task("diagnosing", len(pair_configs), "rules") as bar:
+    with progress.task("analyzing", len(pair_configs), "pair configs") as bar:
         for i, pair_config in enumerate(pair_configs):
             names = {"encoder": format_encoders(pair_config), "pair_config": format_pair_config(pair_config)}
             try:
@@ -402,7 +394,7 @@ def _analyze_configs(
 
 
 def _candidate_image_ids(view: DatasetView, pair_config: PairConfig) -> np.ndarray:
-    """Return the image of each row of a rule's candidates: itself, or its captions' where these are drawn."""
+    """Return the image of each row of candidates; with `caption_pooling` 'sample' a row is a caption."""
     num_images = len(view.dataset)
     if pair_config.source != "language" or pair_config.caption_pooling != "sample":
         return np.arange(num_images)
@@ -434,7 +426,7 @@ def _partner_examples(
 def _sample_all_neighbors(
     dataset: CaptionDataset, encoders: _EncoderNames, progress: Progress
 ) -> list[SampledNeighbors]:
-    """Return the plain neighbors by each encoder that has any to compare."""
+    """Return unconstrained neighbors of a sample by each encoder."""
     results = []
     for use_image_embeddings, names in ((False, encoders.caption_encoders), (True, encoders.image_encoders)):
         for name in names:
@@ -445,5 +437,5 @@ def _sample_all_neighbors(
                     )
                 )
             except InvalidInputError:
-                continue  # fewer than two images; each row says so
+                continue  # fewer than two images; each row has the error
     return results

@@ -12,8 +12,9 @@ from likewise.data.dataset import CaptionDataset
 from likewise.data.filters import DatasetView, open_view
 from likewise.embeddings.store import find_embeddings
 from likewise.errors import InvalidInputError
+from likewise.neighbors.constraints import encode_column
 from likewise.neighbors.index import Neighbors, find_or_compute_neighbors
-from likewise.neighbors.vectors import ImageVectors, encode_column
+from likewise.neighbors.vectors import ImageVectors
 from likewise.pairs.candidates import (
     Candidates,
     csls_scores,

@@ -1,6 +1,6 @@
-"""Rules on tables of candidates: each takes some away or changes their order, none adds any.
+"""Candidates for partners: filters and re-ranking, each of which removes or reorders candidates.
 
-A table has a row an image (or a caption), nearest first, and ends in -1 where there are no more.
+Candidates are arrays with one row per image (or caption), nearest first, padded with -1.
 """
 
 from dataclasses import dataclass
@@ -15,18 +15,18 @@ from scipy.special import log_ndtr
 from likewise.data.dataset import CaptionDataset
 from likewise.errors import InvalidInputError
 
-FLOAT32_TOLERANCE = 1e-6  # equal unit vectors in float32 are this far from a cosine of 1
+FLOAT32_TOLERANCE = 1e-6  # error of the cosine similarity of equal unit vectors in float32
 _CSLS_K = 10
 _MERGE_CHUNK_ROWS = 16_384
 
 
 @dataclass(frozen=True)
 class Candidates:
-    """Who may become a partner.
+    """Candidates for the partner of each image.
 
     Attributes:
-        positions: (n, k) int64, best first, -1 where there is none.
-        similarity: (n, k) float32 cosine, -inf where there is none.
+        positions: (n, k) int64, best first, padded with -1.
+        similarity: (n, k) float32 cosine similarity, padded with -inf.
     """
 
     positions: np.ndarray
@@ -34,15 +34,15 @@ class Candidates:
 
     @property
     def mask(self) -> np.ndarray:
-        """Where there is a candidate: (n, k) bool."""
+        """Mask of the entries that are not padding, (n, k) bool."""
         return self.positions >= 0
 
     def topk(self, k: int) -> "Candidates":
-        """Return the best k of every row."""
+        """Return the first k candidates of each row."""
         return Candidates(self.positions[:, :k], self.similarity[:, :k])
 
     def filter(self, mask: np.ndarray) -> "Candidates":
-        """Return the candidates where `mask` (n, k) bool holds, in their order, closed up to the left."""
+        """Return the candidates where `mask` (n, k) bool is true, in the same order, padded at the end."""
         mask = mask & self.mask
         order = np.argsort(~mask, axis=1, kind="stable")
         positions = np.where(mask, self.positions, -1)
@@ -52,7 +52,7 @@ class Candidates:
         )
 
     def rerank(self, scores: np.ndarray) -> "Candidates":
-        """Return the candidates in the order of another score (n, k), best first, ties as they stood."""
+        """Return the candidates sorted by scores (n, k), descending; the sort is stable."""
         order = np.argsort(-np.where(self.mask, scores, -np.inf), axis=1, kind="stable")
         return Candidates(
             np.take_along_axis(self.positions, order, axis=1),
@@ -61,21 +61,21 @@ class Candidates:
 
 
 def restrict_to(candidates: Candidates, allowed: np.ndarray) -> Candidates:
-    """Keep candidates that are allowed at all: `allowed` is (images,) bool."""
-    allowed = np.append(allowed, False)  # the last place answers for -1
+    """Keep allowed candidates: `allowed` is (num_images,) bool."""
+    allowed = np.append(allowed, False)  # the last entry is for -1
     return candidates.filter(allowed[candidates.positions])
 
 
 def filter_min_similarity(candidates: Candidates, min_similarity: float) -> Candidates:
-    """Keep candidates of at least this cosine similarity, give or take what float32 rounds."""
+    """Keep candidates with at least this cosine similarity, up to float32 rounding."""
     return candidates.filter(candidates.similarity >= min_similarity - FLOAT32_TOLERANCE)
 
 
 def ratio_test(candidates: Candidates, ratio_threshold: float) -> Candidates:
-    """Keep rows whose second candidate is farther than the first by a factor, as in Lowe's ratio test.
+    """Keep rows whose second candidate is farther than the first by a factor (Lowe 2004, section 7.1).
 
-    The distance is 1 - cosine. A row with one candidate passes. (The LGSSL code reads such a ratio from its
-    pairs and drops those below a threshold, but what writes it was not published; Lowe 2004, section 7.1.)
+    The distance is 1 - cosine similarity. A row with one candidate passes. The LGSSL code reads such a ratio
+    from its pairs and drops those below a threshold; the code that writes it was not published.
     """
     if candidates.positions.shape[1] < 2:
         return candidates
@@ -86,9 +86,9 @@ def ratio_test(candidates: Candidates, ratio_threshold: float) -> Candidates:
 
 
 def filter_mutual(candidates: Candidates, mutual_k: int) -> Candidates:
-    """Keep pairs that are among each other's first m; rows must be images, in order of position.
+    """Keep pairs that are in each other's first `mutual_k`; rows must be images in order of position.
 
-    What is kept is symmetric: with j in i's row, i is in j's.
+    The result is symmetric: if j is in row i, i is in row j.
     """
     topk = candidates.topk(mutual_k)
     n = len(topk.positions)
@@ -103,7 +103,10 @@ def csls_scores(candidates: Candidates, base: Candidates) -> np.ndarray:
     """Score candidates by cross-domain similarity local scaling (Conneau et al. 2018, eq. 2).
 
     CSLS(x, y) = 2 cos(x, y) - r(x) - r(y), with r the mean similarity to the ten nearest in `base`, whose
-    rows are images; r(x) does not change the order within a row and is left out. (n, k) float64.
+    rows are images; r(x) does not change the order within a row and is omitted.
+
+    Returns:
+        Scores (n, k) float64.
     """
     nearest = base.topk(_CSLS_K)
     counts = nearest.mask.sum(axis=1)
@@ -113,10 +116,13 @@ def csls_scores(candidates: Candidates, base: Candidates) -> np.ndarray:
 
 
 def mutual_proximity_scores(candidates: Candidates, mean: np.ndarray, std: np.ndarray) -> np.ndarray:
-    """Score candidates by Gaussian mutual proximity (Schnitzer et al. 2012, eq. 3), its logarithm.
+    """Score candidates by the logarithm of Gaussian mutual proximity (Schnitzer et al. 2012, eq. 3).
 
-    MP(x, y) = P(S_x < s) P(S_y < s), where S_x is the similarity of x to any other image, taken as normal
-    with `mean` and `std` (n,) and independent of S_y. The logarithm keeps apart what would round to 1.
+    MP(x, y) = P(S_x < s) P(S_y < s), where S_x is the similarity of x to any other image, assumed normal with
+    `mean` and `std` (n,) and independent of S_y. The logarithm separates values that would round to 1.
+
+    Returns:
+        Scores (n, k) float64.
     """
     mean, std = np.append(mean, 0), np.append(np.maximum(std, 1e-12), 1)
     similarity = candidates.similarity.astype(np.float64)
@@ -128,12 +134,16 @@ def mutual_proximity_scores(candidates: Candidates, mean: np.ndarray, std: np.nd
 def reciprocal_rank_fusion(
     caption_candidates: Candidates, image_candidates: Candidates, image_weight: np.ndarray, k: int
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Fuse two tables by reciprocal rank (Cormack et al. 2009): sum of weight / (60 + rank), ranks from 1.
+    """Fuse candidates by reciprocal rank (Cormack et al. 2009): sum of weight / (60 + rank), ranks from 1.
 
-    `image_weight` (n, 1) is the weight of looks in each row, from 0 to 1.
+    Args:
+        caption_candidates: Candidates by caption embeddings.
+        image_candidates: Candidates by image embeddings.
+        image_weight: Weight of the image candidates per row, (n, 1), from 0 to 1.
+        k: Number of candidates to return.
 
     Returns:
-        The best k of both, (n, k) int64 (-1 where there are no more), and their scores (n, k) float64.
+        The top k of both, (n, k) int64 padded with -1, and their scores (n, k) float64.
     """
     scores = []
     for candidates, weight in ((caption_candidates, 1 - image_weight), (image_candidates, image_weight)):
@@ -143,7 +153,7 @@ def reciprocal_rank_fusion(
 
 
 def union(a: np.ndarray, b: np.ndarray) -> np.ndarray:
-    """Return who stands in either of two tables: (n, a), (n, b) -> (n, a + b) int64, -1 at the end."""
+    """Return the union of the candidates per row: (n, a), (n, b) -> (n, a + b) int64, padded with -1."""
     k = a.shape[1] + b.shape[1]
     return merge_scores(a, b, np.zeros(a.shape), np.zeros(b.shape), k)[0]
 
@@ -151,7 +161,7 @@ def union(a: np.ndarray, b: np.ndarray) -> np.ndarray:
 def merge_scores(
     a: np.ndarray, b: np.ndarray, a_scores: np.ndarray, b_scores: np.ndarray, k: int
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Add up the scores of two tables, candidate by candidate, and return the best k of each row.
+    """Add the scores of two sets of candidates per candidate, and return the top k of each row.
 
     Candidates (n, a) and (n, b) int64 with scores of the same shapes; ties go to the lower position.
     """
@@ -172,7 +182,7 @@ def _merge_rows(positions: np.ndarray, scores: np.ndarray, k: int) -> tuple[np.n
     positions, scores = (np.take_along_axis(array, order, axis=1) for array in (positions, scores))
     is_duplicate = np.zeros(positions.shape, bool)
     is_duplicate[:, 1:] = positions[:, 1:] == positions[:, :-1]
-    # A candidate stands in each table at most once, so that twins come in twos.
+    # A candidate occurs at most once in each set, so that there are at most two copies.
     scores[:, :-1] += np.where(is_duplicate[:, 1:], scores[:, 1:], 0)
     is_removed = is_duplicate | (positions < 0)
     positions, scores = np.where(is_removed, -1, positions), np.where(is_removed, -np.inf, scores)
@@ -180,31 +190,33 @@ def _merge_rows(positions: np.ndarray, scores: np.ndarray, k: int) -> tuple[np.n
     return np.take_along_axis(positions, top, axis=1), np.take_along_axis(scores, top, axis=1)
 
 
-_MAX_TABLE_CELLS = 2**28  # of 12 bytes each
+_MAX_TABLE_CELLS = 2**28  # 12 bytes each
 _COLUMNS = ("anchor", "partner", "similarity")
 
 
 def read_pairs_file(path: Path, dataset: CaptionDataset) -> Candidates:
-    """Read pairs of a collection's images from CSV, TSV or Parquet.
+    """Read the pairs of a dataset from CSV, TSV or Parquet.
 
-    Columns `anchor` and `partner` hold ids of the collection; `similarity`, if there, is a number and decides
-    the order, else the order of rows does. An image may have any number of partners.
+    Columns `anchor` and `partner` contain ids of the dataset. Partners are sorted by the optional column
+    `similarity`, otherwise they keep the order of the file. An image may have any number of partners.
 
     Returns:
-        A row an image of the collection; where the file gives no similarity it is 1.
+        One row per image of the dataset; the similarity defaults to 1.
 
     Raises:
-        InputError: for a missing file or column, an id that the collection does not have, an image paired
-            with itself, or a similarity that is no number, with the row.
+        InvalidInputError: if the file or a column is missing, an id is unknown, an image is paired with
+            itself, or a similarity is not a finite number.
     """
     table = _read_table(path)
     if table.num_rows == 0:
-        raise InvalidInputError(f"{path} holds no pairs")
+        raise InvalidInputError(f"{path} contains no pairs", field="pairs_file", path=path)
     anchors, partners = (_lookup_positions(path, table, name, dataset) for name in _COLUMNS[:2])
     self_pairs = np.flatnonzero(anchors == partners)
     if len(self_pairs):
         raise InvalidInputError(
-            f"{path}, row {self_pairs[0] + 1}: {table['anchor'][self_pairs[0]]} is paired with itself"
+            f"{path}, row {self_pairs[0] + 1}: {table['anchor'][self_pairs[0]]} is paired with itself",
+            field="pairs_file",
+            path=path,
         )
     similarity = _read_similarity(path, table)
     order = np.lexsort((np.arange(len(anchors)), -similarity, anchors))
@@ -214,9 +226,10 @@ def read_pairs_file(path: Path, dataset: CaptionDataset) -> Candidates:
     if max_partners * len(dataset) > _MAX_TABLE_CELLS:
         anchor_id = table["anchor"][int(order[rank.argmax()])]
         raise InvalidInputError(
-            f"{path}: {anchor_id} has {max_partners:,} partners, too many for a table of "
-            f"{len(dataset):,} images; "
-            f"keep at most {_MAX_TABLE_CELLS // len(dataset):,} an image"
+            f"{path}: {anchor_id} has {max_partners:,} partners; the maximum for {len(dataset):,} images is "
+            f"{_MAX_TABLE_CELLS // len(dataset):,} per image",
+            field="pairs_file",
+            path=path,
         )
     positions = np.full((len(dataset), max_partners), -1, np.int64)
     similarity_table = np.full(positions.shape, -np.inf, np.float32)
@@ -226,7 +239,7 @@ def read_pairs_file(path: Path, dataset: CaptionDataset) -> Candidates:
 
 def _read_table(path: Path) -> pa.Table:
     if not path.is_file():
-        raise InvalidInputError(f"there is no file of pairs at {path}")
+        raise InvalidInputError(f"pairs file {path} does not exist", field="pairs_file", path=path)
     try:
         if path.suffix == ".parquet":
             table = pq.read_table(path)
@@ -235,12 +248,16 @@ def _read_table(path: Path) -> pa.Table:
             parse_options = pa_csv.ParseOptions(delimiter="\t" if path.suffix == ".tsv" else ",")
             table = pa_csv.read_csv(path, parse_options=parse_options, convert_options=convert_options)
     except pa.ArrowInvalid as error:
-        raise InvalidInputError(f"{path} cannot be read as a table of pairs: {error}") from error
+        raise InvalidInputError(
+            f"cannot read the pairs file {path}: {error}", field="pairs_file", path=path
+        ) from error
     missing = [name for name in _COLUMNS[:2] if name not in table.column_names]
     if missing:
         column_names = ", ".join(table.column_names)
         raise InvalidInputError(
-            f"{path} has no column {' and no column '.join(missing)}; its columns are: {column_names}"
+            f"{path} has no column {' and no column '.join(missing)}; its columns are: {column_names}",
+            field="pairs_file",
+            path=path,
         )
     return table
 
@@ -257,8 +274,10 @@ def _lookup_positions(path: Path, table: pa.Table, name: str, dataset: CaptionDa
     if len(unknown):
         unknown_id = table[name][int(unknown[0])]
         raise InvalidInputError(
-            f"{path}, row {unknown[0] + 1}: {name} {str(unknown_id)!r} is no image of {dataset.path} "
-            f"({len(unknown):,} such rows); ids are those of the collection"
+            f"{path}, row {unknown[0] + 1}: {name} {str(unknown_id)!r} is not an id of {dataset.path} "
+            f"({len(unknown):,} such rows)",
+            field="pairs_file",
+            path=path,
         )
     return positions
 
@@ -269,11 +288,21 @@ def _read_similarity(path: Path, table: pa.Table) -> np.ndarray:
     column = table["similarity"].combine_chunks()
     if column.null_count:
         row = column.is_null().to_pylist().index(True) + 1
-        raise InvalidInputError(f"{path}, row {row}: the similarity is no number")
+        raise _similarity_error(path, row)
     if not (pa.types.is_floating(column.type) or pa.types.is_integer(column.type)):
-        raise InvalidInputError(f"{path}: the column similarity holds {column.type}, not numbers")
+        raise InvalidInputError(
+            f"{path}: the column similarity has the type {column.type}, not a number",
+            field="pairs_file",
+            path=path,
+        )
     values = column.to_numpy(zero_copy_only=False).astype(np.float64)
     invalid = np.flatnonzero(~np.isfinite(values))
     if len(invalid):
-        raise InvalidInputError(f"{path}, row {invalid[0] + 1}: the similarity is no number")
+        raise _similarity_error(path, int(invalid[0]) + 1)
     return values
+
+
+def _similarity_error(path: Path, row: int) -> InvalidInputError:
+    return InvalidInputError(
+        f"{path}, row {row}: the similarity is not a finite number", field="pairs_file", path=path
+    )

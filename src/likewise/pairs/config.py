@@ -1,4 +1,4 @@
-"""Config of pair sampling; imports no heavy library, because the command line reads it before `--help`."""
+"""Config of pair sampling; imports no heavy library, because the command line reads it first."""
 
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -35,7 +35,12 @@ _ALLOWED_FIELDS = {
 
 @dataclass(frozen=True, kw_only=True)
 class PairConfig(SearchConfig):
-    """Pair sampling: which images become positive pairs. The default is the paper's: the nearest caption."""
+    """Pair sampling: which images become positive pairs. The default is the paper's: the nearest caption.
+
+    ::
+
+        PairConfig(source="language", k=3, mutual_k=10)
+    """
 
     source: PairSource = "language"
     """Source of positive pairs: `self` (two views of one image), `language` (similar captions), `vision`
@@ -53,7 +58,7 @@ class PairConfig(SearchConfig):
     ratio_threshold: float | None = None
     """Keep the nearest only if the second nearest is farther by this factor (in 1 - cosine)."""
     mutual_k: int | None = None
-    """Keep only partners that are among each other's k nearest."""
+    """Keep only partners that are in each other's k nearest."""
     hubness_correction: HubnessCorrection = "none"
     """Re-ranking against hubs, images that are near to many others: `csls` or `mutual-proximity`."""
     fusion: Fusion = "rrf"
@@ -190,7 +195,7 @@ class PairConfig(SearchConfig):
                     self.ratio_threshold is not None,
                     f"nearer than the next by a ratio of {self.ratio_threshold}",
                 ),
-                (self.mutual_k is not None, f"among each other's {self.mutual_k} nearest"),
+                (self.mutual_k is not None, f"in each other's {self.mutual_k} nearest"),
             )
             if is_active
         ]

@@ -1,4 +1,4 @@
-"""Partners drawn by a rule: who is shown with whom, as a function of seed, epoch and image alone."""
+"""Partner sampling: the partner of an image is a pure function of seed, epoch and image."""
 
 from abc import ABC, abstractmethod
 from typing import final
@@ -12,45 +12,48 @@ from likewise.rng import Stream, uniform
 
 
 class PartnerSampler(ABC):
-    """The partners that images have, and the draw of one."""
+    """Samples the partners of images from their candidates."""
 
     @property
     @abstractmethod
     def has_partner(self) -> np.ndarray:
-        """Which images have a partner: (n,) bool."""
+        """Images with a partner, (n,) bool."""
 
     @abstractmethod
     def sample(self, anchors: np.ndarray, u: np.ndarray) -> np.ndarray:
-        """Draw partners by two chances in [0, 1) each: (b,), (b, 2) -> (b,) int64, -1 where there is none."""
+        """Sample partners by uniform numbers in [0, 1): (b,), (b, 2) -> (b,) int64, -1 without a partner."""
 
 
 @final
 class NullSampler(PartnerSampler):
-    """No image has a partner: `self`."""
+    """Sampler without partners, for `self`."""
 
     def __init__(self, num_images: int) -> None:
         self._num_images = num_images
 
     @property
     def has_partner(self) -> np.ndarray:
-        """Nowhere: (n,) bool."""
+        """Mask that is false everywhere, (n,) bool."""
         return np.zeros(self._num_images, bool)
 
     def sample(self, anchors: np.ndarray, u: np.ndarray) -> np.ndarray:
-        """Return -1 for each."""
+        """Return -1 for each anchor."""
         return np.full(len(anchors), -1, np.int64)
 
 
 @final
 class CandidateSampler(PartnerSampler):
-    """A row of candidates an image, or several of which one is drawn first (a row a caption)."""
+    """Samples from the candidates of an image: from its row, or from one of its rows (one per caption)."""
 
     def __init__(
         self, candidates: Candidates, temperature: float | None = None, row_starts: np.ndarray | None = None
     ) -> None:
-        """Hold candidates; `row_starts` (n + 1,) has the first row of each image; one row by default.
+        """Initialize the sampler; rows without candidates are never sampled.
 
-        Rows without candidates are passed over in the draw of a row.
+        Args:
+            candidates: Candidates, best first.
+            temperature: Sample in proportion to exp(similarity / temperature); uniformly by default.
+            row_starts: First row of each image, (n + 1,) int64; one row per image by default.
         """
         self.candidates = candidates
         self.temperature = temperature
@@ -62,17 +65,17 @@ class CandidateSampler(PartnerSampler):
 
     @property
     def has_partner(self) -> np.ndarray:
-        """Which images have a partner: (n,) bool."""
+        """Images with a partner, (n,) bool."""
         return np.diff(self._row_offsets) > 0
 
     def list_partners(self, position: int) -> list[int]:
-        """Return everybody who may be drawn for an image, best first."""
+        """Return all partners of an image, best first."""
         rows = self._rows[self._row_offsets[position] : self._row_offsets[position + 1]]
         partners = self.candidates.positions[rows].ravel()
         return list(dict.fromkeys(partners[partners >= 0].tolist()))
 
     def sample(self, anchors: np.ndarray, u: np.ndarray) -> np.ndarray:
-        """Draw a row evenly, and from it a candidate evenly or by exp(similarity / temperature)."""
+        """Sample a row uniformly, and from it a candidate uniformly or by exp(similarity / temperature)."""
         start, stop = self._row_offsets[anchors], self._row_offsets[anchors + 1]
         has_rows = stop > start
         partners = np.full(len(anchors), -1, np.int64)
@@ -95,10 +98,10 @@ class CandidateSampler(PartnerSampler):
 
 @final
 class LabelSampler(PartnerSampler):
-    """Any other image of one's own group, evenly: the oracle that knows the labels."""
+    """Samples uniformly from the other images with the same label: an oracle."""
 
     def __init__(self, labels: np.ndarray) -> None:
-        """Hold the group of every image: (n,) int64, -1 where there is none."""
+        """Initialize the sampler with the label of each image: (n,) int64, -1 without a label."""
         self.labels = labels
         self._sorted_positions = np.argsort(labels, kind="stable")
         sorted_labels = labels[self._sorted_positions]
@@ -109,15 +112,15 @@ class LabelSampler(PartnerSampler):
 
     @property
     def has_partner(self) -> np.ndarray:
-        """Which images have a partner: (n,) bool."""
+        """Images with a partner, (n,) bool."""
         return (self.labels >= 0) & (self._group_sizes > 1)
 
     def sample(self, anchors: np.ndarray, u: np.ndarray) -> np.ndarray:
-        """Draw one of the others evenly."""
+        """Sample one of the other images with the label uniformly."""
         num_others = self._group_sizes[anchors] - 1
         offset = np.minimum((u[:, 0] * num_others).astype(np.int64), np.maximum(num_others - 1, 0))
         index = self._group_starts[anchors] + offset
-        index += index >= self._ranks[anchors]  # oneself is passed over
+        index += index >= self._ranks[anchors]  # skip the anchor itself
         return np.where(
             self.has_partner[anchors],
             self._sorted_positions[np.minimum(index, len(self._sorted_positions) - 1)],
@@ -126,7 +129,16 @@ class LabelSampler(PartnerSampler):
 
 
 class Pairs:
-    """Partners for the images of a collection, drawn anew each epoch where there is a choice."""
+    """Positive pairs of the images of a dataset, sampled each epoch.
+
+    ::
+
+        pairs = likewise.build_pairs(dataset, likewise.PairConfig(k=3))
+        partners = pairs.sample_partners(pairs.anchors, seed=0, epoch=0)
+
+    Attributes:
+        has_partner: Images with a partner, (n,) bool.
+    """
 
     def __init__(
         self,
@@ -138,15 +150,15 @@ class Pairs:
         neighbors: tuple[Artifact, ...] = (),
         messages: tuple[str, ...] = (),
     ) -> None:
-        """Hold a choice under a rule.
+        """Initialize the pairs; `build_pairs` does.
 
         Args:
-            pair_config: The rule.
-            sampler: What it leaves.
-            key: A fingerprint of everything that decides the draws.
-            excluded: Images that take no part, (n,) bool.
-            neighbors: The neighbors that it was made from.
-            messages: Counts in words that belong into the summary.
+            pair_config: The pair sampling.
+            sampler: Sampler of the partners.
+            key: Hash of everything that the samples depend on.
+            excluded: Images that are neither anchors nor partners, (n,) bool.
+            neighbors: Neighbors artifacts that the pairs derive from.
+            messages: Additions to the summary.
         """
         self.pair_config, self.sampler, self.key = pair_config, sampler, key
         self.excluded, self.neighbors, self.messages = excluded, neighbors, messages
@@ -154,21 +166,21 @@ class Pairs:
 
     @property
     def anchors(self) -> np.ndarray:
-        """The images that take part: (m,) int64, ascending."""
+        """Positions of the images to train on, (m,) int64, ascending."""
         return np.flatnonzero(~self.excluded)
 
     @property
     def labels(self) -> np.ndarray | None:
-        """The label of each image by number, (n,) int64, -1 without one; None if labels make no pairs."""
+        """Integer labels of the images, (n,) int64, -1 without a label; None if pairs are not by label."""
         return self.sampler.labels if isinstance(self.sampler, LabelSampler) else None
 
     def sample_partners(
         self, anchors: np.ndarray, *, seed: int, epoch: int, offset: float = 0.0
     ) -> np.ndarray:
-        """Return the partner of each image: (b,) int64 -> (b,) int64; itself where it has no other.
+        """Return the partner of each anchor: (b,) int64 -> (b,) int64; itself if it has none.
 
-        The draw is a function of seed, epoch and position alone. Turns of 0, 1/m, 2/m, … give m partners that
-        differ wherever there are m to draw from evenly (systematic sampling).
+        The sample is a pure function of seed, epoch and position. Offsets of 0, 1/m, 2/m, … give m different
+        partners if there are at least m and they are sampled uniformly (systematic sampling).
         """
         u = uniform(anchors, 3, seed=seed, epoch=epoch, stream=Stream.PARTNERS)
         u[:, 0] = (u[:, 0] + offset) % 1
@@ -176,7 +188,7 @@ class Pairs:
         return np.where((partners < 0) | (u[:, 1] < self.pair_config.self_pair_prob), anchors, partners)
 
     def summary(self) -> str:
-        """Say the rule in plain words, with how many images it leaves with themselves or out."""
+        """Return the config in one sentence, with counts of paired, self-paired and excluded images."""
         num_anchors, num_paired = int((~self.excluded).sum()), int(self.has_partner.sum())
         parts = [self.pair_config.summary()]
         if self.pair_config.source == "self":

@@ -1,7 +1,7 @@
-"""What pairs are worth before anything is trained on them: figures of a choice of partners.
+"""Training-free statistics of pairs: coverage, hubness, reciprocity, label precision.
 
-Every pair that may be drawn counts by how likely it is drawn, so that the figures are expectations over
-epochs and no sample; pairs of one label, of which there may be too many, are drawn once an image.
+Each possible pair is weighted by its probability, so that the statistics are expectations over epochs. Pairs
+by label, of which there may be too many, are sampled once per image.
 """
 
 from dataclasses import dataclass
@@ -26,13 +26,13 @@ _NUM_BINS = 60
 
 @dataclass(frozen=True, kw_only=True)
 class SimilarityHistogram:
-    """How alike images are to their nearest, by one encoder: a histogram.
+    """Histogram of the similarity of images to their nearest neighbor, by one encoder.
 
     Attributes:
-        encoder: Whose.
-        bin_edges: (b + 1,) bounds of the bins.
-        counts: (b,) how many images have their nearest in each.
-        median: Their median, or None where no image has a neighbor.
+        encoder: Name of the encoder.
+        bin_edges: (b + 1,) edges of the bins.
+        counts: (b,) number of images per bin.
+        median: Median similarity; None if no image has a neighbor.
     """
 
     encoder: str
@@ -43,15 +43,15 @@ class SimilarityHistogram:
 
 @dataclass(frozen=True, kw_only=True)
 class EncoderAgreement:
-    """How far two encoders agree; means over a sample of images that have neighbors by both.
+    """Agreement of two encoders: means over a sample of images that have neighbors by both.
 
     Attributes:
-        encoder_a: An encoder.
-        encoder_b: Another.
-        overlap: Share of the ten nearest that are the same.
-        correlation: Spearman's rank correlation of the two similarities, over all that are among the ten
-            nearest by either; images where one of them does not vary are left out.
-        num_images: How many images are in the sample.
+        encoder_a: Name of the first encoder.
+        encoder_b: Name of the second encoder.
+        overlap: Fraction of the ten nearest neighbors that both have in common.
+        correlation: Spearman's rank correlation of the two similarities over the union of the ten nearest;
+            images for which one of them is constant are excluded.
+        num_images: Number of images in the sample.
     """
 
     encoder_a: str
@@ -63,14 +63,14 @@ class EncoderAgreement:
 
 @dataclass(frozen=True, kw_only=True)
 class SampledNeighbors:
-    """The plain nearest neighbors of a sample of images by one encoder.
+    """Unconstrained nearest neighbors of a sample of images by one encoder.
 
     Attributes:
-        encoder: Whose.
-        histogram: Over all images of the collection.
-        anchors: (s,) int64, the images.
-        neighbor_positions: (s, 10) int64, their neighbors, -1 where there is none.
-        vectors: What they are compared by.
+        encoder: Name of the encoder.
+        histogram: Similarity to the nearest neighbor, over all images of the dataset.
+        anchors: (s,) int64, the images of the sample.
+        neighbor_positions: (s, 10) int64, their neighbors, padded with -1.
+        vectors: The embeddings, one vector per image.
     """
 
     encoder: str
@@ -81,18 +81,18 @@ class SampledNeighbors:
 
 
 def sample_images(dataset: CaptionDataset) -> np.ndarray:
-    """Return up to 2,000 images picked by seed: (s,) int64, ascending."""
+    """Return the positions of up to 2,000 random images: (s,) int64, ascending."""
     return np.sort(epoch_permutation(len(dataset), seed=0, epoch=0)[:SAMPLE_SIZE])
 
 
 def sample_neighbors(
     dataset: CaptionDataset, encoder: str, *, use_image_embeddings: bool, progress: Progress = NULL_PROGRESS
 ) -> SampledNeighbors:
-    """Look the plain nearest neighbors up, searching where there are none; one vector an image.
+    """Return unconstrained nearest neighbors of a sample; missing neighbors are searched for.
 
     Raises:
-        ArtifactError: where the embeddings are missing.
-        InputError: where fewer than two images can be compared.
+        ArtifactError: if embeddings are missing.
+        InvalidInputError: if fewer than two images can be compared.
     """
     embeddings = find_embeddings(dataset, encoder, modality="images" if use_image_embeddings else "captions")
     neighbors = find_or_compute_neighbors(
@@ -120,7 +120,7 @@ def sample_neighbors(
 def compute_agreement(
     neighbors_a: SampledNeighbors, neighbors_b: SampledNeighbors
 ) -> EncoderAgreement | None:
-    """Compare two encoders on the images of the sample that have neighbors by both; None without any."""
+    """Return the agreement of two encoders; None if no image of the sample has neighbors by both."""
     has_neighbors = (neighbors_a.neighbor_positions >= 0).any(axis=1) & (
         neighbors_b.neighbor_positions >= 0
     ).any(axis=1)
@@ -150,9 +150,9 @@ def compute_agreement(
 
 
 def rank_correlations(a: np.ndarray, b: np.ndarray, mask: np.ndarray) -> np.ndarray:
-    """Return Spearman's correlation of each row, ties at their mean rank: (n, k), (n, k) -> (n,) float64.
+    """Return Spearman's correlation of each row, with mean ranks for ties: (n, k), (n, k) -> (n,) float64.
 
-    Only where `mask` (n, k) holds; NaN for rows where either side does not vary.
+    Only entries in `mask` (n, k) bool count. NaN for rows in which `a` or `b` is constant.
     """
     ranks = []
     for values in (a, b):
@@ -168,21 +168,21 @@ def rank_correlations(a: np.ndarray, b: np.ndarray, mask: np.ndarray) -> np.ndar
 
 MAX_HUBS = 5
 _CHUNK_PAIRS = 16_384
-_Z_975 = 1.959964  # 97.5 % of a normal distribution lie below
+_Z_975 = 1.959964  # 97.5th percentile of the standard normal distribution
 
 
 @dataclass(frozen=True, kw_only=True)
 class PairDistribution:
-    """The pairs that may be drawn, anchor by anchor.
+    """All possible pairs with their probabilities.
 
     Attributes:
         anchors: (e,) int64, ascending.
         partners: (e,) int64.
-        prob: (e,) float64, how likely the anchor is shown this partner; sums to 1 an anchor.
-        top1_prob: (e,) float64, the same if only the best candidate of every row were drawn.
-        similarity: (e,) float32 as the rule sees it, or None where the rule knows none.
-        expected_in_degree: (n,) float64, how many images are shown each image in an epoch, on average.
-        is_mutual: (e,) bool, whether the partner may draw the anchor as well.
+        prob: (e,) float64, probability of the partner given the anchor.
+        top1_prob: (e,) float64, the same if only the best candidate of each row is sampled.
+        similarity: (e,) float32 cosine similarity of the search; None for pairs by label.
+        expected_in_degree: (n,) float64, expected number of anchors per epoch that have the image as partner.
+        is_mutual: (e,) bool, true if the anchor is also a possible partner of its partner.
     """
 
     anchors: np.ndarray
@@ -196,15 +196,15 @@ class PairDistribution:
 
 @dataclass(frozen=True, kw_only=True)
 class PairSignals:
-    """What a collection tells about its pairs.
+    """Properties of the images of a dataset that pairs are judged by.
 
     Attributes:
-        caption_hashes: (n,) int64 codes of what captions say, -1 without.
+        caption_hashes: (n,) int64 hashes of captions, -1 without a caption.
         image_hashes: (n,) uint64 difference hashes.
-        is_readable: (n,) bool, where there is a hash.
-        near_duplicate_ids: (n,) int64 codes of near-duplicate images, -1 for images without any.
-        labels: (n,) int64, -1 without; None where no image has one.
-        image_vectors: Embeddings of the images, if there are any.
+        is_readable: (n,) bool, true if there is a hash.
+        near_duplicate_ids: (n,) int64 cluster of near-duplicate images, -1 for images without any.
+        labels: (n,) int64, -1 without a label; None if no image has one.
+        image_vectors: Image embeddings, if there are any.
     """
 
     caption_hashes: np.ndarray
@@ -217,7 +217,7 @@ class PairSignals:
 
 @dataclass(frozen=True, kw_only=True)
 class Estimate:
-    """A mean over images of a share of their partners, with its 95 % normal interval."""
+    """Mean over images of a fraction of their partners, with its 95 % normal confidence interval."""
 
     value: float
     low: float
@@ -227,7 +227,7 @@ class Estimate:
 
 @dataclass(frozen=True, kw_only=True)
 class Hub:
-    """An image that many are paired with: how many an epoch, on average."""
+    """An image that is the partner of many others, with their expected number per epoch."""
 
     position: int
     id: str
@@ -237,28 +237,27 @@ class Hub:
 
 @dataclass(frozen=True, kw_only=True)
 class PairStats:
-    """What a choice of partners is worth; shares are of 1, all means over draws.
+    """Statistics of pairs; fractions are from 0 to 1, and means are over sampled pairs.
 
     Attributes:
-        paired_fraction: Share of the collection's images that have a partner.
-        similarity: 10th, 50th and 90th percentile over draws of the similarity that the rule goes by (the
-            smallest value that this share of draws does not exceed); None where the rule knows none.
-        identical_caption_fraction: Share of draws whose captions read the same but for case, spaces and
+        paired_fraction: Fraction of the images of the dataset that have a partner.
+        similarity: 10th, 50th and 90th percentile of the similarity (inverted distribution function); None
+            for pairs by label.
+        identical_caption_fraction: Fraction of pairs whose captions are equal except for case, spaces and
             punctuation.
-        hubness_skew: Skewness of how often images are drawn, over all images of the collection (Radovanović,
-            Nanopoulos and Ivanović 2010, eq. 1: S = E(N - mean)^3 / deviation^3, N being the k-occurrence,
-            here the expected number of draws an epoch). 0 where all are drawn equally often.
-        hubs: The images drawn most, those alone that are drawn more than once an epoch.
-        reciprocity: Share of draws whose partner may draw the anchor as well.
-        coverage: Share of the collection's images that are ever a partner.
-        hash_distance: Mean number of bits in which the 64-bit difference hashes of a pair differ (Krawetz
-            2013), over draws whose both images can be read.
-        near_duplicate_fraction: Share of draws whose images are near-duplicates of each other, as the rule
-            `distinct_images` takes them.
-        image_similarity: Mean cosine of the pair's image embeddings, where both have one.
-        top1_precision: Share of partners of the anchor's label, if only the best candidate is drawn; a mean
-            over the images that have a label and a partner with one.
-        label_precision: The same over all draws, by their weight.
+        hubness_skew: Skewness of the k-occurrence N over all images of the dataset (Radovanović, Nanopoulos
+            and Ivanović 2010, eq. 1: S = E(N - mean)^3 / std^3), with N the expected number of times that an
+            image is a partner in an epoch. 0 if N is constant.
+        hubs: The images with the greatest N, as far as it exceeds 1.
+        reciprocity: Fraction of pairs whose anchor is also a possible partner of its partner.
+        coverage: Fraction of the images of the dataset that are a possible partner.
+        hash_distance: Mean Hamming distance of the 64-bit difference hashes of a pair (Krawetz 2013), over
+            pairs of readable images.
+        near_duplicate_fraction: Fraction of pairs that `exclude_near_duplicates` would exclude.
+        image_similarity: Mean cosine similarity of the image embeddings, over pairs in which both have one.
+        top1_precision: Fraction of partners with the label of the anchor if only the best candidate is
+            sampled; a mean over the images with a label and a labeled partner.
+        label_precision: The same over all partners, weighted by their probability.
     """
 
     paired_fraction: float
@@ -277,7 +276,7 @@ class PairStats:
 
 @dataclass(frozen=True, kw_only=True)
 class RandomBaseline:
-    """The same figures for two images picked blindly: exact means over all pairs of different images."""
+    """The same statistics for random pairs: exact means over all pairs of different images."""
 
     identical_caption_fraction: float
     hash_distance: float | None
@@ -287,13 +286,12 @@ class RandomBaseline:
 
 
 def pair_distribution(pairs: Pairs, image_ids: np.ndarray) -> PairDistribution:
-    """List the pairs of a choice with their weights.
+    """Return all possible pairs with their probabilities.
 
     Args:
-        pairs: A rule that was applied.
-        image_ids: The image of each row of candidates, (rows,) int64, ascending; the positions themselves
-            where
-            each image has one row.
+        pairs: The pairs.
+        image_ids: The image of each row of candidates, (num_rows,) int64, ascending; `np.arange(n)` if each
+            image has one row.
     """
     num_images = len(pairs.has_partner)
     if isinstance(pairs.sampler, CandidateSampler):
@@ -301,7 +299,7 @@ def pair_distribution(pairs: Pairs, image_ids: np.ndarray) -> PairDistribution:
     anchors = np.flatnonzero(pairs.has_partner)
     u = uniform(anchors, 2, seed=0, epoch=0, stream=Stream.PAIR_STATS)
     ones = np.ones(len(anchors))
-    # In a group of s, everybody is drawn by s - 1 others with probability 1 / (s - 1), and draws them.
+    # Each of s images with a label is the partner of s - 1 others with probability 1 / (s - 1).
     return PairDistribution(
         anchors=anchors,
         partners=pairs.sampler.sample(anchors, u),
@@ -318,9 +316,7 @@ def _candidate_distribution(
 ) -> PairDistribution:
     mask = sampler.candidates.mask & has_partner[image_ids][:, None]
     has_candidates = mask.any(axis=1)
-    rows_per_image = np.bincount(
-        image_ids[has_candidates], minlength=len(has_partner)
-    )  # that an image's draw starts from
+    rows_per_image = np.bincount(image_ids[has_candidates], minlength=len(has_partner))
     row, rank = np.nonzero(mask)
     anchors, partners = image_ids[row], sampler.candidates.positions[row, rank]
     prob = sampling_probs(sampler.candidates, sampler.temperature)[row, rank] / rows_per_image[anchors]
@@ -337,7 +333,7 @@ def _candidate_distribution(
 
 
 def _mutual_mask(anchors: np.ndarray, partners: np.ndarray, num_images: int) -> np.ndarray:
-    """Tell of each directed pair (e,) whether the other direction is there too: (e,) bool."""
+    """Return which directed pairs (e,) also occur in the other direction: (e,) bool."""
     smaller, is_forward = np.minimum(anchors, partners), anchors < partners
     pair_ids = smaller * num_images + np.maximum(anchors, partners)
     order = np.argsort(pair_ids)
@@ -350,9 +346,9 @@ def _mutual_mask(anchors: np.ndarray, partners: np.ndarray, num_images: int) -> 
 
 
 def sampling_probs(candidates: Candidates, temperature: float | None) -> np.ndarray:
-    """Return how likely each candidate is drawn from its row: (n, k) float64, 0 where there is none.
+    """Return the probability of each candidate within its row: (n, k) float64, 0 for padding.
 
-    Evenly, or in proportion to exp(similarity / temperature).
+    Uniform, or in proportion to exp(similarity / temperature).
     """
     mask = candidates.mask
     if temperature is None:
@@ -367,7 +363,7 @@ def sampling_probs(candidates: Candidates, temperature: float | None) -> np.ndar
 def compute_pair_stats(
     distribution: PairDistribution, signals: PairSignals, dataset: CaptionDataset
 ) -> PairStats:
-    """Measure pairs; there must be at least one."""
+    """Return the statistics of at least one pair."""
     a, p, w = distribution.anchors, distribution.partners, distribution.prob
     labels = signals.labels
     return PairStats(
@@ -389,7 +385,7 @@ def compute_pair_stats(
 
 
 def skewness(values: np.ndarray) -> float:
-    """Return the third standardised moment of some values (n,), 0 where they are all equal."""
+    """Return the third standardized moment of values (n,), 0 if they are constant."""
     centered = values - values.mean()
     std = np.sqrt((centered**2).mean())
     return float((centered**3).mean() / std**3) if std > 1e-12 else 0.0
@@ -398,10 +394,10 @@ def skewness(values: np.ndarray) -> float:
 def label_precision(
     anchors: np.ndarray, partners: np.ndarray, weights: np.ndarray, labels: np.ndarray
 ) -> Estimate | None:
-    """Return the share of partners of the same label: a mean over images, each by its own weights.
+    """Return the fraction of partners with the same label: a mean over images of weighted means.
 
-    Pairs (e,) with weights (e,); labels (n,) int64. Pairs with an image without label (-1) do not count.
-    None where nothing is left.
+    Pairs (e,) with weights (e,); labels (n,) int64. Pairs with an unlabeled image (-1) are ignored. None if
+    none remain.
     """
     is_labeled = (labels[anchors] >= 0) & (labels[partners] >= 0)
     a, p, w = anchors[is_labeled], partners[is_labeled], weights[is_labeled]
@@ -425,7 +421,7 @@ def label_precision(
 
 
 def random_baseline(signals: PairSignals) -> RandomBaseline:
-    """Return what two different images have in common on average, exactly, from counts and sums alone."""
+    """Return the statistics of random pairs, computed exactly from counts and sums."""
     hashes = signals.image_hashes[signals.is_readable]
     distance = None
     if len(hashes) > 1:
@@ -450,7 +446,7 @@ def random_baseline(signals: PairSignals) -> RandomBaseline:
 
 
 def _random_equal_fraction(ids: np.ndarray, n: int) -> float:
-    """Return the share of pairs among n images whose codes are equal and not -1."""
+    """Return the fraction of pairs of n images whose codes are equal and not -1."""
     counts = np.unique(ids[ids >= 0], return_counts=True)[1].astype(np.float64)
     return float((counts * (counts - 1)).sum() / max(1, n * (n - 1)))
 
@@ -494,7 +490,7 @@ def _top_hubs(expected_in_degree: np.ndarray, dataset: CaptionDataset) -> tuple[
 
 
 def _equal_fraction(distribution: PairDistribution, ids: np.ndarray) -> float:
-    """Return the share of draws whose images have the same code, -1 being no code."""
+    """Return the fraction of pairs whose codes are equal and not -1."""
     is_equal = (ids[distribution.anchors] >= 0) & (ids[distribution.anchors] == ids[distribution.partners])
     return float(distribution.prob[is_equal].sum() / distribution.prob.sum())
 
