@@ -118,12 +118,12 @@ def _label_precisions(pair_rows: PairRows, labels: np.ndarray, column: int) -> l
     ("temperature", "multiple_rows"), [(None, False), (0.2, False), (None, True), (0.2, True)]
 )
 def test_stats_equal_loops(
-    collection: CaptionDataset, temperature: float | None, *, multiple_rows: bool
+    dataset: CaptionDataset, temperature: float | None, *, multiple_rows: bool
 ) -> None:
     n = 80
     pairs, image_ids = _make_pairs(n, temperature, multiple_rows=multiple_rows)
     pair_rows, signals = _list_pairs(pairs, image_ids), _make_signals(n)
-    result = compute_pair_stats(pair_distribution(pairs, image_ids), signals, collection)
+    result = compute_pair_stats(pair_distribution(pairs, image_ids), signals, dataset)
     total = sum(w for _, _, w, _, _ in pair_rows)
     edges = {(a, p) for a, p, *_ in pair_rows}
     in_degree = np.zeros(n)
@@ -178,7 +178,7 @@ def test_probabilities_equal_sampled_frequencies(*, multiple_rows: bool) -> None
         np.testing.assert_allclose(counted, expected, atol=0.04)
 
 
-def test_label_pair_distribution(collection: CaptionDataset) -> None:
+def test_label_pair_distribution(dataset: CaptionDataset) -> None:
     labels = np.array([0, 0, 0, 1, 1, 2, -1])
     distribution = pair_distribution(
         Pairs(PairConfig(source="label"), LabelSampler(labels), "key", excluded=np.zeros(7, bool)), labels
@@ -188,15 +188,15 @@ def test_label_pair_distribution(collection: CaptionDataset) -> None:
     assert (distribution.partners != distribution.anchors).all()
     assert distribution.expected_in_degree.tolist() == [1, 1, 1, 1, 1, 0, 0]
     signals = _make_signals(7)
-    pair_stats = compute_pair_stats(distribution, signals, collection)
+    pair_stats = compute_pair_stats(distribution, signals, dataset)
     assert (pair_stats.reciprocity, pair_stats.coverage, pair_stats.paired_fraction) == (1.0, 5 / 7, 5 / 7)
     assert pair_stats.similarity is None
     assert pair_stats.hubs == ()
 
 
-def test_random_baseline_is_the_mean_over_all_pairs(collection: CaptionDataset) -> None:
-    image_vectors = ImageVectors(find_embeddings(collection, MINILM), len(collection))
-    n = len(collection)
+def test_random_baseline_is_the_mean_over_all_pairs(dataset: CaptionDataset) -> None:
+    image_vectors = ImageVectors(find_embeddings(dataset, MINILM), len(dataset))
+    n = len(dataset)
     base = _make_signals(n)
     signals = PairSignals(
         caption_hashes=base.caption_hashes,
@@ -268,8 +268,8 @@ def test_pair_config_text_round_trip() -> None:
 
 
 @pytest.fixture(scope="module")
-def analysis(collection: CaptionDataset) -> PairAnalysis:
-    return analyze_pairs(collection)
+def analysis(dataset: CaptionDataset) -> PairAnalysis:
+    return analyze_pairs(dataset)
 
 
 def _by_config(result: PairAnalysis) -> dict[str, AnalysisRow]:
@@ -282,7 +282,7 @@ def _stats_of(row: AnalysisRow) -> PairStats:
     return row.stats
 
 
-def test_first_analysis_with_default_configs(collection: CaptionDataset, analysis: PairAnalysis) -> None:
+def test_first_analysis_with_default_configs(dataset: CaptionDataset, analysis: PairAnalysis) -> None:
     assert [row.pair_config for row in analysis.rows] == [*LANGUAGE_PAIR_CONFIGS, "source=label"]
     assert {row.encoder for row in analysis.rows[:-1]} == {MINILM}
     oracle = _stats_of(analysis.rows[-1])
@@ -290,15 +290,15 @@ def test_first_analysis_with_default_configs(collection: CaptionDataset, analysi
     assert oracle.label_precision.value == 1.0
     assert analysis.random_baseline.label_precision is not None
     assert analysis.random_baseline.label_precision < 0.1
-    assert (analysis.num_images, analysis.num_labeled) == (len(collection), len(collection))
+    assert (analysis.num_images, analysis.num_labeled) == (len(dataset), len(dataset))
     assert len(analysis.anchors) == 6
     assert all(len(anchor.partners) == len(analysis.rows) for anchor in analysis.anchors)
     assert json.loads(json.dumps(analysis.to_dict()))["rows"][0]["stats"]["paired_fraction"] == 1.0
 
 
-def test_default_config_equals_brute_force(collection: CaptionDataset, analysis: PairAnalysis) -> None:
+def test_default_config_equals_brute_force(dataset: CaptionDataset, analysis: PairAnalysis) -> None:
     """Compare with nearest captions in float64; both vendors use the same name for many concepts."""
-    embeddings = find_embeddings(collection, MINILM)
+    embeddings = find_embeddings(dataset, MINILM)
     pooled = np.concatenate(
         [embeddings.load_mean_vectors(i)[0] for i in range(embeddings.num_shards)]
     ).astype(np.float64)
@@ -308,7 +308,7 @@ def test_default_config_equals_brute_force(collection: CaptionDataset, analysis:
         cosine > cosine.max(axis=1, keepdims=True) - 1e-6, np.arange(len(cosine)), len(cosine)
     )
     nearest = best_positions.min(axis=1)
-    result, samples = _stats_of(_by_config(analysis)["default"]), list(collection)
+    result, samples = _stats_of(_by_config(analysis)["default"]), list(dataset)
     labels = [sample.label for sample in samples]
     correct = np.mean([labels[a] == labels[p] for a, p in enumerate(nearest)])
     assert result.label_precision is not None
@@ -317,7 +317,7 @@ def test_default_config_equals_brute_force(collection: CaptionDataset, analysis:
     assert result.similarity[1] == pytest.approx(np.median(cosine.max(axis=1)), abs=1e-3)
     assert result.coverage == len(set(nearest.tolist())) / len(samples)
     assert result.reciprocity == np.mean([nearest[p] == a for a, p in enumerate(nearest)])
-    image_hashes = compute_perceptual_hashes(collection).hashes
+    image_hashes = compute_perceptual_hashes(dataset).hashes
     distances = [(int(image_hashes[a]) ^ int(image_hashes[p])).bit_count() for a, p in enumerate(nearest)]
     assert result.hash_distance is not None
     assert result.hash_distance == pytest.approx(np.mean(distances))
@@ -344,14 +344,14 @@ def test_configs_change_their_statistics(analysis: PairAnalysis) -> None:
     assert k5.label_precision.value < k5.top1_precision.value
 
 
-def test_mutual_neighbors_are_reciprocal(collection: CaptionDataset) -> None:
-    (row,) = analyze_pairs(collection, pair_configs=["k=10,mutual_k=10"]).rows
+def test_mutual_neighbors_are_reciprocal(dataset: CaptionDataset) -> None:
+    (row,) = analyze_pairs(dataset, pair_configs=["k=10,mutual_k=10"]).rows
     assert _stats_of(row).reciprocity == pytest.approx(1.0)
 
 
-def test_config_without_pairs_is_a_row_with_an_error(collection: CaptionDataset) -> None:
+def test_config_without_pairs_is_a_row_with_an_error(dataset: CaptionDataset) -> None:
     result = analyze_pairs(
-        collection,
+        dataset,
         [MINILM],
         ["exclude_identical_captions,min_similarity=1", "source=self", "default", "default"],
     )
@@ -364,44 +364,44 @@ def test_config_without_pairs_is_a_row_with_an_error(collection: CaptionDataset)
     assert [[partner.row for partner in anchor.partners] for anchor in result.anchors] == [[1]] * 6
 
 
-def test_sampled_captions_are_analyzed_per_caption(collection: CaptionDataset) -> None:
+def test_sampled_captions_are_analyzed_per_caption(dataset: CaptionDataset) -> None:
     sampled, max_pooled = analyze_pairs(
-        collection, [MINILM], ["caption_pooling=sample", "caption_pooling=max"]
+        dataset, [MINILM], ["caption_pooling=sample", "caption_pooling=max"]
     ).rows
     assert _stats_of(sampled).paired_fraction == _stats_of(max_pooled).paired_fraction == 1.0
     assert _stats_of(sampled).coverage > 0.5
 
 
-def test_analysis_is_deterministic(collection: CaptionDataset, analysis: PairAnalysis) -> None:
-    assert analyze_pairs(collection) == analysis
+def test_analysis_is_deterministic(dataset: CaptionDataset, analysis: PairAnalysis) -> None:
+    assert analyze_pairs(dataset) == analysis
 
 
-def test_invalid_analysis_raises(collection: CaptionDataset) -> None:
+def test_invalid_analysis_raises(dataset: CaptionDataset) -> None:
     with pytest.raises(InvalidInputError, match="unknown field 'mutal'"):
-        analyze_pairs(collection, pair_configs=["mutal=10"])
+        analyze_pairs(dataset, pair_configs=["mutal=10"])
     with pytest.raises(ArtifactError, match="no embeddings"):
-        analyze_pairs(collection, pair_configs=["source=vision"])
+        analyze_pairs(dataset, pair_configs=["source=vision"])
 
 
-def test_sampled_neighbors_equal_the_search(collection: CaptionDataset, analysis: PairAnalysis) -> None:
-    result = sample_neighbors(collection, MINILM, use_image_embeddings=False)
-    np.testing.assert_array_equal(result.anchors, np.arange(len(collection)))
-    assert sum(result.histogram.counts) == len(collection)
+def test_sampled_neighbors_equal_the_search(dataset: CaptionDataset, analysis: PairAnalysis) -> None:
+    result = sample_neighbors(dataset, MINILM, use_image_embeddings=False)
+    np.testing.assert_array_equal(result.anchors, np.arange(len(dataset)))
+    assert sum(result.histogram.counts) == len(dataset)
     assert result.histogram == analysis.similarity_histograms[0]
 
 
 @pytest.fixture(scope="module")
-def dataset(collection: CaptionDataset, tmp_path_factory: pytest.TempPathFactory) -> CaptionDataset:
+def embedded(dataset: CaptionDataset, tmp_path_factory: pytest.TempPathFactory) -> CaptionDataset:
     """Return a copy of the dataset with TF-IDF embeddings of captions and untrained embeddings of images."""
     folder = tmp_path_factory.mktemp("dataset") / "c"
-    shutil.copytree(collection.path, folder)
+    shutil.copytree(dataset.path, folder)
     embed(folder, "tfidf")
     embed(folder, IMAGE_ENCODER)
     return CaptionDataset(folder)
 
 
-def test_encoders_are_compared(dataset: CaptionDataset) -> None:
-    result = analyze_pairs(dataset, pair_configs=["default", "source=vision", "source=hybrid"])
+def test_encoders_are_compared(embedded: CaptionDataset) -> None:
+    result = analyze_pairs(embedded, pair_configs=["default", "source=vision", "source=hybrid"])
     assert {(row.pair_config, row.encoder) for row in result.rows} == {
         ("default", MINILM),
         ("default", "tfidf"),
@@ -420,25 +420,25 @@ def test_encoders_are_compared(dataset: CaptionDataset) -> None:
     )
     assert {row.encoder for row in result.similarity_histograms} == {MINILM, "tfidf", IMAGE_ENCODER}
     assert len(result.agreements) == 3
-    one = analyze_pairs(dataset, ["tfidf"], ["default"])
+    one = analyze_pairs(embedded, ["tfidf"], ["default"])
     assert [row.encoder for row in one.rows] == ["tfidf"]
     assert one.image_encoder == IMAGE_ENCODER
     assert "source=hybrid" in {
-        row.pair_config for row in analyze_pairs(dataset, ["tfidf", IMAGE_ENCODER]).rows
+        row.pair_config for row in analyze_pairs(embedded, ["tfidf", IMAGE_ENCODER]).rows
     }
 
 
-def test_agreement_equals_a_direct_computation(dataset: CaptionDataset) -> None:
+def test_agreement_equals_a_direct_computation(embedded: CaptionDataset) -> None:
     """Recompute overlap and correlation of the ten nearest, image by image."""
     by_encoder = [
-        sample_neighbors(dataset, MINILM, use_image_embeddings=False),
-        sample_neighbors(dataset, "tfidf", use_image_embeddings=False),
+        sample_neighbors(embedded, MINILM, use_image_embeddings=False),
+        sample_neighbors(embedded, "tfidf", use_image_embeddings=False),
     ]
     agreement = compute_agreement(*by_encoder)
     assert agreement is not None
-    vectors = [neighbors.vectors.get(np.arange(len(dataset))) for neighbors in by_encoder]
+    vectors = [neighbors.vectors.get(np.arange(len(embedded))) for neighbors in by_encoder]
     overlaps, correlations = [], []
-    for image in range(len(dataset)):
+    for image in range(len(embedded)):
         nearest = [
             {int(p) for p in neighbors.neighbor_positions[image] if p >= 0} for neighbors in by_encoder
         ]
@@ -459,13 +459,13 @@ def _likewise(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
     return subprocess.run(command, capture_output=True, text=True, check=False)
 
 
-def test_command_prints_a_table_and_writes_a_report(collection: CaptionDataset, tmp_path: Path) -> None:
+def test_command_prints_a_table_and_writes_a_report(dataset: CaptionDataset, tmp_path: Path) -> None:
     page, configs = (
         tmp_path / "pairs.html",
         ("default", "k=3,mutual_k=10", "exclude_identical_captions,min_similarity=0.99"),
     )
     flags = [flag for pair_config in configs for flag in ("--pair-config", pair_config)]
-    completed = _likewise("analyze-pairs", collection.path, "--encoder", MINILM, *flags, "--out", page)
+    completed = _likewise("analyze-pairs", dataset.path, "--encoder", MINILM, *flags, "--out", page)
     assert completed.returncode == 0, completed.stderr
     output_lines = completed.stdout.splitlines()
     starts = [line.split()[0] for line in output_lines if line.startswith("  ") and line.strip()]
@@ -475,11 +475,11 @@ def test_command_prints_a_table_and_writes_a_report(collection: CaptionDataset, 
     assert page.with_suffix(".json").is_file()
 
 
-def test_command_prints_json(collection: CaptionDataset, tmp_path: Path) -> None:
+def test_command_prints_json(dataset: CaptionDataset, tmp_path: Path) -> None:
     page = tmp_path / "pairs.html"
     completed = _likewise(
         "analyze-pairs",
-        collection.path,
+        dataset.path,
         "--pair-config",
         "default",
         "--pair-config",
@@ -495,9 +495,7 @@ def test_command_prints_json(collection: CaptionDataset, tmp_path: Path) -> None
     assert result["page"] == str(page)
     saved = json.loads(page.with_suffix(".json").read_text())
     assert saved == {name: value for name, value in result.items() if name != "page"}
-    assert saved == json.loads(
-        json.dumps(analyze_pairs(collection, pair_configs=["default", "k=3"]).to_dict())
-    )
+    assert saved == json.loads(json.dumps(analyze_pairs(dataset, pair_configs=["default", "k=3"]).to_dict()))
 
 
 def test_distribution_sums_to_one_per_anchor() -> None:

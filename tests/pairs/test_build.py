@@ -27,11 +27,11 @@ MISSING_CAPTION: tuple[MissingCaption, ...] = ("self", "drop", "visual", "borrow
 
 
 @pytest.fixture(scope="module")
-def dataset(collection: CaptionDataset, tmp_path_factory: pytest.TempPathFactory) -> CaptionDataset:
+def embedded(dataset: CaptionDataset, tmp_path_factory: pytest.TempPathFactory) -> CaptionDataset:
     """Return a copy of the dataset with embeddings of captions and images, which tests may extend."""
     import shutil
 
-    copy = CaptionDataset(shutil.copytree(collection.path, tmp_path_factory.mktemp("several") / "c"))
+    copy = CaptionDataset(shutil.copytree(dataset.path, tmp_path_factory.mktemp("several") / "c"))
     embed(copy, IMAGE_ENCODER)
     return copy
 
@@ -41,49 +41,49 @@ def partners(pairs: Pairs) -> list[list[int]]:
     return [pairs.sampler.list_partners(i) for i in range(len(pairs.excluded))]
 
 
-def vectors(collection: CaptionDataset, modality: Literal["captions", "images"] = "captions") -> np.ndarray:
-    image_vectors = ImageVectors(find_embeddings(collection, None, modality=modality), len(collection))
-    return image_vectors.get(np.arange(len(collection))).astype(np.float64)
+def vectors(dataset: CaptionDataset, modality: Literal["captions", "images"] = "captions") -> np.ndarray:
+    image_vectors = ImageVectors(find_embeddings(dataset, None, modality=modality), len(dataset))
+    return image_vectors.get(np.arange(len(dataset))).astype(np.float64)
 
 
 def similarity_matrix(
-    collection: CaptionDataset, modality: Literal["captions", "images"] = "captions"
+    dataset: CaptionDataset, modality: Literal["captions", "images"] = "captions"
 ) -> np.ndarray:
-    each = vectors(collection, modality)
+    each = vectors(dataset, modality)
     scores = each @ each.T
     np.fill_diagonal(scores, -np.inf)
     return scores
 
 
-def test_first_pairs_by_nearest_caption(dataset: CaptionDataset) -> None:
-    pairs = build_pairs(dataset, PairConfig())
-    sampled = pairs.sample_partners(np.arange(len(dataset)), seed=3, epoch=5)
-    scores = similarity_matrix(dataset)
-    np.testing.assert_allclose(scores[np.arange(len(dataset)), sampled], scores.max(axis=1), atol=1e-6)
+def test_first_pairs_by_nearest_caption(embedded: CaptionDataset) -> None:
+    pairs = build_pairs(embedded, PairConfig())
+    sampled = pairs.sample_partners(np.arange(len(embedded)), seed=3, epoch=5)
+    scores = similarity_matrix(embedded)
+    np.testing.assert_allclose(scores[np.arange(len(embedded)), sampled], scores.max(axis=1), atol=1e-6)
     # Both vendors give most concepts the same name, so that most partners have identical captions.
-    assert np.mean([dataset[i].captions == dataset[int(p)].captions for i, p in enumerate(sampled)]) > 0.8
+    assert np.mean([embedded[i].captions == embedded[int(p)].captions for i, p in enumerate(sampled)]) > 0.8
 
 
-def test_images_not_allowed_are_neither_partners_nor_anchors(dataset: CaptionDataset) -> None:
-    excluded = partners(build_pairs(dataset, PairConfig()))[0][0]
-    allowed = np.delete(np.arange(len(dataset)), excluded)
-    pairs = build_pairs(dataset, PairConfig(k=2), allowed=np.isin(np.arange(len(dataset)), allowed))
+def test_images_not_allowed_are_neither_partners_nor_anchors(embedded: CaptionDataset) -> None:
+    excluded = partners(build_pairs(embedded, PairConfig()))[0][0]
+    allowed = np.delete(np.arange(len(embedded)), excluded)
+    pairs = build_pairs(embedded, PairConfig(k=2), allowed=np.isin(np.arange(len(embedded)), allowed))
     assert all(excluded not in each for each in partners(pairs))
     np.testing.assert_array_equal(pairs.anchors, allowed)
 
 
-def test_pairs_satisfy_their_constraints(dataset: CaptionDataset) -> None:
-    scores = similarity_matrix(dataset)
-    texts = [{normalize_text(c) for c in sample.captions} for sample in dataset]
-    group = [sample.group for sample in dataset]
+def test_pairs_satisfy_their_constraints(embedded: CaptionDataset) -> None:
+    scores = similarity_matrix(embedded)
+    texts = [{normalize_text(c) for c in sample.captions} for sample in embedded]
+    group = [sample.group for sample in embedded]
     configs = {
         "limit": PairConfig(k=4, min_similarity=0.7),
         "same": PairConfig(k=3, group_scope="same"),
         "other": PairConfig(k=3, group_scope="different", exclude_identical_captions=True),
         "mutual": PairConfig(k=5, mutual_k=5),
     }
-    built = {name: partners(build_pairs(dataset, config)) for name, config in configs.items()}
-    for i in range(len(dataset)):
+    built = {name: partners(build_pairs(embedded, config)) for name, config in configs.items()}
+    for i in range(len(embedded)):
         assert all(i not in results[i] for results in built.values())
         assert all(scores[i, j] >= 0.7 - 1e-6 for j in built["limit"][i])
         assert all(group[i] == group[j] for j in built["same"][i])
@@ -97,70 +97,70 @@ def test_pairs_satisfy_their_constraints(dataset: CaptionDataset) -> None:
         np.testing.assert_allclose(scores[i, results], best[i], atol=1e-5)
 
 
-def test_caption_pooling_equals_a_direct_computation(dataset: CaptionDataset) -> None:
-    image_vectors = ImageVectors(find_embeddings(dataset, None), len(dataset))
+def test_caption_pooling_equals_a_direct_computation(embedded: CaptionDataset) -> None:
+    image_vectors = ImageVectors(find_embeddings(embedded, None), len(embedded))
     rows = image_vectors.caption_vectors(np.arange(len(image_vectors.embedding_rows))).astype(np.float64)
     rows /= np.linalg.norm(rows, axis=1, keepdims=True)
     caption_scores = rows @ rows.T
-    n = len(dataset)
+    n = len(embedded)
     best = np.full((n, n), -np.inf)
     np.maximum.at(best, (image_vectors.image_ids[:, None], image_vectors.image_ids[None]), caption_scores)
     np.fill_diagonal(best, -np.inf)
-    results = find_neighbors(dataset, k=4, search_config=SearchConfig(caption_pooling="max"))
+    results = find_neighbors(embedded, k=4, search_config=SearchConfig(caption_pooling="max"))
     positions, similarity = results.topk()
     np.testing.assert_allclose(similarity, -np.sort(-best, axis=1)[:, :4], atol=1e-5)
     np.testing.assert_allclose(np.take_along_axis(best, positions, axis=1), similarity, atol=1e-5)
-    sampled = find_neighbors(dataset, k=4, search_config=SearchConfig(caption_pooling="sample"))
+    sampled = find_neighbors(embedded, k=4, search_config=SearchConfig(caption_pooling="sample"))
     assert len(sampled) == len(image_vectors.embedding_rows)
     to_images = np.full((len(rows), n), -np.inf)
     np.maximum.at(to_images.T, image_vectors.image_ids, caption_scores)
     to_images[np.arange(len(rows)), image_vectors.image_ids] = -np.inf
     np.testing.assert_allclose(sampled.topk()[1], -np.sort(-to_images, axis=1)[:, :4], atol=1e-5)
-    pairs = build_pairs(dataset, PairConfig(caption_pooling="sample"))
+    pairs = build_pairs(embedded, PairConfig(caption_pooling="sample"))
     epochs = np.stack([pairs.sample_partners(np.arange(n), seed=0, epoch=e) for e in range(30)])
     assert (epochs != epochs[0]).any()
     assert (epochs != np.arange(n)).all()
 
 
-def test_vision_and_hybrid_pairs(dataset: CaptionDataset) -> None:
-    scores, image_scores = similarity_matrix(dataset), similarity_matrix(dataset, "images")
-    partner_lists = partners(build_pairs(dataset, PairConfig(source="vision")))
+def test_vision_and_hybrid_pairs(embedded: CaptionDataset) -> None:
+    scores, image_scores = similarity_matrix(embedded), similarity_matrix(embedded, "images")
+    partner_lists = partners(build_pairs(embedded, PairConfig(source="vision")))
     np.testing.assert_allclose(
         [image_scores[i, j[0]] for i, j in enumerate(partner_lists)], image_scores.max(axis=1), atol=1e-5
     )
     for weight, expected in ((0.0, scores), (1.0, image_scores)):
         config = PairConfig(source="hybrid", fusion="weighted", image_weight=weight)
-        fused = partners(build_pairs(dataset, config))
+        fused = partners(build_pairs(embedded, config))
         np.testing.assert_allclose(
             [expected[i, j[0]] for i, j in enumerate(fused)], expected.max(axis=1), atol=1e-5
         )
-    ranked = partners(build_pairs(dataset, PairConfig(source="hybrid", k=5)))
+    ranked = partners(build_pairs(embedded, PairConfig(source="hybrid", k=5)))
     assert all(len(each) == 5 for each in ranked)
 
 
-def test_label_pairs_have_the_same_label(dataset: CaptionDataset) -> None:
-    pairs = build_pairs(dataset, PairConfig(source="label"))
-    labels = [sample.label for sample in dataset]
-    sampled = pairs.sample_partners(np.arange(len(dataset)), seed=0, epoch=0)
+def test_label_pairs_have_the_same_label(embedded: CaptionDataset) -> None:
+    pairs = build_pairs(embedded, PairConfig(source="label"))
+    labels = [sample.label for sample in embedded]
+    sampled = pairs.sample_partners(np.arange(len(embedded)), seed=0, epoch=0)
     unpaired = ~pairs.has_partner
     assert all(labels[i] == labels[int(j)] for i, j in enumerate(sampled))
     assert (sampled[unpaired] == np.flatnonzero(unpaired)).all()
     assert (sampled[~unpaired] != np.flatnonzero(~unpaired)).all()
 
 
-def test_pairs_from_a_file(dataset: CaptionDataset, tmp_path: Path) -> None:
-    ids = [sample.id for sample in dataset]
+def test_pairs_from_a_file(embedded: CaptionDataset, tmp_path: Path) -> None:
+    ids = [sample.id for sample in embedded]
     file = tmp_path / "pairs.csv"
     file.write_text(
         f"anchor,partner,similarity\n{ids[0]},{ids[5]},0.2\n{ids[0]},{ids[7]},0.9\n{ids[3]},{ids[1]},0.4\n"
     )
-    results = partners(build_pairs(dataset, PairConfig(source="file", pairs_file=file)))
+    results = partners(build_pairs(embedded, PairConfig(source="file", pairs_file=file)))
     assert results[0] == [7, 5]
     assert results[3] == [1]
     assert sum(map(len, results)) == 3
-    dropped = build_pairs(dataset, PairConfig(source="file", pairs_file=file, fallback="drop"))
+    dropped = build_pairs(embedded, PairConfig(source="file", pairs_file=file, fallback="drop"))
     assert dropped.anchors.tolist() == [0, 3]
-    limited = partners(build_pairs(dataset, PairConfig(source="file", pairs_file=file, min_similarity=0.3)))
+    limited = partners(build_pairs(embedded, PairConfig(source="file", pairs_file=file, min_similarity=0.3)))
     assert limited[0] == [7]
 
 
@@ -176,35 +176,35 @@ def test_pairs_from_a_file(dataset: CaptionDataset, tmp_path: Path) -> None:
         ("anchor,partner,similarity\n{0},{1},nan\n", "row 1: the similarity is not a finite number"),
     ],
 )
-def test_invalid_pairs_file_raises(dataset: CaptionDataset, tmp_path: Path, text: str, message: str) -> None:
-    (tmp_path / "p.csv").write_text(text.format(dataset[0].id, dataset[1].id))
+def test_invalid_pairs_file_raises(embedded: CaptionDataset, tmp_path: Path, text: str, message: str) -> None:
+    (tmp_path / "p.csv").write_text(text.format(embedded[0].id, embedded[1].id))
     with pytest.raises(InvalidInputError, match=message):
-        build_pairs(dataset, PairConfig(source="file", pairs_file=tmp_path / "p.csv"))
+        build_pairs(embedded, PairConfig(source="file", pairs_file=tmp_path / "p.csv"))
     with pytest.raises(InvalidInputError, match="does not exist") as caught:
-        build_pairs(dataset, PairConfig(source="file", pairs_file=tmp_path / "none.csv"))
+        build_pairs(embedded, PairConfig(source="file", pairs_file=tmp_path / "none.csv"))
     assert (caught.value.field, caught.value.path) == ("pairs_file", tmp_path / "none.csv")
 
 
-def test_no_partners_raises_and_fallbacks_are_counted(dataset: CaptionDataset) -> None:
+def test_no_partners_raises_and_fallbacks_are_counted(embedded: CaptionDataset) -> None:
     with pytest.raises(InvalidInputError, match="no image of .* has a partner .*relax the constraints"):
-        build_pairs(dataset, PairConfig(min_similarity=1.0, exclude_identical_captions=True))
+        build_pairs(embedded, PairConfig(min_similarity=1.0, exclude_identical_captions=True))
     strict = PairConfig(min_similarity=0.9, exclude_identical_captions=True)
-    pairs = build_pairs(dataset, strict)
+    pairs = build_pairs(embedded, strict)
     paired = int(pairs.has_partner.sum())
-    assert 0 < paired < len(dataset)
-    assert f"{paired:,} of {len(dataset):,} images have a partner" in pairs.summary()
-    dropped = build_pairs(dataset, replace(strict, fallback="drop"))
+    assert 0 < paired < len(embedded)
+    assert f"{paired:,} of {len(embedded):,} images have a partner" in pairs.summary()
+    dropped = build_pairs(embedded, replace(strict, fallback="drop"))
     assert len(dropped.anchors) == paired
-    assert f"{len(dataset) - paired:,} without a partner are excluded" in dropped.summary()
-    nearest_fallback = build_pairs(dataset, replace(strict, fallback="nearest"))
+    assert f"{len(embedded) - paired:,} without a partner are excluded" in dropped.summary()
+    nearest_fallback = build_pairs(embedded, replace(strict, fallback="nearest"))
     assert nearest_fallback.has_partner.all()
     assert nearest_fallback.key != pairs.key != dropped.key
 
 
-def test_k_beyond_the_dataset_is_reported(dataset: CaptionDataset) -> None:
-    pairs = build_pairs(dataset, PairConfig(k=10_000))
-    assert f"no image has more than {len(dataset) - 1:,} partners" in pairs.summary()
-    assert all(len(each) == len(dataset) - 1 for each in partners(pairs))
+def test_k_beyond_the_dataset_is_reported(embedded: CaptionDataset) -> None:
+    pairs = build_pairs(embedded, PairConfig(k=10_000))
+    assert f"no image has more than {len(embedded) - 1:,} partners" in pairs.summary()
+    assert all(len(each) == len(embedded) - 1 for each in partners(pairs))
 
 
 def test_missing_caption_options(emoji: Path, tmp_path: Path) -> None:
@@ -241,10 +241,10 @@ def test_missing_caption_options(emoji: Path, tmp_path: Path) -> None:
         build_pairs(built, PairConfig(group_scope="same"))
 
 
-def test_similarity_moments_equal_all_pairs(dataset: CaptionDataset) -> None:
-    image_vectors = ImageVectors(find_embeddings(dataset, None), len(dataset))
+def test_similarity_moments_equal_all_pairs(embedded: CaptionDataset) -> None:
+    image_vectors = ImageVectors(find_embeddings(embedded, None), len(embedded))
     mean, std = image_vectors.similarity_moments()
-    each = vectors(dataset)
+    each = vectors(embedded)
     scores = each @ each.T
     others = scores[~np.eye(len(each), dtype=bool)].reshape(len(each), -1)
     np.testing.assert_allclose(mean, others.mean(axis=1), atol=1e-6)
