@@ -130,8 +130,8 @@ def _encode_groups(dataset: CaptionDataset, search_config: SearchConfig) -> np.n
     group_ids = encode_column(dataset, "group")
     if (group_ids < 0).all():
         raise InvalidInputError(
-            f"no image of {dataset.path} has a group, as `group_scope` {search_config.group_scope!r} requires; "
-            "import the dataset with `group_column`",
+            f"no image of {dataset.path} has a group, which `group_scope` {search_config.group_scope!r} "
+            "requires; import the dataset with `group_column`",
             field="group_scope",
         )
     return group_ids
