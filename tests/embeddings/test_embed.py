@@ -27,9 +27,9 @@ IMAGE_ENCODER = "image:random:test_resnet"
 
 
 @pytest.fixture
-def dataset(collection: CaptionDataset, tmp_path: Path) -> CaptionDataset:
+def unembedded(dataset: CaptionDataset, tmp_path: Path) -> CaptionDataset:
     """A copy of the emoji dataset without embeddings."""
-    path = shutil.copytree(collection.path, tmp_path / "c")
+    path = shutil.copytree(dataset.path, tmp_path / "c")
     shutil.rmtree(path / "embeddings")
     return CaptionDataset(path)
 
@@ -61,32 +61,32 @@ def save_model2vec(folder: Path, *, num_broken: int = 0) -> Path:
     return folder
 
 
-def test_embed_captions(dataset: CaptionDataset) -> None:
-    embeddings = embed(dataset, encoder=MINILM)
+def test_embed_captions(unembedded: CaptionDataset) -> None:
+    embeddings = embed(unembedded, encoder=MINILM)
 
-    assert len(embeddings) == sum(len(sample.captions) for sample in dataset)
+    assert len(embeddings) == sum(len(sample.captions) for sample in unembedded)
     assert embeddings.dim == 384
     vectors, image_ids = embeddings.load_shard(0)
     assert vectors.dtype == np.float16
     np.testing.assert_allclose(np.linalg.norm(vectors.astype(np.float32), axis=1), 1, atol=1e-3)
     assert image_ids[0] == 0  # row 0 is the first caption of sample 0
-    assert find_embeddings(dataset, None).path == embeddings.path
-    assert embed(dataset, encoder=MINILM).path == embeddings.path  # a complete artifact is reused
+    assert find_embeddings(unembedded, None).path == embeddings.path
+    assert embed(unembedded, encoder=MINILM).path == embeddings.path  # a complete artifact is reused
 
 
-def test_fitted_encoder_resumes_to_the_same_bytes(dataset: CaptionDataset) -> None:
-    embeddings = embed(dataset, "tfidf")
+def test_fitted_encoder_resumes_to_the_same_bytes(unembedded: CaptionDataset) -> None:
+    embeddings = embed(unembedded, "tfidf")
     assert embeddings.num_shards > 2
     assert (embeddings.dim, embeddings.modality, embeddings.num_zero_vectors) == (4096, "captions", 0)
     expected = snapshot(embeddings.path)
     interrupt(embeddings, 1)
-    assert snapshot(embed(dataset, "tfidf").path) == expected
+    assert snapshot(embed(unembedded, "tfidf").path) == expected
 
 
-def test_captions_without_known_words_have_zero_vectors(dataset: CaptionDataset, tmp_path: Path) -> None:
+def test_captions_without_known_words_have_zero_vectors(unembedded: CaptionDataset, tmp_path: Path) -> None:
     (tmp_path / "two.txt").write_text("face 1 0 0\ncat 0 1 0\n")
-    embeddings = embed(dataset, f"words:{tmp_path / 'two.txt'}")
-    captions = [text.lower() for sample in dataset for text in sample.captions]
+    embeddings = embed(unembedded, f"words:{tmp_path / 'two.txt'}")
+    captions = [text.lower() for sample in unembedded for text in sample.captions]
     known = np.array([bool({"face", "cat"} & set(text.replace(":", " ").split())) for text in captions])
     rows = np.concatenate([embeddings.load_shard(i)[0] for i in range(embeddings.num_shards)])
     assert known.any()
@@ -94,61 +94,61 @@ def test_captions_without_known_words_have_zero_vectors(dataset: CaptionDataset,
     assert embeddings.num_zero_vectors == (~known).sum()
     assert len(embeddings) == len(captions)
     positions = np.concatenate([embeddings.load_mean_vectors(i)[1] for i in range(embeddings.num_shards)])
-    assert 0 < len(positions) < len(dataset)
+    assert 0 < len(positions) < len(unembedded)
     manifest = (embeddings.path / MANIFEST).read_text()
     interrupt(embeddings, 0)
-    assert (embed(dataset, f"words:{tmp_path / 'two.txt'}").path / MANIFEST).read_text() == manifest
+    assert (embed(unembedded, f"words:{tmp_path / 'two.txt'}").path / MANIFEST).read_text() == manifest
 
 
-def test_non_finite_embeddings_raise_and_are_not_saved(dataset: CaptionDataset, tmp_path: Path) -> None:
+def test_non_finite_embeddings_raise_and_are_not_saved(unembedded: CaptionDataset, tmp_path: Path) -> None:
     folder = save_model2vec(tmp_path / "m", num_broken=2)
     with pytest.raises(ArtifactError, match=r"non-finite embeddings for [1-9]\d* of \d+ captions of a shard"):
-        embed(dataset, f"model2vec:{folder}")
-    assert not list((dataset.path / "embeddings").glob("*/ids-00000.npy"))
-    assert len(embed(dataset, f"model2vec:{save_model2vec(tmp_path / 'm')}")) == len(
-        [text for sample in dataset for text in sample.captions]
+        embed(unembedded, f"model2vec:{folder}")
+    assert not list((unembedded.path / "embeddings").glob("*/ids-00000.npy"))
+    assert len(embed(unembedded, f"model2vec:{save_model2vec(tmp_path / 'm')}")) == len(
+        [text for sample in unembedded for text in sample.captions]
     )
 
 
-def test_resuming_with_another_dimension_raises(dataset: CaptionDataset) -> None:
-    embeddings = embed(dataset, "tfidf")
+def test_resuming_with_another_dimension_raises(unembedded: CaptionDataset) -> None:
+    embeddings = embed(unembedded, "tfidf")
     interrupt(embeddings, 2)
     # As a hub model leaves it that was replaced between two runs under the same name.
     file = embeddings.path / "vectors-00000.npy"
     np.save(file, np.load(file)[:, :100])
     with pytest.raises(ArtifactError, match="embeddings of dimension 100 .* now has 4096.*delete the folder"):
-        embed(dataset, "tfidf")
+        embed(unembedded, "tfidf")
 
 
-def test_changed_weights_have_a_separate_folder(dataset: CaptionDataset, tmp_path: Path) -> None:
+def test_changed_weights_have_a_separate_folder(unembedded: CaptionDataset, tmp_path: Path) -> None:
     folder = save_model2vec(tmp_path / "m")
-    first = embed(dataset, f"model2vec:{folder}")
+    first = embed(unembedded, f"model2vec:{folder}")
     weights = load_file(folder / "model.safetensors")
     save_file({name: values[:, :32].copy() for name, values in weights.items()}, folder / "model.safetensors")
-    second = embed(dataset, f"model2vec:{folder}")
+    second = embed(unembedded, f"model2vec:{folder}")
     assert (first.dim, second.dim) == (64, 32)
-    assert find_embeddings(dataset, f"model2vec:{folder}").path == second.path
+    assert find_embeddings(unembedded, f"model2vec:{folder}").path == second.path
     with pytest.raises(
         ArtifactError, match=rf"several encoders \({first.path.name}, {second.path.name}|{second.path.name}, "
     ):
-        find_embeddings(dataset, None)
-    assert find_embeddings(dataset, first.path.name).path == first.path
+        find_embeddings(unembedded, None)
+    assert find_embeddings(unembedded, first.path.name).path == first.path
 
 
-def test_embeddings_with_different_options_are_found_by_name(dataset: CaptionDataset) -> None:
+def test_embeddings_with_different_options_are_found_by_name(unembedded: CaptionDataset) -> None:
     name = f"hf:{offline_model_path(MINILM)}"
-    mean, cls = (embed(dataset, name, options=EncoderOptions(pooling=p)) for p in ("mean", "cls"))
+    mean, cls = (embed(unembedded, name, options=EncoderOptions(pooling=p)) for p in ("mean", "cls"))
     assert mean.path != cls.path
-    assert find_embeddings(dataset, name).path == mean.path
-    assert find_embeddings(dataset, "hf:model+cls").path == cls.path
+    assert find_embeddings(unembedded, name).path == mean.path
+    assert find_embeddings(unembedded, "hf:model+cls").path == cls.path
     shutil.rmtree(mean.path)
-    assert find_embeddings(dataset, name).path == cls.path
+    assert find_embeddings(unembedded, name).path == cls.path
     with pytest.raises(ArtifactError, match="no embeddings of captions by tfidf; embed the dataset first"):
-        find_embeddings(dataset, "tfidf")
+        find_embeddings(unembedded, "tfidf")
 
 
-def test_image_embeddings_equal_the_encoder(collection: CaptionDataset, dataset: CaptionDataset) -> None:
-    embeddings = embed(dataset, IMAGE_ENCODER, batch_size=7)
+def test_image_embeddings_equal_the_encoder(collection: CaptionDataset, unembedded: CaptionDataset) -> None:
+    embeddings = embed(unembedded, IMAGE_ENCODER, batch_size=7)
     encoder = load_encoder("random:test_resnet")
     indices = [0, 63, 64, len(collection) - 1]
     crops = [
@@ -169,19 +169,19 @@ def test_image_embeddings_equal_the_encoder(collection: CaptionDataset, dataset:
     assert len(embeddings) == len(collection)
 
 
-def test_modalities_are_found_separately(dataset: CaptionDataset) -> None:
-    image_embeddings = embed(dataset, IMAGE_ENCODER)
+def test_modalities_are_found_separately(unembedded: CaptionDataset) -> None:
+    image_embeddings = embed(unembedded, IMAGE_ENCODER)
     with pytest.raises(ArtifactError, match="no embeddings of captions; embed"):
-        find_embeddings(dataset, None)
-    caption_embeddings = embed(dataset, "bow")
-    assert find_embeddings(dataset, None).path == caption_embeddings.path
-    assert find_embeddings(dataset, None, modality="images").path == image_embeddings.path
-    assert find_embeddings(dataset, IMAGE_ENCODER, modality="images").path == image_embeddings.path
+        find_embeddings(unembedded, None)
+    caption_embeddings = embed(unembedded, "bow")
+    assert find_embeddings(unembedded, None).path == caption_embeddings.path
+    assert find_embeddings(unembedded, None, modality="images").path == image_embeddings.path
+    assert find_embeddings(unembedded, IMAGE_ENCODER, modality="images").path == image_embeddings.path
     with pytest.raises(ArtifactError, match="no embeddings of captions by image:"):
-        find_embeddings(dataset, IMAGE_ENCODER)
+        find_embeddings(unembedded, IMAGE_ENCODER)
     shutil.rmtree(image_embeddings.path)
     with pytest.raises(ArtifactError, match="no embeddings of images; embed"):
-        find_embeddings(dataset, None, modality="images")
+        find_embeddings(unembedded, None, modality="images")
 
 
 def test_unreadable_images_are_skipped_and_counted(emoji: Path, tmp_path: Path) -> None:
@@ -212,11 +212,11 @@ def test_unreadable_images_are_skipped_and_counted(emoji: Path, tmp_path: Path) 
     assert len(embed(dataset, IMAGE_ENCODER)) == len(dataset)
 
 
-def test_failed_loading_leaves_no_folder(dataset: CaptionDataset, tmp_path: Path) -> None:
+def test_failed_loading_leaves_no_folder(unembedded: CaptionDataset, tmp_path: Path) -> None:
     (tmp_path / "two.txt").write_text("zzyzx 1 0 0\n")
     with pytest.raises(ModelError, match="no vector for any word"):
-        embed(dataset, f"words:{tmp_path / 'two.txt'}")
-    assert not (dataset.path / "embeddings").exists()
+        embed(unembedded, f"words:{tmp_path / 'two.txt'}")
+    assert not (unembedded.path / "embeddings").exists()
 
 
 def test_uncaptioned_images_can_be_embedded(emoji: Path, tmp_path: Path) -> None:

@@ -73,7 +73,7 @@ def test_invalid_images_raise(encoder: ImageEncoder, tmp_path: Path) -> None:
         with pytest.raises(likewise.InvalidInputError) as error:
             encoder.encode([pixels])
         assert error.value.field == "images"
-    with pytest.raises(likewise.UnreadableImageError, match="image 1: sides differ"):
+    with pytest.raises(likewise.UnreadableImageError, match="image 1: aspect ratio above 20"):
         encoder.encode([tmp_path / "face.png", np.zeros((4, 400, 3), np.uint8)])
     with pytest.raises(likewise.ArtifactError):
         encoder.encode(tmp_path)
