@@ -51,7 +51,7 @@ class RunInfo:
 
     @property
     def pair_source(self) -> str:
-        """Who was shown with whom."""
+        """The source of pairs."""
         return str(self.config.get("source"))
 
     def metric_series(self, name: str) -> tuple[np.ndarray, np.ndarray]:
@@ -72,7 +72,7 @@ class ReportEntry:
         phrase: What it is called within a sentence.
         rows: What was measured of it.
         results: The same as stored, a mapping an evaluated set.
-        run: What a run holds besides, or None.
+        run: The contents of a run, or None for an evaluation.
         error: Why its results cannot be read, or None.
     """
 
@@ -92,7 +92,7 @@ class ReportEntry:
 
 
 def read_report_entries(paths: Sequence[Path | str]) -> list[ReportEntry]:
-    """Read runs and evaluation folders, runs first, each once, and name them so that they can be told apart.
+    """Read runs and evaluation folders, runs first, each once, and name them uniquely.
 
     Raises:
         ArtifactError: where a folder is neither a finished run nor holds results.

@@ -31,7 +31,7 @@ LINESTYLES = (
 _INK, _MUTED, _GRID = "#010101", "#020202", "#030303"
 _CSS_VARIABLES = {_INK: "--ink", _MUTED: "--muted", _GRID: "--line"}
 _CSS_VARIABLES |= {f"#0405{i:02d}": f"--series-{i}" for i in range(NUM_STYLES)}
-_MAX_POINTS = 240  # more cannot be told apart on a page
+_MAX_POINTS = 240  # more are indistinguishable on a page
 _RC_PARAMS = {
     "svg.fonttype": "none",
     "font.size": 9.5,

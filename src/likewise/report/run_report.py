@@ -219,7 +219,7 @@ def _view_pair(run_name: str, views: np.ndarray) -> ViewPair:
 
 
 def key_facts(entries: Sequence[ReportEntry], examples: PairExamples) -> list[tuple[str, str]]:
-    """Return what the page is about in figures; a setting that differs between runs is told of each."""
+    """Return the key facts of the page; a setting that differs between runs is listed per run."""
     facts = []
     if examples.dataset is not None:
         facts.append(("images", f"{len(examples.dataset):,}"))
@@ -413,7 +413,7 @@ class ReproductionCommands:
 
 
 def _resolve_source(source: str, root: Path) -> str:
-    """Return the source as an absolute path where it was told as a relative one and can be found again."""
+    """Return the source as an absolute path if it was given as a relative one and exists."""
     if Path(source).is_absolute():
         return source
     for candidate in (root / Path(source).name, root):
