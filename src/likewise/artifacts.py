@@ -49,6 +49,8 @@ class Manifest:
     complete: bool = False
     counts: dict[str, int] = field(default_factory=dict)
     skipped: dict[str, int] = field(default_factory=dict)
+    ignored: dict[str, int] = field(default_factory=dict)
+    """Files of the source that were never candidates, such as hidden files and other file types, by reason."""
     versions: dict[str, str] = field(default_factory=dict)
     format: int = FORMAT_VERSION
 
@@ -147,9 +149,20 @@ class Artifact:
         """Whether the step that creates it has finished."""
         return self.manifest.complete
 
-    def finish(self, counts: Mapping[str, int], skipped: Mapping[str, int] | None = None) -> "Artifact":
-        """Mark the artifact as complete and record its counts and the number of skipped items by reason."""
-        manifest = replace(self.manifest, complete=True, counts=dict(counts), skipped=dict(skipped or {}))
+    def finish(
+        self,
+        counts: Mapping[str, int],
+        skipped: Mapping[str, int] | None = None,
+        ignored: Mapping[str, int] | None = None,
+    ) -> "Artifact":
+        """Mark the artifact as complete; record its counts, and skipped items and ignored files by reason."""
+        manifest = replace(
+            self.manifest,
+            complete=True,
+            counts=dict(counts),
+            skipped=dict(skipped or {}),
+            ignored=dict(ignored or {}),
+        )
         write_json(self.path / MANIFEST, asdict(manifest))
         return replace(self, manifest=manifest)
 

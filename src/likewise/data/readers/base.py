@@ -5,7 +5,7 @@ import json
 import os
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +13,7 @@ import numpy as np
 
 from likewise.data.config import ImportOptions
 from likewise.data.dataset import ImageRef
+from likewise.data.readers.files import IgnoredFiles
 from likewise.errors import InvalidInputError, did_you_mean
 
 _MAX_HASHED_BYTES = 64 * 2**20  # files up to this size are fingerprinted by content
@@ -51,6 +52,8 @@ class Reader(ABC):
 
     root: Path
     """Absolute folder that image paths are relative to."""
+    ignored: IgnoredFiles = field(default_factory=IgnoredFiles, compare=False, kw_only=True)
+    """Files that are no candidates for samples; complete after `iter_samples`."""
 
     @abstractmethod
     def fingerprint(self) -> str:
