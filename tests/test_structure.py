@@ -24,7 +24,7 @@ ROOMS = {
     "training": {"pairs", "neighbors", "embeddings", "data", "models"},
     "evaluation": {"models", "data"},
     "report": {"data", "neighbors", "pairs", "evaluation"},
-    "demo": {"data", "embeddings", "neighbors", "pairs", "training", "evaluation", "report"},
+    "demo": {"data", "models", "embeddings", "neighbors", "pairs", "training", "evaluation", "report"},
     "cli": {"data", "embeddings", "neighbors", "pairs", "training", "evaluation", "report", "demo", "models"},
 }
 GROUND_ORDER = {

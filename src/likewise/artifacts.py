@@ -50,7 +50,7 @@ class Manifest:
     counts: dict[str, int] = field(default_factory=dict)
     skipped: dict[str, int] = field(default_factory=dict)
     ignored: dict[str, int] = field(default_factory=dict)
-    """Files of the source that were never candidates, such as hidden files and other file types, by reason."""
+    """Files that were no candidates, such as hidden files and other file types, by reason."""
     versions: dict[str, str] = field(default_factory=dict)
     format: int = FORMAT_VERSION
 

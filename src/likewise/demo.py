@@ -19,6 +19,7 @@ from likewise.evaluation.evaluate import evaluate
 from likewise.evaluation.protocols import ProtocolConfig
 from likewise.evaluation.protocols.fewshot import FewShotConfig
 from likewise.evaluation.results import MetricComparison, compare_metrics, read_results
+from likewise.models.encoders import load_encoder
 from likewise.neighbors.index import find_neighbors
 from likewise.pairs.config import PairConfig, PairSource
 from likewise.parallel import default_num_workers, prefetch_map
@@ -280,18 +281,17 @@ def run_demo(
             device=device,
             progress=progress,
         )
-        evaluate(
-            run.path, table_path.parent, PROTOCOLS, config=protocol_config, device=device, progress=progress
-        )
+        encoder = load_encoder(run.path, device=device)
+        evaluate(encoder, table_path.parent, PROTOCOLS, config=protocol_config, progress=progress)
         run_paths.append(run.path)
     untrained_dir = out / "untrained"
+    untrained_path = save_untrained_encoder(_train_config(demo_config), out / "untrained.safetensors")
     evaluate(
-        save_untrained_encoder(_train_config(demo_config), out / "untrained.safetensors"),
+        load_encoder(untrained_path, device=device),
         table_path.parent,
         PROTOCOLS,
         config=protocol_config,
         out=untrained_dir,
-        device=device,
         progress=progress,
     )
     report_path = write_report(

@@ -136,7 +136,7 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
         train(collection, base / name, settings, PairConfig(source=pairs), device="cpu")
     protocols = ("linear", "knn", "fewshot", "retrieval")
     for name in ("own", "alike"):
-        evaluate(base / name, table.parent, protocols, config=_PROBES, device="cpu")
+        evaluate(base / name, table.parent, protocols, config=_PROBES)
     encoder = load_encoder("random:resnet10t", image_size=32, device="cpu")
     evaluate(encoder, table.parent, protocols, config=_PROBES, out=base / "floor")
     return base

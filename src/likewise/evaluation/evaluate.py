@@ -34,7 +34,6 @@ from likewise.evaluation.protocols import AnnotationType, ProtocolConfig, build_
 from likewise.evaluation.protocols.base import EvalContext, EvalDataset, Protocol, Score
 from likewise.evaluation.results import RESULTS_FILE, EvalResults, load_results
 from likewise.models.encoders import ImageEncoder, count_flops, load_encoder
-from likewise.parallel import resolve_device
 from likewise.progress import NULL_PROGRESS, Progress
 
 logger = logging.getLogger(__name__)
@@ -57,7 +56,7 @@ class ColumnOptions:
     """Values in masks that are ignored in training and in scores."""
 
 
-def evaluate(  # the public function; all but the first three are keywords
+def evaluate(
     encoder: ImageEncoder | str | os.PathLike[str],
     datasets: EvalDataset | str | os.PathLike[str] | Sequence[EvalDataset | str | os.PathLike[str]],
     protocols: str | Sequence[str] = DEFAULT_PROTOCOLS,
@@ -66,14 +65,13 @@ def evaluate(  # the public function; all but the first three are keywords
     columns: ColumnOptions | None = None,
     out: str | Path | None = None,
     num_workers: int | None = None,
-    device: str | None = None,
     progress: Progress = NULL_PROGRESS,
 ) -> EvalResults:
     """Evaluate a frozen encoder on datasets; results that exist on disk are not computed again.
 
     Args:
         encoder: An encoder, a finished run or its path, or a name such as `timm:resnet50` (see
-            `load_encoder`).
+            `load_encoder`, which also chooses the device).
         datasets: One or several datasets: folders, tables, names of the registry, or opened datasets.
         protocols: Names of protocols; each reads the annotations it requires: labels, captions, boxes or
             masks.
@@ -82,7 +80,6 @@ def evaluate(  # the public function; all but the first three are keywords
         out: Folder of the results; defaults to `evaluation` in the run, or `evaluation-NAME` in the current
             folder.
         num_workers: Threads that read images; defaults to the number of cores.
-        device: Device of the encoder; defaults to that of an `ImageEncoder`, else to a GPU if there is one.
         progress: Progress reporter.
 
     Returns:
@@ -108,9 +105,7 @@ def evaluate(  # the public function; all but the first three are keywords
         for annotation_type in dict.fromkeys(requirements)
     ]
     if not isinstance(encoder, ImageEncoder):
-        encoder = load_encoder(encoder, device=device)
-    elif device is not None:
-        encoder.model.to(resolve_device(device))
+        encoder = load_encoder(encoder)
     out_dir = _default_out_dir(encoder) if out is None else Path(out)
     header = _describe_encoder(encoder)
     result_files = []

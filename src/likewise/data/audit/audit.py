@@ -17,7 +17,6 @@ from likewise.data.audit.captions import (
     repeated_captions,
     summarize_lengths,
 )
-from likewise.data.audit.config import AuditConfig
 from likewise.data.audit.images import (
     NearDuplicates,
     image_finding,
@@ -32,6 +31,7 @@ from likewise.data.audit.scan import (
     top_phrases,
     uninformative_reason,
 )
+from likewise.data.config import AuditConfig
 from likewise.data.dataset import CaptionDataset
 from likewise.data.filters import FilterRow, write_filter
 from likewise.data.perceptual_hash import PerceptualHashes, compute_perceptual_hashes, validate_max_hamming

@@ -228,9 +228,9 @@ def reject_table_options(options: ImportOptions, reason: str) -> None:
     Raises:
         InvalidInputError: if `image_column` or `images` is set.
     """
-    for field in ("image_column", "images"):
-        if getattr(options, field) is not None:
-            raise InvalidInputError(f"`{field}` does not apply: {reason}", field=field)
+    for name in ("image_column", "images"):
+        if getattr(options, name) is not None:
+            raise InvalidInputError(f"`{name}` does not apply: {reason}", field=name)
 
 
 def match_score(column_names: Sequence[str], embedded_columns: frozenset[str], options: ImportOptions) -> int:
@@ -276,12 +276,12 @@ def infer_columns(
         *(("caption_column", column) for column in options.caption_column),
         *(("where", column) for column, _ in where),
     ]
-    for field, column in requested:
+    for field_name, column in requested:
         if column is not None and column not in column_names:
             suggestion = did_you_mean(column, list(column_names))
             raise InvalidInputError(
                 f"{name} has no column {column!r}; its columns are {', '.join(column_names)}.{suggestion}",
-                field=field,
+                field=field_name,
             )
     messages = []
     image_column, caption_columns = options.image_column, options.caption_column

@@ -17,8 +17,16 @@ from likewise.training.losses import (
     nt_xent_loss,
     supcon_loss,
 )
-from likewise.training.methods.base import Batch, SiameseMethod, StepOutput, forward_views
-from likewise.training.methods.modules import EMAModel, MemoryBank, cosine_momentum, prediction_head
+from likewise.training.methods.base import (
+    Batch,
+    EMAModel,
+    MemoryBank,
+    SiameseMethod,
+    StepOutput,
+    cosine_momentum,
+    forward_views,
+    prediction_head,
+)
 from likewise.training.methods.options import (
     DCLOptions,
     MoCoOptions,

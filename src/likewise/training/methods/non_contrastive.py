@@ -14,11 +14,14 @@ from likewise.training.losses import (
     swav_loss,
     vicreg_loss,
 )
-from likewise.training.methods.base import Batch, SiameseMethod, StepOutput, forward_views
-from likewise.training.methods.modules import (
+from likewise.training.methods.base import (
+    Batch,
     EMAModel,
     MemoryBank,
+    SiameseMethod,
+    StepOutput,
     cosine_momentum,
+    forward_views,
     prediction_head,
 )
 from likewise.training.methods.options import BYOLOptions, SimSiamOptions, SwAVOptions
