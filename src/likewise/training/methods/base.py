@@ -128,6 +128,36 @@ class SiameseMethod(Method):
         return features, self.projector(features).chunk(len(batch.views))
 
 
+class EMAPredictorMethod(SiameseMethod):
+    """A method whose predictions of each view match the projections of an EMA copy, as in BYOL and MoCo v3.
+
+    The momentum of the copy rises to 1 along a cosine.
+    """
+
+    def __init__(self, backbone: nn.Module, feature_dim: int, options: Any) -> None:
+        """Add a projection head, a prediction head, and an EMA copy of backbone and projection head."""
+        super().__init__(backbone, feature_dim, options)
+        self.predictor = prediction_head(options.projector_dims[-1], options.predictor_hidden_dim)
+        self.ema_model = EMAModel(self.backbone, self.projector)
+        self.ema_momentum = options.ema_momentum
+
+    def on_step_start(self, batch: Batch) -> None:
+        """Update the EMA copy."""
+        if self.training:
+            momentum = cosine_momentum(self.ema_momentum, batch.train_fraction)
+            self.ema_model.update(self.backbone, self.projector, momentum=momentum)
+
+    def encode(self, batch: Batch) -> tuple[Tensor, Sequence[Tensor]]:
+        """Return the features, the predictions of both views, and their projections by the EMA copy."""
+        features = torch.cat(forward_views(self.backbone, batch.views))
+        predictions = self.predictor(self.projector(features))
+        # Last: the second forward pass of gradient caching stops before it.
+        ema_backbone, ema_projector = self.ema_model.ema_modules
+        with torch.no_grad():
+            targets = ema_projector(torch.cat(forward_views(ema_backbone, batch.views)))
+        return features, (*predictions.chunk(2), *targets.chunk(2))
+
+
 def forward_views(backbone: nn.Module, views: Sequence[Tensor]) -> tuple[Tensor, ...]:
     """Return the features of each view; consecutive views of one size pass through the backbone together.
 
