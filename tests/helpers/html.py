@@ -63,6 +63,7 @@ def check_self_contained(path: Path) -> Page:
         assert not [name for name in attributes if name.startswith("on")]
         for name in ("src", "href"):
             assert (attributes.get(name) or "#").startswith(("data:image/", "#"))
+    assert "--series-0" in raw, "the stylesheet is missing"
     assert "url(http" not in raw
     assert "@import" not in raw
     policies = [attributes["content"] for _, attributes in page.tags if "http-equiv" in attributes]

@@ -90,7 +90,7 @@ def summary_sentences(report: dict[str, Any]) -> list[str]:
         sentences.append(
             f"{near_duplicates['count']:,} of {num_images:,} images "
             f"({format_fraction(near_duplicates['count'], num_images)}) are near-duplicates; "
-            f"{near_duplicates['filtered']:,} of them are redundant: another one has the same captions."
+            f"{near_duplicates['filtered']:,} of them are redundant (same captions as another one)."
         )
     num_without_caption = findings["without_caption"]["count"]
     if num_without_caption and num_captions:

@@ -352,7 +352,7 @@ def _summarize_differences(entry: ReportEntry, rows: Sequence[TableRow], column:
     ]
     if num_uncertain:
         parts.append(f"{num_uncertain} uncertain (interval without 0, but p ≥ {SIGNIFICANCE_LEVEL})")
-    return f"All {len(differences)} metrics with {entry.phrase}: {join_words(parts)}."
+    return f"Of {len(differences)} tested metrics with {entry.phrase}: {join_words(parts)}."
 
 
 def caveats(results: ResultTables) -> list[str]:
@@ -375,8 +375,8 @@ def caveats(results: ResultTables) -> list[str]:
         ]
         if changed:
             sentences.append(
-                f"{entry.name} also differs from the baseline in {join_words(changed)}, which may explain "
-                "differences in the results."
+                f"Other settings of {entry.name} also differ from the baseline and may explain differences "
+                f"in the results: {join_words(changed)}."
             )
     return sentences
 
