@@ -28,6 +28,7 @@ from likewise.data.importing import import_dataset, normalize_caption, shard_chu
 from likewise.data.readers import ImportOptions
 from likewise.data.readers.base import RawSample, UInt64Set
 from likewise.errors import ArtifactError, InvalidInputError
+from likewise.locks import HOST
 
 
 def encode_jpeg(size: tuple[int, int], mode: str = "RGB") -> bytes:
@@ -284,7 +285,7 @@ def test_resumed_equals_uninterrupted(tmp_path: Path, table_of_48: Path, removed
         (out / name).unlink()
     if removed == "stale skips":
         write_file(out / "skipped-00001.jsonl", '{"id": "x", "location": "x", "reason": "x"}\n')
-    write_file(out / ".samples-00000.parquet.999999999.tmp", b"half")
+    write_file(out / f".samples-00000.parquet.{HOST}.999999999.tmp", b"half")
     progress = RecordingProgress()
     import_dataset(table_of_48, out, options, shard_rows=4, progress=progress)
     assert read_files(out) == read_files(tmp_path / "uninterrupted")
