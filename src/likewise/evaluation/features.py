@@ -73,16 +73,17 @@ def extract_features(
     path = cache_dir / f"{dataset.name}-{key[:8]}"
     with Artifact.exclusive(path, ARTIFACT_KIND, settings, inputs, non_hashed=("name",)) as artifact:
         if not artifact.is_complete:
-            artifact = _extract_missing(encoder, dataset, artifact, batch_size, num_workers, progress)
+            _extract_missing(encoder, dataset, artifact, batch_size, num_workers, progress)
         # Only now: a call that is killed before this line merges the shards again.
         for shard in path.glob("vectors-*.npy"):
             shard.unlink()
-    vectors = mmap_array(artifact.path / FEATURES_FILE)
+    vectors = mmap_array(path / FEATURES_FILE)
     indices = np.concatenate([
         start + np.flatnonzero(np.isfinite(vectors[start : start + _SHARD_SIZE]).all(axis=1))
         for start in range(0, len(vectors), _SHARD_SIZE)
     ])  # fmt: skip
-    return Features(vectors=vectors, indices=indices, skipped=artifact.manifest.skipped)
+    skipped = Artifact.open(path, ARTIFACT_KIND).manifest.skipped
+    return Features(vectors=vectors, indices=indices, skipped=skipped)
 
 
 def _extract_missing(
@@ -92,7 +93,7 @@ def _extract_missing(
     batch_size: int | None,
     num_workers: int | None,
     progress: Progress,
-) -> Artifact:
+) -> None:
     starts = range(0, len(dataset), _SHARD_SIZE)
     paths = [artifact.path / shard_name("vectors", i, "npy") for i in range(len(starts))]
     num_done = sum(
@@ -111,7 +112,7 @@ def _extract_missing(
                 write_array(path, vectors)
             skipped.update(reason for reason in read_json(reasons_path) if reason)
     _merge_shards(artifact.path / FEATURES_FILE, paths, (len(dataset), encoder.feature_dim))
-    return artifact.finish({"images": len(dataset)}, skipped)
+    artifact.finish({"images": len(dataset)}, skipped)
 
 
 def _extract_shard(
