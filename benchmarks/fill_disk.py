@@ -28,7 +28,7 @@ from benchmarks.kill import (
     wait_for,
 )
 
-_DISK_MIB = 96
+_DISK_MIB = 512
 
 
 @contextmanager

@@ -57,7 +57,8 @@ def test_second_process_waits_and_says_so(tmp_path: Path, caplog: pytest.LogCapt
         with Artifact.exclusive(tmp_path / "a", "thing", {}, {}) as artifact:
             assert process.poll() is not None or process.wait(5) is not None
             artifact.finish({})
-    assert caplog.messages == [f"waiting: process {process.pid} on {HOST} is writing the thing {tmp_path / 'a'}"]
+    message = f"waiting: process {process.pid} on {HOST} is writing the thing {tmp_path / 'a'}"
+    assert caplog.messages == [message]
     assert [path.name for path in (tmp_path / "a").iterdir()] == ["artifact.json"]
 
 
@@ -99,7 +100,8 @@ def test_other_ranks_and_read_only_places_need_no_lock(
     (tmp_path / "file").touch()
     with lock_directory(tmp_path / "file", "run"):
         pass
-    with pytest.raises(ArtifactError, match="is a file"), Artifact.exclusive(tmp_path / "file", "run", {}, {}):
+    artifact = Artifact.exclusive(tmp_path / "file", "run", {}, {})
+    with pytest.raises(ArtifactError, match="is a file"), artifact:
         pass
 
 

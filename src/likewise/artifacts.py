@@ -19,6 +19,7 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -395,8 +396,9 @@ def read_jsonl(path: Path) -> list[dict[str, Any]]:
 
 def write_array(path: Path, array: np.ndarray) -> None:
     """Write a `.npy` file atomically."""
-    with atomic_write(path) as tmp_path, tmp_path.open("wb") as stream:
-        np.save(stream, array, allow_pickle=False)
+    with atomic_write(path) as temporary, temporary.open("wb") as stream:
+        # Given a real file, NumPy writes it itself and hides the cause of an error, such as a full disk.
+        np.save(SimpleNamespace(write=stream.write), array, allow_pickle=False)
 
 
 def load_array(path: Path) -> np.ndarray:
