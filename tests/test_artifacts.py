@@ -23,7 +23,7 @@ from likewise.artifacts import (
     write_yaml,
 )
 from likewise.errors import ArtifactError, InvalidInputError
-from likewise.locks import HOST
+from likewise.locks import HOST, LOCK_NAME
 
 
 def test_create_resume_finish_and_reuse(tmp_path: Path) -> None:
@@ -91,6 +91,21 @@ def test_failed_write_keeps_the_old_file(tmp_path: Path) -> None:
         raise RuntimeError
     assert target.read_text() == "old"
     assert [p.name for p in tmp_path.iterdir()] == ["f.txt"]
+
+
+def test_long_names_can_be_written(tmp_path: Path) -> None:
+    target = tmp_path / ("ä" * 125 + ".txt")  # 254 bytes; file systems allow 255
+    with atomic_write(target) as temporary:
+        temporary.write_text("x")
+    assert [path.name for path in tmp_path.iterdir()] == [target.name]
+
+
+def test_kill_during_the_first_write_does_not_block_the_folder(tmp_path: Path) -> None:
+    (tmp_path / f".{MANIFEST}.{HOST}.999999999.tmp").write_text("{")
+    (tmp_path / LOCK_NAME).touch()
+    with Artifact.exclusive(tmp_path, "thing", {}, {}) as artifact:
+        artifact.finish({})
+    assert [path.name for path in tmp_path.iterdir()] == [MANIFEST]
 
 
 def test_full_disk_raises_artifact_error() -> None:

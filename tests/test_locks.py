@@ -49,6 +49,19 @@ def test_second_process_fails_with_the_lock_and_the_process(tmp_path: Path) -> N
             assert f"process {os.getpid()} on" in (tmp_path / "run" / LOCK_NAME).read_text()
 
 
+def test_second_training_of_a_run_fails_at_once(tmp_path: Path) -> None:
+    from likewise import train
+
+    with (
+        locked_elsewhere(tmp_path / "run") as process,
+        pytest.raises(ArtifactError, match=f"process {process.pid} .* is writing the run"),
+    ):
+        train(tmp_path / "no dataset", tmp_path / "run")
+    with pytest.raises(ArtifactError, match="no dataset"):
+        train(tmp_path / "no dataset", tmp_path / "run")
+    assert not [path for path in tmp_path.rglob("*") if path.name != LOCK_NAME and path.is_file()]
+
+
 def test_second_process_waits_and_says_so(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.INFO, "likewise")
     with locked_elsewhere(tmp_path / "a") as process:
@@ -57,7 +70,8 @@ def test_second_process_waits_and_says_so(tmp_path: Path, caplog: pytest.LogCapt
         with Artifact.exclusive(tmp_path / "a", "thing", {}, {}) as artifact:
             assert process.poll() is not None or process.wait(5) is not None
             artifact.finish({})
-    message = f"waiting: process {process.pid} on {HOST} is writing the thing {tmp_path / 'a'}"
+    lock = tmp_path / "a" / LOCK_NAME
+    message = f"waiting: process {process.pid} on {HOST} is writing the thing {lock.parent} (lock {lock})"
     assert caplog.messages == [message]
     assert [path.name for path in (tmp_path / "a").iterdir()] == ["artifact.json"]
 

@@ -85,11 +85,10 @@ def _acquire(
             lock.acquire(blocking=False)
             _write_holder(path / LOCK_NAME)
         except Timeout:
-            message = f"{_holder(path / LOCK_NAME)} is writing the {description} {path}"
+            holder = _holder(path / LOCK_NAME)
+            message = f"{holder} is writing the {description} {path} (lock {path / LOCK_NAME})"
             if not wait:
-                raise ArtifactError(
-                    f"{message}; wait until it ends (it holds the lock {path / LOCK_NAME})", path=path
-                ) from None
+                raise ArtifactError(f"{message}; repeat the call after it has ended", path=path) from None
             if not has_waited:
                 logger.info("waiting: %s", message)
             has_waited = True
