@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from likewise.artifacts import Artifact, read_json, write_text
+from likewise.artifacts import Artifact, atomic_write, flush_disks, read_json, write_text
 from likewise.data.config import ImportOptions
 from likewise.data.importing import import_dataset
 from likewise.embeddings.embed import embed
@@ -129,13 +129,16 @@ def make_emoji_dataset(out: Path, *, subsample: int = 1, progress: Progress = NU
     emojis = [
         emoji for emoji in load_emoji() if _hash_fraction(f"quick {emoji.concept_group}") < 1 / subsample
     ]
-    artifact = Artifact.create_or_resume(
-        out, ARTIFACT_KIND, {"size": RENDER_SIZE, "subsample": subsample, "test_fraction": TEST_FRACTION}, {}
-    )
-    table_path = out / "labels.csv"
-    if artifact.is_complete:
-        return table_path
-    files_by_vendor = _vendor_files()
+    settings = {"size": RENDER_SIZE, "subsample": subsample, "test_fraction": TEST_FRACTION}
+    with Artifact.exclusive(out, ARTIFACT_KIND, settings, {}) as artifact:
+        if not artifact.is_complete:
+            _render_all(emojis, artifact, progress)
+    return out / "labels.csv"
+
+
+def _render_all(emojis: list[Emoji], artifact: Artifact, progress: Progress) -> None:
+    """Write the missing images and the table, and finish the artifact."""
+    out, files_by_vendor = artifact.path, _vendor_files()
     items = [
         (emoji, vendor, files[emoji.codepoint])
         for emoji in emojis
@@ -147,9 +150,9 @@ def make_emoji_dataset(out: Path, *, subsample: int = 1, progress: Progress = NU
     with progress.task("rendering", len(items), "images") as bar:
         for _ in prefetch_map(lambda item: _render_image(*item, out), items, default_num_workers()):
             bar.update()
-    write_text(table_path, _labels_csv(items))
+    flush_disks()
+    write_text(out / "labels.csv", _labels_csv(items))
     artifact.finish({"images": len(items), "concepts": len({emoji.codepoint for emoji, _, _ in items})})
-    return table_path
 
 
 def _vendor_files() -> dict[str, dict[str, Path]]:
@@ -166,17 +169,16 @@ def _render_image(emoji: Emoji, vendor: str, source_path: Path, out: Path) -> No
     image_path = out / "images" / vendor / f"{emoji.codepoint}.png"
     if image_path.is_file():
         return
-    temporary_path = image_path.with_suffix(".part")
-    if source_path.suffix == ".png":
-        shutil.copyfile(source_path, temporary_path)
-    else:
-        import resvg_py
+    with atomic_write(image_path, flush=False) as temporary_path:
+        if source_path.suffix == ".png":
+            shutil.copyfile(source_path, temporary_path)
+        else:
+            import resvg_py
 
-        png = resvg_py.svg_to_bytes(
-            svg_path=str(source_path), width=RENDER_SIZE, height=RENDER_SIZE, skip_system_fonts=True
-        )
-        temporary_path.write_bytes(bytes(png))
-    temporary_path.replace(image_path)
+            png = resvg_py.svg_to_bytes(
+                svg_path=str(source_path), width=RENDER_SIZE, height=RENDER_SIZE, skip_system_fonts=True
+            )
+            temporary_path.write_bytes(bytes(png))
 
 
 def _labels_csv(items: list[tuple[Emoji, str, Path]]) -> str:

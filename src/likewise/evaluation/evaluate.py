@@ -3,6 +3,7 @@
 import logging
 import os
 from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -112,13 +113,13 @@ def evaluate(
     for annotation_type, dataset in opened_datasets:
         context = _build_context(encoder, dataset, out_dir / "features", num_workers, progress)
         dataset_config = _config_for(dataset, config)
-        artifact = _create_artifact(encoder, dataset, dataset_config, out_dir)
         protocol_names = [
             name
             for name, required in zip(protocols, requirements, strict=True)
             if required == annotation_type
         ]
-        result_files.append(_run_protocols(context, protocol_names, dataset_config, artifact, header))
+        with _open_artifact(encoder, dataset, dataset_config, out_dir) as artifact:
+            result_files.append(_run_protocols(context, protocol_names, dataset_config, artifact, header))
     return load_results(out_dir, result_files)
 
 
@@ -216,9 +217,10 @@ def _describe_encoder(encoder: ImageEncoder) -> dict[str, Any]:
     }
 
 
-def _create_artifact(
+def _open_artifact(
     encoder: ImageEncoder, dataset: EvalDataset, config: ProtocolConfig, out_dir: Path
-) -> Artifact:
+) -> AbstractContextManager[Artifact]:
+    """Create or resume the results, which other processes do not write meanwhile."""
     settings = {
         "dataset": dataset.name,
         "encoder": encoder.name,
@@ -228,7 +230,7 @@ def _create_artifact(
     }
     inputs = {"encoder": encoder.fingerprint, "dataset": dataset.key}
     key = config_hash(ARTIFACT_KIND, {k: v for k, v in settings.items() if k != "encoder"}, inputs)
-    return Artifact.create_or_resume(
+    return Artifact.exclusive(
         out_dir / f"{dataset.name}-{key[:8]}", ARTIFACT_KIND, settings, inputs, non_hashed=("encoder",)
     )
 

@@ -6,9 +6,9 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast, final
 
-from likewise.data.readers.base import hash_strings, stat_fingerprint
 from likewise.data.readers.tables import Table, TableRow
 from likewise.errors import DependencyError, InvalidInputError
+from likewise.hashing import WHOLE_BYTES, hash_files, hash_strings
 
 if TYPE_CHECKING:
     from datasets import Dataset, DatasetDict
@@ -81,9 +81,7 @@ def open_saved_dataset(path: Path) -> tuple[HuggingFaceTable, list[str]]:
     except (OSError, ValueError, KeyError) as error:
         raise InvalidInputError(f"cannot open the dataset {path}: {_one_line(error)}", path=path) from error
     files = sorted(file for file in path.rglob("*") if file.is_file())
-    data_fingerprint = hash_strings(
-        part for file in files for part in (file.relative_to(path).as_posix(), stat_fingerprint(file))
-    )
+    data_fingerprint = hash_files(path, (file.relative_to(path).as_posix() for file in files), WHOLE_BYTES)
     hf_dataset, messages = _select_split(loaded, path.name, f"{path}/SPLIT")
     return _build_table(hf_dataset, path.name, path, data_fingerprint), messages
 

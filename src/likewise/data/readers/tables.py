@@ -1,7 +1,5 @@
 """Reader of tables with one or several rows per image, and the formats Parquet and COCO captions."""
 
-import hashlib
-import os
 from abc import ABC, abstractmethod
 from collections import Counter
 from collections.abc import Iterator, Sequence
@@ -25,12 +23,10 @@ from likewise.data.readers.base import (
     SkippedSample,
     UInt64Set,
     cell_texts,
-    file_fingerprint,
-    hash_strings,
     infer_columns,
-    stat_fingerprint,
 )
 from likewise.errors import InvalidInputError
+from likewise.hashing import content_fingerprint, hash_files, hash_strings
 
 # Image folders of Flickr8k, Flickr30k and COCO, next to the folder of the annotations, in lower case.
 _IMAGE_FOLDER_NAMES = frozenset(
@@ -43,12 +39,19 @@ def find_image_root(paths: list[str], table_dir: Path) -> Path:
     """Return the folder near a table that contains most of the image paths."""
     best_dir, max_hits = table_dir, 0
     for candidate_dir in _candidate_dirs(table_dir) if paths else ():
-        num_hits = sum(stat_fingerprint(candidate_dir / path) != "missing" for path in paths)
+        num_hits = sum(_is_file(candidate_dir / path) for path in paths)
         if num_hits > max_hits:
             best_dir, max_hits = candidate_dir, num_hits
         if max_hits == len(paths):
             break
     return best_dir
+
+
+def _is_file(path: Path) -> bool:
+    try:
+        return path.is_file()
+    except (OSError, ValueError):  # the name is too long or contains a NUL character
+        return False
 
 
 def _candidate_dirs(table_dir: Path) -> Iterator[Path]:
@@ -70,6 +73,7 @@ def _subdirs(parent: Path) -> list[Path]:
         return []
 
 
+_WHOLE_TABLE_BYTES = 2**30  # up to which a table is hashed completely: a word may change in its middle
 _NUM_PROBED_ROWS = 20  # rows that are used to find the image folder
 _MAX_LISTED_VALUES = 8
 
@@ -118,8 +122,8 @@ class FileTable(Table):
     path: Path
 
     def fingerprint(self) -> str:
-        """Return the fingerprint of the file."""
-        return file_fingerprint(self.path)
+        """Return the fingerprint of the content of the file."""
+        return content_fingerprint(self.path, _WHOLE_TABLE_BYTES)
 
 
 @dataclass(frozen=True)
@@ -148,7 +152,7 @@ class TableReader(Reader):
         return self._scan.count
 
     def fingerprint(self) -> str:
-        """Hash the table, and the sizes and modification times of the image files."""
+        """Hash the content of the table and of the image files."""
         return hash_strings([self.table.fingerprint(), self._scan.files_fingerprint])
 
     def iter_samples(self) -> Iterator[Entry]:
@@ -218,25 +222,25 @@ class TableReader(Reader):
         Raises:
             InvalidInputError: if there are no rows, or none matches the conditions.
         """
-        seen_paths, last_path, is_scattered = UInt64Set(), None, False
-        digest = hashlib.blake2b(digest_size=8)
-        count = 0
-        for row in self._iter_matching_rows():
-            path = None if self._is_embedded else _image_path(row.values.get(self.columns.image or ""))
-            if path is None:
-                count += 1
-                continue
-            if path == last_path:
-                continue
-            last_path = path
-            if not seen_paths.add(hash(path) % 2**64):
-                is_scattered = True
-                continue
-            count += 1
-            digest.update(
-                f"{path}\0{stat_fingerprint(os.path.join(self.root, path))}\0".encode("utf-8", "replace")  # noqa: PTH118  # creating a Path per row is slow
-            )
-        return _TableScan(count, is_scattered, digest.hexdigest())
+        seen_paths, count, is_scattered = UInt64Set(), 0, False
+
+        def iter_new_paths() -> Iterator[str]:
+            nonlocal count, is_scattered
+            last_path = None
+            for row in self._iter_matching_rows():
+                path = None if self._is_embedded else _image_path(row.values.get(self.columns.image or ""))
+                if path is None:
+                    count += 1
+                elif path != last_path:
+                    last_path = path
+                    if seen_paths.add(hash(path) % 2**64):
+                        count += 1
+                        yield path
+                    else:
+                        is_scattered = True
+
+        files_fingerprint = hash_files(self.root, iter_new_paths())
+        return _TableScan(count, is_scattered, files_fingerprint)
 
     def _iter_matching_rows(self) -> Iterator[TableRow]:
         """Yield the rows that match the conditions, without embedded images.
