@@ -30,13 +30,9 @@ if TYPE_CHECKING:
         TrainingError,
     )
     from likewise.evaluation.datasets.captioned import CaptionedDataset, open_captioned
-    from likewise.evaluation.datasets.dense import (
-        DetectionDataset,
-        SegmentationDataset,
-        open_detection,
-        open_segmentation,
-    )
+    from likewise.evaluation.datasets.detection import DetectionDataset, open_detection
     from likewise.evaluation.datasets.labeled import LabeledDataset, open_labeled
+    from likewise.evaluation.datasets.segmentation import SegmentationDataset, open_segmentation
     from likewise.evaluation.evaluate import ColumnOptions, evaluate
     from likewise.evaluation.protocols import ProtocolConfig
     from likewise.evaluation.results import Comparison, EvalResults, ResultRow, compare, read_results
@@ -161,7 +157,7 @@ _MODULES = {
     "DeCLIPOptions": "likewise.training.methods.options",
     "Comparison": "likewise.evaluation.results",
     "DependencyError": "likewise.errors",
-    "DetectionDataset": "likewise.evaluation.datasets.dense",
+    "DetectionDataset": "likewise.evaluation.datasets.detection",
     "Embeddings": "likewise.embeddings.store",
     "EncoderOptions": "likewise.embeddings.config",
     "EvalResults": "likewise.evaluation.results",
@@ -195,7 +191,7 @@ _MODULES = {
     "SimSiamOptions": "likewise.training.methods.options",
     "SupConOptions": "likewise.training.methods.options",
     "SwAVOptions": "likewise.training.methods.options",
-    "SegmentationDataset": "likewise.evaluation.datasets.dense",
+    "SegmentationDataset": "likewise.evaluation.datasets.segmentation",
     "TrainConfig": "likewise.training.config",
     "TrainingError": "likewise.errors",
     "UnreadableImageError": "likewise.data.images",
@@ -211,9 +207,9 @@ _MODULES = {
     "load_encoder": "likewise.models.encoders",
     "losses": "likewise.training",
     "open_captioned": "likewise.evaluation.datasets.captioned",
-    "open_detection": "likewise.evaluation.datasets.dense",
+    "open_detection": "likewise.evaluation.datasets.detection",
     "open_labeled": "likewise.evaluation.datasets.labeled",
-    "open_segmentation": "likewise.evaluation.datasets.dense",
+    "open_segmentation": "likewise.evaluation.datasets.segmentation",
     "read_results": "likewise.evaluation.results",
     "train": "likewise.training.train",
     "write_report": "likewise.report.run_report",

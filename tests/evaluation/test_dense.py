@@ -8,7 +8,7 @@ import pytest
 from PIL import Image
 
 from likewise.errors import InvalidInputError
-from likewise.evaluation.datasets.dense import DetectionDataset, open_detection
+from likewise.evaluation.datasets.detection import DetectionDataset, open_detection
 
 # Two images of 100 x 50 with their boxes in pixels.
 BOXES = {"a": [("cat", 10, 5, 60, 45), ("dog", 0, 0, 20, 50)], "b": [("cat", 30, 10, 50, 40)]}
@@ -118,8 +118,8 @@ def test_clipped_and_excluded_boxes_are_counted(tmp_path: Path) -> None:
         stream.write("b.jpg,test,dog,1.1,0.1,1.2,0.9\nempty.jpg,train,,,,,\n")
     dataset = open_detection(root)
     assert dataset.skipped == {
-        "boxes beyond the edge of the image, clipped (first: boxes.csv, row 5)": 1,
-        "boxes without area inside the image, excluded (first: boxes.csv, row 6)": 2,
+        "boxes beyond the edge of the image, clipped (first: boxes.csv line 5)": 1,
+        "boxes without area inside the image, excluded (first: boxes.csv line 6)": 2,
     }
     np.testing.assert_allclose(dataset.boxes[0][-1], [0.5, 0.5, 1.0, 0.9])
     assert [len(boxes) for boxes in dataset.boxes] == [3, 1, 0]
@@ -133,9 +133,9 @@ def test_crowds_and_difficult_objects_are_marked(tmp_path: Path) -> None:
     file.write_text(json.dumps(annotations))
     assert open_detection(root).is_crowd[0].tolist() == [False, True]
     root = write_voc(tmp_path / "voc")
-    file = root / "Annotations/b.xml"
-    file.write_text(file.read_text().replace("<difficult>0", "<difficult>1"))
-    assert open_detection(root).is_crowd[1].tolist() == [True]
+    file = root / "Annotations/a.xml"
+    file.write_text(file.read_text().replace("<difficult>0", "<difficult> 1 ", 1))
+    assert open_detection(root).is_crowd[0].tolist() == [True, False]
 
 
 def test_invalid_annotations_raise(tmp_path: Path) -> None:
@@ -146,8 +146,9 @@ def test_invalid_annotations_raise(tmp_path: Path) -> None:
     table = root / "boxes.csv"
     text = table.read_text()
     table.write_text(text.replace("0.1,", "left,", 1))
-    with pytest.raises(InvalidInputError, match="row 2: x0, y0, x1, y1"):
-        open_detection(root)
+    assert open_detection(root).skipped == {
+        "boxes that are not four numbers, excluded (first: boxes.csv line 2)": 1
+    }
     table.write_text(text.replace(",x1", ",right"))
     with pytest.raises(InvalidInputError, match="no column 'x1'"):
         open_detection(root)
@@ -160,9 +161,9 @@ def test_invalid_annotations_raise(tmp_path: Path) -> None:
         open_detection(coco)
     voc = write_voc(tmp_path / "voc")
     (voc / "Annotations/a.xml").write_text("<annotation>")
-    with pytest.raises(InvalidInputError, match=r"a\.xml, named in train\.txt"):
+    with pytest.raises(InvalidInputError, match=r"no train images.*damaged \(first: a\.xml\)"):
         open_detection(voc)
     yolo = write_yolo(tmp_path / "yolo")
     (yolo / "labels/train/a.txt").write_text("9 0.5 0.5 0.1 0.1")
-    with pytest.raises(InvalidInputError, match=r"a\.txt, line 1"):
+    with pytest.raises(InvalidInputError, match=r"no train image .*\(first: a\.txt, line 1\)"):
         open_detection(yolo)

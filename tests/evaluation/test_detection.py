@@ -9,7 +9,7 @@ import torch
 from PIL import Image
 
 from likewise.errors import ModelError
-from likewise.evaluation.datasets.dense import open_detection
+from likewise.evaluation.datasets.detection import open_detection
 from likewise.evaluation.evaluate import evaluate
 from likewise.evaluation.protocols import ProtocolConfig
 from likewise.evaluation.protocols.detection import (

@@ -10,7 +10,7 @@ from sklearn.metrics import confusion_matrix as sklearn_confusion_matrix
 from sklearn.metrics import jaccard_score
 
 from likewise.errors import InvalidInputError
-from likewise.evaluation.datasets.dense import open_segmentation
+from likewise.evaluation.datasets.segmentation import open_segmentation
 from likewise.evaluation.evaluate import ColumnOptions, evaluate
 from likewise.evaluation.protocols import ProtocolConfig
 from likewise.evaluation.protocols.segmentation import (
@@ -131,7 +131,7 @@ def test_invalid_masks_raise(halves: Path, tmp_path: Path) -> None:
     Image.new("RGB", (72, 48)).save(tmp_path / "color.png")
     image = halves / "train/images/00.png"
     (tmp_path / "index.csv").write_text(f"file,mask,split\n{image},color.png,train\n")
-    with pytest.raises(InvalidInputError, match="mode RGB"):
+    with pytest.raises(InvalidInputError, match="no train images.*mode RGB"):
         open_segmentation(tmp_path)
     mask = halves / "train/masks/00.png"
     (tmp_path / "index.csv").write_text(f"file,mask,split\n{image},{mask},train\n{image},{mask},test\n")

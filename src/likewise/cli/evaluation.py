@@ -173,27 +173,39 @@ def evaluate(
             localization; with a text tower zeroshot and image-text; detection and segmentation.
         out: Directory of the results; defaults to `evaluation` in the run.
     """
+    from likewise.evaluation.evaluate import ProtocolFailedError
     from likewise.evaluation.evaluate import evaluate as evaluate_encoder
     from likewise.models.encoders import load_encoder
 
-    results = evaluate_encoder(
-        load_encoder(
-            encoder,
-            backbone=options.backbone,
-            weights_prefix=options.weights_prefix,
-            weights_exclude=options.weights_exclude or (),
-            image_size=options.image_size,
-            device=options.device,
-        ),
-        dataset,
-        protocol,
-        config=protocols.to_config(options.image_size),
-        columns=columns.to_columns(),
-        out=out,
-        num_workers=options.num_workers,
-        progress=common.progress(),
+    loaded_encoder = load_encoder(
+        encoder,
+        backbone=options.backbone,
+        weights_prefix=options.weights_prefix,
+        weights_exclude=options.weights_exclude or (),
+        image_size=options.image_size,
+        device=options.device,
     )
-    common.print_result({"results": results.raw}, *dataset_lines(results), results.table())
+    try:
+        results = evaluate_encoder(
+            loaded_encoder,
+            dataset,
+            protocol,
+            config=protocols.to_config(options.image_size),
+            columns=columns.to_columns(),
+            out=out,
+            num_workers=options.num_workers,
+            progress=common.progress(),
+        )
+    except ProtocolFailedError as error:
+        print_evaluation(error.results, common)
+        raise
+    print_evaluation(results, common)
+
+
+def print_evaluation(results: "EvalResults", common: CommonOptions) -> None:
+    """Print what is known of each dataset and the table of results."""
+    table = (results.table(),) if len(results) else ()
+    common.print_result({"results": results.raw}, *dataset_lines(results), *table)
 
 
 def dataset_lines(results: "EvalResults") -> Iterator[str]:
@@ -208,6 +220,8 @@ def dataset_lines(results: "EvalResults") -> Iterator[str]:
         yield f"{info['name']}: {annotations}, images {info['num_images']}"
         for reason, count in info["skipped"].items():
             yield f"  skipped {count:,}: {reason}"
+        for reason, count in info.get("ignored", {}).items():
+            yield f"  ignored {count:,}: {reason}"
         if info.get("test_only_classes"):
             yield f"  classes without training images: {', '.join(info['test_only_classes'])}"
 

@@ -131,6 +131,28 @@ def _to_rgb(image: Image.Image) -> Image.Image:
     return image.convert("RGB")
 
 
+def read_image_size(path: Path) -> tuple[int, int]:
+    """Return width and height of an image as shown, with its EXIF orientation applied, from its header.
+
+    Raises:
+        UnreadableImageError: if the file is missing or no image.
+    """
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            with Image.open(path) as image:
+                # Pillow applies the orientation of TIFF files by itself.
+                is_rotated = image.format != "TIFF" and image.getexif().get(0x0112) in {5, 6, 7, 8}
+                width, height = image.size
+    except FileNotFoundError as error:
+        raise UnreadableImageError("file is missing") from error
+    except UnidentifiedImageError as error:
+        raise UnreadableImageError("not an image") from error
+    except Exception as error:  # decoders of Pillow raise many types of errors on damaged input
+        raise UnreadableImageError("file cannot be read") from error
+    return (height, width) if is_rotated else (width, height)
+
+
 def check_image_size(width: int, height: int) -> None:
     """Check the limits on the number of pixels and the aspect ratio.
 

@@ -18,18 +18,17 @@ from likewise.artifacts import (
     write_array,
     write_json,
 )
-from likewise.errors import InvalidInputError
+from likewise.errors import InvalidInputError, LikewiseError
 from likewise.evaluation.datasets.captioned import CaptionedDataset, open_captioned
-from likewise.evaluation.datasets.dense import (
-    DEFAULT_IGNORE_INDEX,
-    DetectionDataset,
-    SegmentationDataset,
-    open_detection,
-    open_segmentation,
-)
+from likewise.evaluation.datasets.detection import DetectionDataset, open_detection
 from likewise.evaluation.datasets.download import download_dataset
 from likewise.evaluation.datasets.labeled import LabeledDataset, open_labeled
 from likewise.evaluation.datasets.registry import DATASETS, MEAN_CLASS_ACCURACY, check_complete
+from likewise.evaluation.datasets.segmentation import (
+    DEFAULT_IGNORE_INDEX,
+    SegmentationDataset,
+    open_segmentation,
+)
 from likewise.evaluation.features import Features, extract_features
 from likewise.evaluation.protocols import AnnotationType, ProtocolConfig, build_protocol
 from likewise.evaluation.protocols.base import EvalContext, EvalDataset, Protocol, Score
@@ -41,6 +40,20 @@ logger = logging.getLogger(__name__)
 
 ARTIFACT_KIND = "evaluation"
 DEFAULT_PROTOCOLS = ("linear", "fewshot", "knn")
+
+
+class ProtocolFailedError(InvalidInputError):
+    """One or several protocols failed; the others were evaluated.
+
+    Attributes:
+        results: The results of the others.
+    """
+
+    def __init__(self, failures: Sequence[LikewiseError], results: EvalResults) -> None:
+        """Join the messages of the failures; field and path are those of the first one."""
+        message = "\n".join(map(str, failures))
+        super().__init__(message, field=failures[0].field, path=failures[0].path)
+        self.results = results
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -70,6 +83,9 @@ def evaluate(
 ) -> EvalResults:
     """Evaluate a frozen encoder on datasets; results that exist on disk are not computed again.
 
+    A protocol that fails on a dataset, such as few-shot classification with too few classes, does not end the
+    others: its message is stored in the results, and raised after the last protocol.
+
     Args:
         encoder: An encoder, a finished run or its path, or a name such as `timm:resnet50` (see
             `load_encoder`, which also chooses the device).
@@ -88,6 +104,7 @@ def evaluate(
 
     Raises:
         InvalidInputError: for unknown protocols or datasets that cannot be read.
+        ProtocolFailedError: if protocols failed; its attribute `results` has the results of the others.
         ModelError: if the encoder cannot be loaded.
     """
     protocols = (protocols,) if isinstance(protocols, str) else tuple(protocols)
@@ -109,9 +126,14 @@ def evaluate(
         encoder = load_encoder(encoder)
     out_dir = _default_out_dir(encoder) if out is None else Path(out)
     header = _describe_encoder(encoder)
-    result_files = []
+    result_files: list[Path] = []
+    failures: list[LikewiseError] = []
     for annotation_type, dataset in opened_datasets:
-        context = _build_context(encoder, dataset, out_dir / "features", num_workers, progress)
+        try:
+            context = _build_context(encoder, dataset, out_dir / "features", num_workers, progress)
+        except InvalidInputError as error:
+            failures.append(error)
+            continue
         dataset_config = _config_for(dataset, config)
         protocol_names = [
             name
@@ -119,8 +141,13 @@ def evaluate(
             if required == annotation_type
         ]
         with _open_artifact(encoder, dataset, dataset_config, out_dir) as artifact:
-            result_files.append(_run_protocols(context, protocol_names, dataset_config, artifact, header))
-    return load_results(out_dir, result_files)
+            result_files.append(
+                _run_protocols(context, protocol_names, dataset_config, artifact, header, failures)
+            )
+    results = load_results(out_dir, result_files)
+    if failures:
+        raise ProtocolFailedError(failures, results)
+    return results
 
 
 def open_dataset(
@@ -241,29 +268,42 @@ def _run_protocols(
     config: ProtocolConfig,
     artifact: Artifact,
     header: dict[str, Any],
+    failures: list[LikewiseError],
 ) -> Path:
-    """Run the protocols that have no results yet; write the results after each, and return their file."""
+    """Run the protocols that have no results yet; write the results after each, and return their file.
+
+    Failures are appended to `failures`, and their messages stored under `failures` in the file.
+    """
     path = artifact.path / RESULTS_FILE
-    result = (
-        read_json(path)
-        if path.is_file()
-        else header | {"dataset": _describe_dataset(context), "protocols": {}}
-    )
+    stored = read_json(path) if path.is_file() else header | {"protocols": {}}
+    # Counts of what was skipped may change without a change of the data.
+    result = stored | {"dataset": _describe_dataset(context)}
     if artifact.is_complete and all(name in result["protocols"] for name in protocols):
         logger.info("results on %s exist: %s", context.dataset.name, path)
+        if result != stored:
+            write_json(path, result)
         return path
+    failed = result.setdefault("failures", {})
     with context.progress.task(f"evaluating on {context.dataset.name}", len(protocols), "protocols") as bar:
         for name in protocols:
             if name not in result["protocols"]:
                 protocol = build_protocol(name, config)
-                scores = _run_protocol(protocol, context)
-                result["protocols"][name] = {
-                    "config": protocol.config_dict(),
-                    "scores": [_save_score(name, score, artifact.path) for score in scores],
-                }
+                try:
+                    scores = _run_protocol(protocol, context)
+                except LikewiseError as error:
+                    failures.append(error)
+                    failed[name] = str(error)
+                else:
+                    failed.pop(name, None)
+                    result["protocols"][name] = {
+                        "config": protocol.config_dict(),
+                        "scores": [_save_score(name, score, artifact.path) for score in scores],
+                    }
                 write_json(path, result)
             bar.update(postfix=name)
-    artifact.finish({"protocols": len(result["protocols"])}, result["dataset"]["skipped"])
+    artifact.finish(
+        {"protocols": len(result["protocols"])}, result["dataset"]["skipped"], context.dataset.ignored
+    )
     return path
 
 
@@ -271,7 +311,7 @@ def _run_protocol(protocol: Protocol, context: EvalContext) -> list[Score]:
     """Run a protocol; errors about its input name the protocol and the dataset."""
     try:
         return protocol.run(context)
-    except (ValueError, InvalidInputError) as error:
+    except (ValueError, LikewiseError) as error:
         field, path = (getattr(error, name, None) for name in ("field", "path"))
         message = f"{protocol.name} on {context.dataset.name}: {error}"
         raise InvalidInputError(message, field=field, path=path) from error
@@ -281,14 +321,12 @@ def _describe_dataset(context: EvalContext) -> dict[str, Any]:
     dataset = context.dataset
     header = {"name": dataset.name, "path": str(dataset.path.resolve()), "key": dataset.key}
     if isinstance(dataset, CaptionedDataset):
-        excluded = {"without a file or a caption": dataset.num_skipped}
         details = {
             "caption_column": dataset.caption_column,
             "num_captions": sum(map(len, dataset.captions)),
             "num_images": {"test": len(dataset)},
         }
     elif isinstance(dataset, LabeledDataset):
-        excluded = dataset.skipped
         details = {
             "label_column": dataset.label_column,
             "split_column": dataset.split_column,
@@ -297,15 +335,10 @@ def _describe_dataset(context: EvalContext) -> dict[str, Any]:
             "test_only_classes": dataset.test_only_classes(),
         }
     else:
-        excluded = dataset.skipped
         counts = {split: int((dataset.splits == split).sum()) for split in ("train", "test")}
         details = {"num_classes": len(dataset.classes), "num_images": counts}
     skipped = {} if context.precomputed_features is None else dict(context.precomputed_features.skipped)
-    return (
-        header
-        | details
-        | {"skipped": skipped | {reason: count for reason, count in excluded.items() if count}}
-    )
+    return header | details | {"skipped": skipped | dataset.skipped, "ignored": dataset.ignored}
 
 
 def _save_score(protocol: str, score: Score, out_dir: Path) -> dict[str, Any]:

@@ -19,7 +19,7 @@ from likewise.artifacts import (
     write_json,
 )
 from likewise.data.dataset import ImageRef
-from likewise.evaluation.datasets.labeled import ImageDataset
+from likewise.evaluation.datasets.base import ImageDataset
 from likewise.models.encoders import ImageEncoder
 from likewise.progress import NULL_PROGRESS, Progress, ProgressBar
 
@@ -35,9 +35,9 @@ class Features:
     vectors: np.ndarray
     """(n, d) float32, memory-mapped, one row per image; NaN for unreadable images."""
     indices: np.ndarray
-    """(m,) int64, the rows of readable images, ascending."""
+    """(m,) int64, the rows of usable images, ascending."""
     skipped: dict[str, int]
-    """Number of unreadable images by reason."""
+    """Number of unreadable images, and of images whose features are not finite, by reason."""
 
 
 def extract_features(
@@ -129,7 +129,11 @@ def _extract_shard(
         (ImageRef(path=file) for file in files), root=root, batch_size=batch_size, num_workers=num_workers
     ):
         vectors.append(features)
-        reasons += ["" if error is None else str(error) for error in errors]
+        is_finite = np.all(np.isfinite(features), axis=1)
+        reasons += [
+            str(error) if error is not None else "" if finite else "features are not finite"
+            for error, finite in zip(errors, is_finite, strict=True)
+        ]
         bar.update(len(features))
     return np.concatenate(vectors), reasons
 

@@ -1,20 +1,28 @@
 """Images with captions, for image-text retrieval."""
 
-import csv
+import logging
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 
-from likewise.errors import InvalidInputError, did_you_mean
-from likewise.evaluation.datasets.labeled import (
+from likewise.data.config import ImportOptions
+from likewise.data.readers.base import cell_texts, infer_columns
+from likewise.errors import InvalidInputError
+from likewise.evaluation.datasets.base import (
+    DatasetTable,
     ImageDataset,
+    SkippedEntries,
+    content_key,
     dataset_name,
-    find_file_column,
-    fingerprint,
-    read_table,
+    find_root,
+    find_table,
+    open_dataset_table,
+    parse_split,
+    unknown_split_reason,
 )
 
-_CAPTION_COLUMNS = ("caption", "captions", "text", "title", "description")
+logger = logging.getLogger(__name__)
+
+_NO_FILE_OR_CAPTION = "without a file or a caption"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -25,70 +33,82 @@ class CaptionedDataset(ImageDataset):
     """Column of the captions in the table."""
     captions: tuple[tuple[str, ...], ...]
     """The captions of each image."""
-    num_skipped: int
-    """Number of excluded rows, without a file or a caption."""
 
 
 def open_captioned(path: str | Path, *, caption_column: str | None = None) -> CaptionedDataset:
     """Open the test images of a table of captions.
 
     Args:
-        path: A CSV or TSV file with columns of files and captions, one row per caption, or a folder with a
-            `captions.csv`. If it has a column `split`, only rows of `test` are read.
+        path: A table with columns of files and captions, in any format of tables that `import` reads, with
+            one or several captions per row, or a folder with a `captions.csv`. If it has a column `split`,
+            only rows of `test` are read, or those of `val` if there are none.
         caption_column: Column of the captions; detected by its name if None.
 
     Raises:
         InvalidInputError: if there is no such table, or it has no captions.
     """
     path = Path(path)
-    table = path / "captions.csv" if path.is_dir() else path
-    if not table.is_file():
+    table_path = find_table(path, "captions") or path / "captions.csv" if path.is_dir() else path
+    if not table_path.is_file():
         raise InvalidInputError(
-            f"{table} does not exist; image-text retrieval needs a table of files and captions", path=table
+            f"{table_path} does not exist; image-text retrieval needs a table of files and captions",
+            path=table_path,
         )
-    captions, column, num_skipped = read_table(table, partial(_read_captions, column=caption_column))
+    table, skipped = open_dataset_table(table_path), SkippedEntries()
+    column = _find_caption_column(table, caption_column)
+    captions_by_split = _read_captions(table, column, skipped)
+    captions = captions_by_split["test"]
+    if not captions and captions_by_split["val"]:
+        logger.info("%s has no test images: val is the test split", table_path)
+        captions = captions_by_split["val"]
     if not captions:
         raise InvalidInputError(
-            f"{table} has no caption of a test image in its column {column!r}", path=table
+            f"{table_path} has no caption of a test image in its column {column!r}{skipped.summary()}",
+            path=table_path,
         )
+    files, root = tuple(captions), find_root(table_path, list(captions))
     return CaptionedDataset(
-        name=f"{dataset_name(table)}-captions",
+        name=f"{dataset_name(table_path)}-captions",
         path=path,
-        root=table.parent,
-        files=tuple(captions),
+        root=root,
+        files=files,
         captions=tuple(map(tuple, captions.values())),
         caption_column=column,
-        num_skipped=num_skipped,
-        key=fingerprint(table.parent, list(captions.items()), list(captions)),
+        skipped=skipped.to_dict(),
+        key=content_key((root / file for file in files), captions.values()),
     )
+
+
+def _find_caption_column(table: DatasetTable, column: str | None) -> str:
+    if column is not None:
+        return table.require_column(column, "caption_column")
+    names = [name for name in table.column_names if name != table.file_column]
+    options = ImportOptions(image_column=table.file_column)
+    mapping, _ = infer_columns([table.file_column, *names], frozenset(), options, table.path.name)
+    if not mapping.captions:
+        raise InvalidInputError(
+            f"`caption_column`: {table.path} has no column of captions; it has "
+            f"{', '.join(table.column_names)}",
+            field="caption_column",
+            path=table.path,
+        )
+    return mapping.captions[0]
 
 
 def _read_captions(
-    table: Path, reader: csv.DictReader, column: str | None
-) -> tuple[dict[str, list[str]], str, int]:
-    fieldnames = list(reader.fieldnames or [])
-    file_col = find_file_column(table, fieldnames)
-    caption_col = (
-        column
-        if column is not None
-        else next((name for name in fieldnames if name.lower() in _CAPTION_COLUMNS), None)
-    )
-    if caption_col is None or caption_col not in fieldnames:
-        missing, suggestion = "column of captions", ""
-        if caption_col is not None:
-            missing, suggestion = f"column {caption_col!r}", did_you_mean(caption_col, fieldnames)
-        raise InvalidInputError(
-            f"`caption_column`: {table} has no {missing}; it has {', '.join(fieldnames)}.{suggestion}",
-            field="caption_column",
-            path=table,
-        )
-    captions: dict[str, list[str]] = {}
-    num_skipped = 0
-    for row in reader:
-        if row.get("split", "test").strip().lower() not in ("test", "testing", "eval"):
-            continue
-        if row[file_col] and row[caption_col]:
-            captions.setdefault(row[file_col], []).append(row[caption_col])
+    table: DatasetTable, column: str, skipped: SkippedEntries
+) -> dict[str, dict[str, list[str]]]:
+    """Return the captions of each image by split; all rows are of `test` without a column of splits."""
+    captions: dict[str, dict[str, list[str]]] = {"train": {}, "val": {}, "test": {}}
+    split_column = table.find_column("split")
+    fields = {"split": split_column, "caption": column}
+    for location, cells, values in table.iter_rows(fields, skipped, missing_reason=_NO_FILE_OR_CAPTION):
+        split = "test" if split_column is None else parse_split(cells["split"])
+        texts = [text.strip() for text in cell_texts(values.get(column)) if text.strip()]
+        if not cells["caption"] or not texts:
+            skipped.add(_NO_FILE_OR_CAPTION)
+        elif split is None:
+            skipped.add(unknown_split_reason(cells["split"]), location)
         else:
-            num_skipped += 1
-    return captions, caption_col, num_skipped
+            captions[split].setdefault(cells["file"], []).extend(texts)
+    return captions

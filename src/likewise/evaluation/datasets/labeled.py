@@ -1,46 +1,38 @@
 """Labeled images, read from a folder or a table."""
 
-import csv
-import hashlib
-from collections import Counter
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
-from functools import partial
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TypeVar
+from typing import Any
 
 import numpy as np
 
-from likewise.data.images import IMAGE_SUFFIXES
-from likewise.errors import InvalidInputError, did_you_mean
+from likewise.data.readers.files import IgnoredFiles, walk_files
+from likewise.errors import InvalidInputError
+from likewise.evaluation.datasets.base import (
+    SPLIT_ALIASES,
+    ImageDataset,
+    SkippedEntries,
+    content_key,
+    dataset_name,
+    find_root,
+    find_table,
+    ignore_file_type,
+    is_image_name,
+    missing_split,
+    open_dataset_table,
+    parse_split,
+    same_file_id,
+    unknown_split_reason,
+)
+from likewise.evaluation.datasets.frames import infer_box_unit, pixels_to_fractions
 
-SPLIT_ALIASES = {
-    "train": ("train", "training"),
-    "val": ("val", "valid", "validation", "dev"),
-    "test": ("test", "testing", "eval"),
-}
-_BOX_COLUMNS = ("x0", "y0", "x1", "y1")
-_FILE_COLUMNS = ("file", "image", "path", "filename", "file_name", "image_path")
-T = TypeVar("T")
+logger = logging.getLogger(__name__)
 
-
-@dataclass(frozen=True, kw_only=True)
-class ImageDataset:
-    """Images of an evaluation dataset."""
-
-    name: str
-    """Name in tables."""
-    path: Path
-    """The folder or table that it was read from."""
-    root: Path
-    """Folder that `files` are relative to."""
-    files: tuple[str, ...]
-    """n paths."""
-    key: str
-    """Fingerprint of the table and of the names and sizes of the files."""
-
-    def __len__(self) -> int:
-        return len(self.files)
+BOX_COLUMNS = ("x0", "y0", "x1", "y1")
+Box = tuple[float, float, float, float]
+_NO_FILE_OR_LABEL = "without a file or a label"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -62,9 +54,8 @@ class LabeledDataset(ImageDataset):
     domains: np.ndarray | None
     """(n,) domain of each image, for cross-domain retrieval, or None."""
     boxes: np.ndarray | None
-    """(n, 4) float64, box of each subject as x0 y0 x1 y1 in the units of the table or NaN; or None."""
-    skipped: dict[str, int] = field(default_factory=dict)
-    """Number of excluded rows and boxes by reason."""
+    """(n, 4) float64, box of each subject as x0 y0 x1 y1 in fractions of the image, in [0, 1], or NaN; or
+    None."""
 
     def split_counts(self) -> dict[str, int]:
         """Return the number of images per split."""
@@ -82,14 +73,19 @@ class LabeledDataset(ImageDataset):
         ]
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(kw_only=True)
 class _LabeledImage:
     file: str
     split: str
     label: str
-    instance: str | None = None
-    domain: str | None = None
-    box: tuple[float, ...] | None = None
+    instance: str = ""
+    domain: str = ""
+    box: Box | None = None
+    box_location: str = ""
+
+    def annotation(self, split: str) -> tuple[object, ...]:
+        """Return what the scores depend on, except the file."""
+        return split, self.label, self.instance, self.domain, self.box
 
 
 def open_labeled(
@@ -98,10 +94,11 @@ def open_labeled(
     """Open a labeled dataset.
 
     Args:
-        path: A folder with the layout `split/class/image` or with a `labels.csv`, or a CSV or TSV file with
-            columns of files, labels and splits. The optional columns `instance` and `domain` are for
-            retrieval, `x0`, `y0`, `x1` and `y1` for localization. Without `test` images, `val` is the test
-            split.
+        path: A folder with the layout `split/class/image` or with a `labels.csv`, or a table with columns of
+            files, labels and splits, in any format of tables that `import` reads. The optional columns
+            `instance` and `domain` are for retrieval, `x0`, `y0`, `x1` and `y1` for localization, as
+            fractions or in pixels of the image as shown. The class of an image in a deeper folder is the
+            folder directly below the split. Without `test` images, `val` is the test split.
         label_column: Column of the labels.
         split_column: Column of the splits.
 
@@ -111,190 +108,204 @@ def open_labeled(
     path = Path(path)
     if not path.exists():
         raise InvalidInputError(
-            f"{path} does not exist; a folder with the layout split/class/image or a CSV file is needed",
+            f"{path} does not exist; a folder with the layout split/class/image or a table is needed",
             path=path,
         )
-    table = path / "labels.csv" if path.is_dir() else path
-    skipped: Counter[str] = Counter()
-    if table.is_file():
-        rows, skipped = read_table(table, partial(_read_rows, columns=(label_column, split_column)))
-        root, name = table.parent, path.resolve().name if path.is_dir() else dataset_name(table)
+    skipped, ignored = SkippedEntries(), IgnoredFiles()
+    table = find_table(path, "labels") if path.is_dir() else path
+    if table is not None:
+        root, images = _read_table(table, (label_column, split_column), skipped)
+        name = path.resolve().name if path.is_dir() else dataset_name(table)
     else:
-        rows = _read_folder(path)
-        root, name = path, path.resolve().name
+        root, images = path, _read_folder(path, skipped, ignored)
+        name = path.resolve().name
     if label_column != "label":
         name = f"{name}-{label_column}"
-    return _build_dataset(name, path, (label_column, split_column), root, rows, dict(skipped))
-
-
-def dataset_name(table: Path) -> str:
-    """Return the name of a dataset from its table: the folder's name if that of the table is generic."""
-    is_generic = table.stem in ("items", "labels", "captions", "index")
-    return table.resolve().parent.name if is_generic else table.stem
-
-
-def _read_folder(path: Path) -> list[_LabeledImage]:
-    rows = []
-    for split, aliases in SPLIT_ALIASES.items():
-        for alias in aliases:
-            for file in sorted((path / alias).glob("*/*")):
-                if file.suffix.lower() in IMAGE_SUFFIXES:
-                    relative_path = file.relative_to(path).as_posix()
-                    rows.append(_LabeledImage(file=relative_path, split=split, label=file.parent.name))
-    if not rows:
-        raise InvalidInputError(
-            f"{path} holds neither a labels.csv nor images with the layout train/CLASS/… and test/CLASS/…",
-            path=path,
-        )
-    return rows
-
-
-def read_table(table: Path, read_rows: Callable[[Path, csv.DictReader], T]) -> T:
-    """Open a CSV or TSV file and apply `read_rows` to it.
-
-    Raises:
-        InvalidInputError: if it is not a UTF-8 table.
-    """
-    if table.suffix not in (".csv", ".tsv"):
-        raise InvalidInputError(f"{table} is not a folder, nor a .csv or .tsv file", path=table)
-    try:
-        with table.open(encoding="utf-8-sig", newline="") as stream:
-            return read_rows(table, csv.DictReader(stream, delimiter="\t" if table.suffix == ".tsv" else ","))
-    except (UnicodeDecodeError, csv.Error) as error:
-        raise InvalidInputError(
-            f"{table} is not a UTF-8 table with commas (tabs in .tsv): {error}", path=table
-        ) from error
-
-
-def find_file_column(table: Path, columns: Sequence[str]) -> str:
-    """Return the column of image files.
-
-    Raises:
-        InvalidInputError: if there is none.
-    """
-    column = next((name for name in columns if name.lower() in _FILE_COLUMNS), None)
-    if column is None:
-        raise InvalidInputError(
-            f"{table} has no column of image files ({', '.join(_FILE_COLUMNS)}); it has {', '.join(columns)}",
-            path=table,
-        )
-    return column
-
-
-def _read_rows(
-    table: Path, reader: csv.DictReader, columns: tuple[str, str]
-) -> tuple[list[_LabeledImage], Counter[str]]:
-    fieldnames = list(reader.fieldnames or [])
-    file_col, (label_col, split_col) = find_file_column(table, fieldnames), columns
-    for name, field_name in ((label_col, "label_column"), (split_col, "split_column")):
-        if name not in fieldnames:
-            raise InvalidInputError(
-                f"`{field_name}`: {table} has no column {name!r}; it has {', '.join(fieldnames)}."
-                f"{did_you_mean(name, fieldnames)}",
-                field=field_name,
-                path=table,
-            )
-    rows, skipped = [], Counter[str]()
-    for row_number, row in enumerate(reader, start=2):
-        if not row[file_col] or not row[label_col]:
-            skipped["without a file or a label"] += 1
-            continue
-        location = f"{table}, row {row_number}"
-        rows.append(
-            _LabeledImage(
-                file=row[file_col],
-                split=parse_split(row[split_col] or "", location),
-                label=row[label_col],
-                instance=row.get("instance"),
-                domain=row.get("domain"),
-                box=_parse_box(row, location, skipped) if set(_BOX_COLUMNS) <= set(fieldnames) else None,
-            )
-        )
-    return rows, skipped
-
-
-def _parse_box(row: dict[str, str], location: str, skipped: Counter[str]) -> tuple[float, ...] | None:
-    """Return the box of the subject; None if the row has none, or, counted as skipped, one without area."""
-    if not any(row[column] for column in _BOX_COLUMNS):
-        return None
-    try:
-        x0, y0, x1, y1 = (float(row[column]) for column in _BOX_COLUMNS)
-    except (TypeError, ValueError) as error:
-        raise InvalidInputError(
-            f"{location}: {', '.join(_BOX_COLUMNS)} must be four numbers or all empty"
-        ) from error
-    if x0 < x1 and y0 < y1:
-        return x0, y0, x1, y1
-    count_skipped(skipped, "boxes without area, excluded", location)
-    return None
-
-
-def count_skipped(skipped: Counter[str], reason: str, location: str) -> None:
-    """Count a problem of a dataset by its reason and first location."""
-    skipped[next((key for key in skipped if key.startswith(reason)), f"{reason} (first: {location})")] += 1
-
-
-def parse_split(name: str, location: str) -> str:
-    """Return the split of a name such as `validation`; raises InvalidInputError for an unknown name."""
-    for split, aliases in SPLIT_ALIASES.items():
-        if name.strip().lower() in aliases:
-            return split
-    raise InvalidInputError(f"{location}: {name!r} is not a split; use train, val or test")
-
-
-def _build_dataset(
-    name: str,
-    path: Path,
-    columns: tuple[str, str],
-    root: Path,
-    rows: Sequence[_LabeledImage],
-    skipped: dict[str, int],
-) -> LabeledDataset:
-    splits = np.array([row.split for row in rows], "<U5")
-    if "test" not in splits and "val" in splits:
-        splits[splits == "val"] = "test"
-    for required_split in ("train", "test"):
-        if required_split not in splits:
-            raise InvalidInputError(
-                f"{path} has no {required_split} images, only {', '.join(sorted(set(splits))) or 'none'}",
-                path=path,
-            )
-    classes = tuple(sorted({row.label for row in rows}))
-    if len(classes) < 2:
-        raise InvalidInputError(f"{path} has {len(classes)} class; at least 2 are needed", path=path)
-    class_index = {label: i for i, label in enumerate(classes)}
-    boxes = np.array([row.box or (np.nan,) * 4 for row in rows])
+    images = _merge_rows(root, images, skipped)
+    splits = _assign_splits(path, images, skipped)
+    _normalize_boxes(table, root, images, skipped)
     return LabeledDataset(
         name=name,
         path=path,
-        label_column=columns[0],
-        split_column=columns[1],
+        label_column=label_column,
+        split_column=split_column,
         root=root,
-        files=tuple(row.file for row in rows),
-        splits=splits,
-        labels=np.array([class_index[row.label] for row in rows], np.int64),
-        classes=classes,
-        instances=_retrieval_column("instance", [row.instance for row in rows], splits, path),
-        domains=_retrieval_column("domain", [row.domain for row in rows], splits, path),
-        boxes=boxes if np.isfinite(boxes).any() else None,
-        skipped=skipped,
-        key=fingerprint(root, rows, [row.file for row in rows]),
+        skipped=skipped.to_dict(),
+        ignored=dict(ignored.counts),
+        **_to_arrays(path, images, splits, skipped),
+        key=content_key(
+            (root / image.file for image in images),
+            [image.annotation(split) for image, split in zip(images, splits.tolist(), strict=True)],
+        ),
     )
 
 
-def fingerprint(root: Path, rows: Sequence[object], files: Sequence[str]) -> str:
-    """Return a hash of the rows of a table and of the sizes of their files."""
-    digest = hashlib.blake2b(digest_size=8)
-    for row, file in zip(rows, files, strict=True):
-        path = root / file
-        size = path.stat().st_size if path.is_file() else -1
-        digest.update(f"{row}\0{size}\n".encode())
-    return digest.hexdigest()
+def _read_folder(path: Path, skipped: SkippedEntries, ignored: IgnoredFiles) -> list[_LabeledImage]:
+    """Read the layout split/class/image; the class of a deeper image is the folder below its split."""
+    images, num_deep = [], 0
+    for file in walk_files(path, ignored):
+        folder, *parts = file.split("/")
+        split = parse_split(folder) if parts else None
+        if not is_image_name(file):
+            ignore_file_type(ignored, file)
+        elif split is None:
+            skipped.add("images outside of the folders train, val and test", file)
+        elif len(parts) < 2:
+            skipped.add("images without a class folder", file)
+        else:
+            images.append(_LabeledImage(file=file, split=split, label=parts[0]))
+            num_deep += len(parts) > 2
+    if not images:
+        raise InvalidInputError(
+            f"{path} holds neither a labels.csv nor images with the layout train/CLASS/… and test/CLASS/…"
+            f"{skipped.summary()}",
+            path=path,
+        )
+    if num_deep:
+        logger.info(
+            "%s: the class of %d images in deeper folders is the folder below the split", path, num_deep
+        )
+    return images
 
 
-def _retrieval_column(
-    name: str, values: list[str | None], splits: np.ndarray, path: Path
-) -> np.ndarray | None:
+def _read_table(
+    path: Path, columns: tuple[str, str], skipped: SkippedEntries
+) -> tuple[Path, list[_LabeledImage]]:
+    """Return the folder of the images, and an image per row with a file, a label and a split."""
+    table = open_dataset_table(path)
+    label_column, split_column = columns
+    fields: dict[str, str | None] = {
+        "label": table.require_column(label_column, "label_column"),
+        "split": table.require_column(split_column, "split_column"),
+        "instance": table.find_column("instance"),
+        "domain": table.find_column("domain"),
+    }
+    box_columns = {name: table.find_column(name) for name in BOX_COLUMNS}
+    has_boxes = all(box_columns.values())
+    images = []
+    for location, cells, _ in table.iter_rows(
+        fields | (box_columns if has_boxes else {}), skipped, missing_reason=_NO_FILE_OR_LABEL
+    ):
+        split = parse_split(cells["split"])
+        if not cells["label"]:
+            skipped.add(_NO_FILE_OR_LABEL)
+        elif split is None:
+            skipped.add(unknown_split_reason(cells["split"]), location)
+        else:
+            images.append(
+                _LabeledImage(
+                    file=cells["file"],
+                    split=split,
+                    label=cells["label"],
+                    instance=cells["instance"],
+                    domain=cells["domain"],
+                    box=parse_box(cells, location, skipped) if has_boxes else None,
+                    box_location=location,
+                )
+            )
+    return find_root(path, [image.file for image in images]), images
+
+
+def parse_box(cells: dict[str, str], location: str, skipped: SkippedEntries) -> Box | None:
+    """Return x0 y0 x1 y1; None if all are empty, or, counted, if they are not four finite numbers."""
+    if not any(cells[column] for column in BOX_COLUMNS):
+        return None
+    try:
+        x0, y0, x1, y1 = (float(cells[column]) for column in BOX_COLUMNS)
+    except ValueError:
+        x0, y0, x1, y1 = (np.nan,) * 4
+    if not np.isfinite((x0, y0, x1, y1)).all():
+        skipped.add("boxes that are not four numbers, excluded", location)
+        return None
+    return x0, y0, x1, y1
+
+
+def _merge_rows(root: Path, images: list[_LabeledImage], skipped: SkippedEntries) -> list[_LabeledImage]:
+    """Keep the first row of each image; later rows are counted."""
+    first_rows: dict[str, _LabeledImage] = {}
+    for image in images:
+        first = first_rows.setdefault(same_file_id(root, image.file), image)
+        if first is image:
+            continue
+        if first.split != image.split:
+            skipped.add("rows of an image that is in another split already", image.file)
+        elif first.label != image.label:
+            skipped.add("rows of an image that has another label already", image.file)
+        else:
+            skipped.add("repeated rows of an image", image.file)
+    return list(first_rows.values())
+
+
+def _assign_splits(path: Path, images: list[_LabeledImage], skipped: SkippedEntries) -> np.ndarray:
+    """Return the split of each image; `val` is the test split if there is no `test`."""
+    splits = np.array([image.split for image in images], "<U5")
+    if "test" not in splits and "val" in splits:
+        logger.info("%s has no test images: val is the test split", path)
+        splits[splits == "val"] = "test"
+    for split in ("train", "test"):
+        if split not in splits:
+            raise missing_split(path, split, splits.tolist(), skipped)
+    return splits
+
+
+def _normalize_boxes(
+    table: Path | None, root: Path, images: list[_LabeledImage], skipped: SkippedEntries
+) -> None:
+    """Convert the boxes to fractions of their images, clipped; boxes without area are counted and removed."""
+    boxed_images = [image for image in images if image.box is not None]
+    if not boxed_images or table is None:
+        return
+    boxes = np.array([image.box for image in boxed_images], np.float64)
+    unit, is_in_unit = infer_box_unit(boxes, [image.box_location for image in boxed_images], table)
+    for image, box, is_valid in zip(boxed_images, boxes, is_in_unit.tolist(), strict=True):
+        image.box = None
+        if not is_valid:
+            skipped.add(f"boxes that are not in {unit}, excluded", image.box_location)
+            continue
+        normalized = (
+            box[None]
+            if unit == "fractions"
+            else pixels_to_fractions(box[None], root / image.file, None, skipped)
+        )
+        clipped = None if normalized is None else clip_box(normalized[0], image.box_location, skipped)
+        image.box = clipped
+
+
+def clip_box(box: np.ndarray, location: str, skipped: SkippedEntries) -> Box | None:
+    """Return a box (4,) of fractions clipped to the image, or None, counted, if nothing remains."""
+    clipped = box.clip(0, 1)
+    if not (clipped[:2] < clipped[2:]).all():
+        skipped.add("boxes without area inside the image, excluded", location)
+        return None
+    if np.abs(clipped - box).max() > 0.01:
+        skipped.add("boxes beyond the edge of the image, clipped", location)
+    x0, y0, x1, y1 = clipped.tolist()
+    return x0, y0, x1, y1
+
+
+def _to_arrays(
+    path: Path, images: list[_LabeledImage], splits: np.ndarray, skipped: SkippedEntries
+) -> dict[str, Any]:
+    """Return the fields of the dataset with one value per image, and the classes."""
+    classes = tuple(sorted({image.label for image in images}))
+    if len(classes) < 2:
+        raise InvalidInputError(
+            f"{path} has {len(classes)} class; at least 2 are needed{skipped.summary()}", path=path
+        )
+    class_index = {label: i for i, label in enumerate(classes)}
+    boxes = np.array([image.box or (np.nan,) * 4 for image in images])
+    return {
+        "files": tuple(image.file for image in images),
+        "splits": splits,
+        "labels": np.array([class_index[image.label] for image in images], np.int64),
+        "classes": classes,
+        "instances": _retrieval_column("instance", [image.instance for image in images], splits, path),
+        "domains": _retrieval_column("domain", [image.domain for image in images], splits, path),
+        "boxes": boxes if np.isfinite(boxes).any() else None,
+    }
+
+
+def _retrieval_column(name: str, values: Sequence[str], splits: np.ndarray, path: Path) -> np.ndarray | None:
     """Return a column for retrieval, if there is one; raises InvalidInputError if test images lack it."""
     if not any(values):
         return None
@@ -303,4 +314,4 @@ def _retrieval_column(
         raise InvalidInputError(
             f"{path}: column {name!r} is empty for {num_empty} test images; fill it or remove it", path=path
         )
-    return np.array([value or "" for value in values])
+    return np.array(values)

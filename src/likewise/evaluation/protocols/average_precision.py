@@ -40,18 +40,23 @@ class AveragePrecision:
 
     @property
     def ap(self) -> float:
-        """Mean over IoU thresholds and classes."""
-        return float(np.nanmean(self.per_class)) if np.isfinite(self.per_class).any() else 0.0
+        """Mean over IoU thresholds and classes; NaN without any true box."""
+        return _mean_over_classes(self.per_class)
 
     @property
     def ap50(self) -> float:
-        """Mean over classes at IoU 0.5."""
-        return float(np.nanmean(self.per_class[:, 0])) if np.isfinite(self.per_class).any() else 0.0
+        """Mean over classes at IoU 0.5; NaN without any true box."""
+        return _mean_over_classes(self.per_class[:, 0])
 
     @property
     def ap75(self) -> float:
-        """Mean over classes at IoU 0.75."""
-        return float(np.nanmean(self.per_class[:, 5])) if np.isfinite(self.per_class).any() else 0.0
+        """Mean over classes at IoU 0.75; NaN without any true box."""
+        return _mean_over_classes(self.per_class[:, 5])
+
+
+def _mean_over_classes(values: Float[np.ndarray, "c ..."]) -> float:
+    """Return the mean over the classes that occur."""
+    return float(np.nanmean(values)) if np.isfinite(values).any() else float("nan")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -91,7 +96,7 @@ def average_precision(
 def bootstrap_average_precision(
     matches: Sequence[_Matches], num_resamples: int, seed: int = 0
 ) -> Float[np.ndarray, "r 3"]:
-    """Return AP, AP50 and AP75 on bootstrap resamples of the images.
+    """Return AP, AP50 and AP75 on bootstrap resamples of the images; NaN on resamples without any true box.
 
     The resamples depend on the number of images and the seed alone, so that two detectors can be compared
     resample by resample.

@@ -13,9 +13,10 @@ from torch import Tensor
 
 from likewise.errors import InvalidInputError
 from likewise.evaluation.datasets.captioned import CaptionedDataset
-from likewise.evaluation.datasets.dense import DetectionDataset, SegmentationDataset
+from likewise.evaluation.datasets.detection import DetectionDataset
 from likewise.evaluation.datasets.labeled import LabeledDataset
 from likewise.evaluation.datasets.registry import MEAN_CLASS_ACCURACY
+from likewise.evaluation.datasets.segmentation import SegmentationDataset
 from likewise.evaluation.features import Features
 from likewise.evaluation.results import ResultRow
 from likewise.evaluation.statistics import Estimate, bootstrap, mean_per_class

@@ -15,7 +15,8 @@ from torch.optim.lr_scheduler import OneCycleLR
 from likewise.data.dataset import ImageRef
 from likewise.data.images import UnreadableImageError, decode_image, read_image_bytes
 from likewise.errors import InvalidInputError, ModelError
-from likewise.evaluation.datasets.dense import DetectionDataset, SegmentationDataset
+from likewise.evaluation.datasets.detection import DetectionDataset
+from likewise.evaluation.datasets.segmentation import SegmentationDataset
 from likewise.evaluation.protocols.base import EvalContext, Protocol, Score, check_positive
 from likewise.evaluation.statistics import Estimate
 from likewise.models.encoders import ImageEncoder
@@ -192,7 +193,17 @@ class DenseProtocol(Protocol):
 def bootstrap_score(
     metric: str, value: float, resampled: Float[np.ndarray, " r"], n: int, details: dict[str, Any]
 ) -> Score:
-    """Return a score with the percentile interval over bootstrap resamples of the n test images."""
+    """Return a score with the percentile interval over bootstrap resamples of the n test images.
+
+    Resamples of images without annotations, where nothing can be measured, are NaN and are left out. They are
+    the same for all encoders.
+
+    Raises:
+        InvalidInputError: if nothing can be measured on the test images, or on any resample of them.
+    """
+    resampled = resampled[np.isfinite(resampled)]
+    if not np.isfinite(value) or not len(resampled):
+        raise InvalidInputError(f"no readable test image has annotations: {metric} cannot be measured")
     low, high = np.quantile(resampled, [0.025, 0.975])
     return Score(
         metric=metric,

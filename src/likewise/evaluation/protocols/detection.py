@@ -16,7 +16,7 @@ from torchvision.ops import FeaturePyramidNetwork, MultiScaleRoIAlign
 from torchvision.ops.feature_pyramid_network import LastLevelMaxPool
 
 from likewise.errors import InvalidInputError
-from likewise.evaluation.datasets.dense import DetectionDataset
+from likewise.evaluation.datasets.detection import DetectionDataset
 from likewise.evaluation.protocols.average_precision import (
     Boxes,
     average_precision,

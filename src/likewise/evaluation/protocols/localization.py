@@ -2,12 +2,10 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 import torch
 from jaxtyping import Float, Int
-from PIL import Image
 
 from likewise.errors import InvalidInputError
 from likewise.evaluation.protocols.base import (
@@ -116,24 +114,6 @@ def box_iou(a: Float[np.ndarray, "n 4"], b: Float[np.ndarray, "n 4"]) -> Float[n
     return intersection / np.maximum(areas - intersection, 1e-30)
 
 
-def normalize_boxes(
-    boxes: Float[np.ndarray, "n 4"], files: Sequence[str], root: Path
-) -> Float[np.ndarray, "n 4"]:
-    """Return boxes relative to the image size, clipped to [0, 1].
-
-    If any coordinate is above 1.5, all boxes are in pixels, and the sizes are read from the image headers.
-    """
-    if np.nanmax(boxes) <= 1.5:
-        return boxes.clip(0, 1)
-    sizes = np.array([_image_size(root / file) for file in files], np.float64)
-    return (boxes / np.concatenate([sizes, sizes], axis=1)).clip(0, 1)
-
-
-def _image_size(path: Path) -> tuple[int, int]:
-    with Image.open(path) as image:
-        return image.size
-
-
 class Localization(Protocol):
     """Localization of the one object of each image."""
 
@@ -155,11 +135,10 @@ class Localization(Protocol):
             np.intersect1d(context.indices(*splits), boxed_indices)
             for splits in (("train", "val"), ("test",))
         )
-        files = np.array(dataset.files)
-        train_boxes, test_boxes = (
-            normalize_boxes(dataset.boxes[indices], files[indices].tolist(), dataset.root)
-            for indices in (train_indices, test_indices)
-        )
+        for split, indices in (("train", train_indices), ("test", test_indices)):
+            if not len(indices):
+                raise InvalidInputError(f"no {split} image of {dataset.path} has a box", path=dataset.path)
+        train_boxes, test_boxes = dataset.boxes[train_indices], dataset.boxes[test_indices]
         _, val_indices = stratified_split(
             torch.from_numpy(dataset.labels[train_indices]), self.config.val_fraction, self.config.seed
         )

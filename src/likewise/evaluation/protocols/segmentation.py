@@ -13,7 +13,7 @@ from torch.nn.functional import cross_entropy, interpolate
 from torchvision.models.segmentation.fcn import FCNHead
 
 from likewise.errors import InvalidInputError
-from likewise.evaluation.datasets.dense import SegmentationDataset
+from likewise.evaluation.datasets.segmentation import SegmentationDataset
 from likewise.evaluation.protocols.base import (
     EvalContext,
     Score,
@@ -78,13 +78,18 @@ def per_class_iou(confusion: Float[np.ndarray, "*r c c"]) -> Float[np.ndarray, "
 
 
 def segmentation_metrics(confusion: Float[np.ndarray, "*r c c"]) -> dict[str, Float[np.ndarray, "*r"]]:
-    """Return mean IoU and pixel accuracy of confusion matrices (true class, predicted class)."""
+    """Return mean IoU over the classes that occur, and pixel accuracy, of confusion matrices.
+
+    Rows are true and columns predicted classes. Both metrics are NaN for a matrix without pixels.
+    """
     num_correct = np.diagonal(confusion, axis1=-2, axis2=-1).sum(axis=-1)
     num_pixels = confusion.sum(axis=(-2, -1))
-    mean_iou = np.nanmean(per_class_iou(confusion), axis=-1)
+    ious = per_class_iou(confusion)
+    num_classes = np.isfinite(ious).sum(axis=-1)
+    mean_iou = np.where(num_classes > 0, np.nansum(ious, axis=-1) / np.maximum(num_classes, 1), np.nan)
     return {
         "mean IoU": np.asarray(mean_iou),
-        "pixel accuracy": np.asarray(num_correct / np.maximum(num_pixels, 1)),
+        "pixel accuracy": np.where(num_pixels > 0, num_correct / np.maximum(num_pixels, 1), np.nan),
     }
 
 

@@ -1,0 +1,313 @@
+"""What all evaluation datasets share: splits, tables, counts of excluded entries, keys by content."""
+
+import hashlib
+import os
+import re
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from likewise.data.config import ImportOptions
+from likewise.data.images import IMAGE_SUFFIXES
+from likewise.data.readers.base import SkippedSample, cell_texts, infer_columns
+from likewise.data.readers.files import IgnoredFiles
+from likewise.data.readers.tables import Table, find_image_root, open_parquet_table
+from likewise.data.readers.text import open_text_table
+from likewise.errors import InvalidInputError, did_you_mean
+from likewise.parallel import default_num_workers, prefetch_map
+
+SPLIT_ALIASES = {
+    "train": ("train", "training"),
+    "val": ("val", "valid", "validation", "dev"),
+    "test": ("test", "testing", "eval"),
+}
+_SPLIT_OF_ALIAS = {alias: split for split, aliases in SPLIT_ALIASES.items() for alias in aliases}
+# `.txt` files may be tables, too, but `labels.txt` is usually a list of class names.
+_TABLE_SUFFIXES = (".csv", ".tsv", ".tab", ".jsonl", ".ndjson", ".parquet")
+_NUM_PROBED_FILES = 40
+# The content of larger files is fingerprinted by their size, head and tail.
+_MAX_HASHED_BYTES = 2**17
+# A change of pixels may leave the head and the tail of these formats as they are: hashed as a whole.
+_UNCOMPRESSED_SUFFIXES = frozenset({".bmp", ".pgm", ".ppm", ".pnm", ".tif", ".tiff"})
+
+
+@dataclass(frozen=True, kw_only=True)
+class ImageDataset:
+    """Images of an evaluation dataset."""
+
+    name: str
+    """Name in tables."""
+    path: Path
+    """The folder or table that it was read from."""
+    root: Path
+    """Folder that `files` are relative to."""
+    files: tuple[str, ...]
+    """n paths, relative to `root` or absolute."""
+    key: str
+    """Fingerprint of the annotations and of the content of the files; a copied dataset has the same."""
+    skipped: dict[str, int] = field(default_factory=dict)
+    """Number of excluded or corrected rows, images and annotations by reason, with the first location."""
+    ignored: dict[str, int] = field(default_factory=dict)
+    """Number of files that are no candidates by reason, such as hidden files."""
+
+    def __len__(self) -> int:
+        return len(self.files)
+
+
+class SkippedEntries:
+    """Counts of excluded or corrected entries by reason, with the first location of each reason."""
+
+    def __init__(self) -> None:
+        """Start with no entries."""
+        self._counts = Counter[str]()
+        self._first_locations: dict[str, str] = {}
+
+    def add(self, reason: str, location: str = "") -> None:
+        """Count an entry by its reason."""
+        self._counts[reason] += 1
+        self._first_locations.setdefault(reason, location)
+
+    def to_dict(self) -> dict[str, int]:
+        """Return the counts; each reason is followed by its first location."""
+        return {
+            f"{reason} (first: {self._first_locations[reason]})"
+            if self._first_locations[reason]
+            else reason: n
+            for reason, n in self._counts.items()
+        }
+
+    def summary(self) -> str:
+        """Return the counts in one line for the end of an error message; empty without entries."""
+        return "".join(f"; {count:,} skipped: {reason}" for reason, count in self.to_dict().items())
+
+
+def parse_split(name: str) -> str | None:
+    """Return `train`, `val` or `test` for a name such as `Validation`, or None for another name."""
+    return _SPLIT_OF_ALIAS.get(name.strip().lower())
+
+
+def unknown_split_reason(name: str) -> str:
+    """Return why a row with this name of a split is skipped."""
+    return f"split {name!r} is not train, val or test" if name else "without a split"
+
+
+def find_split(name: str) -> str | None:
+    """Return the only split that a file name such as `train2017_v1` contains as a word, or None."""
+    splits = {parse_split(word) for word in re.split(r"[^a-z]+", name.lower())} - {None}
+    return splits.pop() if len(splits) == 1 else None
+
+
+def dataset_name(table: Path) -> str:
+    """Return the name of a dataset from its table: the folder's name if that of the table is generic."""
+    is_generic = table.stem.lower() in ("items", "labels", "captions", "index")
+    return table.resolve().parent.name if is_generic else table.stem
+
+
+def find_table(folder: Path, stem: str) -> Path | None:
+    """Return the table `STEM.csv` (or another table suffix, in any case) of a folder, or None.
+
+    Raises:
+        InvalidInputError: if there are several.
+    """
+    tables = sorted(
+        path
+        for path in folder.iterdir()
+        if path.stem.lower() == stem and path.suffix.lower() in _TABLE_SUFFIXES and path.is_file()
+    )
+    if len(tables) > 1:
+        names = " and ".join(path.name for path in tables)
+        raise InvalidInputError(f"{folder} holds {names}; give the path of one of them", path=folder)
+    return tables[0] if tables else None
+
+
+class CellRow(NamedTuple):
+    """One row of a table as text."""
+
+    location: str
+    """File and line, for messages."""
+    cells: dict[str, str]
+    """Stripped text by field; empty if the cell or the column is absent."""
+    values: Mapping[str, Any]
+    """Values by column, as they are in the table."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class DatasetTable:
+    """A table with a column of image files, read as `import` reads it."""
+
+    path: Path
+    table: Table
+    column_names: list[str]
+    file_column: str
+
+    def find_column(self, name: str) -> str | None:
+        """Return the column of this name, or else the only one that differs from it in case, or None."""
+        if name in self.column_names:
+            return name
+        matches = [column for column in self.column_names if column.strip().lower() == name.lower()]
+        return matches[0] if len(matches) == 1 else None
+
+    def require_column(self, name: str, field_name: str | None = None) -> str:
+        """Return the column of a name.
+
+        Raises:
+            InvalidInputError: if there is none; it names the config field, if one is responsible.
+        """
+        column = self.find_column(name)
+        if column is None:
+            prefix = f"`{field_name}`: " if field_name else ""
+            raise InvalidInputError(
+                f"{prefix}{self.path} has no column {name!r}; it has {', '.join(self.column_names)}."
+                f"{did_you_mean(name, self.column_names)}",
+                field=field_name,
+                path=self.path,
+            )
+        return column
+
+    def iter_rows(
+        self, columns: Mapping[str, str | None], skipped: SkippedEntries, *, missing_reason: str
+    ) -> Iterator[CellRow]:
+        """Yield the rows that name an image file; the others are counted as skipped.
+
+        Args:
+            columns: The column of each field; None for an absent column.
+            skipped: Receives the counts.
+            missing_reason: Reason of rows without a file.
+        """
+        names = [self.file_column, *(name for name in columns.values() if name is not None)]
+        for row in self.table.iter_rows(list(dict.fromkeys(names))):
+            if isinstance(row, SkippedSample):
+                skipped.add(row.reason, row.location)
+                continue
+            try:
+                cells = {
+                    key: "" if name is None else cell_text(row.values.get(name))
+                    for key, name in (("file", self.file_column), *columns.items())
+                }
+            except ValueError:
+                skipped.add("a cell is not text", row.location)
+                continue
+            if not cells["file"]:
+                skipped.add(missing_reason)
+            elif "\0" in cells["file"]:
+                skipped.add("file name contains a NUL character", row.location)
+            elif "://" in cells["file"]:
+                skipped.add("file is a web address", row.location)
+            else:
+                yield CellRow(row.location, cells, row.values)
+
+
+def cell_text(value: object) -> str:
+    """Return the stripped text of a cell, empty for an absent value.
+
+    Raises:
+        ValueError: if the value is a mapping or bytes.
+    """
+    if isinstance(value, float) and np.isnan(value):
+        return ""
+    return ", ".join(cell_texts(value)).strip()
+
+
+def open_dataset_table(path: Path) -> DatasetTable:
+    """Open a table of image files in any format that `import` reads.
+
+    Raises:
+        InvalidInputError: if it is no table, or has no column of image files.
+    """
+    suffix = path.suffix.lower()
+    if suffix not in (*_TABLE_SUFFIXES, ".txt"):
+        raise InvalidInputError(
+            f"{path} is neither a folder nor a table ({', '.join(_TABLE_SUFFIXES)}, .txt)", path=path
+        )
+    table = open_parquet_table(path) if suffix == ".parquet" else open_text_table(path)
+    names, embedded = list(table.column_names()), table.embedded_columns()
+    path_columns = [name for name in names if name not in embedded]
+    try:
+        file_column = infer_columns(path_columns, frozenset(), ImportOptions(), path.name)[0].image
+    except InvalidInputError:
+        file_column = None
+    if file_column is None:
+        raise InvalidInputError(
+            f"{path} has no column of image files (file, image, path, filename, ...); it has "
+            f"{', '.join(path_columns)}"
+            + (
+                f"; images inside a table ({', '.join(sorted(embedded))}) are not supported"
+                if embedded
+                else ""
+            ),
+            path=path,
+        )
+    return DatasetTable(path=path, table=table, column_names=path_columns, file_column=file_column)
+
+
+def find_root(table: Path, files: Sequence[str]) -> Path:
+    """Return the folder near a table that the image files are relative to, as `import` finds it."""
+    unique_files = list(dict.fromkeys(files))
+    step = max(1, len(unique_files) // _NUM_PROBED_FILES)
+    return find_image_root(unique_files[::step][:_NUM_PROBED_FILES], table.parent)
+
+
+def is_image_name(path: str | Path) -> bool:
+    """Return whether a file is an image by its suffix."""
+    return os.path.splitext(path)[1].lower() in IMAGE_SUFFIXES  # noqa: PTH122  # called once per file
+
+
+def ignore_file_type(ignored: IgnoredFiles, path: str) -> None:
+    """Count a file that is no image by its suffix."""
+    ignored.add(f"file type {os.path.splitext(path)[1].lower() or 'without suffix'}", path)  # noqa: PTH122
+
+
+def same_file_id(root: Path, file: str) -> str:
+    """Return an identifier that is equal for two spellings of one path, such as `a.jpg` and `./a.jpg`."""
+    return os.path.normpath(os.path.join(root, file))  # noqa: PTH118  # called once per row
+
+
+def missing_split(
+    path: Path, split: str, splits: Iterable[str], skipped: SkippedEntries
+) -> InvalidInputError:
+    """Return the error for a dataset without images of a split."""
+    found = ", ".join(sorted(set(splits))) or "none"
+    return InvalidInputError(f"{path} has no {split} images, only {found}{skipped.summary()}", path=path)
+
+
+def content_fingerprint(path: Path, *, whole: bool = False) -> str:
+    """Fingerprint a file by its size and content: all of a small or uncompressed file, else head and tail.
+
+    Args:
+        path: The file.
+        whole: Read all of it, whatever its size.
+
+    Returns:
+        16 hexadecimal digits, or `missing` for a file that cannot be read.
+    """
+    digest = hashlib.blake2b(digest_size=8)
+    try:
+        with path.open("rb") as stream:
+            size = stream.seek(0, os.SEEK_END)
+            digest.update(f"{size}\0".encode())
+            stream.seek(0)
+            if whole or size <= _MAX_HASHED_BYTES or path.suffix.lower() in _UNCOMPRESSED_SUFFIXES:
+                while chunk := stream.read(2**20):
+                    digest.update(chunk)
+            else:
+                digest.update(stream.read(_MAX_HASHED_BYTES // 2))
+                stream.seek(size - _MAX_HASHED_BYTES // 2)
+                digest.update(stream.read())
+    except (OSError, ValueError):
+        return "missing"
+    return digest.hexdigest()
+
+
+def content_key(paths: Iterable[Path], annotations: Iterable[object], *, whole: bool = False) -> str:
+    """Return a hash of the content of files and of the annotation of each, independent of their names."""
+    digest = hashlib.blake2b(digest_size=8)
+    fingerprints = prefetch_map(
+        lambda path: content_fingerprint(path, whole=whole), paths, 4 * default_num_workers()
+    )
+    for fingerprint, annotation in zip(fingerprints, annotations, strict=True):
+        digest.update(f"{annotation!r}\0{fingerprint}\n".encode("utf-8", "surrogateescape"))
+    return digest.hexdigest()
