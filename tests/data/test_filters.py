@@ -140,7 +140,8 @@ def test_caption_mask_is_aligned_with_embeddings(collection: CaptionDataset, tmp
             "line 2: image 'a.png' has no caption 'a smiling face'",
         ),
         ("id,caption,reason\na.png,my favourite\n", "line 2: row has too few columns"),
-        ('id,caption,reason\na.png,"my favourite,x\n', "line 2: a quote is never closed"),
+        ('id,caption,reason\na.png,"my favourite,x\n', "line 2: image 'a.png' has no caption '\"my"),
+        ("id,caption,reason\r\rf.png,,\rg\0.png,,", "line 4: row contains a NUL character"),
         ("id,caption,reason\n" + "".join(f"{n}.png,,\n" for n in "abcdef"), "excludes all images"),
     ],
 )

@@ -20,7 +20,7 @@ from helpers.pictures import (
 from likewise.data.importing import import_dataset
 from likewise.data.readers import ImportOptions, open_reader
 from likewise.data.readers.base import RawSample
-from likewise.data.readers.tables import open_parquet_table
+from likewise.data.readers.parquet import open_parquet_table
 from likewise.errors import InvalidInputError
 
 
@@ -137,13 +137,15 @@ def test_absolute_relative_and_invalid_image_paths(tmp_path: Path, pictures: lis
     table = write_file(tmp_path / "t" / "t.jsonl", "\n".join(map(json.dumps, lines)))
     dataset = import_dataset(table, tmp_path / "out")
     assert [s.id for s in dataset] == rows[:2]
+    folder = tmp_path / "t"
+    long_path = f"{folder}/{'x' * 5000}"[:300]
     assert {entry["location"]: entry["reason"] for entry in dataset.skipped_entries()} == {
-        "t.jsonl line 3": "file is missing",
+        f"t.jsonl line 3: {folder}/absent.jpg": "file is missing",
         "t.jsonl line 4": "row has no image",
         "t.jsonl line 5": "image is a URL, not a file",
         "t.jsonl line 6": "file name contains a NUL character",
         "t.jsonl line 7": "name is not UTF-8",
-        "t.jsonl line 8": "file cannot be read",
+        f"t.jsonl line 8: {long_path}": "file cannot be read",
     }
 
 
@@ -184,7 +186,7 @@ def test_parquet_with_embedded_images(tmp_path: Path, pictures: list[Picture]) -
 
 
 def test_parquet_structs_without_bytes_use_the_path(tmp_path: Path, pictures: list[Picture]) -> None:
-    """Without bytes in the mapping its path is read; rows stay apart; only wanted columns are read."""
+    """Without bytes in the mapping its path is read; only requested columns are read."""
     write_images(tmp_path, pictures[:1])
     name, data, _ = pictures[0]
     rows = [{"image": {"bytes": None, "path": f"{name}.jpg"}, "text": c} for c in "ab"]
@@ -192,7 +194,7 @@ def test_parquet_structs_without_bytes_use_the_path(tmp_path: Path, pictures: li
     schema = pa.schema([("image", kind), ("text", pa.string())])
     pq.write_table(pa.Table.from_pylist(rows, schema=schema), tmp_path / "t.parquet")
     dataset = import_dataset(tmp_path / "t.parquet", tmp_path / "out")
-    assert samples_by_id(dataset) == {"00000000": (data, ("a",)), "00000001": (data, ("b",))}
+    assert samples_by_id(dataset) == {f"{name}.jpg": (data, ("a", "b"))}
     assert [row.values for row in open_parquet_table(tmp_path / "t.parquet").iter_rows(["text"])] == [
         {"text": "a"},
         {"text": "b"},
@@ -238,7 +240,8 @@ def test_coco_captions(tmp_path: Path, pictures: list[Picture], *, explicit: boo
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ('[{"image": "a.jpg"}]', "COCO"),
+        ('{"image": "a.jpg"}', "COCO"),
+        ('[{"image": "a.jpg"}, {"image"', "not valid JSON after item 1"),
         ("{", "not valid JSON"),
         ('{"images": [], "annotations": [{"bbox": 1}]}', "boxes"),
     ],
