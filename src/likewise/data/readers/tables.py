@@ -111,9 +111,10 @@ def cell_image(cell: Any, *, is_embedded: bool = False) -> ImageRef | None:
 
 def _decode_path(cell: bytes) -> str | None:
     try:
-        return cell.decode()
+        path = cell.decode()
     except UnicodeDecodeError:
         return None
+    return path if path.isprintable() else None
 
 
 def contains_bytes(data_type: pa.DataType) -> bool:

@@ -78,13 +78,17 @@ def iter_records(lines: Iterable[Line], dialect: Dialect, width: int) -> Iterato
         lines: Lines of the file.
         dialect: How to split them.
         width: Number of columns. Rows with fewer cells, or with more that are not empty, are invalid. If a
-            record of several lines is invalid and contains whole rows, its quote is a stray one: only its
-            first line is an invalid row, and its other lines are read again.
+            record of several lines is invalid, and its quotes are, or it contains whole rows, its first quote
+            is a stray one: only its first line is an invalid row, and its other lines are read again.
     """
     # The limit is a setting of the process; the limits of this module keep the memory bounded.
     csv.field_size_limit(max(csv.field_size_limit(), 2**30))
     source = _LineSource(lines)
     delimiter = dialect.delimiter
+
+    def is_row(line: Line) -> bool:
+        return len(_parse_quoted(iter([line.text]), dialect) or ()) == width
+
     while True:
         source.record = []
         try:
@@ -101,22 +105,21 @@ def iter_records(lines: Iterable[Line], dialect: Dialect, width: int) -> Iterato
             cells = _parse_quoted(source, dialect)
         errors = [part.error for part in source.record if part.error is not None]
         error = f"row is {errors[0]}" if errors else _width_error(cells, width)
-        rest = [part.text.count(delimiter) + 1 == width for part in source.record[1:]]
-        if error is not None and (any(rest) or len(rest) + 1 == _MAX_RECORD_LINES):
+        rest = source.record[1:]
+        if rest and (cells is None or (error is not None and any(map(is_row, rest)))):
             source.read_again(1)
             rest = []
             error = "row is not valid CSV"
-        suspicious = bool(rest) and all(rest) and line.text.count(delimiter) + 1 == width
+        suspicious = bool(rest) and all(part.text.count(delimiter) + 1 == width for part in source.record)
         num_lines = len(rest) + 1
         yield _Record(
             line, cells or [], error, num_lines, num_lines if suspicious else 0, source.record[-1].number
         )
 
 
-def _parse_quoted(source: _LineSource, dialect: Dialect) -> list[str] | None:
-    reader = csv.reader(
-        source, delimiter=dialect.delimiter, skipinitialspace=dialect.skip_spaces, strict=True
-    )
+def _parse_quoted(lines: Iterator[str], dialect: Dialect) -> list[str] | None:
+    """Return the cells of the first record of some lines, or None if its quotes are invalid."""
+    reader = csv.reader(lines, delimiter=dialect.delimiter, skipinitialspace=dialect.skip_spaces, strict=True)
     try:
         return next(reader)
     except csv.Error:
