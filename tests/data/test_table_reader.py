@@ -385,8 +385,8 @@ def test_caption_columns_of_nested_types(tmp_path: Path, pictures: list[Picture]
     )
     assert [s.captions for s in import_dataset(path, tmp_path / "out")] == [("one",), ("two",)]
     path = write_parquet(tmp_path / "u.parquet", {"image": [data, data[:1]], "caption": [{"de": "x"}] * 2})
-    with pytest.raises(InvalidInputError, match="row has several images .*; caption is not text"):
-        import_dataset(path, tmp_path / "out3")
+    with pytest.raises(InvalidInputError, match=r"caption is not text \(1 .*; row has several images \(1 "):
+        import_dataset(path, tmp_path / "none")
 
 
 def test_invalid_values_of_parquet_are_counted(tmp_path: Path, pictures: list[Picture]) -> None:
@@ -481,7 +481,15 @@ def test_coco_ids_are_joined_by_value(tmp_path: Path, pictures: list[Picture], c
         }
 
 
-cells = st.none() | st.text(max_size=5) | st.floats() | st.booleans() | st.integers() | st.binary(max_size=3)
+# pandas writes a carriage return without quotes, which makes it a line end.
+cells = (
+    st.none()
+    | st.text(st.characters(exclude_characters="\r"), max_size=5)
+    | st.floats()
+    | st.booleans()
+    | st.integers()
+    | st.binary(max_size=3)
+)
 
 
 @settings(max_examples=60, deadline=None)
