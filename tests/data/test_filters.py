@@ -95,6 +95,22 @@ def test_filter_tolerates_whitespace_order_and_delimiter_changes(
     assert read_filter(third, small).key != read_filter(first, small).key
 
 
+@pytest.mark.parametrize("line_end", ["\r", "\r\n"])
+@pytest.mark.parametrize("encoding", ["utf-16", "utf-8-sig"])
+def test_filter_saved_by_spreadsheet_editors(
+    small: CaptionDataset, tmp_path: Path, line_end: str, encoding: str
+) -> None:
+    lines = ["id\tcaption\treason", "f.png\tein Gesicht, größer\tx", 'c.png\t"a ""face"""\tx', "d.png\t\tx"]
+    (tmp_path / "f.csv").write_bytes(line_end.join(lines).encode(encoding))
+    dataset_filter = read_filter(tmp_path / "f.csv", small)
+    assert caption_mask(small, dataset_filter).tolist() == [True, True, True, False, False, False, False]
+    (tmp_path / "f.jsonl").write_text('{"id": "d.png", "caption": null, "reason": "x"}\n')
+    assert (
+        read_filter(tmp_path / "f.jsonl", small).excluded_images.tolist()
+        == [False] * 3 + [True] + [False] * 2
+    )
+
+
 def test_filter_without_rows_excludes_nothing(small: CaptionDataset, tmp_path: Path) -> None:
     dataset_filter = read_filter(write(tmp_path / "f.csv"), small)
     assert not dataset_filter.excluded_images.any()
@@ -140,7 +156,8 @@ def test_caption_mask_is_aligned_with_embeddings(collection: CaptionDataset, tmp
             "line 2: image 'a.png' has no caption 'a smiling face'",
         ),
         ("id,caption,reason\na.png,my favourite\n", "line 2: row has too few columns"),
-        ('id,caption,reason\na.png,"my favourite,x\n', "line 2: a quote is never closed"),
+        ('id,caption,reason\na.png,"my favourite,x\n', "line 2: image 'a.png' has no caption '\"my"),
+        ("id,caption,reason\r\rf.png,,\rg\0.png,,", "line 4: row contains a NUL character"),
         ("id,caption,reason\n" + "".join(f"{n}.png,,\n" for n in "abcdef"), "excludes all images"),
     ],
 )

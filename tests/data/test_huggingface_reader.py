@@ -52,6 +52,30 @@ def test_saved_dataset(
 
 
 @pytest.mark.usefixtures("no_progress_bars")
+def test_columns_of_other_bytes_lists_and_missing_values(tmp_path: Path, pictures: list[Picture]) -> None:
+    """Hashes are no images; lists of classes are names; missing values are absent."""
+    data = [{"bytes": d, "path": None} for _, d, _ in pictures[:3]]
+    columns = {
+        "phash": [b"\1" * 8] * 3,
+        "photos": [data[:1], data[1:2], data[:2]],
+        "text": ["one", None, "three"],
+        "kinds": [[0, 1], [], [1]],
+    }
+    features = datasets.Features(
+        {
+            "phash": datasets.Value("binary"),
+            "photos": datasets.Sequence(datasets.Image()),
+            "text": datasets.Value("string"),
+            "kinds": datasets.Sequence(datasets.ClassLabel(names=["even", "odd"])),
+        }
+    )
+    datasets.Dataset.from_dict(columns, features=features).save_to_disk(tmp_path / "src")
+    imported = import_dataset(tmp_path / "src", tmp_path / "out", ImportOptions(label_column="kinds"))
+    assert [(s.captions, s.label) for s in imported] == [(("one",), "even, odd"), ((), None)]
+    assert imported.artifact.manifest.skipped == {"row has several images": 1}
+
+
+@pytest.mark.usefixtures("no_progress_bars")
 def test_hub_dataset(tmp_path: Path, pictures: list[Picture], monkeypatch: pytest.MonkeyPatch) -> None:
     """The library loads a local folder by the same call as a name of the hub."""
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")

@@ -181,7 +181,7 @@ def test_source_without_readable_images_raises(
         (tmp_path / "out").mkdir()
     with pytest.raises(
         InvalidInputError,
-        match=r"no readable image in .*file is missing \(6 times, such as t\.csv line 2\)",
+        match=r"no readable image in .*file is missing \(6 times, such as t\.csv line 2: .*/1f947\.jpg\)",
     ):
         import_dataset(table, tmp_path / "out")
     assert (tmp_path / "out").exists() == target_exists

@@ -1,12 +1,18 @@
 """Tables: columns, merging of rows, image paths, Parquet and COCO."""
 
 import json
+import tempfile
 import tracemalloc
+import unicodedata
 from pathlib import Path
+from typing import Any
 
+import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from helpers.pictures import (
     Picture,
@@ -19,8 +25,9 @@ from helpers.pictures import (
 )
 from likewise.data.importing import import_dataset
 from likewise.data.readers import ImportOptions, open_reader
-from likewise.data.readers.base import RawSample
-from likewise.data.readers.tables import open_parquet_table
+from likewise.data.readers.base import RawSample, SkippedSample
+from likewise.data.readers.parquet import open_parquet_table
+from likewise.data.readers.tables import TableRow
 from likewise.errors import InvalidInputError
 
 
@@ -137,13 +144,15 @@ def test_absolute_relative_and_invalid_image_paths(tmp_path: Path, pictures: lis
     table = write_file(tmp_path / "t" / "t.jsonl", "\n".join(map(json.dumps, lines)))
     dataset = import_dataset(table, tmp_path / "out")
     assert [s.id for s in dataset] == rows[:2]
+    folder = tmp_path / "t"
+    long_path = f"{folder}/{'x' * 5000}"[:300]
     assert {entry["location"]: entry["reason"] for entry in dataset.skipped_entries()} == {
-        "t.jsonl line 3": "file is missing",
+        f"t.jsonl line 3: {folder}/absent.jpg": "file is missing",
         "t.jsonl line 4": "row has no image",
         "t.jsonl line 5": "image is a URL, not a file",
         "t.jsonl line 6": "file name contains a NUL character",
         "t.jsonl line 7": "name is not UTF-8",
-        "t.jsonl line 8": "file cannot be read",
+        f"t.jsonl line 8: {long_path}": "file cannot be read",
     }
 
 
@@ -184,7 +193,7 @@ def test_parquet_with_embedded_images(tmp_path: Path, pictures: list[Picture]) -
 
 
 def test_parquet_structs_without_bytes_use_the_path(tmp_path: Path, pictures: list[Picture]) -> None:
-    """Without bytes in the mapping its path is read; rows stay apart; only wanted columns are read."""
+    """Without bytes in the mapping its path is read; only requested columns are read."""
     write_images(tmp_path, pictures[:1])
     name, data, _ = pictures[0]
     rows = [{"image": {"bytes": None, "path": f"{name}.jpg"}, "text": c} for c in "ab"]
@@ -192,11 +201,9 @@ def test_parquet_structs_without_bytes_use_the_path(tmp_path: Path, pictures: li
     schema = pa.schema([("image", kind), ("text", pa.string())])
     pq.write_table(pa.Table.from_pylist(rows, schema=schema), tmp_path / "t.parquet")
     dataset = import_dataset(tmp_path / "t.parquet", tmp_path / "out")
-    assert samples_by_id(dataset) == {"00000000": (data, ("a",)), "00000001": (data, ("b",))}
-    assert [row.values for row in open_parquet_table(tmp_path / "t.parquet").iter_rows(["text"])] == [
-        {"text": "a"},
-        {"text": "b"},
-    ]
+    assert samples_by_id(dataset) == {f"{name}.jpg": (data, ("a", "b"))}
+    table_rows = open_parquet_table(tmp_path / "t.parquet").iter_rows(["text"])
+    assert [row.values for row in table_rows if isinstance(row, TableRow)] == [{"text": "a"}, {"text": "b"}]
 
 
 def test_folder_of_parquet_shards_is_ambiguous(tmp_path: Path) -> None:
@@ -238,7 +245,8 @@ def test_coco_captions(tmp_path: Path, pictures: list[Picture], *, explicit: boo
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ('[{"image": "a.jpg"}]', "COCO"),
+        ('{"image": "a.jpg"}', "COCO"),
+        ('[{"image": "a.jpg"}, {"image"', "not valid JSON after item 1"),
         ("{", "not valid JSON"),
         ('{"images": [], "annotations": [{"bbox": 1}]}', "boxes"),
     ],
@@ -246,3 +254,272 @@ def test_coco_captions(tmp_path: Path, pictures: list[Picture], *, explicit: boo
 def test_json_not_in_coco_format_raises(tmp_path: Path, text: str, message: str) -> None:
     with pytest.raises(InvalidInputError, match=message):
         import_dataset(write_file(tmp_path / "a.json", text), tmp_path / "out")
+
+
+@pytest.mark.parametrize("suffix", ["jsonl", "json", "parquet", "csv"])
+def test_absent_values(tmp_path: Path, pictures: list[Picture], suffix: str) -> None:
+    """Missing values of pandas are no captions, labels, groups and ids."""
+    write_images(tmp_path, pictures[:4])
+    frame = pd.DataFrame(
+        {
+            "image": [f"{n}.jpg" for n, _, _ in pictures[:4]],
+            "caption": ["one", None, float("nan"), " "],
+            "year": [2001.0, float("nan"), float("inf"), 2004.5],
+            "kind": [True, False, None, True],
+            "key": ["001", None, "1", pd.NA],
+        }
+    )
+    path = tmp_path / f"t.{suffix}"
+    if suffix == "parquet":
+        frame.to_parquet(path)
+    elif suffix == "csv":
+        frame.to_csv(path, index=False)
+    else:
+        records = frame.astype(object).where(frame.notna() | (frame == float("inf")), float("nan"))
+        rows = [json.dumps(row) for row in records.to_dict("records")]
+        write_file(path, "\n".join(rows) if suffix == "jsonl" else f"[{','.join(rows)}]")
+    options = ImportOptions(label_column="year", group_column="kind", id_column="key")
+    samples = list(import_dataset(path, tmp_path / "out", options))
+    assert [s.captions for s in samples] == [("one",), (), (), ()]
+    infinite = "inf" if suffix == "csv" else None  # text of a CSV file is text
+    assert [s.label for s in samples] == ["2001.0", None, infinite, "2004.5"]
+    true, false = ("True", "False") if suffix == "csv" else ("true", "false")
+    assert [s.group for s in samples] == [true, false, None, true]
+    assert [s.id for s in samples] == ["001", f"{pictures[1][0]}.jpg", "1", f"{pictures[3][0]}.jpg"]
+    where = ImportOptions(where=("caption=", "kind=False"))
+    assert [s.id for s in import_dataset(path, tmp_path / "out2", where)] == [f"{pictures[1][0]}.jpg"]
+
+
+def test_words_for_missing_values_are_reported(
+    tmp_path: Path, pictures: list[Picture], log: pytest.LogCaptureFixture
+) -> None:
+    write_images(tmp_path, pictures[:3])
+    rows = [
+        f"{n}.jpg,{c},{k}"
+        for (n, _, _), c, k in zip(pictures[:3], ("nan", "nan", "a"), ("x", "N/A", ""), strict=True)
+    ]
+    dataset = import_dataset(
+        write_file(tmp_path / "t.csv", "\n".join(["image,caption,kind", *rows])),
+        tmp_path / "out",
+        ImportOptions(label_column="kind"),
+    )
+    assert [(s.captions, s.label) for s in dataset] == [(("nan",), "x"), (("nan",), "N/A"), (("a",), None)]
+    assert any("2 cells of column 'caption' are the text 'nan'" in message for message in log.messages)
+    assert any("1 cells of column 'kind' are the text 'N/A'" in message for message in log.messages)
+
+
+def write_parquet(path: Path, columns: dict[str, Any]) -> Path:
+    pq.write_table(pa.table(columns), path)
+    return path
+
+
+def test_column_of_other_bytes_is_no_image_column(tmp_path: Path, pictures: list[Picture]) -> None:
+    write_images(tmp_path, pictures[:2])
+    names = [f"{n}.jpg" for n, _, _ in pictures[:2]]
+    others = {
+        "phash": pa.array([b"\x01" * 8, b"\xff" * 8], pa.binary(8)),
+        "audio": [{"bytes": b"RIFF", "path": "a.wav"}] * 2,
+        "embedding": [b"\0\0\x80?"] * 2,
+    }
+    thumbnails = [None, pictures[0][1]]
+    for i, columns in enumerate(
+        (
+            {**others, "image_path": names},
+            {**others, "thumbnail": thumbnails, "image_path": names},
+            {**others, "image_path": [name.encode() for name in names]},
+            {**others, "image_path": [[name] for name in names]},
+            {**others, "image_path": pa.array(names).dictionary_encode()},
+            {**others, "image_path": pa.array(names, pa.large_string())},
+        )
+    ):
+        path = write_parquet(tmp_path / f"{i}.parquet", {**columns, "text": ["one", "two"]})
+        assert [s.id for s in import_dataset(path, tmp_path / f"out{i}")] == names
+    path = write_parquet(tmp_path / "h.parquet", others)
+    with pytest.raises(InvalidInputError, match="cannot infer the image column"):
+        import_dataset(path, tmp_path / "out")
+    with pytest.raises(InvalidInputError, match=r"not an image \(2 times"):
+        import_dataset(path, tmp_path / "out", ImportOptions(image_column="phash"))
+
+
+def test_several_image_columns_raise(tmp_path: Path, pictures: list[Picture]) -> None:
+    data = [d for _, d, _ in pictures]
+    path = write_parquet(tmp_path / "t.parquet", {"before": data, "after": data})
+    with pytest.raises(InvalidInputError, match="several image columns: 'before' and 'after'") as error:
+        import_dataset(path, tmp_path / "out")
+    assert error.value.field == "image_column"
+    assert len(import_dataset(path, tmp_path / "out", ImportOptions(image_column="after"))) == 6
+    write_images(tmp_path, pictures[:3])
+    a, b, c = (f"{n}.jpg" for n, _, _ in pictures[:3])
+    for text, expected in (
+        (f"filename,path,text\n{a},x/{a},one\n{b},x/{b},two\n", [a, b]),
+        (f"filename,path,text\n{a},./{a},one\n{b},./{b},two\n", [a, b]),
+        (f"filename,path,text\n{a},{c},one\n{b},{b},two\n", None),
+    ):
+        path = write_file(tmp_path / "t.csv", text)
+        if expected is None:
+            with pytest.raises(InvalidInputError, match="'path' and 'filename'"):
+                open_reader(str(path), ImportOptions())
+        else:
+            samples = list(open_reader(str(path), ImportOptions()).iter_samples())
+            assert [Path(s.id).name for s in samples] == expected
+
+
+def test_caption_columns_of_nested_types(tmp_path: Path, pictures: list[Picture]) -> None:
+    data = [d for _, d, _ in pictures[:2]]
+    for i, (captions, expected) in enumerate(
+        (
+            ([{"raw": "one", "tokens": ["o"]}, {"raw": "two", "tokens": []}], [("one",), ("two",)]),
+            ([[{"raw": "one"}, {"raw": "1"}], None], [("one", "1"), ()]),
+            ([[["one"], ["1"]], []], [("one", "1"), ()]),
+            ([b"one", "zwölf".encode()], [("one",), ("zwölf",)]),
+        )
+    ):
+        path = write_parquet(
+            tmp_path / f"{i}.parquet",
+            {"image": [[d] for d in data], "caption": captions, "text": [[0.5]] * 2},
+        )
+        assert [s.captions for s in import_dataset(path, tmp_path / f"out{i}")] == expected
+    path = write_parquet(
+        tmp_path / "t.parquet", {"image": data, "caption": [[0.5]] * 2, "text": ["one", "two"]}
+    )
+    assert [s.captions for s in import_dataset(path, tmp_path / "out")] == [("one",), ("two",)]
+    path = write_parquet(tmp_path / "u.parquet", {"image": [data, data[:1]], "caption": [{"de": "x"}] * 2})
+    with pytest.raises(InvalidInputError, match=r"caption is not text \(1 .*; row has several images \(1 "):
+        import_dataset(path, tmp_path / "none")
+
+
+def test_invalid_values_of_parquet_are_counted(tmp_path: Path, pictures: list[Picture]) -> None:
+    captions = pa.array([b"one", b"\xff\xfe", b"three"], pa.binary()).cast(pa.string(), safe=False)
+    path = write_parquet(tmp_path / "t.parquet", {"image": [d for _, d, _ in pictures[:3]], "text": captions})
+    dataset = import_dataset(path, tmp_path / "out")
+    assert [s.captions for s in dataset] == [("one",), ("three",)]
+    assert dataset.artifact.manifest.skipped == {"row has an invalid value": 1}
+
+
+def test_ids_and_labels_of_rows_with_one_image(tmp_path: Path, pictures: list[Picture]) -> None:
+    write_images(tmp_path, pictures[:2])
+    a, b = (f"{n}.jpg" for n, _, _ in pictures[:2])
+    rows = ["sku,image,title,kind", f"A,{a},red,top", f"B,{b},blue,", f"C,./{a},small,hat"]
+    rows += [f"A,{a},cotton,top", f"B,{b},x,hat", f"B,{a},y,"]
+    path = write_file(tmp_path / "t.csv", "\n".join(rows))
+    by_id = import_dataset(path, tmp_path / "out", ImportOptions(id_column="sku", label_column="kind"))
+    assert [(s.id, s.captions, s.label) for s in by_id] == [
+        ("A", ("red", "cotton"), "top"),
+        ("B", ("blue", "x"), "hat"),
+        ("C", ("small",), "hat"),
+    ]
+    assert by_id.artifact.manifest.skipped == {"duplicate id": 1}
+    by_path = import_dataset(path, tmp_path / "out2", ImportOptions(label_column="kind"))
+    assert [(s.id, s.captions, s.label) for s in by_path] == [
+        (a, ("red", "cotton", "y"), "top"),
+        (b, ("blue", "x"), "hat"),
+    ]
+    assert by_path.artifact.manifest.skipped == {"label differs from that of an earlier row of the image": 1}
+
+
+def test_other_ways_to_write_paths(
+    tmp_path: Path, pictures: list[Picture], log: pytest.LogCaptureFixture
+) -> None:
+    names = ["a b.jpg", "it's #1 (100%).jpg", unicodedata.normalize("NFD", "Zürich.jpg"), "c%20d.jpg"]
+    for name in names:
+        write_file(tmp_path / "t" / "img" / name, pictures[0][1])
+    nfc = unicodedata.normalize("NFC", names[2])
+    paths = [
+        r"img\a b.jpg",
+        "img/it's%20%231%20(100%25).jpg",
+        f"img\\{nfc}",
+        "img/c%20d.jpg",  # the literal file comes first
+        f"file://{tmp_path}/t/img/a%20b.jpg",
+        "file:///absent.jpg",
+    ]
+    path = write_file(
+        tmp_path / "t" / "t.jsonl", "\n".join(json.dumps({"image": p, "text": p}) for p in paths)
+    )
+    dataset = import_dataset(path, tmp_path / "out")
+    assert [s.captions for s in dataset] == [(paths[0], paths[4]), *((p,) for p in paths[1:4])]
+    assert [e["location"] for e in dataset.skipped_entries()] == ["t.jsonl line 6: /absent.jpg"]
+    for change in ("backslashes, such as img", "percent signs, ", "another Unicode form", "`file://` URLs"):
+        assert any(change in message for message in log.messages), change
+
+
+def test_image_folders_that_fit_equally_raise(tmp_path: Path, pictures: list[Picture]) -> None:
+    for folder in ("depth", "rgb"):
+        write_images(tmp_path / folder, pictures[:2])
+    path = write_file(tmp_path / "t.csv", format_csv(pictures[:2], folder=""))
+    with pytest.raises(InvalidInputError, match="depth and .*rgb; set `images`") as error:
+        import_dataset(path, tmp_path / "out")
+    assert error.value.field == "images"
+    assert len(import_dataset(path, tmp_path / "out", ImportOptions(images=tmp_path / "rgb"))) == 2
+
+
+@pytest.mark.parametrize("convert", [str, float, lambda i: f" {i} "])
+def test_coco_ids_are_joined_by_value(tmp_path: Path, pictures: list[Picture], convert: Any) -> None:
+    write_images(tmp_path, pictures[:3])
+    images: list[Any] = [{"id": i, "file_name": f"{n}.jpg"} for i, (n, _, _) in enumerate(pictures[:3])]
+    images += [{"id": 7, "file_name": f"{pictures[0][0]}.jpg"}, {"id": 1, "file_name": "again.jpg"}, None]
+    annotations: list[Any] = [
+        {"image_id": convert(i), "caption": text} for i, text in enumerate(("one", "two", "three"))
+    ]
+    annotations += [{"image_id": 7, "caption": "same file"}, {"image_id": True, "caption": "x"}, 3]
+    annotations += [{"image_id": 99, "caption": "x"}, {"image_id": 99, "caption": "y"}, {"image_id": 0}]
+    text = json.dumps({"images": images, "annotations": annotations})
+    for encoding in ("utf-8-sig", "utf-16"):
+        path = write_file(tmp_path / "captions.json", text.encode(encoding))
+        dataset = import_dataset(path, tmp_path / encoding)
+        assert [(s.id, s.captions) for s in dataset] == [
+            ("0", ("one", "same file")),
+            ("1", ("two",)),
+            ("2", ("three",)),
+        ]
+        assert dataset.artifact.manifest.skipped == {
+            "annotation has no caption": 1,
+            "annotation has no image id": 2,
+            "caption of an unknown image": 2,
+            "image has no id": 1,
+            "image id is listed twice": 1,
+        }
+
+
+# pandas writes a carriage return without quotes, which makes it a line end.
+cells = (
+    st.none()
+    | st.text(st.characters(exclude_characters="\r"), max_size=5)
+    | st.floats()
+    | st.booleans()
+    | st.integers()
+    | st.binary(max_size=3)
+)
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    rows=st.lists(st.tuples(cells, cells, cells), min_size=1, max_size=8),
+    suffix=st.sampled_from(["jsonl", "json", "csv", "parquet"]),
+)
+def test_each_row_is_used_or_skipped(rows: list[tuple[Any, Any, Any]], suffix: str) -> None:
+    """Rows of any values are parts of samples or skipped samples, and raise no error."""
+    texts = [
+        {"image": f"{i}.jpg", "caption": f"N{i}", "label": a, "group": b, "where": c}
+        for i, (a, b, c) in enumerate(rows)
+    ]
+    for row in texts:
+        for key, value in row.items():
+            if isinstance(value, bytes) and suffix != "parquet":
+                row[key] = [{"nested": 1}]
+            elif suffix in ("parquet", "csv") and value is not None and not isinstance(value, bytes):
+                row[key] = str(value).encode("utf-8", "replace").decode()
+            if suffix == "parquet" and isinstance(row[key], str):
+                row[key] = row[key].encode()
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / f"t.{suffix}"
+        if suffix == "parquet":
+            pq.write_table(pa.Table.from_pylist(texts), path)
+        elif suffix == "csv":
+            pd.DataFrame(texts).to_csv(path, index=False)
+        else:
+            lines = [json.dumps(row) for row in texts]
+            write_file(path, "\n".join(lines) if suffix == "jsonl" else f"[{','.join(lines)}]")
+        options = ImportOptions(label_column="label", group_column="group")
+        entries = list(open_reader(str(path), options).iter_samples())
+    num_used = sum(len(entry.captions) for entry in entries if isinstance(entry, RawSample))
+    assert num_used + sum(isinstance(entry, SkippedSample) for entry in entries) == len(rows)

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Literal
 
 import numpy as np
+import pandas as pd
 import pytest
 
 from likewise.data.config import ImportOptions
@@ -168,12 +169,12 @@ def test_pairs_from_a_file(embedded: CaptionDataset, tmp_path: Path) -> None:
     ("text", "message"),
     [
         ("anchor,partner\n", "contains no pairs"),
-        ("", "cannot read the pairs file"),
+        ("", "cannot read the pairs file: .*is empty"),
         ("anchor,other\na,b\n", "no column partner; its columns are: anchor, other"),
-        ("anchor,partner\nunknown,missing\n", "row 1: anchor 'unknown' is not an id"),
-        ("anchor,partner\n{0},{0}\n", "row 1: .* is paired with itself"),
-        ("anchor,partner,similarity\n{0},{1},x\n", "column similarity has the type string"),
-        ("anchor,partner,similarity\n{0},{1},nan\n", "row 1: the similarity is not a finite number"),
+        ("anchor,partner\nunknown,missing\n", "anchor is not an id of .*line 2: 'unknown'"),
+        ("anchor,partner\n{0},{0}\n", "an image is paired with itself .*line 2"),
+        ("anchor,partner,similarity\n{0},{1},x\n", "the similarity is not a finite number .*line 2"),
+        ("anchor,partner,similarity\n{0},{1},nan\n", "the similarity is not a finite number .*line 2"),
     ],
 )
 def test_invalid_pairs_file_raises(embedded: CaptionDataset, tmp_path: Path, text: str, message: str) -> None:
@@ -183,6 +184,28 @@ def test_invalid_pairs_file_raises(embedded: CaptionDataset, tmp_path: Path, tex
     with pytest.raises(InvalidInputError, match="does not exist") as caught:
         build_pairs(embedded, PairConfig(source="file", pairs_file=tmp_path / "none.csv"))
     assert (caught.value.field, caught.value.path) == ("pairs_file", tmp_path / "none.csv")
+
+
+@pytest.mark.parametrize("suffix", ["csv", "tsv", "jsonl", "parquet"])
+def test_invalid_rows_of_a_pairs_file_are_counted(
+    embedded: CaptionDataset, tmp_path: Path, caplog: pytest.LogCaptureFixture, suffix: str
+) -> None:
+    ids = [sample.id for sample in embedded]
+    rows = [(ids[0], ids[5], 0.2), (ids[0], "unknown", 0.9), (ids[3], ids[3], 0.4), (ids[3], ids[1], None)]
+    frame = pd.DataFrame(rows, columns=["anchor", "partner", "similarity"])
+    file = tmp_path / f"pairs.{suffix}"
+    if suffix == "parquet":
+        frame.to_parquet(file)
+    elif suffix == "jsonl":
+        frame.to_json(file, orient="records", lines=True)
+    else:
+        frame.to_csv(file, index=False, sep="\t" if suffix == "tsv" else ",", encoding="utf-16")
+    results = partners(build_pairs(embedded, PairConfig(source="file", pairs_file=file)))
+    assert results[0] == [5]
+    assert sum(map(len, results)) == 1
+    assert "skipped 3 rows: " in caplog.text
+    for reason in ("partner is not an id", "paired with itself", "not a finite number"):
+        assert reason in caplog.text
 
 
 def test_no_partners_raises_and_fallbacks_are_counted(embedded: CaptionDataset) -> None:

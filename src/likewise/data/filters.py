@@ -13,7 +13,8 @@ import numpy as np
 from likewise.artifacts import atomic_write
 from likewise.data.dataset import CaptionDataset
 from likewise.data.readers.base import SkippedSample
-from likewise.data.readers.text import open_text_table
+from likewise.data.readers.cells import cell_texts
+from likewise.data.readers.table_files import open_table_file
 from likewise.errors import InvalidInputError
 
 FILTER_COLUMNS = ("id", "caption", "reason")
@@ -157,8 +158,8 @@ def _read_rows(path: Path) -> tuple[dict[str, dict[str, str]], dict[str, int]]:
         raise InvalidInputError(
             f"there is no filter at {path}; an audit of the dataset writes one", path=path
         )
-    table = open_text_table(path)
-    missing = [repr(column) for column in FILTER_COLUMNS if column not in table.column_names()]
+    table = open_table_file(path)
+    missing = [repr(column) for column in FILTER_COLUMNS if column not in table.all_column_names]
     if missing:
         raise InvalidInputError(
             f"{path} is not a filter: it has no column {', '.join(missing)}; a filter is a CSV file with the "
@@ -172,7 +173,14 @@ def _read_rows(path: Path) -> tuple[dict[str, dict[str, str]], dict[str, int]]:
             raise InvalidInputError(
                 f"{path}: {row.location}: {row.reason}; correct or delete the row", path=path
             )
-        sample_id, text, reason = (str(row.values[column]) for column in FILTER_COLUMNS)
+        try:
+            sample_id, text, reason = (
+                ", ".join(cell_texts(row.values.get(column))) for column in FILTER_COLUMNS
+            )
+        except ValueError as error:
+            raise InvalidInputError(
+                f"{path}: {row.location}: a cell is not text; correct or delete the row", path=path
+            ) from error
         exclusions.setdefault(sample_id, {}).setdefault(_collapse_whitespace(text), row.location)
         reason_counts[reason] += 1
     return exclusions, dict(sorted(reason_counts.items()))

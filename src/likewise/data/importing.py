@@ -104,6 +104,7 @@ def shard_chunks(entries: Iterable[Entry], shard_rows: int) -> Iterator[list[Ent
 
 _DECODE_BATCH_SIZE = 16  # images per task of a worker thread
 _NUM_EXAMPLES = 3
+_MAX_PATH_CHARS = 300
 _DEFAULT_OPTIONS = ImportOptions()
 _NON_HASHED = ("root", "images", "source", "inferred")
 
@@ -238,7 +239,10 @@ def _decode_sample(entry: RawSample, root: Path) -> Sample | SkippedSample:
     try:
         height, width, _ = decode_image(read_image_bytes(entry.image, root)).shape
     except UnreadableImageError as error:
-        return SkippedSample(id=entry.id, location=entry.location, reason=str(error))
+        location = entry.location
+        if entry.image.path is not None and entry.image.path not in location:
+            location = f"{location}: {str(root / entry.image.path)[:_MAX_PATH_CHARS]}"
+        return SkippedSample(id=entry.id, location=location, reason=str(error))
     return Sample(
         id=entry.id,
         image=entry.image,

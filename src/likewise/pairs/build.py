@@ -22,12 +22,12 @@ from likewise.pairs.candidates import (
     filter_mutual,
     mutual_proximity_scores,
     ratio_test,
-    read_pairs_file,
     reciprocal_rank_fusion,
     restrict_to,
     union,
 )
 from likewise.pairs.config import PairConfig
+from likewise.pairs.pairs_file import read_pairs_file
 from likewise.pairs.sampling import CandidateSampler, LabelSampler, NullSampler, Pairs, PartnerSampler
 from likewise.progress import NULL_PROGRESS, Progress
 

@@ -4,16 +4,9 @@ Candidates are arrays with one row per image (or caption), nearest first, padded
 """
 
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
-import pyarrow as pa
-import pyarrow.csv as pa_csv
-import pyarrow.parquet as pq
 from scipy.special import log_ndtr
-
-from likewise.data.dataset import CaptionDataset
-from likewise.errors import InvalidInputError
 
 FLOAT32_TOLERANCE = 1e-6  # error of the cosine similarity of equal unit vectors in float32
 _CSLS_K = 10
@@ -188,121 +181,3 @@ def _merge_rows(positions: np.ndarray, scores: np.ndarray, k: int) -> tuple[np.n
     positions, scores = np.where(is_removed, -1, positions), np.where(is_removed, -np.inf, scores)
     top = np.argsort(-scores, axis=1, kind="stable")[:, :k]
     return np.take_along_axis(positions, top, axis=1), np.take_along_axis(scores, top, axis=1)
-
-
-_MAX_TABLE_CELLS = 2**28  # 12 bytes each
-_COLUMNS = ("anchor", "partner", "similarity")
-
-
-def read_pairs_file(path: Path, dataset: CaptionDataset) -> Candidates:
-    """Read the pairs of a dataset from CSV, TSV or Parquet.
-
-    Columns `anchor` and `partner` contain ids of the dataset. Partners are sorted by the optional column
-    `similarity`, otherwise they keep the order of the file. An image may have any number of partners.
-
-    Returns:
-        One row per image of the dataset; the similarity defaults to 1.
-
-    Raises:
-        InvalidInputError: if the file or a column is missing, an id is unknown, an image is paired with
-            itself, or a similarity is not a finite number.
-    """
-    table = _read_table(path)
-    if table.num_rows == 0:
-        raise InvalidInputError(f"{path} contains no pairs", field="pairs_file", path=path)
-    anchors, partners = (_lookup_positions(path, table, name, dataset) for name in _COLUMNS[:2])
-    self_pairs = np.flatnonzero(anchors == partners)
-    if len(self_pairs):
-        raise InvalidInputError(
-            f"{path}, row {self_pairs[0] + 1}: {table['anchor'][self_pairs[0]]} is paired with itself",
-            field="pairs_file",
-            path=path,
-        )
-    similarity = _read_similarity(path, table)
-    order = np.lexsort((np.arange(len(anchors)), -similarity, anchors))
-    anchors, partners, similarity = anchors[order], partners[order], similarity[order]
-    rank = np.arange(len(anchors)) - np.searchsorted(anchors, anchors)
-    max_partners = int(rank.max()) + 1
-    if max_partners * len(dataset) > _MAX_TABLE_CELLS:
-        anchor_id = table["anchor"][int(order[rank.argmax()])]
-        raise InvalidInputError(
-            f"{path}: {anchor_id} has {max_partners:,} partners; the maximum for {len(dataset):,} images is "
-            f"{_MAX_TABLE_CELLS // len(dataset):,} per image",
-            field="pairs_file",
-            path=path,
-        )
-    positions = np.full((len(dataset), max_partners), -1, np.int64)
-    similarity_table = np.full(positions.shape, -np.inf, np.float32)
-    positions[anchors, rank], similarity_table[anchors, rank] = partners, similarity
-    return Candidates(positions, similarity_table)
-
-
-def _read_table(path: Path) -> pa.Table:
-    if not path.is_file():
-        raise InvalidInputError(f"pairs file {path} does not exist", field="pairs_file", path=path)
-    try:
-        if path.suffix == ".parquet":
-            table = pq.read_table(path)
-        else:
-            convert_options = pa_csv.ConvertOptions(column_types=dict.fromkeys(_COLUMNS[:2], pa.string()))
-            parse_options = pa_csv.ParseOptions(delimiter="\t" if path.suffix == ".tsv" else ",")
-            table = pa_csv.read_csv(path, parse_options=parse_options, convert_options=convert_options)
-    except pa.ArrowInvalid as error:
-        raise InvalidInputError(
-            f"cannot read the pairs file {path}: {error}", field="pairs_file", path=path
-        ) from error
-    missing = [name for name in _COLUMNS[:2] if name not in table.column_names]
-    if missing:
-        column_names = ", ".join(table.column_names)
-        raise InvalidInputError(
-            f"{path} has no column {' and no column '.join(missing)}; its columns are: {column_names}",
-            field="pairs_file",
-            path=path,
-        )
-    return table
-
-
-def _lookup_positions(path: Path, table: pa.Table, name: str, dataset: CaptionDataset) -> np.ndarray:
-    position_of = {}
-    for shard, start in enumerate(dataset.shard_offsets[:-1]):
-        ids = dataset.read_columns(shard, ["id"])["id"]
-        position_of.update(zip(ids, range(start, start + len(ids)), strict=True))
-    positions = np.array(
-        [position_of.get(str(image_id), -1) for image_id in table[name].to_pylist()], np.int64
-    )
-    unknown = np.flatnonzero(positions < 0)
-    if len(unknown):
-        unknown_id = table[name][int(unknown[0])]
-        raise InvalidInputError(
-            f"{path}, row {unknown[0] + 1}: {name} {str(unknown_id)!r} is not an id of {dataset.path} "
-            f"({len(unknown):,} such rows)",
-            field="pairs_file",
-            path=path,
-        )
-    return positions
-
-
-def _read_similarity(path: Path, table: pa.Table) -> np.ndarray:
-    if "similarity" not in table.column_names:
-        return np.ones(table.num_rows)
-    column = table["similarity"].combine_chunks()
-    if column.null_count:
-        row = column.is_null().to_pylist().index(True) + 1
-        raise _similarity_error(path, row)
-    if not (pa.types.is_floating(column.type) or pa.types.is_integer(column.type)):
-        raise InvalidInputError(
-            f"{path}: the column similarity has the type {column.type}, not a number",
-            field="pairs_file",
-            path=path,
-        )
-    values = column.to_numpy(zero_copy_only=False).astype(np.float64)
-    invalid = np.flatnonzero(~np.isfinite(values))
-    if len(invalid):
-        raise _similarity_error(path, int(invalid[0]) + 1)
-    return values
-
-
-def _similarity_error(path: Path, row: int) -> InvalidInputError:
-    return InvalidInputError(
-        f"{path}, row {row}: the similarity is not a finite number", field="pairs_file", path=path
-    )

@@ -1,14 +1,14 @@
 """Readers of captioned images, one per format, and the detection of the format."""
 
 import glob
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
 from likewise.artifacts import MANIFEST
 from likewise.data.config import ImportOptions
 from likewise.data.images import IMAGE_SUFFIXES
-from likewise.data.readers.base import RawSample, Reader, SkippedSample, match_score
+from likewise.data.readers.base import RawSample, Reader, SkippedSample
+from likewise.data.readers.columns import match_score
 from likewise.data.readers.folder import has_images, open_image_folder
 from likewise.data.readers.huggingface import (
     HUB_PREFIX,
@@ -16,28 +16,19 @@ from likewise.data.readers.huggingface import (
     open_hub_dataset,
     open_saved_dataset,
 )
-from likewise.data.readers.tables import Table, TableReader, open_coco_table, open_parquet_table, open_table
-from likewise.data.readers.text import open_text_table
+from likewise.data.readers.table_files import PARQUET_SUFFIXES, TABLE_SUFFIXES, open_table_file
+from likewise.data.readers.table_reader import TableReader, open_table
+from likewise.data.readers.tables import Table
 from likewise.data.readers.webdataset import open_tar_archives
 from likewise.errors import InvalidInputError, did_you_mean
 
-__all__ = ["ImportOptions", "RawSample", "Reader", "SkippedSample", "open_reader"]
+__all__ = ["ImportOptions", "RawSample", "Reader", "SkippedSample", "open_reader", "open_table_file"]
 
-_TABLE_OPENERS: dict[str, Callable[[Path], Table]] = {
-    ".csv": open_text_table,
-    ".tsv": open_text_table,
-    ".txt": open_text_table,
-    ".token": open_text_table,
-    ".jsonl": open_text_table,
-    ".ndjson": open_text_table,
-    ".parquet": open_parquet_table,
-    ".json": open_coco_table,
-}
 _COMPRESSED_SUFFIXES = frozenset(
     {".gz", ".tgz", ".bz2", ".tbz2", ".xz", ".txz", ".zst", ".zip", ".7z", ".rar"}
 )
 _SUPPORTED_FORMATS = (
-    "a folder of images, a table (.csv, .tsv, .jsonl, .parquet), COCO captions (.json), "
+    "a folder of images, a table (.csv, .tsv, .jsonl, .json, .parquet), COCO captions (.json), "
     "a Flickr token file, .tar archives, or a Hugging Face dataset (a saved folder, or hf:NAME)"
 )
 
@@ -88,20 +79,14 @@ def _open_file(path: Path, options: ImportOptions) -> Reader:
         )
     if suffix in IMAGE_SUFFIXES:
         raise InvalidInputError(f"{path} is a single image; import its folder or table", path=path)
-    if suffix not in _TABLE_OPENERS:
+    if suffix not in TABLE_SUFFIXES:
         raise InvalidInputError(f"{path} has an unknown format; expected {_SUPPORTED_FORMATS}", path=path)
-    return _open_table_file(path, options)
-
-
-def _open_table_file(path: Path, options: ImportOptions) -> TableReader:
-    if path.suffix.lower() == ".json" and options.id_column is None:
-        options = replace(options, id_column="id")
-    return open_table(_TABLE_OPENERS[path.suffix.lower()](path), options)
+    return open_table(open_table_file(path), options)
 
 
 def _with_messages(table: Table, messages: list[str], options: ImportOptions) -> TableReader:
     reader = open_table(table, options)
-    return replace(reader, messages=(*messages, *reader.messages))
+    return replace(reader, notes=(*messages, *reader.notes))
 
 
 def _open_folder(path: Path, options: ImportOptions) -> Reader:
@@ -113,8 +98,8 @@ def _open_folder(path: Path, options: ImportOptions) -> Reader:
     files = sorted(p for p in path.iterdir() if p.is_file() and not p.name.startswith("."))
     table_file = _find_table_file(path, files, options)
     if table_file is not None:
-        reader = _open_table_file(table_file, options)
-        return replace(reader, messages=(f"{path.name}: reading table {table_file.name}", *reader.messages))
+        reader = open_table(open_table_file(table_file), options)
+        return replace(reader, notes=(f"{path.name}: reading table {table_file.name}", *reader.notes))
     if has_images(path):
         return open_image_folder(path, options)
     tars = [p for p in files if p.suffix.lower() == ".tar"]
@@ -126,7 +111,7 @@ def _open_folder(path: Path, options: ImportOptions) -> Reader:
             f"{path} contains only compressed files such as {compressed[0]}; unpack them first", path=path
         )
     for file in _table_files(files):
-        return _open_table_file(file, options)  # raises the error of the table
+        return open_table(open_table_file(file), options)  # raises the error of the table
     raise InvalidInputError(
         f"no images, tables or tar archives in {path}; expected {_SUPPORTED_FORMATS}", path=path
     )
@@ -143,7 +128,7 @@ def _find_table_file(path: Path, files: list[Path], options: ImportOptions) -> P
     best_files = [file for file, score in scores.items() if score == best_score > 0]
     if len(best_files) > 1:
         names = ", ".join(file.name for file in best_files)
-        all_parquet = {file.suffix for file in best_files} == {".parquet"}
+        all_parquet = {file.suffix.lower() for file in best_files} <= PARQUET_SUFFIXES
         hint = f", or all of them as {HUB_PREFIX}{path}" if all_parquet else ""
         raise InvalidInputError(
             f"{path} contains several tables of images ({names}); import one of them{hint}", path=path
@@ -165,13 +150,12 @@ def _table_files(files: list[Path]) -> list[Path]:
     return [
         file
         for file in files
-        if file.suffix.lower() in _TABLE_OPENERS.keys() - {".json", ".txt"} or file in caption_tables
+        if file.suffix.lower() in TABLE_SUFFIXES - {".json", ".txt"} or file in caption_tables
     ]
 
 
 def _score_table(file: Path, options: ImportOptions) -> int:
     try:
-        table = _TABLE_OPENERS[file.suffix.lower()](file)
-        return match_score(table.column_names(), table.embedded_columns(), options)
+        return match_score(open_table_file(file), options)
     except InvalidInputError:
         return 0

@@ -2,7 +2,7 @@
 
 import json
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -11,8 +11,9 @@ import numpy as np
 
 from likewise.data.config import ImportOptions
 from likewise.data.dataset import ImageRef
+from likewise.data.readers.cells import cell_text, cell_texts, equals_text
 from likewise.data.readers.files import IgnoredFiles
-from likewise.errors import InvalidInputError, did_you_mean
+from likewise.errors import InvalidInputError
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -71,14 +72,6 @@ class Reader(ABC):
         """Return messages on the columns and folders that were inferred."""
 
 
-# Common column names in lower case, in order of preference.
-_IMAGE_COLUMN_NAMES = (
-    *("file", "image", "path", "filename", "file_name", "image_path", "filepath", "img"),
-    *("image_name", "image_file", "file_path", "img_path"),
-)
-_CAPTION_COLUMN_NAMES = ("caption", "captions", "title", "text", "description", "comment", "name")
-
-
 @dataclass(frozen=True, kw_only=True)
 class ColumnMapping:
     """Mapping of the fields of a sample to columns of a table or keys of a sidecar file."""
@@ -105,8 +98,12 @@ class ColumnMapping:
         return list(dict.fromkeys(name for name in names if name is not None))
 
     def matches(self, values: Mapping[str, Any]) -> bool:
-        """Return whether a row matches all conditions; a missing value equals the empty string."""
-        return all(expected in (cell_texts(values.get(name)) or ("",)) for name, expected in self.where)
+        """Return whether a row matches all conditions (see `equals_text`).
+
+        Raises:
+            ValueError: if the value of a condition is not text.
+        """
+        return all(equals_text(values.get(name), expected) for name, expected in self.where)
 
     def build_sample(
         self,
@@ -132,9 +129,7 @@ class ColumnMapping:
         for field_name in ("label", "group", "id"):
             column = getattr(self, field_name)
             try:
-                fields[field_name] = (
-                    None if column is None else (", ".join(cell_texts(values.get(column))).strip() or None)
-                )
+                fields[field_name] = None if column is None else cell_text(values.get(column))
             except ValueError:
                 return SkippedSample(id=default_id, location=location, reason=f"column {column} is not text")
         try:
@@ -149,23 +144,6 @@ class ColumnMapping:
             label=fields["label"],
             location=location,
         )
-
-
-def cell_texts(value: Any) -> tuple[str, ...]:
-    """Return the texts in a cell: none for a missing value, several for a list.
-
-    Raises:
-        ValueError: if a value is a mapping or bytes.
-    """
-    if value is None:
-        return ()
-    if isinstance(value, str):
-        return (value,)
-    if isinstance(value, list | tuple):
-        return tuple(text for item in value for text in cell_texts(item))
-    if isinstance(value, dict | bytes):
-        raise ValueError("not text")
-    return (str(value),)
 
 
 def parse_where(options: ImportOptions) -> tuple[tuple[str, str], ...]:
@@ -206,106 +184,6 @@ def reject_table_options(options: ImportOptions, reason: str) -> None:
     for name in ("image_column", "images"):
         if getattr(options, name) is not None:
             raise InvalidInputError(f"`{name}` does not apply: {reason}", field=name)
-
-
-def match_score(column_names: Sequence[str], embedded_columns: frozenset[str], options: ImportOptions) -> int:
-    """Return 0 for a table without an image column, 1 with an image column, 2 with images and captions."""
-    image_column = options.image_column
-    if (
-        image_column not in column_names
-        if image_column is not None
-        else not _match_image_columns(column_names, embedded_columns)
-    ):
-        return 0
-    has_captions = (
-        set(options.caption_column) <= set(column_names)
-        if options.caption_column
-        else _match_names(column_names, _CAPTION_COLUMN_NAMES)
-    )
-    return 2 if has_captions else 1
-
-
-def infer_columns(
-    column_names: Sequence[str], embedded_columns: frozenset[str], options: ImportOptions, name: str
-) -> tuple[ColumnMapping, list[str]]:
-    """Infer the columns of a table that the options leave open.
-
-    Args:
-        column_names: All columns of the table.
-        embedded_columns: Columns of images instead of paths.
-        options: The import options.
-        name: Name of the table, for messages.
-
-    Returns:
-        The mapping, and messages on the inferred columns.
-
-    Raises:
-        InvalidInputError: if a requested column is missing, or there is no image column.
-    """
-    where = parse_where(options)
-    requested = [
-        ("image_column", options.image_column),
-        ("label_column", options.label_column),
-        ("group_column", options.group_column),
-        ("id_column", options.id_column),
-        *(("caption_column", column) for column in options.caption_column),
-        *(("where", column) for column, _ in where),
-    ]
-    for field_name, column in requested:
-        if column is not None and column not in column_names:
-            suggestion = did_you_mean(column, list(column_names))
-            raise InvalidInputError(
-                f"{name} has no column {column!r}; its columns are {', '.join(column_names)}.{suggestion}",
-                field=field_name,
-            )
-    messages = []
-    image_column, caption_columns = options.image_column, options.caption_column
-    if image_column is None:
-        image_column, *_ = _match_image_columns(column_names, embedded_columns) or [None]
-        if image_column is None:
-            raise InvalidInputError(
-                f"cannot infer the image column of {name}; its columns are {', '.join(column_names)}. "
-                "Set `image_column`",
-                field="image_column",
-            )
-        messages.append(f"{name}: image column is {image_column!r}")
-    if not caption_columns:
-        matches = [
-            column for column in _match_names(column_names, _CAPTION_COLUMN_NAMES) if column != image_column
-        ]
-        caption_columns = tuple(matches[:1])
-        messages.append(_caption_message(name, matches, column_names))
-    columns = ColumnMapping(
-        image=image_column,
-        captions=caption_columns,
-        label=options.label_column,
-        group=options.group_column,
-        id=options.id_column,
-        where=where,
-    )
-    return columns, messages
-
-
-def _caption_message(name: str, matches: list[str], column_names: Sequence[str]) -> str:
-    if not matches:
-        return f"{name}: no caption column in {', '.join(column_names)}; set `caption_column`"
-    alternatives = f"; set `caption_column` to use {', '.join(matches[1:])}" if matches[1:] else ""
-    return f"{name}: caption column is {matches[0]!r}{alternatives}"
-
-
-def _match_image_columns(column_names: Sequence[str], embedded_columns: frozenset[str]) -> list[str]:
-    """Return likely image columns, preferring columns of images over columns of paths."""
-    with_images = [column for column in column_names if column in embedded_columns]
-    return (
-        _match_names(with_images, _IMAGE_COLUMN_NAMES)
-        or with_images
-        or _match_names(column_names, _IMAGE_COLUMN_NAMES)
-    )
-
-
-def _match_names(column_names: Sequence[str], names: Sequence[str]) -> list[str]:
-    by_casefold = {column.strip().casefold(): column for column in reversed(column_names)}
-    return [by_casefold[name] for name in names if name in by_casefold]
 
 
 MAX_SIDECAR_BYTES = 16 * 2**20  # larger caption files are errors, and would exhaust the memory

@@ -1,12 +1,15 @@
 """Hugging Face datasets, saved on disk or from the hub; images are read as bytes or paths, not decoded."""
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast, final
 
-from likewise.data.readers.tables import Table, TableRow
+import pyarrow as pa
+
+from likewise.data.readers.base import SkippedSample
+from likewise.data.readers.tables import Table, TableRow, contains_bytes, holds_images, rows_of_batch
 from likewise.errors import DependencyError, InvalidInputError
 from likewise.hashing import WHOLE_BYTES, hash_files, hash_strings
 
@@ -14,6 +17,7 @@ if TYPE_CHECKING:
     from datasets import Dataset, DatasetDict
 
 HUB_PREFIX = "hf:"
+_BATCH_SIZE = 64  # small, because rows may contain images
 
 
 @final
@@ -39,22 +43,45 @@ class HuggingFaceTable(Table):
         """Return the fingerprint of the files of the dataset."""
         return self.data_fingerprint
 
-    def iter_rows(self, columns: Sequence[str]) -> Iterator[TableRow]:
-        """Yield the rows with the requested columns; class indices are replaced by class names."""
+    def iter_rows(self, columns: Sequence[str]) -> Iterator[TableRow | SkippedSample]:
+        """Yield the rows with the requested columns; class indices are replaced by class names.
+
+        Raises:
+            InvalidInputError: if the files of the dataset are damaged.
+        """
         if not columns:
             yield from (TableRow(i, f"{self.name} row {i}", {}) for i in range(len(self.hf_dataset)))
             return
-        for index, row in enumerate(self.hf_dataset.select_columns(list(columns))):
-            values = cast("dict[str, Any]", row)
-            labels = {
-                column: _class_name(values[column], self.class_names[column])
-                for column in columns
-                if column in self.class_names
-            }
-            yield TableRow(index, f"{self.name} row {index}", values | labels)
+        index = 0
+        # Arrow values are not decoded, so that a damaged image or sound is no error here.
+        dataset = cast("Dataset", self.hf_dataset.select_columns(list(columns)).with_format("arrow"))
+        try:
+            for batch in dataset.iter(batch_size=_BATCH_SIZE):
+                for values in rows_of_batch(cast("pa.Table", batch)):
+                    location = f"{self.name} row {index}"
+                    if values is None:
+                        reason = "row has an invalid value"
+                        yield SkippedSample(id=f"{index:08d}", location=location, reason=reason)
+                    else:
+                        yield TableRow(index, location, self._replace_classes(values))
+                    index += 1
+        except (pa.ArrowException, OSError) as error:
+            raise InvalidInputError(
+                f"{self.name} is damaged after row {index}: {_one_line(error)}"
+            ) from error
+
+    def _replace_classes(self, values: dict[str, Any]) -> dict[str, Any]:
+        names = {
+            column: _class_name(values[column], self.class_names[column])
+            for column in values
+            if column in self.class_names
+        }
+        return values | names
 
 
 def _class_name(value: Any, class_names: list[str]) -> Any:
+    if isinstance(value, list):
+        return [_class_name(item, class_names) for item in value]
     return class_names[value] if isinstance(value, int) and 0 <= value < len(class_names) else None
 
 
@@ -78,7 +105,7 @@ def open_saved_dataset(path: Path) -> tuple[HuggingFaceTable, list[str]]:
 
     try:
         loaded = load_from_disk(str(path))
-    except (OSError, ValueError, KeyError) as error:
+    except Exception as error:  # damaged files raise errors of many types
         raise InvalidInputError(f"cannot open the dataset {path}: {_one_line(error)}", path=path) from error
     files = sorted(file for file in path.rglob("*") if file.is_file())
     data_fingerprint = hash_files(path, (file.relative_to(path).as_posix() for file in files), WHOLE_BYTES)
@@ -103,7 +130,7 @@ def open_hub_dataset(source: str) -> tuple[HuggingFaceTable, list[str]]:
         raise InvalidInputError(f"expected hf:OWNER/NAME or hf:OWNER/NAME:SPLIT, got {source}")
     try:
         loaded = load_dataset(name, split=split or None, streaming=False)
-    except (OSError, ValueError, RuntimeError) as error:
+    except Exception as error:  # the library, the hub and the network raise errors of many types
         raise InvalidInputError(
             f"cannot load the dataset {name} from the Hugging Face hub: {_one_line(error)}"
         ) from error
@@ -133,24 +160,35 @@ def _select_split(loaded: "Dataset | DatasetDict", name: str, usage: str) -> tup
 
 
 def _build_table(hf_dataset: "Dataset", name: str, root: Path, data_fingerprint: str) -> HuggingFaceTable:
-    from datasets import ClassLabel, Image  # optional, and slow to import
+    from datasets import ClassLabel  # optional, and slow to import
 
-    image_columns = [column for column, feature in hf_dataset.features.items() if isinstance(feature, Image)]
-    for column in image_columns:
-        hf_dataset = hf_dataset.cast_column(column, Image(decode=False))
-    class_names = {
-        column: feature.names
-        for column, feature in hf_dataset.features.items()
-        if isinstance(feature, ClassLabel)
+    features = {
+        column: getattr(feature, "feature", feature) for column, feature in hf_dataset.features.items()
     }
-    return HuggingFaceTable(
+    table = HuggingFaceTable(
         name=name,
         root=root,
-        hf_dataset=hf_dataset.with_format(None),
-        image_columns=frozenset(image_columns),
-        class_names=class_names,
+        hf_dataset=hf_dataset,
+        image_columns=frozenset(),
+        class_names={
+            column: feature.names for column, feature in features.items() if isinstance(feature, ClassLabel)
+        },
         data_fingerprint=data_fingerprint,
     )
+    return replace(table, image_columns=frozenset(_find_image_columns(table, features)))
+
+
+def _find_image_columns(table: HuggingFaceTable, features: dict[str, Any]) -> Iterator[str]:
+    """Yield the columns of images: those with the feature `Image`, and those of bytes that are images."""
+    from datasets import Image
+
+    for field in table.hf_dataset.features.arrow_schema:
+        if isinstance(features[field.name], Image):
+            yield field.name
+        elif contains_bytes(field.type):
+            rows = table.iter_rows([field.name])
+            if holds_images(row.values[field.name] for row in rows if isinstance(row, TableRow)):
+                yield field.name
 
 
 def _one_line(error: Exception) -> str:

@@ -1,6 +1,5 @@
 """What all evaluation datasets share: splits, tables, counts of excluded entries, keys by content."""
 
-import hashlib
 import os
 import re
 from collections import Counter
@@ -9,15 +8,17 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import numpy as np
-
 from likewise.data.config import ImportOptions
 from likewise.data.images import IMAGE_SUFFIXES
-from likewise.data.readers.base import SkippedSample, cell_texts, infer_columns
+from likewise.data.readers.base import SkippedSample
+from likewise.data.readers.cells import cell_text
+from likewise.data.readers.columns import find_path_column
 from likewise.data.readers.files import IgnoredFiles
-from likewise.data.readers.tables import Table, find_image_root, open_parquet_table
-from likewise.data.readers.text import open_text_table
+from likewise.data.readers.paths import find_image_root
+from likewise.data.readers.table_files import open_table_file
+from likewise.data.readers.tables import Table
 from likewise.errors import InvalidInputError, did_you_mean
+from likewise.hashing import SAMPLED_BYTES, WHOLE_BYTES, content_fingerprint, hash_strings
 from likewise.parallel import default_num_workers, prefetch_map
 
 SPLIT_ALIASES = {
@@ -27,10 +28,8 @@ SPLIT_ALIASES = {
 }
 _SPLIT_OF_ALIAS = {alias: split for split, aliases in SPLIT_ALIASES.items() for alias in aliases}
 # `.txt` files may be tables, too, but `labels.txt` is usually a list of class names.
-_TABLE_SUFFIXES = (".csv", ".tsv", ".tab", ".jsonl", ".ndjson", ".parquet")
+_TABLE_SUFFIXES = (".csv", ".tsv", ".tab", ".jsonl", ".ndjson", ".parquet", ".pq")
 _NUM_PROBED_FILES = 40
-# The content of larger files is fingerprinted by their size, head and tail.
-_MAX_HASHED_BYTES = 2**17
 # A change of pixels may leave the head and the tail of these formats as they are: hashed as a whole.
 _UNCOMPRESSED_SUFFIXES = frozenset({".bmp", ".pgm", ".ppm", ".pnm", ".tif", ".tiff"})
 
@@ -185,7 +184,7 @@ class DatasetTable:
                 continue
             try:
                 cells = {
-                    key: "" if name is None else cell_text(row.values.get(name))
+                    key: "" if name is None else cell_text(row.values.get(name)) or ""
                     for key, name in (("file", self.file_column), *columns.items())
                 }
             except ValueError:
@@ -201,17 +200,6 @@ class DatasetTable:
                 yield CellRow(row.location, cells, row.values)
 
 
-def cell_text(value: object) -> str:
-    """Return the stripped text of a cell, empty for an absent value.
-
-    Raises:
-        ValueError: if the value is a mapping or bytes.
-    """
-    if isinstance(value, float) and np.isnan(value):
-        return ""
-    return ", ".join(cell_texts(value)).strip()
-
-
 def open_dataset_table(path: Path) -> DatasetTable:
     """Open a table of image files in any format that `import` reads.
 
@@ -223,13 +211,10 @@ def open_dataset_table(path: Path) -> DatasetTable:
         raise InvalidInputError(
             f"{path} is neither a folder nor a table ({', '.join(_TABLE_SUFFIXES)}, .txt)", path=path
         )
-    table = open_parquet_table(path) if suffix == ".parquet" else open_text_table(path)
+    table = open_table_file(path)
     names, embedded = list(table.column_names()), table.embedded_columns()
     path_columns = [name for name in names if name not in embedded]
-    try:
-        file_column = infer_columns(path_columns, frozenset(), ImportOptions(), path.name)[0].image
-    except InvalidInputError:
-        file_column = None
+    file_column = find_path_column(table, ImportOptions())
     if file_column is None:
         raise InvalidInputError(
             f"{path} has no column of image files (file, image, path, filename, ...); it has "
@@ -248,7 +233,7 @@ def find_root(table: Path, files: Sequence[str]) -> Path:
     """Return the folder near a table that the image files are relative to, as `import` finds it."""
     unique_files = list(dict.fromkeys(files))
     step = max(1, len(unique_files) // _NUM_PROBED_FILES)
-    return find_image_root(unique_files[::step][:_NUM_PROBED_FILES], table.parent)
+    return find_image_root(unique_files[::step][:_NUM_PROBED_FILES], table.parent)[0]
 
 
 def is_image_name(path: str | Path) -> bool:
@@ -274,40 +259,16 @@ def missing_split(
     return InvalidInputError(f"{path} has no {split} images, only {found}{skipped.summary()}", path=path)
 
 
-def content_fingerprint(path: Path, *, whole: bool = False) -> str:
-    """Fingerprint a file by its size and content: all of a small or uncompressed file, else head and tail.
-
-    Args:
-        path: The file.
-        whole: Read all of it, whatever its size.
-
-    Returns:
-        16 hexadecimal digits, or `missing` for a file that cannot be read.
-    """
-    digest = hashlib.blake2b(digest_size=8)
-    try:
-        with path.open("rb") as stream:
-            size = stream.seek(0, os.SEEK_END)
-            digest.update(f"{size}\0".encode())
-            stream.seek(0)
-            if whole or size <= _MAX_HASHED_BYTES or path.suffix.lower() in _UNCOMPRESSED_SUFFIXES:
-                while chunk := stream.read(2**20):
-                    digest.update(chunk)
-            else:
-                digest.update(stream.read(_MAX_HASHED_BYTES // 2))
-                stream.seek(size - _MAX_HASHED_BYTES // 2)
-                digest.update(stream.read())
-    except (OSError, ValueError):
-        return "missing"
-    return digest.hexdigest()
-
-
 def content_key(paths: Iterable[Path], annotations: Iterable[object], *, whole: bool = False) -> str:
     """Return a hash of the content of files and of the annotation of each, independent of their names."""
-    digest = hashlib.blake2b(digest_size=8)
-    fingerprints = prefetch_map(
-        lambda path: content_fingerprint(path, whole=whole), paths, 4 * default_num_workers()
+
+    def fingerprint(path: Path) -> str:
+        is_whole = whole or path.suffix.lower() in _UNCOMPRESSED_SUFFIXES
+        return content_fingerprint(path, WHOLE_BYTES if is_whole else SAMPLED_BYTES)
+
+    fingerprints = prefetch_map(fingerprint, paths, 4 * default_num_workers())
+    return hash_strings(
+        part
+        for file_hash, annotation in zip(fingerprints, annotations, strict=True)
+        for part in (repr(annotation), file_hash)
     )
-    for fingerprint, annotation in zip(fingerprints, annotations, strict=True):
-        digest.update(f"{annotation!r}\0{fingerprint}\n".encode("utf-8", "surrogateescape"))
-    return digest.hexdigest()

@@ -4,8 +4,8 @@ import logging
 from dataclasses import dataclass
 from pathlib import Path
 
-from likewise.data.config import ImportOptions
-from likewise.data.readers.base import cell_texts, infer_columns
+from likewise.data.readers.cells import cell_texts
+from likewise.data.readers.columns import find_caption_column
 from likewise.errors import InvalidInputError
 from likewise.evaluation.datasets.base import (
     DatasetTable,
@@ -82,17 +82,15 @@ def open_captioned(path: str | Path, *, caption_column: str | None = None) -> Ca
 def _find_caption_column(table: DatasetTable, column: str | None) -> str:
     if column is not None:
         return table.require_column(column, "caption_column")
-    names = [name for name in table.column_names if name != table.file_column]
-    options = ImportOptions(image_column=table.file_column)
-    mapping, _ = infer_columns([table.file_column, *names], frozenset(), options, table.path.name)
-    if not mapping.captions:
+    caption_column = find_caption_column(table.table)
+    if caption_column is None or caption_column == table.file_column:
         raise InvalidInputError(
             f"`caption_column`: {table.path} has no column of captions; it has "
             f"{', '.join(table.column_names)}",
             field="caption_column",
             path=table.path,
         )
-    return mapping.captions[0]
+    return caption_column
 
 
 def _read_captions(
