@@ -31,7 +31,7 @@ from likewise.data.importing import import_dataset
 from likewise.demo import make_emoji_dataset
 from likewise.models.backbones import IMAGENET_MEAN, IMAGENET_STD, BackboneConfig, build_backbone
 from likewise.training.config import TrainConfig
-from likewise.training.methods.modules import projection_head
+from likewise.training.methods.base import projection_head
 from likewise.training.trainer import Trainer
 
 BACKBONE, IMAGE_SIZE, BATCH_SIZE, PROJECTOR_DIMS = "resnet18", 64, 64, (2048, 2048, 128)

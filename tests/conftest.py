@@ -35,7 +35,7 @@ def dataset(emoji: Path, tmp_path_factory: pytest.TempPathFactory) -> CaptionDat
     options = ImportOptions(
         caption_column=("caption", "alias"),
         label_column="label",
-        group_column="house",
+        group_column="vendor",
         where=("split=train",),
     )
     dataset = import_dataset(emoji, tmp_path_factory.mktemp("collection") / "c", options, shard_rows=64)
@@ -55,9 +55,9 @@ def workdir(emoji: Path, tmp_path: Path) -> Path:
     """A folder with captioned photos, a labeled dataset and two images, as the documentation names them."""
     with emoji.open() as stream:
         for row in csv.DictReader(stream):
-            name = f"{row['house']}-{row['instance']}.png"
+            name = f"{row['vendor']}-{row['instance']}.png"
             if row["split"] == "train":
-                photo = tmp_path / "photos" / row["house"] / name
+                photo = tmp_path / "photos" / row["vendor"] / name
                 photo.parent.mkdir(parents=True, exist_ok=True)
                 photo.with_suffix(".txt").write_text(row["caption"])
                 shutil.copy(emoji.parent / row["file"], photo)

@@ -23,17 +23,20 @@ from likewise.artifacts import (
     write_yaml,
 )
 from likewise.errors import ArtifactError, InvalidInputError
+from likewise.locks import HOST, LOCK_NAME
 
 
 def test_create_resume_finish_and_reuse(tmp_path: Path) -> None:
     first = Artifact.create_or_resume(tmp_path / "a", "thing", {"size": 3}, {"from": "x"})
     assert not first.is_complete
-    (tmp_path / "a" / ".part.npy.999999999.tmp").write_bytes(b"left by a kill")
-    (tmp_path / "a" / f".part.npy.{os.getppid()}.tmp").write_bytes(b"being written")
+    (tmp_path / "a" / f".part.npy.{HOST}.999999999.tmp").write_bytes(b"left by a kill")
+    kept = [f".part.npy.{HOST}.{os.getppid()}.tmp", ".part.npy.other-host.999999999.tmp", ".mine.tmp"]
+    for name in kept:
+        (tmp_path / "a" / name).write_bytes(b"of a running process, another machine, a user")
     with pytest.raises(ArtifactError, match="incomplete; run the step"):
         Artifact.open(tmp_path / "a", "thing")
     again = Artifact.create_or_resume(tmp_path / "a", "thing", {"size": 3}, {"from": "x"})
-    assert [p.name for p in (tmp_path / "a").glob(".*.tmp")] == [f".part.npy.{os.getppid()}.tmp"]
+    assert sorted(p.name for p in (tmp_path / "a").glob(".*.tmp")) == sorted(kept)
     again.finish({"rows": 4}, {"broken": 1})
     done = Artifact.create_or_resume(tmp_path / "a", "thing", {"size": 3}, {"from": "x"})
     assert done.is_complete
@@ -88,6 +91,21 @@ def test_failed_write_keeps_the_old_file(tmp_path: Path) -> None:
         raise RuntimeError
     assert target.read_text() == "old"
     assert [p.name for p in tmp_path.iterdir()] == ["f.txt"]
+
+
+def test_long_names_can_be_written(tmp_path: Path) -> None:
+    target = tmp_path / ("ä" * 125 + ".txt")  # 254 bytes; file systems allow 255
+    with atomic_write(target) as temporary:
+        temporary.write_text("x")
+    assert [path.name for path in tmp_path.iterdir()] == [target.name]
+
+
+def test_kill_during_the_first_write_does_not_block_the_folder(tmp_path: Path) -> None:
+    (tmp_path / f".{MANIFEST}.{HOST}.999999999.tmp").write_text("{")
+    (tmp_path / LOCK_NAME).touch()
+    with Artifact.exclusive(tmp_path, "thing", {}, {}) as artifact:
+        artifact.finish({})
+    assert [path.name for path in tmp_path.iterdir()] == [MANIFEST]
 
 
 def test_full_disk_raises_artifact_error() -> None:

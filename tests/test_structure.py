@@ -14,7 +14,17 @@ import likewise
 SOURCE = Path(likewise.__file__).parent
 
 # Each room may import those that stand in its set; all may import the ground floor.
-GROUND = {"errors", "artifacts", "rng", "parallel", "distributed", "progress", "run_directory"}
+GROUND = {
+    "errors",
+    "artifacts",
+    "hashing",
+    "locks",
+    "rng",
+    "parallel",
+    "distributed",
+    "progress",
+    "run_directory",
+}
 ROOMS = {
     "data": set(),
     "models": {"data"},
@@ -24,7 +34,7 @@ ROOMS = {
     "training": {"pairs", "neighbors", "embeddings", "data", "models"},
     "evaluation": {"models", "data"},
     "report": {"data", "neighbors", "pairs", "evaluation"},
-    "demo": {"data", "embeddings", "neighbors", "pairs", "training", "evaluation", "report"},
+    "demo": {"data", "models", "embeddings", "neighbors", "pairs", "training", "evaluation", "report"},
     "cli": {"data", "embeddings", "neighbors", "pairs", "training", "evaluation", "report", "demo", "models"},
 }
 GROUND_ORDER = {
@@ -32,7 +42,9 @@ GROUND_ORDER = {
     "rng": set(),
     "parallel": {"errors"},
     "progress": set(),
-    "artifacts": {"errors"},
+    "hashing": {"parallel"},
+    "locks": {"errors"},
+    "artifacts": {"errors", "hashing", "locks"},
     "run_directory": set(),
     "distributed": {"errors"},
 }

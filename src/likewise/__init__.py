@@ -13,8 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from likewise.data.audit.audit import AuditReport, audit_dataset
-    from likewise.data.audit.config import AuditConfig
-    from likewise.data.config import ImportOptions
+    from likewise.data.config import AuditConfig, ImportOptions
     from likewise.data.dataset import CaptionDataset
     from likewise.data.images import UnreadableImageError
     from likewise.data.importing import import_dataset
@@ -150,7 +149,7 @@ __all__ = [
 # Public names are imported on first use: `import likewise` and `likewise --help` do not import torch.
 _MODULES = {
     "ArtifactError": "likewise.errors",
-    "AuditConfig": "likewise.data.audit.config",
+    "AuditConfig": "likewise.data.config",
     "AuditReport": "likewise.data.audit.audit",
     "BYOLOptions": "likewise.training.methods.options",
     "BarlowTwinsOptions": "likewise.training.methods.options",

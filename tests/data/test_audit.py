@@ -17,7 +17,6 @@ from PIL import Image
 
 from likewise.artifacts import read_json, write_json
 from likewise.data.audit.audit import AuditReport, audit_dataset
-from likewise.data.audit.config import AuditConfig
 from likewise.data.audit.scan import (
     MisraGriesCounter,
     Phrase,
@@ -28,7 +27,7 @@ from likewise.data.audit.scan import (
     top_phrases,
     uninformative_reason,
 )
-from likewise.data.config import ImportOptions
+from likewise.data.config import AuditConfig, ImportOptions
 from likewise.data.dataset import CaptionDataset
 from likewise.data.filters import read_filter
 from likewise.data.images import decode_image

@@ -3,14 +3,18 @@
 import io
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
+import tarfile
 import time
 from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
@@ -28,6 +32,7 @@ from likewise.data.importing import import_dataset, normalize_caption, shard_chu
 from likewise.data.readers import ImportOptions
 from likewise.data.readers.base import RawSample, UInt64Set
 from likewise.errors import ArtifactError, InvalidInputError
+from likewise.locks import HOST
 
 
 def encode_jpeg(size: tuple[int, int], mode: str = "RGB") -> bytes:
@@ -284,7 +289,7 @@ def test_resumed_equals_uninterrupted(tmp_path: Path, table_of_48: Path, removed
         (out / name).unlink()
     if removed == "stale skips":
         write_file(out / "skipped-00001.jsonl", '{"id": "x", "location": "x", "reason": "x"}\n')
-    write_file(out / ".samples-00000.parquet.999999999.tmp", b"half")
+    write_file(out / f".samples-00000.parquet.{HOST}.999999999.tmp", b"half")
     progress = RecordingProgress()
     import_dataset(table_of_48, out, options, shard_rows=4, progress=progress)
     assert read_files(out) == read_files(tmp_path / "uninterrupted")
@@ -350,3 +355,48 @@ def count_decoded(monkeypatch: pytest.MonkeyPatch) -> list[int]:
 
     monkeypatch.setattr(importing, "decode_image", count_and_decode)
     return calls
+
+
+def write_source(folder: Path, kind: str, pictures: list[Picture]) -> Path:
+    """Write captioned images as a folder, a table beside them, an archive, or a table that contains them."""
+    write_images(folder, pictures)
+    captions = [caption for _, _, caption in pictures]
+    if kind == "parquet":
+        values = {"image": [data for _, data, _ in pictures], "caption": captions}
+        pq.write_table(pa.table(values), folder / "t.parquet", compression="none")
+        return folder / "t.parquet"
+    if kind == "table":
+        rows = [f"{name}.jpg,{caption}" for name, _, caption in pictures]
+        return write_file(folder / "t.csv", "\n".join(["file,caption", *rows]))
+    for name, _, caption in pictures:
+        write_file(folder / f"{name}.txt", caption)
+    if kind == "folder":
+        return folder
+    with tarfile.open(folder / "t.tar", "w") as archive:
+        for path in sorted(folder.glob("*.???")):
+            if path.suffix != ".tar":
+                archive.add(path, path.name)
+    return folder / "t.tar"
+
+
+@pytest.mark.parametrize("kind", ["folder", "table", "tar", "parquet"])
+def test_copied_source_keeps_its_dataset_and_a_mended_one_does_not(
+    tmp_path: Path, pictures: list[Picture], kind: str
+) -> None:
+    source = write_source(tmp_path / "src", kind, pictures)
+    key = import_dataset(source, tmp_path / "out").key
+    for path in (tmp_path / "src").iterdir():
+        os.utime(path, (1, 1))
+    assert import_dataset(source, tmp_path / "out").key == key
+    shutil.copytree(tmp_path / "src", tmp_path / "copy", copy_function=shutil.copyfile)
+    copy = tmp_path / "copy" / source.relative_to(tmp_path / "src")
+    dataset = import_dataset(copy, tmp_path / "out")
+    assert (dataset.key, dataset.root) == (key, tmp_path / "copy")
+    _, _, caption = pictures[0]
+    for path in filter(Path.is_file, (copy, *(tmp_path / "copy").iterdir())):
+        times = path.stat()
+        path.write_bytes(path.read_bytes().replace(caption.encode(), caption.encode().swapcase()))
+        os.utime(path, ns=(times.st_atime_ns, times.st_mtime_ns))
+        assert path.stat().st_size == times.st_size
+    with pytest.raises(ArtifactError, match="its inputs have changed"):
+        import_dataset(copy, tmp_path / "out")

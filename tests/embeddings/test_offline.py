@@ -12,6 +12,7 @@ import pytest
 from likewise.embeddings.offline import OFFLINE_MODELS, OfflineModel, extract_split_zip, offline_model_path
 from likewise.embeddings.registry import DEFAULT_ENCODER, load_text_encoder, resolve_encoder
 from likewise.errors import ModelError
+from likewise.locks import HOST
 from support import MINILM
 
 CAPTIONS = ["a cat on a sofa", "two dogs", "a photograph of an old red car in front of a house"]
@@ -76,7 +77,7 @@ def test_interrupted_extraction_resumes_and_damage_raises(parts: list[Path], tmp
         offline_model_path("minilm-in-three")
     parts[-1].write_bytes(last)
     folder = tmp_path / "cache" / "likewise" / "minilm-in-three"
-    (folder / ".model.safetensors.999999999.tmp").write_bytes(b"half")
+    (folder / f".model.safetensors.{HOST}.999999999.tmp").write_bytes(b"half")
     assert (offline_model_path("minilm-in-three") / "model.safetensors").is_file()
     assert not list(folder.glob(".*.tmp"))
 

@@ -12,7 +12,7 @@ from torch import nn
 from likewise.errors import ArtifactError, ModelError
 from likewise.models.backbones import BackboneConfig, build_backbone, default_stem
 from likewise.models.checkpoints import load_backbone, load_state_dict, load_state_dict_strict, save_encoder
-from likewise.training.methods.modules import projection_head
+from likewise.training.methods.base import projection_head
 from support import load_cpu_encoder as load_encoder
 
 

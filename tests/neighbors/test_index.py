@@ -15,6 +15,7 @@ from likewise.embeddings.embed import embed
 from likewise.embeddings.registry import SentenceTransformerEncoder, resolve_encoder
 from likewise.embeddings.store import find_embeddings
 from likewise.errors import ArtifactError, InvalidInputError
+from likewise.locks import HOST
 from likewise.neighbors.index import Neighbors, find_neighbors
 from support import MINILM
 
@@ -76,7 +77,7 @@ def test_resumed_neighbors_equal_uninterrupted(dataset: CaptionDataset, tmp_path
     manifest = (neighbors.path / MANIFEST).read_text().replace('"complete": true', '"complete": false')
     (neighbors.path / MANIFEST).write_text(manifest)
     (neighbors.path / "neighbors-00001.parquet").unlink()
-    (neighbors.path / ".neighbors-00001.parquet.999999999.tmp").write_bytes(b"half a shard")
+    (neighbors.path / f".neighbors-00001.parquet.{HOST}.999999999.tmp").write_bytes(b"half a shard")
     with pytest.raises(ArtifactError, match="incomplete"):
         Neighbors(neighbors.path)
     assert snapshot(find_neighbors(copy, k=5).path) == expected

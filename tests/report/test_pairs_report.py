@@ -1,86 +1,39 @@
-"""The page of a diagnosis: every row, only text from captions, pictures, and what is missing told."""
+"""Pairs report: every row of the analysis, escaped captions, partner images, and reasons of missing parts."""
 
 import csv
 import json
 import shutil
-from dataclasses import dataclass, field
-from html.parser import HTMLParser
 from pathlib import Path
 
 import pytest
 
+from helpers.html import EVIL_CAPTION, Page, check_escaped, check_self_contained
+from likewise.data.config import ImportOptions
 from likewise.data.dataset import CaptionDataset
 from likewise.data.importing import import_dataset
-from likewise.data.readers.base import ImportOptions
 from likewise.embeddings.embed import embed
 from likewise.pairs.analyze import PairAnalysis, analyze_pairs
 from likewise.report.pairs_report import (
-    ScatterPoint,
     format_analysis,
     group_by_encoder,
-    marker_index,
-    scatter_plot,
     table_columns,
     write_pairs_report,
 )
-from likewise.report.plots import NUM_STYLES
+from likewise.report.plots import NUM_STYLES, ScatterPoint, marker_index, scatter_plot
 from support import MINILM
 
-RULES = [
+PAIR_CONFIGS = [
     "default",
     "k=3",
     "exclude-identical-captions,min-similarity=0.999",
     "mutual-k=1,min-similarity=0.9",
     "source=label",
 ]
-EVIL = "<script>alert(1)</script> {{7*7}} <img src=x onerror=alert(2)>"
-VOID = {"meta", "img"}
-Made = tuple[PairAnalysis, CaptionDataset, Path]
-
-
-@dataclass
-class Page(HTMLParser):
-    """Checks nesting and gathers tags, words and cells of tables."""
-
-    tags: list[tuple[str, dict[str, str | None]]] = field(default_factory=list)
-    open: list[str] = field(default_factory=list)
-    words: list[str] = field(default_factory=list)
-    cells: list[str] = field(default_factory=list)
-
-    def __post_init__(self) -> None:
-        super().__init__()
-
-    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        self.tags.append((tag, dict(attrs)))
-        self.open += [] if tag in VOID else [tag]
-        self.cells += [""] if tag == "td" else []
-
-    def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        self.tags.append((tag, dict(attrs)))
-
-    def handle_endtag(self, tag: str) -> None:
-        assert self.open.pop() == tag
-
-    def handle_data(self, data: str) -> None:
-        self.words += [] if self.open[-1:] == ["style"] else [data]
-        if "td" in self.open:
-            self.cells[-1] += data
-
-    @property
-    def text(self) -> str:
-        return " ".join(" ".join(self.words).split())
-
-
-def read(path: Path) -> Page:
-    page = Page()
-    page.feed(path.read_text(encoding="utf-8"))
-    page.close()
-    assert page.open == []
-    return page
+Report = tuple[PairAnalysis, CaptionDataset, Path]
 
 
 def _write_table(emoji: Path, folder: Path) -> Path:
-    """Copy 48 emoji, the two houses' drawings of some concepts, hostile captions; a third without any."""
+    """Write 48 emoji of both vendors with hostile captions; a third have no caption."""
     (folder / "images").mkdir(parents=True)
     with emoji.open(encoding="utf-8", newline="") as stream:
         rows = [row for row in csv.DictReader(stream) if row["split"] == "train"][:48]
@@ -90,145 +43,130 @@ def _write_table(emoji: Path, folder: Path) -> Path:
         for i, row in enumerate(rows):
             source = emoji.parent / row["file"]
             shutil.copy(source, folder / "images" / f"{i}{source.suffix}")
-            caption = "" if i % 3 == 2 else f"{row['caption']} {EVIL}"
+            caption = "" if i % 3 == 2 else f"{row['caption']} {EVIL_CAPTION}"
             writer.writerow((f"images/{i}{source.suffix}", caption, row["label"]))
     return folder / "table.csv"
 
 
 @pytest.fixture(scope="module")
-def made(emoji: Path, tmp_path_factory: pytest.TempPathFactory) -> Made:
+def report(emoji: Path, tmp_path_factory: pytest.TempPathFactory) -> Report:
+    """The analysis, its dataset, and the path of the page."""
     base = tmp_path_factory.mktemp("pairs page")
     options = ImportOptions(caption_column=("caption",), label_column="label")
-    table = _write_table(emoji, base / "set")
-    collection = import_dataset(table, base / "a <b> collection", options)
-    embed(collection, MINILM)
-    found = analyze_pairs(collection, pair_configs=RULES)
-    return found, collection, write_pairs_report(found, collection, base / "pages" / "pairs.html")
+    table = _write_table(emoji, base / "images")
+    dataset = import_dataset(table, base / "a <b> dataset", options)
+    embed(dataset, MINILM)
+    analysis = analyze_pairs(dataset, pair_configs=PAIR_CONFIGS)
+    return analysis, dataset, write_pairs_report(analysis, dataset, base / "pages" / "pairs.html")
 
 
-def test_every_row_stands_in_the_table(made: Made) -> None:
-    found, _, out = made
-    page = read(out)
-    shown = table_columns(found)
-    assert [column.header for column in shown][-1] == "precision %"
-    for row in found.rows:
+def test_table_has_every_row_and_column(report: Report) -> None:
+    analysis, _, path = report
+    page = Page(path)
+    columns = table_columns(analysis)
+    assert columns[-1].header == "label precision %"
+    for row in analysis.rows:
         assert row.pair_config in page.text
         if row.stats is None:
             assert row.error in page.cells
         else:
-            cells = [column.format_cell(row.stats) for column in shown]
-            starts = [i for i in range(len(page.cells)) if page.cells[i : i + len(cells)] == cells]
-            assert starts
-    assert sum(row.stats is None for row in found.rows) == 1
-    for column in shown:
+            cells = [column.format_cell(row.stats) for column in columns]
+            assert [i for i in range(len(page.cells)) if page.cells[i : i + len(cells)] == cells]
+    assert sum(row.stats is None for row in analysis.rows) == 1
+    for column in columns:
+        assert column.header in page.text
         assert column.description in page.text
-    assert "two images at random" in page.text
+    baseline = [column.format_baseline(analysis.random_baseline) or "" for column in columns]
+    assert [i for i in range(len(page.cells)) if page.cells[i : i + len(baseline)] == baseline]
 
 
-def test_the_page_is_complete_in_itself(made: Made) -> None:
-    _, _, out = made
-    page = read(out)
-    assert not {tag for tag, _ in page.tags} & {"script", "link", "iframe", "object", "embed", "base", "form"}
-    for _, attributes in page.tags:
-        assert not [name for name in attributes if name.startswith("on")]
-        for name in ("src", "href"):
-            assert (attributes.get(name) or "#").startswith(("data:image/", "#"))
-    ids = [attributes["id"] for _, attributes in page.tags if "id" in attributes]
-    assert len(ids) == len(set(ids))
-    assert "url(http" not in out.read_text(encoding="utf-8")
-    assert out.stat().st_size < 1_500_000
+def test_page_is_self_contained_and_escaped(report: Report) -> None:
+    _, _, path = report
+    page = check_self_contained(path)
+    check_escaped(path)
+    assert "a <b> dataset" in page.text
+    assert path.stat().st_size < 1_500_000
 
 
-def test_captions_are_shown_as_text(made: Made) -> None:
-    _, _, out = made
-    raw, page = out.read_text(encoding="utf-8"), read(out)
-    assert "<script>alert(1)</script>" in page.text
-    assert "{{7*7}}" in page.text
-    assert "<script" not in raw
-    assert "onerror=alert(2)>" not in raw
-    assert "a <b> collection" in page.text
-    assert all(attributes.get("alt") for tag, attributes in page.tags if tag == "img")
-
-
-def test_anchors_stand_with_each_partner_or_the_lack_of_one(made: Made) -> None:
-    found, collection, out = made
-    page = read(out)
-    applied = [place for place, row in enumerate(found.rows) if row.stats is not None]
-    lacking = sum(partner.position is None for anchor in found.anchors for partner in anchor.partners)
-    assert lacking > 0
-    assert page.text.count("no partner") == lacking
-    partners = [p for anchor in found.anchors for p in anchor.partners if p.position is not None]
-    assert len(partners) + lacking == 6 * len(applied)
-    alts = [attributes["alt"] for tag, attributes in page.tags if tag == "img"]
+def test_anchors_have_a_partner_or_a_note_per_pair_config(report: Report) -> None:
+    analysis, dataset, path = report
+    page = Page(path)
+    num_configs = sum(row.stats is not None for row in analysis.rows)
+    partners = [partner for anchor in analysis.anchors for partner in anchor.partners]
+    assert len(partners) == 6 * num_configs
+    num_without_partner = sum(partner.position is None for partner in partners)
+    assert num_without_partner > 0
+    assert page.text.count("no partner") == num_without_partner
+    alts = " ".join(str(attributes["alt"]) for attributes in page.attributes("img"))
     for partner in partners:
-        captions = collection[partner.position or 0].captions
-        assert (captions[0] if captions else "an image without a caption")[:80] in " ".join(map(str, alts))
+        if partner.position is not None:
+            captions = dataset[partner.position].captions
+            assert (captions[0] if captions else "image without a caption")[:80] in alts
 
 
-def test_hubs_are_shown_with_how_often_they_are_drawn(made: Made) -> None:
-    found, _, out = made
-    figures = found.rows[0].stats
-    assert figures is not None
-    assert figures.hubs
-    text = read(out).text
-    for hub in figures.hubs:
+def test_hubs_have_their_number_of_anchors(report: Report) -> None:
+    analysis, _, path = report
+    stats = analysis.rows[0].stats
+    assert stats is not None
+    assert stats.hubs
+    text = Page(path).text
+    for hub in stats.hubs:
         assert f"{hub.expected_in_degree:.0f} times" in text
 
 
-def test_data_lie_beside_the_page_and_bytes_repeat(made: Made, tmp_path: Path) -> None:
-    found, collection, out = made
-    told = json.loads(out.with_suffix(".json").read_text(encoding="utf-8"))
-    assert told == json.loads(json.dumps(found.to_dict()))
-    again = write_pairs_report(found, collection, tmp_path / "again.html")
-    assert again.read_bytes() == out.read_bytes()
+def test_json_has_the_analysis_and_bytes_repeat(report: Report, tmp_path: Path) -> None:
+    analysis, dataset, path = report
+    data = json.loads(path.with_suffix(".json").read_text(encoding="utf-8"))
+    assert data == json.loads(json.dumps(analysis.to_dict()))
+    repeated = write_pairs_report(analysis, dataset, tmp_path / "repeated.html")
+    assert repeated.read_bytes() == path.read_bytes()
 
 
-def test_lost_images_leave_their_reason(made: Made, tmp_path: Path) -> None:
-    found, collection, _ = made
-    images, away = collection.root / "images", tmp_path / "away"
-    images.rename(away)
+def test_missing_images_have_a_placeholder_with_the_reason(report: Report, tmp_path: Path) -> None:
+    analysis, dataset, _ = report
+    images, moved = dataset.root / "images", tmp_path / "moved"
+    images.rename(moved)
     try:
-        page = read(write_pairs_report(found, collection, tmp_path / "lost.html"))
+        page = Page(write_pairs_report(analysis, dataset, tmp_path / "page.html"))
     finally:
-        away.rename(images)
-    assert not [tag for tag, _ in page.tags if tag == "img"]
+        moved.rename(images)
+    assert not page.attributes("img")
     assert "file is missing" in page.text
 
 
-def test_the_terminal_shows_the_same_figures_in_columns(made: Made) -> None:
-    found, _, _ = made
-    lines = format_analysis(found)
-    for row in found.rows:
-        (line,) = [each for each in lines if each.split()[:1] == [row.pair_config]]
+def test_terminal_table_has_the_same_values_in_aligned_columns(report: Report) -> None:
+    analysis, _, _ = report
+    lines = format_analysis(analysis)
+    columns = table_columns(analysis)
+    for row in analysis.rows:
+        (line,) = [line for line in lines if line.split()[:1] == [row.pair_config]]
         if row.stats is None:
             assert line.endswith(str(row.error))
         else:
-            assert (
-                line.split()[1:] == " ".join(c.format_cell(row.stats) for c in table_columns(found)).split()
-            )
-    ends = {len(line) for line in lines if line.startswith("  ") and line.split()[0] in ("default", "k=3")}
-    assert len(ends) == 1
-    assert [name for name, _ in group_by_encoder(found)] == [MINILM, ""]
+            assert line.split()[1:] == " ".join(column.format_cell(row.stats) for column in columns).split()
+    lengths = {len(line) for line in lines if line.startswith("  ") and line.split()[0] in ("default", "k=3")}
+    assert len(lengths) == 1
+    assert [name for name, _ in group_by_encoder(analysis)] == [MINILM, ""]
 
 
-def test_styles_of_many_encoders_differ() -> None:
+def test_36_styles_differ_in_color_or_marker() -> None:
     assert len({(style % NUM_STYLES, marker_index(style)) for style in range(36)}) == 36
 
 
-def test_numbers_of_dots_on_one_spot_are_written_together() -> None:
-    dots = [
+def test_overlapping_points_share_a_label() -> None:
+    points = [
         ScatterPoint(style=0, number=n, x=x, y=y)
         for n, x, y in ((1, 50.0, 9.0), (4, 50.01, 9.0), (2, 80.0, 3.0))
     ]
-    drawn = scatter_plot("test", "across", "up", dots)
-    assert ">1,4<" in drawn
-    assert ">2<" in drawn
+    svg = scatter_plot("test", "x", "y", points)
+    assert ">1,4<" in svg
+    assert ">2<" in svg
 
 
-def test_nothing_to_draw_is_told(made: Made, tmp_path: Path) -> None:
-    _, collection, _ = made
-    found = analyze_pairs(collection, pair_configs=["exclude-identical-captions,min-similarity=0.999"])
-    page: Page = read(write_pairs_report(found, collection, tmp_path / "none.html"))
-    assert "No rule left pairs to draw" in page.text
-    assert "1 rule leaves nobody with a partner" in page.text
-    assert "No image is drawn more than once" in page.text
+def test_page_of_an_analysis_without_pairs(report: Report, tmp_path: Path) -> None:
+    _, dataset, _ = report
+    analysis = analyze_pairs(dataset, pair_configs=["exclude-identical-captions,min-similarity=0.999"])
+    page = Page(write_pairs_report(analysis, dataset, tmp_path / "empty.html"))
+    assert "No pair config has pairs to plot" in page.text
+    assert "1 combination has no pairs" in page.text
+    assert "No image is expected to be a partner more than once" in page.text

@@ -43,8 +43,8 @@ from likewise.training.config import (
     validate_combination,
 )
 from likewise.training.loader import tokenize_captions
+from likewise.training.methods.base import EMAModel, MemoryBank, cosine_momentum
 from likewise.training.methods.build import METHOD_CLASSES
-from likewise.training.methods.modules import EMAModel, MemoryBank, cosine_momentum
 from likewise.training.methods.options import METHODS, SimCLROptions, parse_method_options
 from likewise.training.train import train
 from support import save_png

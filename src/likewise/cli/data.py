@@ -7,8 +7,7 @@ from cyclopts import Parameter
 
 from likewise.cli.common import COMMON_OPTIONS, CommonOptions, app, import_summary
 from likewise.cli.flags import FLATTEN, STRINGS, make_flags, to_config
-from likewise.data.audit.config import AuditConfig
-from likewise.data.config import ImportOptions
+from likewise.data.config import AuditConfig, ImportOptions
 from likewise.embeddings.config import EncoderOptions
 from likewise.neighbors.config import DEFAULT_K, SearchConfig
 

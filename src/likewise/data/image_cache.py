@@ -107,10 +107,23 @@ def build_image_cache(
     codec = "rgb" if is_raw else f"jpeg-{_JPEG_QUALITY}"
     path = dataset.path / "image_cache" / f"{short_side}px-{codec}"
     settings = {"short_side": short_side, "codec": codec, "rows": shard_rows}
-    artifact = Artifact.create_or_resume(path, ARTIFACT_KIND, settings, {"dataset": dataset.key})
-    if artifact.is_complete:
-        return ImageCache(artifact)
+    with Artifact.exclusive(path, ARTIFACT_KIND, settings, {"dataset": dataset.key}) as artifact:
+        if artifact.is_complete:
+            return ImageCache(artifact)
+        num_workers = default_num_workers() if num_workers is None else num_workers
+        cache = ImageCache(_cache_missing(dataset, artifact, num_workers, progress))
+    num_unreadable = len(cache) - len(cache.readable)
+    if num_unreadable:
+        logger.warning(f"{num_unreadable:,} images are no longer readable and are excluded")
+    return cache
 
+
+def _cache_missing(
+    dataset: CaptionDataset, artifact: Artifact, num_workers: int, progress: Progress
+) -> Artifact:
+    """Write the missing shards and finish the artifact."""
+    path, settings = artifact.path, artifact.manifest.settings
+    shard_rows, short_side, is_raw = settings["rows"], settings["short_side"], settings["codec"] == "rgb"
     shards = range(-(-len(dataset) // shard_rows))
     done_shards = {i for i in shards if (path / shard_name("index", i, "npy")).is_file()}
     num_done = sum(min(shard_rows, len(dataset) - i * shard_rows) for i in done_shards)
@@ -124,16 +137,12 @@ def build_image_cache(
             for blob in prefetch_map(
                 lambda sample: _encode_sample(sample, dataset.root, short_side, is_raw=is_raw),
                 samples,
-                default_num_workers() if num_workers is None else num_workers,
+                num_workers,
             ):
                 blobs.append(blob)
                 bar.update()
             _write_shard(path, shard, blobs)
-    cache = ImageCache(_finalize(artifact, len(shards)))
-    num_unreadable = len(cache) - len(cache.readable)
-    if num_unreadable:
-        logger.warning(f"{num_unreadable:,} images are no longer readable and are excluded")
-    return cache
+    return _finalize(artifact, len(shards))
 
 
 def _encode_sample(

@@ -145,29 +145,27 @@ def import_dataset(
     settings = _import_settings(str(source), reader, options, shard_rows)
     inputs = {"source": reader.fingerprint()}
     existed = target.exists()
-    artifact = _update_root(
-        Artifact.create_or_resume(target, ARTIFACT_KIND, settings, inputs, non_hashed=_NON_HASHED),
-        str(reader.root),
-    )
-    if artifact.is_complete:
-        dataset = CaptionDataset(target)
-        logger.info(f"{target} is already complete: {len(dataset):,} images")
-        return dataset
     importer = _Importer(
         target, reader.root, default_num_workers() if num_workers is None else num_workers, shard_rows
     )
-    try:
-        importer.run(reader, options.limit, progress)
-    except InvalidInputError:
-        if not any(target.glob("samples-*.parquet")):
+    with Artifact.exclusive(target, ARTIFACT_KIND, settings, inputs, non_hashed=_NON_HASHED) as opened:
+        artifact = _update_root(opened, str(reader.root))
+        if artifact.is_complete:
+            dataset = CaptionDataset(target)
+            logger.info(f"{target} is already complete: {len(dataset):,} images")
+            return dataset
+        try:
+            importer.run(reader, options.limit, progress)
+        except InvalidInputError:
+            if not any(target.glob("samples-*.parquet")):
+                _remove_output(target, keep_dir=existed)
+            raise
+        counts, skipped = _count_samples(target, importer.num_shards)
+        if not counts.pop("images"):
+            message = _no_usable_message(str(source), target, skipped)
             _remove_output(target, keep_dir=existed)
-        raise
-    counts, skipped = _count_samples(target, importer.num_shards)
-    if not counts.pop("images"):
-        message = _no_usable_message(str(source), target, skipped)
-        _remove_output(target, keep_dir=existed)
-        raise InvalidInputError(message)
-    artifact.finish({**counts, "empty_captions": importer.validator.num_empty_captions}, skipped)
+            raise InvalidInputError(message)
+        artifact.finish({**counts, "empty_captions": importer.validator.num_empty_captions}, skipped)
     _log_summary(counts, skipped)
     return CaptionDataset(target)
 

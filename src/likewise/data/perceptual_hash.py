@@ -112,19 +112,15 @@ def compute_perceptual_hashes(
     """
     dataset = CaptionDataset.open(dataset)
     settings = {"hash": "difference 9x8", "decoded_side": _DECODE_SIZE, "thumbnail": _THUMBNAIL_SIZE}
-    artifact = Artifact.create_or_resume(
-        dataset.path / "hashes", ARTIFACT_KIND, settings, {"dataset": dataset.key}
-    )
-    if not artifact.is_complete:
-        artifact = _hash_missing(
-            dataset, artifact, default_num_workers() if num_workers is None else num_workers, progress
-        )
-    return _load_hashes(artifact, dataset)
+    path, inputs = dataset.path / "hashes", {"dataset": dataset.key}
+    with Artifact.exclusive(path, ARTIFACT_KIND, settings, inputs) as artifact:
+        if not artifact.is_complete:
+            num_workers = default_num_workers() if num_workers is None else num_workers
+            _hash_missing(dataset, artifact, num_workers, progress)
+    return _load_hashes(Artifact.open(path, ARTIFACT_KIND), dataset)
 
 
-def _hash_missing(
-    dataset: CaptionDataset, artifact: Artifact, num_workers: int, progress: Progress
-) -> Artifact:
+def _hash_missing(dataset: CaptionDataset, artifact: Artifact, num_workers: int, progress: Progress) -> None:
     dataset.require_images()
     files = _shard_files(artifact, dataset)
     is_done = [file.is_file() for file in files]
@@ -145,7 +141,7 @@ def _hash_missing(
             write_array(file, np.array(rows, _ROW_DTYPE))
     num_unreadable = sum(int((~mmap_array(file)["readable"]).sum()) for file in files)
     skipped = {"no longer readable": num_unreadable} if num_unreadable else {}
-    return artifact.finish({"images": len(dataset), "shards": len(files)}, skipped)
+    artifact.finish({"images": len(dataset), "shards": len(files)}, skipped)
 
 
 def _hash_sample(sample: Sample, root: Path) -> tuple[int, np.ndarray, bool]:

@@ -210,13 +210,13 @@ def embed(
     path, settings, inputs = _artifact_spec(dataset, spec)
     # The encoder is loaded first, so that no folder is created if it cannot be loaded.
     embedder = None if (path / MANIFEST).is_file() else _open_embedder(dataset, spec, batch_size, device)
-    artifact = Artifact.create_or_resume(path, ARTIFACT_KIND, settings, inputs)
-    if artifact.is_complete:
-        logger.info(f"embeddings of {len(dataset):,} images by {spec.name} exist: {artifact.path}")
-    else:
-        embedder = _open_embedder(dataset, spec, batch_size, device) if embedder is None else embedder
-        artifact = _embed_missing_shards(dataset, spec, artifact, embedder, progress)
-    return Embeddings(artifact.path)
+    with Artifact.exclusive(path, ARTIFACT_KIND, settings, inputs) as artifact:
+        if artifact.is_complete:
+            logger.info(f"embeddings of {len(dataset):,} images by {spec.name} exist: {path}")
+        else:
+            embedder = _open_embedder(dataset, spec, batch_size, device) if embedder is None else embedder
+            _embed_missing_shards(dataset, spec, artifact, embedder, progress)
+    return Embeddings(path)
 
 
 def _artifact_spec(dataset: CaptionDataset, spec: EncoderSpec) -> tuple[Path, dict[str, Any], dict[str, str]]:
@@ -237,7 +237,7 @@ def _embed_missing_shards(
     artifact: Artifact,
     embedder: ShardEmbedder,
     progress: Progress,
-) -> Artifact:
+) -> None:
     shards = range(len(dataset.shard_paths))
     finished = [i for i in shards if (artifact.path / shard_name("ids", i, "npy")).is_file()]
     totals = _RunningTotals()
@@ -268,7 +268,7 @@ def _embed_missing_shards(
         "shards": len(shards),
         "num_zero_vectors": totals.num_zero_vectors,
     }
-    return artifact.finish(counts, totals.skipped)
+    artifact.finish(counts, totals.skipped)
 
 
 def _open_embedder(

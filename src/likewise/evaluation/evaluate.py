@@ -3,6 +3,7 @@
 import logging
 import os
 from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -34,7 +35,6 @@ from likewise.evaluation.protocols import AnnotationType, ProtocolConfig, build_
 from likewise.evaluation.protocols.base import EvalContext, EvalDataset, Protocol, Score
 from likewise.evaluation.results import RESULTS_FILE, EvalResults, load_results
 from likewise.models.encoders import ImageEncoder, count_flops, load_encoder
-from likewise.parallel import resolve_device
 from likewise.progress import NULL_PROGRESS, Progress
 
 logger = logging.getLogger(__name__)
@@ -57,7 +57,7 @@ class ColumnOptions:
     """Values in masks that are ignored in training and in scores."""
 
 
-def evaluate(  # the public function; all but the first three are keywords
+def evaluate(
     encoder: ImageEncoder | str | os.PathLike[str],
     datasets: EvalDataset | str | os.PathLike[str] | Sequence[EvalDataset | str | os.PathLike[str]],
     protocols: str | Sequence[str] = DEFAULT_PROTOCOLS,
@@ -66,14 +66,13 @@ def evaluate(  # the public function; all but the first three are keywords
     columns: ColumnOptions | None = None,
     out: str | Path | None = None,
     num_workers: int | None = None,
-    device: str | None = None,
     progress: Progress = NULL_PROGRESS,
 ) -> EvalResults:
     """Evaluate a frozen encoder on datasets; results that exist on disk are not computed again.
 
     Args:
         encoder: An encoder, a finished run or its path, or a name such as `timm:resnet50` (see
-            `load_encoder`).
+            `load_encoder`, which also chooses the device).
         datasets: One or several datasets: folders, tables, names of the registry, or opened datasets.
         protocols: Names of protocols; each reads the annotations it requires: labels, captions, boxes or
             masks.
@@ -82,7 +81,6 @@ def evaluate(  # the public function; all but the first three are keywords
         out: Folder of the results; defaults to `evaluation` in the run, or `evaluation-NAME` in the current
             folder.
         num_workers: Threads that read images; defaults to the number of cores.
-        device: Device of the encoder; defaults to that of an `ImageEncoder`, else to a GPU if there is one.
         progress: Progress reporter.
 
     Returns:
@@ -108,22 +106,20 @@ def evaluate(  # the public function; all but the first three are keywords
         for annotation_type in dict.fromkeys(requirements)
     ]
     if not isinstance(encoder, ImageEncoder):
-        encoder = load_encoder(encoder, device=device)
-    elif device is not None:
-        encoder.model.to(resolve_device(device))
+        encoder = load_encoder(encoder)
     out_dir = _default_out_dir(encoder) if out is None else Path(out)
     header = _describe_encoder(encoder)
     result_files = []
     for annotation_type, dataset in opened_datasets:
         context = _build_context(encoder, dataset, out_dir / "features", num_workers, progress)
         dataset_config = _config_for(dataset, config)
-        artifact = _create_artifact(encoder, dataset, dataset_config, out_dir)
         protocol_names = [
             name
             for name, required in zip(protocols, requirements, strict=True)
             if required == annotation_type
         ]
-        result_files.append(_run_protocols(context, protocol_names, dataset_config, artifact, header))
+        with _open_artifact(encoder, dataset, dataset_config, out_dir) as artifact:
+            result_files.append(_run_protocols(context, protocol_names, dataset_config, artifact, header))
     return load_results(out_dir, result_files)
 
 
@@ -221,9 +217,10 @@ def _describe_encoder(encoder: ImageEncoder) -> dict[str, Any]:
     }
 
 
-def _create_artifact(
+def _open_artifact(
     encoder: ImageEncoder, dataset: EvalDataset, config: ProtocolConfig, out_dir: Path
-) -> Artifact:
+) -> AbstractContextManager[Artifact]:
+    """Create or resume the results, which other processes do not write meanwhile."""
     settings = {
         "dataset": dataset.name,
         "encoder": encoder.name,
@@ -233,7 +230,7 @@ def _create_artifact(
     }
     inputs = {"encoder": encoder.fingerprint, "dataset": dataset.key}
     key = config_hash(ARTIFACT_KIND, {k: v for k, v in settings.items() if k != "encoder"}, inputs)
-    return Artifact.create_or_resume(
+    return Artifact.exclusive(
         out_dir / f"{dataset.name}-{key[:8]}", ARTIFACT_KIND, settings, inputs, non_hashed=("encoder",)
     )
 

@@ -70,17 +70,20 @@ def extract_features(
     inputs = {"encoder": encoder.fingerprint, "dataset": dataset.key}
     # The name of an encoder does not change its features.
     key = config_hash(ARTIFACT_KIND, {k: v for k, v in settings.items() if k != "name"}, inputs)
-    artifact = Artifact.create_or_resume(
-        cache_dir / f"{dataset.name}-{key[:8]}", ARTIFACT_KIND, settings, inputs, non_hashed=("name",)
-    )
-    if not artifact.is_complete:
-        artifact = _extract_missing(encoder, dataset, artifact, batch_size, num_workers, progress)
-    vectors = mmap_array(artifact.path / FEATURES_FILE)
+    path = cache_dir / f"{dataset.name}-{key[:8]}"
+    with Artifact.exclusive(path, ARTIFACT_KIND, settings, inputs, non_hashed=("name",)) as artifact:
+        if not artifact.is_complete:
+            _extract_missing(encoder, dataset, artifact, batch_size, num_workers, progress)
+        # Only now: a call that is killed before this line merges the shards again.
+        for shard in path.glob("vectors-*.npy"):
+            shard.unlink()
+    vectors = mmap_array(path / FEATURES_FILE)
     indices = np.concatenate([
         start + np.flatnonzero(np.isfinite(vectors[start : start + _SHARD_SIZE]).all(axis=1))
         for start in range(0, len(vectors), _SHARD_SIZE)
     ])  # fmt: skip
-    return Features(vectors=vectors, indices=indices, skipped=artifact.manifest.skipped)
+    skipped = Artifact.open(path, ARTIFACT_KIND).manifest.skipped
+    return Features(vectors=vectors, indices=indices, skipped=skipped)
 
 
 def _extract_missing(
@@ -90,7 +93,7 @@ def _extract_missing(
     batch_size: int | None,
     num_workers: int | None,
     progress: Progress,
-) -> Artifact:
+) -> None:
     starts = range(0, len(dataset), _SHARD_SIZE)
     paths = [artifact.path / shard_name("vectors", i, "npy") for i in range(len(starts))]
     num_done = sum(
@@ -109,11 +112,7 @@ def _extract_missing(
                 write_array(path, vectors)
             skipped.update(reason for reason in read_json(reasons_path) if reason)
     _merge_shards(artifact.path / FEATURES_FILE, paths, (len(dataset), encoder.feature_dim))
-    finished_artifact = artifact.finish({"images": len(dataset)}, skipped)
-    # Only now: if killed before, a rerun merges the shards again.
-    for path in paths:
-        path.unlink()
-    return finished_artifact
+    artifact.finish({"images": len(dataset)}, skipped)
 
 
 def _extract_shard(
@@ -137,8 +136,13 @@ def _extract_shard(
 
 def _merge_shards(out_path: Path, shards: Sequence[Path], shape: tuple[int, int]) -> None:
     """Merge shards into one file that can be memory-mapped, with one shard in memory at a time."""
-    with atomic_write(out_path) as tmp_path:
-        merged = np.lib.format.open_memmap(tmp_path, mode="w+", dtype=np.float32, shape=shape)
-        for index, shard in enumerate(shards):
-            merged[index * _SHARD_SIZE : (index + 1) * _SHARD_SIZE] = load_array(shard)
-        merged.flush()
+    header = {
+        "descr": np.lib.format.dtype_to_descr(np.dtype(np.float32)),
+        "fortran_order": False,
+        "shape": shape,
+    }
+    # Not through a memory-mapped file: on a full disk the operating system would end the process.
+    with atomic_write(out_path) as tmp_path, tmp_path.open("wb") as stream:
+        np.lib.format.write_array_header_1_0(stream, header)
+        for shard in shards:
+            stream.write(load_array(shard).astype(np.float32, copy=False).tobytes())

@@ -1,6 +1,8 @@
 """Weight files: written atomically, loaded strictly, never unpickled beyond tensors."""
 
 import json
+import os
+import re
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -22,12 +24,15 @@ _METADATA_KEY = "likewise"
 def save_tensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, Any]) -> None:
     """Write tensors and JSON metadata to a safetensors file, atomically."""
     cpu_tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-    try:
-        with atomic_write(path) as tmp_path:
+    with atomic_write(path) as tmp_path:
+        try:
             save_file(cpu_tensors, tmp_path, metadata={_METADATA_KEY: json.dumps(metadata, sort_keys=True)})
-    except SafetensorError as error:
-        # safetensors reports a full disk without the errno that `atomic_write` recognizes.
-        raise ArtifactError(f"cannot write {path}: {error}; is the disk full?", path=path) from error
+        except SafetensorError as error:
+            # safetensors reports a full disk without the errno that `atomic_write` recognizes.
+            code = re.search(r"os error (\d+)", str(error))
+            if code:
+                raise OSError(int(code[1]), os.strerror(int(code[1])), str(path)) from error
+            raise ArtifactError(f"cannot write {path}: {error}", path=path) from error
 
 
 def load_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:

@@ -174,12 +174,26 @@ def _compute_neighbors(
     settings, inputs = _settings_and_inputs(view, embeddings, search_config)
     settings["k"] = k
     folder_name = f"{slugify(settings['encoder'])}-k{k}-{config_hash(ARTIFACT_KIND, settings, inputs)[:8]}"
-    artifact = Artifact.create_or_resume(
-        dataset.path / "neighbors" / folder_name, ARTIFACT_KIND, settings, inputs
-    )
-    if artifact.is_complete:
-        logger.info(f"neighbors by {settings['encoder']} already exist: {artifact.path}")
-        return Neighbors(artifact.path)
+    path = dataset.path / "neighbors" / folder_name
+    with Artifact.exclusive(path, ARTIFACT_KIND, settings, inputs) as artifact:
+        if artifact.is_complete:
+            logger.info(f"neighbors by {settings['encoder']} already exist: {path}")
+        else:
+            _search(view, embeddings, search_config, artifact, memory_bytes, device, progress)
+    return Neighbors(path)
+
+
+def _search(
+    view: DatasetView,
+    embeddings: Embeddings,
+    search_config: SearchConfig,
+    artifact: Artifact,
+    memory_bytes: int,
+    device: str,
+    progress: Progress,
+) -> None:
+    """Write the missing shards and finish the artifact."""
+    dataset, settings = view.dataset, artifact.manifest.settings
     with build_search_corpus(view, embeddings, search_config, artifact.path, progress=progress) as corpus:
         index = _build_index(corpus, settings, memory_bytes, device)
         num_with_neighbors = _search_missing_shards(dataset, artifact, corpus, index, progress)
@@ -192,7 +206,7 @@ def _compute_neighbors(
     }
     if isinstance(index, IVFIndex):
         counts["recall_permille"] = round(1000 * index.recall)
-    return Neighbors(artifact.finish(counts).path)
+    artifact.finish(counts)
 
 
 def _num_comparable(view: DatasetView, embeddings: Embeddings) -> int:

@@ -1,6 +1,5 @@
 """Vectors that a search compares: one per image, or one per caption, read from embeddings on disk."""
 
-import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -9,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 
-from likewise.artifacts import disk_full_as_error
+from likewise.artifacts import disk_full_as_error, tmp_path
 from likewise.data.filters import DatasetView
 from likewise.embeddings.store import Embeddings
 from likewise.neighbors.config import SearchConfig
@@ -169,7 +168,7 @@ def build_search_corpus(
     )
     by_caption = search_config.caption_pooling != "mean" and not use_image_embeddings
     all_image_ids = image_vectors.image_ids if by_caption else np.arange(len(dataset))
-    scratch_path = folder / f".vectors.{os.getpid()}.tmp"
+    scratch_path = tmp_path(folder / "vectors")
     try:
         with disk_full_as_error(scratch_path), scratch_path.open("wb") as file:
             is_nonzero = image_mask[all_image_ids]

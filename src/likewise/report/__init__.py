@@ -1,1 +1,1 @@
-"""Pages and pictures, made from result files only."""
+"""HTML reports, tables and plots, from result files only."""

@@ -1,4 +1,4 @@
-"""A comparison as files: CSV for machines, Markdown and LaTeX for papers, and two plots."""
+"""Comparison of encoders as CSV, Markdown, LaTeX and plots."""
 
 import csv
 import io
@@ -15,21 +15,21 @@ if TYPE_CHECKING:
 
 DIRECTION_MARKS = {"higher": "▲", "lower": "▼"}
 LEGEND = (
-    "in %, with 95 % intervals; ▲ ▼: higher or lower than the first, surely among all tests of this table "
-    "(Holm, 5 %)"
+    "in %, with 95 % confidence intervals; ▲ ▼: significantly higher or lower than the first encoder (5 %, "
+    "Holm correction over all tests of this table)"
 )
 
 
 def significance_mark(cell: ComparisonCell) -> str:
-    """Return a triangle where a cell differs from the first for sure, else nothing."""
+    """Return a triangle for a significant difference from the first encoder, else an empty text."""
     if not cell.significant or cell.difference is None:
         return ""
     return DIRECTION_MARKS["higher" if cell.difference.value > 0 else "lower"]
 
 
 def to_rows(comparison: Comparison) -> list[list[str]]:
-    """Lay a table out as cells of text, the head first, and means and ranks over sets last."""
-    rows = [["set", "protocol", "metric", "n", *comparison.encoder_names]]
+    """Return the table as rows of text: the header, the metrics, and means and ranks over datasets."""
+    rows = [["dataset", "protocol", "metric", "n", *comparison.encoder_names]]
     for row in comparison.rows:
         cells = [
             "" if cell is None else f"{_format_interval(cell.estimate)} {significance_mark(cell)}".rstrip()
@@ -37,7 +37,7 @@ def to_rows(comparison: Comparison) -> list[list[str]]:
         ]
         rows.append([row.dataset, row.protocol, row.metric, f"{row.n:,}", *cells])
     for mean_row in comparison.mean_rows:
-        label = f"mean of {mean_row.num_datasets} sets"
+        label = f"mean of {mean_row.num_datasets} datasets"
         rows.append(
             [
                 label,
@@ -66,17 +66,17 @@ def _format_interval(estimate: Estimate) -> str:
 
 
 def to_markdown(comparison: Comparison) -> str:
-    """Return a table as Markdown."""
+    """Return the comparison as a Markdown table."""
     header, *rows = ([cell.replace("|", "\\|") for cell in row] for row in to_rows(comparison))
     lines = [header, ["---"] * len(header), *rows]
     return "\n".join(f"| {' | '.join(line)} |" for line in lines) + f"\n\n{LEGEND[0].upper()}{LEGEND[1:]}.\n"
 
 
 def to_latex(comparison: Comparison) -> str:
-    """Return a table as LaTeX for booktabs; the best of a row is bold, an arrow marks sure differences."""
+    """Return the comparison as a booktabs table in LaTeX: best bold, arrows for significant differences."""
     column_spec = "lllr" + "r" * len(comparison.encoder_names)
     rows = [
-        " & ".join(map(_escape_latex, ["set", "protocol", "metric", "n", *comparison.encoder_names]))
+        " & ".join(map(_escape_latex, ["dataset", "protocol", "metric", "n", *comparison.encoder_names]))
         + r" \\ \midrule"
     ]
     for row in comparison.rows:
@@ -104,11 +104,11 @@ def _escape_latex(text: str) -> str:
 
 
 def to_csv(comparison: Comparison) -> str:
-    """Return a table as CSV, a row a figure and encoder, as fractions with all their digits."""
+    """Return the comparison as CSV, one row per metric and encoder, as fractions in full precision."""
     buffer = io.StringIO()
     writer = csv.writer(buffer, lineterminator="\n")
     writer.writerow([
-        "set", "protocol", "metric", "n", "encoder", "value", "low", "high", "rank",
+        "dataset", "protocol", "metric", "n", "encoder", "value", "low", "high", "rank",
         "difference", "difference_low", "difference_high", "p_value", "significant",
     ])  # fmt: skip
     for row in comparison.rows:
@@ -124,11 +124,13 @@ def to_csv(comparison: Comparison) -> str:
 
 
 def write_comparison(comparison: Comparison, out: Path, gflops: Sequence[float | None]) -> list[Path]:
-    """Write a comparison as CSV, Markdown, LaTeX and plots, and return the files.
+    """Write a comparison as CSV, Markdown, LaTeX and plots, and return the paths.
 
-    `gflops` are the encoders' operations an image, in units of 10^9; where all are known, a plot sets
-    accuracy
-    against them.
+    Args:
+        comparison: The comparison.
+        out: Output folder.
+        gflops: 10^9 floating-point operations per image of each encoder. If all are known and they differ,
+            the metrics are plotted against them.
     """
     out.mkdir(parents=True, exist_ok=True)
     formatters = {"comparison.csv": to_csv, "comparison.md": to_markdown, "comparison.tex": to_latex}
@@ -145,7 +147,7 @@ def write_comparison(comparison: Comparison, out: Path, gflops: Sequence[float |
 
 
 def _plot_intervals(comparison: Comparison, path: Path) -> Path:
-    """Draw a dot with its interval for each figure and encoder."""
+    """Draw the value and the interval of each metric and encoder."""
     from matplotlib.figure import Figure
 
     rows = comparison.rows
@@ -165,14 +167,14 @@ def _plot_intervals(comparison: Comparison, path: Path) -> Path:
         axes.errorbar(x, y, xerr=xerr, fmt="osD^vP"[i % 6], label=name, markersize=4, capsize=2)
     axes.set_yticks(range(len(rows)), [f"{row.dataset}: {row.protocol} {row.metric}" for row in rows])
     axes.set_ylim(len(rows) - 0.5, -0.5)
-    axes.set_xlabel("% with 95 % interval")
+    axes.set_xlabel("%, with 95 % confidence intervals")
     axes.grid(visible=True, axis="x", alpha=0.4)
     figure.legend(loc="outside lower center", ncols=min(4, len(comparison.encoder_names)), frameon=False)
     return _save_svg(figure, path)
 
 
 def _plot_flops(comparison: Comparison, gflops: Sequence[float], path: Path) -> Path:
-    """Draw each figure of each encoder over its operations an image."""
+    """Draw each metric of each encoder over its floating-point operations per image."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(8, 5), layout="constrained")
@@ -186,7 +188,7 @@ def _plot_flops(comparison: Comparison, gflops: Sequence[float], path: Path) -> 
         label = f"{row.dataset}: {row.protocol} {row.metric}"
         axes.plot(*zip(*points, strict=True), marker="osD^vP"[i % 6], label=label)
     axes.set_xscale("log")
-    axes.set_xlabel("operations an image, 10⁹")
+    axes.set_xlabel("GFLOPs per image")
     axes.set_ylabel("%")
     axes.grid(visible=True, alpha=0.4)
     figure.legend(loc="outside lower center", ncols=2, frameon=False, fontsize=7)

@@ -1,4 +1,4 @@
-"""What the page is made from: the files of runs and of evaluations, read once and never trusted."""
+"""Inputs of the run report: runs, evaluations, datasets and neighbors, all read as untrusted files."""
 
 import math
 from collections import Counter
@@ -11,28 +11,33 @@ from typing import Any
 import numpy as np
 
 from likewise.artifacts import MANIFEST, Artifact, Manifest, mmap_array, read_json, read_jsonl, read_yaml
-from likewise.errors import InvalidInputError, LikewiseError
+from likewise.data.dataset import CaptionDataset
+from likewise.errors import ArtifactError, InvalidInputError, LikewiseError
 from likewise.evaluation.results import ResultRow, read_results
+from likewise.neighbors.index import Neighbors
 from likewise.run_directory import RunDirectory
 
 UNTRAINED_PREFIX = "random:"
-# What files that were damaged or written by other versions raise when they are read.
+MAX_NEIGHBORS = 4
+# Exceptions from reading files that are damaged or of another version.
 READ_ERRORS = (LikewiseError, OSError, ValueError, KeyError, TypeError, IndexError, AttributeError)
-_PAIR_PHRASES = {"self": "pairs of views of one image", "language": "pairs by language"}
 
 
 @dataclass(frozen=True, kw_only=True)
 class PairPreview:
-    """The first pairs as the network was shown them: views (m, v, s, s, 3) uint8, and whose they are.
+    """The first pairs of a training.
 
-    v is 2, or 1 where a method shows an image with a caption.
+    Attributes:
+        views: (m, v, s, s, 3) uint8, the inputs of the network; v is 2, or 1 for methods that pair an image
+            with a caption.
+        pairs: The ids and positions of anchors and partners, one mapping per pair.
     """
 
     views: np.ndarray
     pairs: list[dict[str, Any]]
 
     def views_of(self, anchor_id: str) -> np.ndarray | None:
-        """Return the views of an anchor's pair, (v, s, s, 3), or None where it is not among them."""
+        """Return the views of an anchor, (v, s, s, 3); None if the preview does not have it."""
         for i, pair in enumerate(self.pairs):
             if pair["anchor"] == anchor_id:
                 return self.views[i]
@@ -41,7 +46,7 @@ class PairPreview:
 
 @dataclass(frozen=True, kw_only=True)
 class RunInfo:
-    """A run's settings, curves and first pairs."""
+    """Settings, metrics and first pairs of a run."""
 
     manifest: Manifest
     config: dict[str, Any]
@@ -51,11 +56,11 @@ class RunInfo:
 
     @property
     def pair_source(self) -> str:
-        """The source of pairs."""
+        """The source of the positive pairs."""
         return str(self.config.get("source"))
 
     def metric_series(self, name: str) -> tuple[np.ndarray, np.ndarray]:
-        """Return the steps and values (m,) of a logged figure, where it is a number."""
+        """Return the steps and the finite values of a logged metric, (m,) each."""
         rows = [(row["step"], row[name]) for row in self.metrics if math.isfinite(row.get(name, math.nan))]
         steps, values = zip(*rows, strict=True) if rows else ((), ())
         return np.asarray(steps, float), np.asarray(values, float)
@@ -63,17 +68,17 @@ class RunInfo:
 
 @dataclass(frozen=True, kw_only=True)
 class ReportEntry:
-    """One column of the page: a run, or an encoder that was only evaluated.
+    """One column of the report: a run, or an encoder with an evaluation only.
 
     Attributes:
         path: Its folder.
-        label: What it is called in a table's head.
-        detail: What is said below that.
-        phrase: What it is called within a sentence.
-        rows: What was measured of it.
-        results: The same as stored, a mapping an evaluated set.
-        run: The contents of a run, or None for an evaluation.
-        error: Why its results cannot be read, or None.
+        label: Short name, for the header of a table.
+        detail: Second line of the name: method, architecture or folder.
+        phrase: Name within a sentence.
+        rows: Its results, one row per metric.
+        results: The contents of its `results.json` files, one per dataset.
+        run: The run; None for an evaluation only.
+        error: Reason why its results are unreadable.
     """
 
     path: Path
@@ -87,19 +92,19 @@ class ReportEntry:
 
     @cached_property
     def name(self) -> str:
-        """The whole name."""
+        """Label and detail."""
         return f"{self.label}, {self.detail}" if self.detail else self.label
 
 
 def read_report_entries(paths: Sequence[Path | str]) -> list[ReportEntry]:
-    """Read runs and evaluation folders, runs first, each once, and name them uniquely.
+    """Read runs and folders of evaluations, runs first; duplicates are skipped and names are made unique.
 
     Raises:
-        ArtifactError: where a folder is neither a finished run nor holds results.
-        InputError: where there is none, or a run's settings cannot be read.
+        ArtifactError: if a folder is neither a finished run nor has results.
+        InvalidInputError: if there is no folder, or the settings of a run are unreadable.
     """
     if not paths:
-        raise InvalidInputError("there is nothing to report on: give at least one run")
+        raise InvalidInputError("a report needs at least one run")
     unique_paths = list(dict.fromkeys(Path(path).resolve() for path in paths))
     entries = [
         _read_evaluation(path) if _is_evaluation_only(path) else _read_run(path) for path in unique_paths
@@ -126,7 +131,7 @@ def _read_run(path: Path) -> ReportEntry:
         path=path,
         label=f"{run.pair_source} pairs",
         detail=str(config.get("method")),
-        phrase=_PAIR_PHRASES.get(run.pair_source, f"{run.pair_source} pairs"),
+        phrase=f"{run.pair_source} pairs",
         run=run,
     )
     return _add_results(entry, list(path.glob("evaluation/*/results.json")))
@@ -156,7 +161,7 @@ def _add_results(entry: ReportEntry, paths: list[Path]) -> ReportEntry:
             results=[read_json(result_path) for result_path in sorted(paths)],
         )
     except READ_ERRORS as error:
-        return replace(entry, error=f"the results in {entry.path} cannot be read ({error})")
+        return replace(entry, error=f"the results in {entry.path} are unreadable ({error})")
 
 
 def _read_preview(path: Path) -> PairPreview | None:
@@ -175,17 +180,114 @@ def _read_preview(path: Path) -> PairPreview | None:
 
 
 def _disambiguate(entries: list[ReportEntry]) -> list[ReportEntry]:
-    """Add folder names, as many parts as needed, to the names that several have."""
+    """Make names unique by parts of the path, as many as needed, and phrases by the whole name."""
     for depth in range(1, 6):
         duplicates = {name for name, count in Counter(entry.name for entry in entries).items() if count > 1}
         if not duplicates:
             break
         entries = [_add_path_suffix(entry, depth) if entry.name in duplicates else entry for entry in entries]
-    return entries
+    phrase_counts = Counter(entry.phrase for entry in entries)
+    return [
+        replace(entry, phrase=f"{entry.label} ({entry.detail})") if phrase_counts[entry.phrase] > 1 else entry
+        for entry in entries
+    ]
 
 
 def _add_path_suffix(entry: ReportEntry, depth: int) -> ReportEntry:
     suffix = "/".join(entry.path.parts[-depth:])
     detail = entry.detail.split(" · ")[0] if depth > 1 else entry.detail
-    phrase = entry.phrase.split(" (", maxsplit=1)[0]
-    return replace(entry, detail=f"{detail} · {suffix}" if detail else suffix, phrase=f"{phrase} ({suffix})")
+    return replace(entry, detail=f"{detail} · {suffix}" if detail else suffix)
+
+
+@dataclass(frozen=True, kw_only=True)
+class NeighborSource:
+    """Neighbors by caption, with their dataset.
+
+    Attributes:
+        style: Index of the first run that used them.
+        dataset: The dataset.
+        neighbors: The neighbors artifact.
+        positions: (n, k) int64, padded with -1.
+        similarity: (n, k) float32.
+    """
+
+    style: int
+    dataset: CaptionDataset
+    neighbors: Neighbors
+    positions: np.ndarray
+    similarity: np.ndarray
+
+    @property
+    def nearest_similarity(self) -> np.ndarray:
+        """Similarity to the nearest neighbor, (m,), of the images that have one."""
+        top1 = self.similarity[:, 0]
+        return top1[np.isfinite(top1)]
+
+
+@dataclass(frozen=True, kw_only=True)
+class PairInputs:
+    """Dataset and neighbors of the runs, as far as they are readable.
+
+    Attributes:
+        dataset: The dataset of the reference run; None if it is unreadable.
+        reference_index: Index of the entry whose dataset and first pairs are on the page.
+        neighbor_sources: Neighbors by caption, each once; the first are those of `dataset`.
+        notes: Sentences about missing parts.
+    """
+
+    dataset: CaptionDataset | None = None
+    reference_index: int = 0
+    neighbor_sources: list[NeighborSource] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+
+
+def load_pair_inputs(entries: Sequence[ReportEntry]) -> PairInputs:
+    """Open the datasets and the neighbors of the runs, each once."""
+    notes: list[str] = []
+    datasets: dict[int, CaptionDataset] = {}
+    sources: dict[str, NeighborSource] = {}
+    for i, entry in enumerate(entries):
+        if entry.run is None:
+            continue
+        try:
+            datasets[i] = _open_run_dataset(entry.run)
+            refs = entry.run.derived.get("neighbors")
+            if refs and refs[0]["path"] not in sources:
+                sources[refs[0]["path"]] = _open_neighbor_source(i, datasets[i], refs[0])
+        except READ_ERRORS as error:
+            notes.append(f"{entry.name}: {error}.")
+    if not sources and not notes and datasets:
+        notes.append("No run used language pairs, therefore there are no neighbors.")
+    reference_index = next((source.style for source in sources.values()), next(iter(datasets), 0))
+    return PairInputs(
+        dataset=datasets.get(reference_index),
+        reference_index=reference_index,
+        neighbor_sources=list(sources.values()),
+        notes=notes,
+    )
+
+
+def _open_run_dataset(run: RunInfo) -> CaptionDataset:
+    path = run.derived.get("dataset")
+    if path is None:
+        raise ArtifactError("the run has no record of its dataset")
+    dataset = CaptionDataset(Path(path))
+    if dataset.key != run.manifest.inputs.get("dataset") or len(dataset) == 0:
+        raise ArtifactError(f"the dataset at {path} has changed since the training")
+    return dataset
+
+
+def _open_neighbor_source(style: int, dataset: CaptionDataset, ref: dict[str, str]) -> NeighborSource:
+    neighbors = Neighbors(Path(ref["path"]))
+    if neighbors.artifact.manifest.key != ref["key"]:
+        raise ArtifactError(f"the neighbors at {neighbors.path} have changed since the training")
+    if len(neighbors) != len(dataset):
+        raise ArtifactError(f"the neighbors at {neighbors.path} are per caption, not per image")
+    positions, similarity = neighbors.topk(min(MAX_NEIGHBORS, neighbors.k))
+    return NeighborSource(
+        style=style,
+        dataset=dataset,
+        neighbors=neighbors,
+        positions=positions,
+        similarity=similarity,
+    )

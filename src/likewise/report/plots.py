@@ -1,7 +1,7 @@
-"""Plots as SVG that is part of the page: it takes the page's colours and font, and has no date.
+"""Plots as inline SVG: they use the colors and the font of the page, and equal data give equal bytes.
 
-Colours are drawn as marks of their own and replaced by the page's variables, so that one plot serves light
-and dark. Equal data give equal bytes.
+Colors are drawn as placeholders and replaced by CSS variables, so that one plot serves the light and the dark
+color scheme.
 """
 
 import io
@@ -32,6 +32,7 @@ _INK, _MUTED, _GRID = "#010101", "#020202", "#030303"
 _CSS_VARIABLES = {_INK: "--ink", _MUTED: "--muted", _GRID: "--line"}
 _CSS_VARIABLES |= {f"#0405{i:02d}": f"--series-{i}" for i in range(NUM_STYLES)}
 _MAX_POINTS = 240  # more are indistinguishable on a page
+_OVERLAP_FRACTION = 0.05  # labels of points closer than this fraction of both axes would overlap
 _RC_PARAMS = {
     "svg.fonttype": "none",
     "font.size": 9.5,
@@ -53,7 +54,7 @@ _RC_PARAMS = {
 
 @dataclass(frozen=True, kw_only=True)
 class IntervalMark:
-    """A dot with its interval, in percent, drawn in the style of one encoder."""
+    """A value with its interval, in percent, in the style of one encoder."""
 
     style: int
     value: float
@@ -63,20 +64,35 @@ class IntervalMark:
 
 @dataclass(frozen=True, kw_only=True)
 class Curve:
-    """A line (m,) over (m,), drawn in the style of one run."""
+    """A line through m points, x and y of shape (m,), in the style of one run."""
 
     style: int
     x: np.ndarray
     y: np.ndarray
 
 
+@dataclass(frozen=True, kw_only=True)
+class ScatterPoint:
+    """One point, in the style of one encoder, with the number of its pair config."""
+
+    style: int
+    number: int
+    x: float
+    y: float
+
+
 def series_color(style: int) -> str:
-    """Return the mark that stands for a series' colour until the page gives it one."""
+    """Return the placeholder of the color of a style."""
     return f"#0405{style % NUM_STYLES:02d}"
 
 
+def marker_index(style: int) -> int:
+    """Return the index of the marker of a style; the first 36 styles differ in color or marker."""
+    return (style + style // NUM_STYLES) % NUM_STYLES
+
+
 def interval_plot(name: str, rows: Sequence[tuple[str, Sequence[IntervalMark]]]) -> Markup:
-    """Draw every figure of every encoder as a dot on its interval, one block a figure."""
+    """Draw each metric as a block of values with intervals, one line per encoder."""
     step, gap = 1.0, 2.1
     height = sum(step * len(intervals) + gap for _, intervals in rows)
     with _plot_style(name):
@@ -90,7 +106,7 @@ def interval_plot(name: str, rows: Sequence[tuple[str, Sequence[IntervalMark]]])
                 axes.plot(
                     [interval.low, interval.high], [y, y], color=color, linewidth=2, solid_capstyle="round"
                 )
-                marker = MARKERS[interval.style % NUM_STYLES]
+                marker = MARKERS[marker_index(interval.style)]
                 axes.plot([interval.value], [y], marker=marker, color=color, markersize=5.5, linestyle="none")
             y += gap
         axes.set_ylim(y - gap + step, -step)
@@ -98,12 +114,12 @@ def interval_plot(name: str, rows: Sequence[tuple[str, Sequence[IntervalMark]]])
         axes.spines["left"].set_visible(False)
         axes.grid(visible=True, axis="x")
         axes.set_xlim(left=max(0.0, axes.get_xlim()[0]))
-        axes.set_xlabel("percent, with 95 % intervals")
-        return _to_svg(figure, "Dots with 95 % intervals; the table holds the same figures")
+        axes.set_xlabel("percent, with 95 % confidence intervals")
+        return _to_svg(figure, "Values with 95 % confidence intervals, as in the table")
 
 
 def line_plot(name: str, title: str, curves: Sequence[Curve], *, log_scale: bool = False) -> Markup:
-    """Draw a figure over the steps of training, one line a run."""
+    """Draw a metric over the training steps, one line per run."""
     with _plot_style(name):
         figure, axes = _make_figure(4.4, 2.3)
         for curve in curves:
@@ -117,36 +133,86 @@ def line_plot(name: str, title: str, curves: Sequence[Curve], *, log_scale: bool
         axes.set_title(title, loc="left", fontsize=10)
         axes.set_xlabel("step")
         axes.xaxis.set_major_locator(MaxNLocator(5, integer=True))
-        return _to_svg(figure, f"{title} over the steps of training")
+        return _to_svg(figure, f"{title} over the training steps")
 
 
 def histogram(name: str, values: Sequence[tuple[int, np.ndarray]]) -> Markup:
-    """Draw how similarities (n,) spread, one outline a source of neighbors."""
+    """Draw histograms of similarities, one (n,) array per style."""
     low = min((float(similarity.min()) for _, similarity in values if len(similarity)), default=0.0)
     edges = np.linspace(min(0.0, np.floor(low * 10) / 10), 1.0, 41)
     with _plot_style(name):
         figure, axes = _make_figure(4.4, 2.4)
         for style, similarities in values:
             counts, _ = np.histogram(np.clip(similarities, edges[0], 1.0), edges)
-            axes.stairs(
-                100 * counts / max(1, len(similarities)),
-                edges,
-                fill=True,
-                color=series_color(style),
-                alpha=0.35,
+            _draw_bins(axes, counts, edges, style)
+        axes.set_xlabel("caption similarity to the nearest neighbor")
+        return _to_svg(figure, "Histogram of the caption similarity of each image to its nearest neighbor")
+
+
+def binned_histogram(name: str, counts: np.ndarray, edges: np.ndarray, style: int) -> Markup:
+    """Draw a small histogram of similarities from counts (b,) and bin edges (b + 1,)."""
+    with _plot_style(name):
+        figure, axes = _make_figure(2.9, 1.6)
+        _draw_bins(axes, counts, edges, style)
+        axes.set_xlim(min(0.0, float(edges[0])), 1)
+        axes.set_xlabel("similarity to the nearest neighbor")
+        return _to_svg(figure, "Histogram of the similarity of each image to its nearest neighbor")
+
+
+def _draw_bins(axes: Axes, counts: np.ndarray, edges: np.ndarray, style: int) -> None:
+    percents = 100 * counts / max(1, int(counts.sum()))
+    axes.stairs(percents, edges, fill=True, color=series_color(style), alpha=0.35)
+    axes.stairs(percents, edges, color=series_color(style), linewidth=1.4)
+    axes.set_ylabel("% of images")
+
+
+def scatter_plot(name: str, xlabel: str, ylabel: str, points: Sequence[ScatterPoint]) -> Markup:
+    """Draw numbered points, one per encoder and pair config."""
+    with _plot_style(name):
+        figure, axes = _make_figure(4.4, 3.2)
+        for point in points:
+            axes.plot(
+                [point.x],
+                [point.y],
+                marker=MARKERS[marker_index(point.style)],
+                color=series_color(point.style),
+                markersize=6.5,
+                alpha=0.85,
+                linestyle="none",
             )
-            axes.stairs(
-                100 * counts / max(1, len(similarities)), edges, color=series_color(style), linewidth=1.4
-            )
-        axes.set_xlabel("similarity of the caption to the nearest other caption")
-        axes.set_ylabel("% of images")
-        return _to_svg(
-            figure, "Histogram of the similarity between each image's caption and the nearest other one"
-        )
+        for xy, label in _point_labels(points):
+            axes.annotate(label, xy, (5, 2.5), textcoords="offset points", fontsize=7.5)
+        axes.margins(0.1)
+        axes.set_xlabel(xlabel)
+        axes.set_ylabel(ylabel)
+        return _to_svg(figure, f"{ylabel} against {xlabel}, one numbered point per encoder and pair config")
+
+
+def _point_labels(points: Sequence[ScatterPoint]) -> list[tuple[tuple[float, float], str]]:
+    """Return positions and texts of labels; points whose labels would overlap share one."""
+    x_range, y_range = (
+        max(1e-9, float(np.ptp(values))) for values in ([p.x for p in points], [p.y for p in points])
+    )
+    groups: list[list[ScatterPoint]] = []
+    for point in sorted(points, key=lambda point: (point.x, point.y)):
+        overlapping = [
+            group
+            for group in groups
+            if abs(point.x - group[0].x) < _OVERLAP_FRACTION * x_range
+            and abs(point.y - group[0].y) < _OVERLAP_FRACTION * y_range
+        ]
+        if overlapping:
+            overlapping[0].append(point)
+        else:
+            groups.append([point])
+    return [
+        ((group[-1].x, group[-1].y), ",".join(map(str, sorted({point.number for point in group}))))
+        for group in groups
+    ]
 
 
 def downsample(x: np.ndarray, y: np.ndarray, max_points: int = _MAX_POINTS) -> tuple[np.ndarray, np.ndarray]:
-    """Average runs of neighboring points (m,) down to at most `max_points`."""
+    """Average consecutive points, x and y of shape (m,), down to at most `max_points`."""
     if len(x) <= max_points:
         return x, y
     chunks = np.array_split(np.arange(len(x)), max_points)
@@ -154,7 +220,7 @@ def downsample(x: np.ndarray, y: np.ndarray, max_points: int = _MAX_POINTS) -> t
 
 
 def _plot_style(name: str) -> AbstractContextManager[None]:
-    """Return the look of all plots; the salt is the plot's own, so that no two share names within a page."""
+    """Return the style context of a plot; its name salts the element ids, which are unique within a page."""
     return mpl.rc_context({**_RC_PARAMS, "svg.hashsalt": name})
 
 
@@ -165,7 +231,7 @@ def _make_figure(width: float, height: float) -> tuple[Figure, Axes]:
 
 
 def _to_svg(figure: Figure, description: str) -> Markup:
-    """Return the bare element: no prolog, no metadata, no namespaces, no style for the whole page."""
+    """Return a figure as a bare `svg` element, without prolog, metadata, namespaces and global styles."""
     buffer = io.StringIO()
     figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None})
     text = buffer.getvalue()
@@ -179,5 +245,5 @@ def _to_svg(figure: Figure, description: str) -> Markup:
     for placeholder, variable in _CSS_VARIABLES.items():
         text = text.replace(placeholder, f"var({variable})")
     text = re.sub(r"\s*\n\s*", " ", re.sub(r"<!--.*?-->", "", text, flags=re.DOTALL))
-    # The only text in a plot is this module's own and names that matplotlib has escaped.
+    # All text of a plot is from this package or escaped by matplotlib.
     return Markup(text.replace("<svg", f'<svg role="img" aria-label="{description}"', 1))  # noqa: S704

@@ -1,4 +1,4 @@
-"""What was measured, as tables and in words: every figure with its interval, every run against a baseline."""
+"""Result tables and summary sentences of the run report: intervals, and paired differences."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
@@ -9,7 +9,8 @@ from likewise.evaluation.protocols.base import EvalContext, Protocol, Score
 from likewise.evaluation.results import ResultRow, compare_metrics
 from likewise.evaluation.statistics import Difference, Estimate
 from likewise.pairs.config import PairConfig
-from likewise.report.format import (
+from likewise.report.load import ReportEntry
+from likewise.report.page import (
     count_noun,
     format_p_value,
     format_percent,
@@ -17,33 +18,32 @@ from likewise.report.format import (
     format_value,
     join_words,
 )
-from likewise.report.load import ReportEntry
 
 
 class UnknownProtocol(Protocol):
-    """Fallback for results of a protocol that this version does not have."""
+    """Fallback for results of a protocol that this version does not know."""
 
     name = title = "unknown"
     summary = ""
     item_nouns = ("item", "items")
 
     def run(self, context: EvalContext) -> list[Score]:
-        """Raise, because only results exist."""
+        """Raise: only the results exist."""
         raise NotImplementedError
 
     @classmethod
     def explain(cls, row: ResultRow) -> str:
-        """Return nothing."""
+        """Return an empty explanation."""
         return ""
 
 
 def find_protocol(row: ResultRow) -> type[Protocol]:
-    """Return the protocol of a row."""
+    """Return the protocol of a row, or the fallback."""
     return PROTOCOLS.get(row.protocol, UnknownProtocol)
 
 
 def protocol_title(row: ResultRow) -> str:
-    """Return the title of a row's protocol; that of an unknown one is its name."""
+    """Return the title of the protocol of a row, or the name of an unknown protocol."""
     return PROTOCOLS[row.protocol].title if row.protocol in PROTOCOLS else row.protocol
 
 
@@ -53,13 +53,13 @@ _PROTOCOL_ORDER = ("retrieval", "linear", "fewshot", "knn")
 
 @dataclass(frozen=True, kw_only=True)
 class BaselineDifference:
-    """A paired difference from the baseline, in words and whether its interval excludes zero."""
+    """A paired difference from the baseline, formatted for a cell of the table."""
 
     stats: Difference
 
     @property
     def text(self) -> str:
-        """The difference with its interval and p-value."""
+        """The difference with its interval, in percentage points."""
         stats = self.stats
         value, low, high = (format_percentage_points(x) for x in (stats.value, stats.low, stats.high))
         return f"{value} [{low}, {high}]"
@@ -71,26 +71,32 @@ class BaselineDifference:
 
     @property
     def direction(self) -> str:
-        """`higher` or `lower` where the interval excludes zero, else nothing."""
+        """`higher` or `lower` if the interval excludes zero, else empty."""
         if self.stats.low > 0:
             return "higher"
         return "lower" if self.stats.high < 0 else ""
 
     @property
-    def is_doubtful(self) -> bool:
-        """Whether the interval excludes zero but the test of no difference does not agree."""
+    def is_uncertain(self) -> bool:
+        """Whether the interval excludes zero although the test of no difference is not significant."""
         return bool(self.direction) and self.stats.p_value >= SIGNIFICANCE_LEVEL
 
     @property
     def mark(self) -> str:
-        """A triangle up or down, hollow where doubtful."""
+        """A triangle up or down, hollow if uncertain; empty if the interval includes zero."""
         marks = {"higher": "△▲", "lower": "▽▼"}.get(self.direction)
-        return marks[not self.is_doubtful] if marks else ""
+        return marks[not self.is_uncertain] if marks else ""
 
 
 @dataclass(frozen=True, kw_only=True)
 class ResultCell:
-    """One encoder's figure; `note` says why it has no difference although it is not the baseline."""
+    """One metric of one encoder.
+
+    Attributes:
+        estimate: The value; None if it was not evaluated.
+        difference: Difference from the baseline.
+        note: Reason if there is no difference.
+    """
 
     estimate: Estimate | None
     difference: BaselineDifference | None = None
@@ -113,7 +119,7 @@ class ResultCell:
 
 @dataclass(frozen=True, kw_only=True)
 class TableRow:
-    """One figure of all encoders."""
+    """One metric of all encoders."""
 
     result: ResultRow
     name: str
@@ -123,7 +129,7 @@ class TableRow:
 
 @dataclass(frozen=True, kw_only=True)
 class DatasetTable:
-    """Everything measured on one labelled set."""
+    """All results on one dataset."""
 
     name: str
     description: list[str]
@@ -133,7 +139,7 @@ class DatasetTable:
 
 @dataclass(frozen=True, kw_only=True)
 class ResultTables:
-    """The tables of all sets and what they come to."""
+    """The tables of all datasets; the columns are the entries that have results."""
 
     columns: list[ReportEntry]
     baseline_index: int
@@ -141,7 +147,7 @@ class ResultTables:
 
 
 def build_result_tables(entries: Sequence[ReportEntry]) -> ResultTables | None:
-    """Line up what was measured; None where nothing was."""
+    """Return the results of all entries as tables; None without results."""
     columns = [entry for entry in entries if entry.rows]
     if not columns:
         return None
@@ -164,7 +170,7 @@ def build_result_tables(entries: Sequence[ReportEntry]) -> ResultTables | None:
 
 
 def _baseline_index(columns: Sequence[ReportEntry]) -> int:
-    """Return the place of the first run with `self` pairs, or 0."""
+    """Return the index of the first run with `self` pairs, else 0."""
     self_pair_indices = (
         i for i, entry in enumerate(columns) if entry.run and entry.run.pair_source == "self"
     )
@@ -218,18 +224,18 @@ def _build_cell(
 ) -> ResultCell:
     result = next((candidate for candidate in reversed(entry.rows) if candidate.key == row.key), None)
     if result is None:
-        return ResultCell(estimate=None, note="not measured")
+        return ResultCell(estimate=None, note="not evaluated")
     if is_baseline:
         return ResultCell(estimate=result.estimate, note="baseline")
     difference = differences.get(row.key)
     if difference is None:
-        note = "no difference given: other items or settings" if row.key in differences else ""
+        note = "not tested: different items or settings" if row.key in differences else ""
         return ResultCell(estimate=result.estimate, note=note)
     return ResultCell(estimate=result.estimate, difference=BaselineDifference(stats=difference))
 
 
 def _describe_dataset(dataset_key: str, columns: Sequence[ReportEntry]) -> list[str]:
-    """Say how large a set is, what was skipped, and which classes nobody can name."""
+    """Return the size of a dataset, its classes without training images, and the skipped images."""
     entry_results = [
         (entry, result)
         for entry in columns
@@ -237,7 +243,7 @@ def _describe_dataset(dataset_key: str, columns: Sequence[ReportEntry]) -> list[
         if result["dataset"]["key"] == dataset_key
     ]
     info = entry_results[0][1]["dataset"]
-    split_counts = [f"{count_noun(count, 'image')} to {split}" for split, count in info["num_images"].items()]
+    split_counts = [f"{count_noun(count, 'image')} in {split}" for split, count in info["num_images"].items()]
     size_text = (
         count_noun(info["num_classes"], "class", "classes")
         if "num_classes" in info
@@ -248,18 +254,17 @@ def _describe_dataset(dataset_key: str, columns: Sequence[ReportEntry]) -> list[
     if test_only_classes:
         class_names = ", ".join(test_only_classes[:8]) + (", …" if test_only_classes[8:] else "")
         lines.append(
-            f"In test only: {count_noun(len(test_only_classes), 'class', 'classes')} "
-            f"({class_names}), which linear and kNN can "
-            "never name."
+            f"{count_noun(len(test_only_classes), 'class has', 'classes have')} no training images "
+            f"({class_names}); linear probe and kNN cannot predict them."
         )
     for entry, result in entry_results:
         skipped = [f"{count:,} {reason}" for reason, count in sorted(result["dataset"]["skipped"].items())]
         if skipped:
-            lines.append(f"Skipped with {entry.name}: {', '.join(skipped)}.")
+            lines.append(f"Skipped images, {entry.name}: {', '.join(skipped)}.")
     return lines
 
 
-# The figure that the first sentence is about is chosen by this order alone, never by how it came out.
+# The metric of the first sentence: selected by this order alone, never by its value.
 _HEADLINE_METRICS = (
     ("retrieval", "recall@1"),
     ("linear", "accuracy"),
@@ -268,26 +273,23 @@ _HEADLINE_METRICS = (
     ("knn", "accuracy"),
     ("knn", "mean per-class accuracy"),
 )
-_SETTING_NAMES = {"augmentation": "the augmentation", "precision": "precision"}
 _IGNORED_SETTINGS = {"seed"} | {field.name for field in fields(PairConfig)}
 
 
 def summary_sentences(results: ResultTables) -> list[str]:
-    """Return the result in words: of each run against the baseline, or of the only run."""
+    """Return the main result of each run against the baseline, or of the only run."""
     columns, baseline_index = results.columns, results.baseline_index
     rows = [row for table in results.tables for row in table.rows]
     challengers = [i for i, entry in enumerate(columns) if i != baseline_index and entry.run]
     if not challengers:
         row = _headline_row([row for row in rows if row.cells[baseline_index].estimate])
-        return [] if row is None else [_describe_single_run(columns, baseline_index, row)]
+        return [] if row is None else [_describe_values(columns, baseline_index, row)]
     sentences = []
     for i in challengers:
         compared_rows = [row for row in rows if row.cells[i].difference]
         row = _headline_row(compared_rows)
-        if row is not None:
-            sentences.append(
-                _describe_difference(columns[i], columns[baseline_index], row, row.cells[i].difference)
-            )
+        if row is not None and (difference := row.cells[i].difference) is not None:
+            sentences.append(_describe_difference(columns[i], columns[baseline_index], row, difference))
             sentences.append(_summarize_differences(columns[i], compared_rows, i))
     return [sentence for sentence in sentences if sentence]
 
@@ -297,69 +299,64 @@ def _headline_row(rows: Sequence[TableRow]) -> TableRow | None:
     return next((by_name[name] for name in _HEADLINE_METRICS if name in by_name), rows[0] if rows else None)
 
 
-def _describe_single_run(columns: Sequence[ReportEntry], baseline_index: int, row: TableRow) -> str:
-    """Tell of the only run, and beside it of encoders that were only evaluated."""
-    entry, cell = columns[baseline_index], row.cells[baseline_index]
-    subject = f"an encoder trained on {entry.phrase}" if entry.run else entry.phrase
-    comparisons = [
-        f"; {other_entry.phrase} {other_cell.value} % {other_cell.interval}"
-        for i, (other_entry, other_cell) in enumerate(zip(columns, row.cells, strict=True))
-        if i != baseline_index and other_cell.estimate
+def _metric_phrase(row: TableRow) -> str:
+    """Return a metric with its meaning, such as `Linear probe accuracy on test images (...)`."""
+    return f"{row.name} on test images ({find_protocol(row.result).success_phrase(row.result)})"
+
+
+def _describe_values(columns: Sequence[ReportEntry], baseline_index: int, row: TableRow) -> str:
+    """Return the values of the baseline and of the encoders without a run."""
+    order = [baseline_index, *(i for i in range(len(columns)) if i != baseline_index)]
+    values = [
+        f"{cell.value} % {cell.interval} for "
+        f"{f'an encoder trained on {entry.phrase}' if entry.run else entry.phrase}"
+        for entry, cell in ((columns[i], row.cells[i]) for i in order)
+        if cell.estimate
     ]
-    phrase = find_protocol(row.result).success_phrase(row.result)
-    return (
-        f"On held-out images, {subject} can {phrase} {cell.value} % of the time "
-        f"{cell.interval}{''.join(comparisons)}."
-    )
+    return f"{_metric_phrase(row)}: {'; '.join(values)}."
 
 
 def _describe_difference(
-    entry: ReportEntry, baseline: ReportEntry, row: TableRow, difference: BaselineDifference | None
+    entry: ReportEntry, baseline: ReportEntry, row: TableRow, difference: BaselineDifference
 ) -> str:
-    if difference is None:
-        return ""
-    phrase, stats = find_protocol(row.result).success_phrase(row.result), difference.stats
+    stats = difference.stats
     if not difference.direction:
         return (
-            f"On held-out images, {entry.phrase} and {baseline.phrase} {phrase} about equally often: "
-            f"{format_percentage_points(stats.value)} percentage points "
-            f"[{format_percentage_points(stats.low)}, {format_percentage_points(stats.high)}] "
-            "is no difference that this test set can show."
+            f"{_metric_phrase(row)} shows no significant difference between {entry.phrase} and "
+            f"{baseline.phrase}: {difference.text} percentage points, {difference.p_value_text}."
         )
-    magnitudes = [abs(100 * x) for x in (stats.value, stats.low, stats.high)]
-    direction = "more" if difference.direction == "higher" else "less"
+    value, *interval = (abs(100 * x) for x in (stats.value, stats.low, stats.high))
     caveat = (
-        f"; the paired test is less sure ({difference.p_value_text}), so take it as a hint"
-        if difference.is_doubtful
+        f"; this is weak evidence, because the paired test is not significant ({difference.p_value_text})"
+        if difference.is_uncertain
         else ""
     )
     return (
-        f"On held-out images, {entry.phrase} {phrase} {magnitudes[0]:.1f} percentage points "
-        f"[{min(magnitudes[1:]):.1f}, {max(magnitudes[1:]):.1f}] {direction} often than "
+        f"{_metric_phrase(row)} is {value:.1f} percentage points "
+        f"[{min(interval):.1f}, {max(interval):.1f}] {difference.direction} with {entry.phrase} than with "
         f"{baseline.phrase}{caveat}."
     )
 
 
 def _summarize_differences(entry: ReportEntry, rows: Sequence[TableRow], column: int) -> str:
-    """Say how all figures came out, so that the first one is not taken for the whole."""
+    """Return the number of higher and lower metrics, because the first sentence has only one metric."""
     if len(rows) < 2:
         return ""
     differences = [difference for row in rows if (difference := row.cells[column].difference)]
-    directions = [difference.direction for difference in differences if not difference.is_doubtful]
-    num_higher, num_lower, num_equal, num_doubtful = (
-        directions.count("higher"),
-        directions.count("lower"),
-        directions.count(""),
-        len(differences) - len(directions),
-    )
-    parts = [f"{num_higher} higher", f"{num_lower} lower", f"{num_equal} not to be told from the baseline"]
-    if num_doubtful:
-        parts.append(f"{num_doubtful} in doubt (interval without 0, but p above {SIGNIFICANCE_LEVEL})")
-    return f"All {len(differences)} figures for {entry.phrase}: {join_words(parts)}."
+    directions = [difference.direction for difference in differences if not difference.is_uncertain]
+    num_uncertain = len(differences) - len(directions)
+    parts = [
+        f"{directions.count('higher')} higher than the baseline",
+        f"{directions.count('lower')} lower",
+        f"{directions.count('')} without a significant difference",
+    ]
+    if num_uncertain:
+        parts.append(f"{num_uncertain} uncertain (interval without 0, but p ≥ {SIGNIFICANCE_LEVEL})")
+    return f"Of {len(differences)} tested metrics with {entry.phrase}: {join_words(parts)}."
 
 
 def caveats(results: ResultTables) -> list[str]:
-    """Name what else differs between a run and the baseline: it may explain a difference too."""
+    """Return the other settings in which a run differs from the baseline: they may explain a difference."""
     columns, baseline_run = results.columns, results.columns[results.baseline_index].run
     if baseline_run is None:
         return []
@@ -371,21 +368,18 @@ def caveats(results: ResultTables) -> list[str]:
             {**run.config, **_relevant_derived(run.derived)} for run in (entry.run, baseline_run)
         )
         changed = [
-            f"{_setting_name(name)} ({format_value(config.get(name))}, not "
+            f"{name.replace('_', ' ')} ({format_value(config.get(name))}, not "
             f"{format_value(baseline_config.get(name))})"
             for name in sorted(config.keys() | baseline_config.keys())
             if config.get(name) != baseline_config.get(name) and name not in _IGNORED_SETTINGS
         ]
         if changed:
             sentences.append(
-                f"Besides the pairs, {entry.name} differs from the baseline in {join_words(changed)}."
+                f"Other settings of {entry.name} also differ from the baseline and may explain differences "
+                f"in the results: {join_words(changed)}."
             )
     return sentences
 
 
 def _relevant_derived(derived: dict[str, Any]) -> dict[str, Any]:
     return {name: derived[name] for name in ("augmentation", "steps", "precision") if name in derived}
-
-
-def _setting_name(name: str) -> str:
-    return _SETTING_NAMES.get(name, name.replace("_", " "))

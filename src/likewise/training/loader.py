@@ -98,12 +98,16 @@ def tokenize_captions(
         DependencyError: if open_clip, which has the tokenizer, is not installed.
     """
     path = dataset.path / "tokens"
-    artifact = Artifact.create_or_resume(
-        path, ARTIFACT_KIND, {"tokenizer": "clip", "context": CONTEXT_LENGTH}, {"collection": dataset.key}
-    )
-    if artifact.is_complete:
-        return CaptionTokens(artifact, caption_mask)
-    shards = range(len(dataset.shard_paths))
+    settings, inputs = {"tokenizer": "clip", "context": CONTEXT_LENGTH}, {"collection": dataset.key}
+    with Artifact.exclusive(path, ARTIFACT_KIND, settings, inputs) as artifact:
+        if not artifact.is_complete:
+            _tokenize_missing(dataset, artifact, progress)
+    return CaptionTokens(Artifact.open(path, ARTIFACT_KIND), caption_mask)
+
+
+def _tokenize_missing(dataset: CaptionDataset, artifact: Artifact, progress: Progress) -> None:
+    """Write the missing shards and finish the artifact."""
+    path, shards = artifact.path, range(len(dataset.shard_paths))
     with progress.task("tokens", len(dataset), "images") as progress_bar:
         for shard in shards:
             captions = dataset.read_columns(shard, ["captions"])["captions"]
@@ -121,7 +125,7 @@ def tokenize_captions(
                     np.array([len(image_captions) for image_captions in captions], np.int64),
                 )
             progress_bar.update(len(captions))
-    return CaptionTokens(artifact.finish({"shards": len(shards), "images": len(dataset)}), caption_mask)
+    artifact.finish({"shards": len(shards), "images": len(dataset)})
 
 
 @dataclass(frozen=True, kw_only=True)

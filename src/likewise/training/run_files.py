@@ -2,6 +2,7 @@
 
 import json
 import logging
+import os
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -46,6 +47,10 @@ class MetricsLogger:
         for name, value in row.items():
             if name != "step":
                 self._writer.add_scalar(name, value, int(row["step"]))
+
+    def flush(self) -> None:
+        """Write the rows to the disk, before a checkpoint says that they are there."""
+        os.fsync(self._file.fileno())
 
     def close(self) -> None:
         """Flush and close both files."""

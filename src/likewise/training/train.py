@@ -1,6 +1,7 @@
 """`train`: from a dataset and configs to a trained encoder, and `Run`, its result."""
 
 import logging
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 
 import torch
@@ -8,6 +9,8 @@ import torch
 from likewise.artifacts import Artifact, read_jsonl
 from likewise.data.dataset import CaptionDataset
 from likewise.distributed import init_distributed, local_device
+from likewise.errors import ArtifactError
+from likewise.locks import lock_directory
 from likewise.pairs.config import PairConfig
 from likewise.parallel import resolve_device
 from likewise.progress import NULL_PROGRESS, Progress
@@ -81,7 +84,7 @@ def train(
         progress: Progress bars.
 
     Raises:
-        ArtifactError: if embeddings are missing or `out` holds something else.
+        ArtifactError: if embeddings are missing, `out` holds something else, or another process trains it.
         InvalidInputError: if no image has a partner.
         ModelError: if the backbone or the initial weights do not fit.
         DependencyError: if the method has a text tower and open_clip is not installed.
@@ -89,7 +92,7 @@ def train(
         InterruptedRunError: after Ctrl-C, with a checkpoint written.
     """
     torch_device = local_device(torch.device(resolve_device(device)))
-    with init_distributed(torch_device) as dist:
+    with init_distributed(torch_device) as dist, _lock_run(Path(out)):
         trainer = Trainer.setup(
             dataset,
             out,
@@ -106,3 +109,12 @@ def train(
             trainer.fit(checkpoint_minutes)
             trainer.finalize()
     return Run(out)
+
+
+def _lock_run(path: Path) -> AbstractContextManager[None]:
+    """Lock a run that is not finished; a second process fails at once, because the first may take days."""
+    try:
+        Artifact.open(path, ARTIFACT_KIND)
+    except ArtifactError:
+        return lock_directory(path, ARTIFACT_KIND, wait=False)
+    return nullcontext()

@@ -259,9 +259,7 @@ class Trainer:
             if is_last or checkpoint_due or interrupted:
                 self._check_finite()
                 if self.dist.is_main_process and checkpoint_minutes is not None:
-                    save_checkpoint(
-                        self.run_dir, self.method, self.optimizer, self.scaler, self.totals, self.step
-                    )
+                    self._save_checkpoint()
                 saved_at = time.monotonic()
             if interrupted and not is_last:
                 raise InterruptedRunError(
@@ -269,6 +267,12 @@ class Trainer:
                     f"{self.run_dir.path}",
                     path=self.run_dir.path,
                 )
+
+    def _save_checkpoint(self) -> None:
+        for metrics_logger in (self.metrics_logger, self.validation_logger):
+            if metrics_logger is not None:
+                metrics_logger.flush()
+        save_checkpoint(self.run_dir, self.method, self.optimizer, self.scaler, self.totals, self.step)
 
     def _train_step(self, host_batch: HostBatch) -> StepOutput:
         """Take one optimizer step; the random numbers within it are a function of seed and step."""

@@ -17,7 +17,6 @@ from likewise.data.audit.captions import (
     repeated_captions,
     summarize_lengths,
 )
-from likewise.data.audit.config import AuditConfig
 from likewise.data.audit.images import (
     NearDuplicates,
     image_finding,
@@ -32,6 +31,7 @@ from likewise.data.audit.scan import (
     top_phrases,
     uninformative_reason,
 )
+from likewise.data.config import AuditConfig
 from likewise.data.dataset import CaptionDataset
 from likewise.data.filters import FilterRow, write_filter
 from likewise.data.perceptual_hash import PerceptualHashes, compute_perceptual_hashes, validate_max_hamming
@@ -102,18 +102,17 @@ def audit_dataset(
     config.validate()
     validate_max_hamming(config.max_hamming)
     dataset = CaptionDataset.open(dataset)
-    artifact = Artifact.create_or_resume(
-        dataset.path / "audit", ARTIFACT_KIND, asdict(config), {"dataset": dataset.key}
-    )
-    report_path = artifact.path / "report.json"
-    if artifact.is_complete:
-        _require_file(report_path)
-        logger.info(f"{dataset.path} already has an audit; delete {artifact.path} to repeat it")
-        return AuditReport(path=artifact.path, report=read_json(report_path))
-    report = _build_report(dataset, config, artifact.path / "filter.csv", num_workers, progress)
-    write_json(report_path, report)
-    artifact.finish({"images": report["images"], "captions": report["captions"]})
-    return AuditReport(path=artifact.path, report=read_json(report_path))
+    path, inputs = dataset.path / "audit", {"dataset": dataset.key}
+    report_path = path / "report.json"
+    with Artifact.exclusive(path, ARTIFACT_KIND, asdict(config), inputs) as artifact:
+        if artifact.is_complete:
+            _require_file(report_path)
+            logger.info(f"{dataset.path} already has an audit; delete {path} to repeat it")
+        else:
+            report = _build_report(dataset, config, path / "filter.csv", num_workers, progress)
+            write_json(report_path, report)
+            artifact.finish({"images": report["images"], "captions": report["captions"]})
+    return AuditReport(path=path, report=read_json(report_path))
 
 
 def _require_file(path: Path) -> None:

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from likewise.data.audit.config import AuditConfig
+from likewise.data.config import AuditConfig
 from likewise.data.dataset import CaptionDataset
 from likewise.progress import Progress
 

@@ -1,10 +1,8 @@
-"""Reader interface, column mapping, caption sidecar files and fingerprints."""
+"""Reader interface, column mapping and caption sidecar files."""
 
-import hashlib
 import json
-import os
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -16,8 +14,6 @@ from likewise.data.dataset import ImageRef
 from likewise.data.readers.cells import cell_text, cell_texts, equals_text
 from likewise.data.readers.files import IgnoredFiles
 from likewise.errors import InvalidInputError
-
-_MAX_HASHED_BYTES = 64 * 2**20  # files up to this size are fingerprinted by content
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -58,7 +54,10 @@ class Reader(ABC):
 
     @abstractmethod
     def fingerprint(self) -> str:
-        """Return 16 hexadecimal digits that change if anything in the source changes."""
+        """Return 16 hexadecimal digits that change if anything in the source changes.
+
+        They depend on names and content only: a copied or touched source keeps them.
+        """
 
     @abstractmethod
     def count(self) -> int:
@@ -71,30 +70,6 @@ class Reader(ABC):
     @abstractmethod
     def inferred_settings(self) -> list[str]:
         """Return messages on the columns and folders that were inferred."""
-
-
-def hash_strings(strings: Iterable[str]) -> str:
-    """Hash strings: 16 hexadecimal digits of BLAKE2b."""
-    digest = hashlib.blake2b(digest_size=8)
-    for string in strings:
-        digest.update(string.encode("utf-8", "surrogateescape") + b"\0")
-    return digest.hexdigest()
-
-
-def stat_fingerprint(path: Path | str) -> str:
-    """Return the size and modification time of a file, or `missing`."""
-    try:
-        stat = os.stat(path)  # noqa: PTH116  # called once per image; Path.stat takes twice as long
-    except (OSError, ValueError):
-        return "missing"
-    return f"{stat.st_size}:{stat.st_mtime_ns}"
-
-
-def file_fingerprint(path: Path) -> str:
-    """Fingerprint a small file by its content, and a large one by name, size and modification time."""
-    if path.stat().st_size > _MAX_HASHED_BYTES:
-        return hash_strings([path.name, stat_fingerprint(path)])
-    return hashlib.blake2b(path.read_bytes(), digest_size=8).hexdigest()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -206,9 +181,9 @@ def reject_table_options(options: ImportOptions, reason: str) -> None:
     Raises:
         InvalidInputError: if `image_column` or `images` is set.
     """
-    for field in ("image_column", "images"):
-        if getattr(options, field) is not None:
-            raise InvalidInputError(f"`{field}` does not apply: {reason}", field=field)
+    for name in ("image_column", "images"):
+        if getattr(options, name) is not None:
+            raise InvalidInputError(f"`{name}` does not apply: {reason}", field=name)
 
 
 MAX_SIDECAR_BYTES = 16 * 2**20  # larger caption files are errors, and would exhaust the memory

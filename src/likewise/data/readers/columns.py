@@ -138,7 +138,7 @@ def _select_existing(table: Table, candidates: list[str], options: ImportOptions
     for column in candidates:
         root, paths = find_root(table, ColumnMapping(image=column, where=where), options.images)
         resolved = [resolve_image_path(root, path) for path in paths]
-        files = tuple(os.path.realpath(root / path) for path, state, _ in resolved if state != "missing")
+        files = tuple(os.path.realpath(root / path) for path, exists, _ in resolved if exists)
         columns_of.setdefault(files, column)
     most = max(map(len, columns_of))
     best = [column for files, column in columns_of.items() if len(files) == most] if most else candidates

@@ -69,7 +69,7 @@ def walk_files(
         ignored.add("link to a parent folder", subfolder)
         return
     try:
-        names = sorted(os.listdir(real_path))
+        names = sorted(entry.name for entry in os.scandir(real_path))
     except OSError as error:
         if not subfolder:
             raise InvalidInputError(f"cannot read the folder {root}: {error.strerror}", path=root) from error

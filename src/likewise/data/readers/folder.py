@@ -18,13 +18,12 @@ from likewise.data.readers.base import (
     Reader,
     SidecarError,
     SkippedSample,
-    hash_strings,
     read_sidecar,
     reject_table_options,
     sidecar_columns,
-    stat_fingerprint,
 )
 from likewise.errors import InvalidInputError
+from likewise.hashing import hash_files
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,7 +51,7 @@ class FolderReader(Reader):
         return self._scan[0]
 
     def fingerprint(self) -> str:
-        """Hash the names, sizes and modification times of all images and caption files."""
+        """Hash the names and the content of all images and caption files."""
         return self._scan[1]
 
     def iter_samples(self) -> Iterator[Entry]:
@@ -98,15 +97,14 @@ class FolderReader(Reader):
     def _scan(self) -> tuple[int, str]:
         count = 0
 
-        def iter_states() -> Iterator[str]:
+        def iter_names() -> Iterator[str]:
             nonlocal count
             for image_file in iter_images(self.root):
                 count += 1
                 for suffix in (image_file.suffix, *image_file.sidecar_suffixes):
                     yield image_file.stem + suffix
-                    yield stat_fingerprint(f"{self.root}/{image_file.stem}{suffix}")
 
-        fingerprint = hash_strings(iter_states())
+        fingerprint = hash_files(self.root, iter_names())
         return count, fingerprint
 
 

@@ -8,9 +8,10 @@ from typing import TYPE_CHECKING, Any, cast, final
 
 import pyarrow as pa
 
-from likewise.data.readers.base import SkippedSample, hash_strings, stat_fingerprint
+from likewise.data.readers.base import SkippedSample
 from likewise.data.readers.tables import Table, TableRow, contains_bytes, holds_images, rows_of_batch
 from likewise.errors import DependencyError, InvalidInputError
+from likewise.hashing import WHOLE_BYTES, hash_files, hash_strings
 
 if TYPE_CHECKING:
     from datasets import Dataset, DatasetDict
@@ -107,9 +108,7 @@ def open_saved_dataset(path: Path) -> tuple[HuggingFaceTable, list[str]]:
     except Exception as error:  # damaged files raise errors of many types
         raise InvalidInputError(f"cannot open the dataset {path}: {_one_line(error)}", path=path) from error
     files = sorted(file for file in path.rglob("*") if file.is_file())
-    data_fingerprint = hash_strings(
-        part for file in files for part in (file.relative_to(path).as_posix(), stat_fingerprint(file))
-    )
+    data_fingerprint = hash_files(path, (file.relative_to(path).as_posix() for file in files), WHOLE_BYTES)
     hf_dataset, messages = _select_split(loaded, path.name, f"{path}/SPLIT")
     return _build_table(hf_dataset, path.name, path, data_fingerprint), messages
 

@@ -7,7 +7,6 @@ from collections.abc import Iterator
 from pathlib import Path
 from urllib.parse import unquote
 
-from likewise.data.readers.base import stat_fingerprint
 from likewise.errors import InvalidInputError
 
 # Image folders of Flickr8k, Flickr30k and COCO, next to the folder of the annotations, in lower case.
@@ -19,7 +18,7 @@ _IMAGE_FOLDER_NAMES = frozenset(
 _FILE_URL = re.compile(r"file:(?://[^/]*)?(.+)", re.IGNORECASE | re.DOTALL)
 
 
-def resolve_image_path(root: Path, path: str) -> tuple[str, str, str | None]:
+def resolve_image_path(root: Path, path: str) -> tuple[str, bool, str | None]:
     """Find the file of an image path as a table has it.
 
     The path as written comes first. Only where there is no such file, these are tried in this order, alone
@@ -31,24 +30,24 @@ def resolve_image_path(root: Path, path: str) -> tuple[str, str, str | None]:
         path: The path in the table.
 
     Returns:
-        The path of the file, the fingerprint of its state, and a phrase on how it differs from the table's,
-        if it does. Without any such file, the path is that of the table, or of its URL.
+        The path of the file, whether it exists, and a phrase on how it differs from the table's, if it does.
+        Without any such file, the path is that of the table, or of its URL.
     """
-    state = _state(root, path)
-    if state != "missing":
-        return path, state, None
+    if _is_file(root, path):
+        return path, True, None
     written = _parse_file_url(path)
     if written is not None:
         path = written
     for candidate, change in _iter_spellings(path):
-        if (candidate, written) != (path, None) and (state := _state(root, candidate)) != "missing":
+        if (candidate, written) != (path, None) and _is_file(root, candidate):
             changes = [*(["`file://` URLs"] if written is not None else []), *([change] if change else [])]
-            return candidate, state, " and ".join(changes)
-    return path, "missing", None
+            return candidate, True, " and ".join(changes)
+    return path, False, None
 
 
-def _state(root: Path, path: str) -> str:
-    return stat_fingerprint(os.path.join(root, path))  # noqa: PTH118  # creating a Path per row is slow
+def _is_file(root: Path, path: str) -> bool:
+    # Creating a Path per row is slow; names that are too long or contain a NUL character are no files.
+    return os.path.isfile(os.path.join(root, path))  # noqa: PTH113, PTH118
 
 
 def _parse_file_url(path: str) -> str | None:
@@ -87,7 +86,7 @@ def find_image_root(paths: list[str], table_dir: Path) -> tuple[Path, int]:
     """
     best_dirs, max_hits = [table_dir], 0
     for candidate_dir in dict.fromkeys(_candidate_dirs(table_dir)) if paths else ():
-        num_hits = sum(resolve_image_path(candidate_dir, path)[1] != "missing" for path in paths)
+        num_hits = sum(resolve_image_path(candidate_dir, path)[1] for path in paths)
         if num_hits > max_hits:
             best_dirs, max_hits = [candidate_dir], num_hits
         elif num_hits == max_hits > 0:

@@ -1,6 +1,5 @@
 """Reader of tables with one or several rows per image."""
 
-import hashlib
 import os
 from collections import Counter
 from collections.abc import Iterator
@@ -17,13 +16,13 @@ from likewise.data.readers.base import (
     Reader,
     SkippedSample,
     UInt64Set,
-    hash_strings,
 )
 from likewise.data.readers.cells import MISSING_VALUE_WORDS, cell_texts
 from likewise.data.readers.columns import find_root, infer_columns, row_matches
 from likewise.data.readers.paths import resolve_image_path
 from likewise.data.readers.tables import Table, TableRow, cell_image
 from likewise.errors import InvalidInputError
+from likewise.hashing import hash_files, hash_strings
 
 _MAX_LISTED_VALUES = 8
 
@@ -82,7 +81,7 @@ class TableReader(Reader):
         return self._scan.count
 
     def fingerprint(self) -> str:
-        """Hash the table, and the sizes and modification times of the image files."""
+        """Hash the content of the table and of the image files."""
         return hash_strings([self.table.fingerprint(), self._scan.files_fingerprint])
 
     def iter_samples(self) -> Iterator[Entry]:
@@ -179,28 +178,31 @@ class TableReader(Reader):
         Raises:
             InvalidInputError: if there are no rows, or none matches the conditions.
         """
-        scan, seen_keys, last_key = _TableScan(), UInt64Set(), None
-        digest = hashlib.blake2b(digest_size=8)
-        for row in self._iter_matching_rows():
-            self._count_missing_words(row, scan)
-            image = None if self._is_embedded else cell_image(row.values.get(self.columns.image or ""))
-            if image is None or image.path is None:
-                scan.count += 1
-                continue
-            path, state, change = resolve_image_path(self.root, image.path)
-            if change is not None:
-                scan.path_changes[change] += 1
-                scan.examples.setdefault(change, image.path)
-            key = self._merge_key(path, self._row_id(row) or image.path)
-            if key == last_key:
-                continue
-            last_key = key
-            if not seen_keys.add(hash(key) % 2**64):
-                scan.is_scattered = True
-                continue
-            scan.count += 1
-            digest.update(f"{path}\0{state}\0".encode("utf-8", "replace"))
-        scan.files_fingerprint = digest.hexdigest()
+        scan, seen_keys = _TableScan(), UInt64Set()
+
+        def iter_new_paths() -> Iterator[str]:
+            last_key = None
+            for row in self._iter_matching_rows():
+                self._count_missing_words(row, scan)
+                image = None if self._is_embedded else cell_image(row.values.get(self.columns.image or ""))
+                if image is None or image.path is None:
+                    scan.count += 1
+                    continue
+                path, _, change = resolve_image_path(self.root, image.path)
+                if change is not None:
+                    scan.path_changes[change] += 1
+                    scan.examples.setdefault(change, image.path)
+                key = self._merge_key(path, self._row_id(row) or image.path)
+                if key == last_key:
+                    continue
+                last_key = key
+                if seen_keys.add(hash(key) % 2**64):
+                    scan.count += 1
+                    yield path
+                else:
+                    scan.is_scattered = True
+
+        scan.files_fingerprint = hash_files(self.root, iter_new_paths())
         return scan
 
     def _row_id(self, row: TableRow) -> str | None:

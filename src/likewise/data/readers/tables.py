@@ -13,9 +13,11 @@ import pyarrow as pa
 from PIL import Image, UnidentifiedImageError
 
 from likewise.data.dataset import ImageRef
-from likewise.data.readers.base import SkippedSample, file_fingerprint
+from likewise.data.readers.base import SkippedSample
 from likewise.data.readers.cells import cell_text
+from likewise.hashing import content_fingerprint
 
+_WHOLE_TABLE_BYTES = 2**30  # up to which a table is hashed completely: a word may change in its middle
 _NUM_PROBED_IMAGES = 5  # values that decide whether a column of bytes holds images
 
 
@@ -85,8 +87,8 @@ class FileTable(Table):
     path: Path
 
     def fingerprint(self) -> str:
-        """Return the fingerprint of the file."""
-        return file_fingerprint(self.path)
+        """Return the fingerprint of the content of the file."""
+        return content_fingerprint(self.path, _WHOLE_TABLE_BYTES)
 
 
 def cell_image(cell: Any, *, is_embedded: bool = False) -> ImageRef | None:

@@ -1,5 +1,6 @@
 """Reader of WebDataset tar archives: members with the same stem form a sample; images are read in place."""
 
+import contextlib
 import os
 import tarfile
 from collections.abc import Iterator
@@ -18,13 +19,12 @@ from likewise.data.readers.base import (
     Reader,
     SidecarError,
     SkippedSample,
-    hash_strings,
     read_sidecar,
     reject_table_options,
     sidecar_columns,
-    stat_fingerprint,
 )
 from likewise.errors import InvalidInputError
+from likewise.hashing import WHOLE_BYTES, content_fingerprint, hash_strings
 
 _COMPRESSED_MAGIC = (b"\x1f\x8b", b"BZh", b"\xfd7zXZ", b"\x28\xb5\x2f\xfd")  # gzip, bzip2, xz, zstandard
 _TAR_BLOCK_SIZE = 512
@@ -62,10 +62,21 @@ class TarReader(Reader):
         )
 
     def fingerprint(self) -> str:
-        """Hash the names, sizes and modification times of the archives."""
+        """Hash the names and the content of the archives; of large ones, the captions and the headers."""
         return hash_strings(
-            part for name in self.archives for part in (name, stat_fingerprint(self.root / name))
+            part for name in self.archives for part in (name, self._archive_fingerprint(name))
         )
+
+    def _archive_fingerprint(self, name: str) -> str:
+        path = self.root / name
+        parts = [content_fingerprint(path, WHOLE_BYTES)]
+        if path.stat().st_size > WHOLE_BYTES:
+            for key, sample in _read_headers(path)[0].items():
+                parts += [key, repr(sample)]
+                for byte_range in sample.sidecars.values():
+                    with contextlib.suppress(SidecarError):  # it is skipped when it is read again
+                        parts.append(repr(self._read_sidecar_bytes(name, byte_range)))
+        return hash_strings(parts)
 
     def iter_samples(self) -> Iterator[Entry]:
         """Yield the samples; the headers of one archive are in memory, as its samples may be scattered."""

@@ -17,9 +17,10 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-from likewise.artifacts import atomic_write, disk_full_as_error, write_json
+from likewise.artifacts import atomic_write, disk_full_as_error, flush_disks, write_json
 from likewise.errors import DependencyError, InvalidInputError, LikewiseError
 from likewise.evaluation.datasets.registry import DatasetInfo, DownloadSpec, get_dataset_info
+from likewise.locks import lock_directory
 from likewise.parallel import default_num_workers, prefetch_map
 from likewise.progress import NULL_PROGRESS, Progress
 
@@ -128,7 +129,7 @@ def _write_png(dataset: Any, class_names: list[str] | None, folder: Path, index:
     image, label = dataset[index]
     file = folder / f"{index:06d}.png"
     if not file.is_file():
-        with atomic_write(file) as tmp_path:
+        with atomic_write(file, flush=False) as tmp_path:
             image.save(tmp_path, format="png")
     return file, class_names[label] if class_names else str(label)
 
@@ -269,7 +270,7 @@ def _extract_shard(shard: Path, split: str, folder: Path) -> Iterator[ImageItem]
             key = hashlib.blake2b(content, digest_size=16).hexdigest()
             file = folder / f"{key}{Path(row['image']['path'] or '').suffix or '.img'}"
             if not file.is_file():
-                with atomic_write(file) as tmp_path:
+                with atomic_write(file, flush=False) as tmp_path:
                     tmp_path.write_bytes(content)
             yield ImageItem(file=file, split=split, label=class_names[row["label"]], hash_key=key)
 
@@ -308,8 +309,14 @@ def download_dataset(name: str, root: Path | None = None, progress: Progress = N
     """
     info = get_dataset_info(name)
     root = root or dataset_dir(name)
-    if (root / _LABELS_FILE).is_file():
-        return root
+    with lock_directory(root, "dataset"):
+        if not (root / _LABELS_FILE).is_file():
+            _download(name, info, root, progress)
+    return root
+
+
+def _download(name: str, info: DatasetInfo, root: Path, progress: Progress) -> None:
+    """Download and unpack a dataset; the table of labels is written last and marks it as complete."""
     source_dir = root / "source"
     source_dir.mkdir(parents=True, exist_ok=True)
     logger.info(
@@ -327,8 +334,8 @@ def download_dataset(name: str, root: Path | None = None, progress: Progress = N
         raise InvalidInputError(
             _manual_download_message(name, info, source_dir, error), path=source_dir
         ) from error
+    flush_disks()
     _write_table(root, items)
-    return root
 
 
 def dataset_dir(name: str) -> Path:

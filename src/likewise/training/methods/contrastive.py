@@ -17,8 +17,16 @@ from likewise.training.losses import (
     nt_xent_loss,
     supcon_loss,
 )
-from likewise.training.methods.base import Batch, SiameseMethod, StepOutput, forward_views
-from likewise.training.methods.modules import EMAModel, MemoryBank, cosine_momentum, prediction_head
+from likewise.training.methods.base import (
+    Batch,
+    EMAModel,
+    EMAPredictorMethod,
+    MemoryBank,
+    SiameseMethod,
+    StepOutput,
+    forward_views,
+    prediction_head,
+)
 from likewise.training.methods.options import (
     DCLOptions,
     MoCoOptions,
@@ -186,34 +194,16 @@ class MoCo(SiameseMethod):
 
 
 @final
-class MoCoV3(SiameseMethod):
+class MoCoV3(EMAPredictorMethod):
     """MoCo v3 (Chen, Xie and He 2021, algorithm 1): queries are predictions; negatives come from the batch.
 
-    The loss is the sum over both directions, times 2 temperature; the momentum rises to 1 along a cosine.
+    The loss is the sum over both directions, times 2 temperature.
     """
 
     def __init__(self, backbone: nn.Module, feature_dim: int, options: MoCoV3Options) -> None:
-        """Add a projection head, a prediction head, and an EMA copy of backbone and projection head."""
+        """Set the temperature."""
         super().__init__(backbone, feature_dim, options)
-        self.predictor = prediction_head(options.projector_dims[-1], options.predictor_hidden_dim)
-        self.ema_model = EMAModel(self.backbone, self.projector)
-        self.temperature, self.ema_momentum = options.temperature, options.ema_momentum
-
-    def on_step_start(self, batch: Batch) -> None:
-        """Update the EMA copy."""
-        if self.training:
-            momentum = cosine_momentum(self.ema_momentum, batch.train_fraction)
-            self.ema_model.update(self.backbone, self.projector, momentum=momentum)
-
-    def encode(self, batch: Batch) -> tuple[Tensor, Sequence[Tensor]]:
-        """Return the features, and the queries and keys of both views."""
-        features = torch.cat(forward_views(self.backbone, batch.views))
-        queries = self.predictor(self.projector(features))
-        # Last: the second forward pass of gradient caching stops before it.
-        ema_backbone, ema_projector = self.ema_model.ema_modules
-        with torch.no_grad():
-            keys = ema_projector(torch.cat(forward_views(ema_backbone, batch.views)))
-        return features, (*queries.chunk(2), *keys.chunk(2))
+        self.temperature = options.temperature
 
     def compute_loss(self, outputs: Sequence[Tensor], batch: Batch) -> StepOutput:
         """Return the loss over both directions."""

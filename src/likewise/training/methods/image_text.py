@@ -16,8 +16,14 @@ from torch.nn.functional import normalize
 
 from likewise.models.text_tower import TextTower, text_state_dict
 from likewise.training.losses import clip_loss, info_nce_loss, nt_xent_loss, siglip_loss
-from likewise.training.methods.base import Batch, Method, StepOutput, forward_views
-from likewise.training.methods.modules import MemoryBank, projection_head
+from likewise.training.methods.base import (
+    Batch,
+    MemoryBank,
+    Method,
+    StepOutput,
+    forward_views,
+    projection_head,
+)
 from likewise.training.methods.options import DeCLIPOptions, SigLIPOptions, SLIPOptions, TextMethodOptions
 
 _INIT_LOGIT_SCALE, _MAX_LOGIT_SCALE = 1 / 0.07, 100.0  # of CLIP

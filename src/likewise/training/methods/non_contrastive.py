@@ -14,14 +14,16 @@ from likewise.training.losses import (
     swav_loss,
     vicreg_loss,
 )
-from likewise.training.methods.base import Batch, SiameseMethod, StepOutput, forward_views
-from likewise.training.methods.modules import (
-    EMAModel,
+from likewise.training.methods.base import (
+    Batch,
+    EMAPredictorMethod,
     MemoryBank,
-    cosine_momentum,
+    SiameseMethod,
+    StepOutput,
+    forward_views,
     prediction_head,
 )
-from likewise.training.methods.options import BYOLOptions, SimSiamOptions, SwAVOptions
+from likewise.training.methods.options import SimSiamOptions, SwAVOptions
 
 # Fractions of the run; of 250,000 steps, the LGSSL code has 2,503 with frozen prototypes and 37,500 without a
 # memory bank.
@@ -117,34 +119,8 @@ class SimSiam(SiameseMethod):
 
 
 @final
-class BYOL(SiameseMethod):
-    """BYOL (Grill et al. 2020, eq. 2, symmetric): predict the momentum encoder's projection of the partner.
-
-    The momentum rises to 1 along a cosine.
-    """
-
-    def __init__(self, backbone: nn.Module, feature_dim: int, options: BYOLOptions) -> None:
-        """Add a projection head, a prediction head, and an EMA copy of backbone and projection head."""
-        super().__init__(backbone, feature_dim, options)
-        self.predictor = prediction_head(options.projector_dims[-1], options.predictor_hidden_dim)
-        self.ema_model = EMAModel(self.backbone, self.projector)
-        self.ema_momentum = options.ema_momentum
-
-    def on_step_start(self, batch: Batch) -> None:
-        """Update the EMA copy."""
-        if self.training:
-            momentum = cosine_momentum(self.ema_momentum, batch.train_fraction)
-            self.ema_model.update(self.backbone, self.projector, momentum=momentum)
-
-    def encode(self, batch: Batch) -> tuple[Tensor, Sequence[Tensor]]:
-        """Return the features, and the predictions and targets of both views."""
-        features = torch.cat(forward_views(self.backbone, batch.views))
-        predictions = self.predictor(self.projector(features))
-        # Last: the second forward pass of gradient caching stops before it.
-        ema_backbone, ema_projector = self.ema_model.ema_modules
-        with torch.no_grad():
-            targets = ema_projector(torch.cat(forward_views(ema_backbone, batch.views)))
-        return features, (*predictions.chunk(2), *targets.chunk(2))
+class BYOL(EMAPredictorMethod):
+    """BYOL (Grill et al. 2020, eq. 2, symmetric): predict the projection of the partner by the EMA copy."""
 
     def compute_loss(self, outputs: Sequence[Tensor], batch: Batch) -> StepOutput:
         """Return the squared distance of unit vectors, 2 - 2 cos, summed over both directions."""
