@@ -81,7 +81,7 @@ class TableReader(Reader):
         return self._scan.count
 
     def fingerprint(self) -> str:
-        """Hash the table, and the sizes and modification times of the image files."""
+        """Hash the content of the table and of the image files."""
         return hash_strings([self.table.fingerprint(), self._scan.files_fingerprint])
 
     def iter_samples(self) -> Iterator[Entry]:
