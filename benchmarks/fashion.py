@@ -79,7 +79,7 @@ def format_table(results: Results) -> str:
 
 
 def main() -> None:
-    """Run everything and print the table."""
+    """Train and evaluate each arm, and print the table after each seed."""
     from rich.console import Console
 
     parser = argparse.ArgumentParser(description=__doc__)

@@ -1,10 +1,10 @@
-"""Batches of crops on one core: the image cache against reading the files again.
+"""Batches of crops on one core: the image cache against decoding the files.
 
     python -m benchmarks.loading [TABLE]
 
-All return batches of random crops (50 to 100 % of the area), uint8, at 224 and 64 pixels. The photographs are
-windows of those of scikit-learn, 500 x 375 (the default on Flickr) and 640 x 427 pixels; TABLE is a table
-that `likewise import` reads.
+All variants return batches of random crops (50 to 100 % of the area), uint8, at 224 and 64 pixels. The
+photographs are windows of those of scikit-learn, 500 x 375 (the default on Flickr) and 640 x 427 pixels;
+TABLE is a table that `likewise import` reads.
 """
 
 import sys
@@ -87,7 +87,7 @@ def _compare(dataset: CaptionDataset, size: int, raw_bytes: int, rounds: int) ->
     indices = cycle(range(len(files)))
     with patch.object(image_cache, "RAW_BYTES", raw_bytes):
         cache = image_cache.build_image_cache(dataset, image_cache.cache_resolution(size, len(dataset)))
-    # Two different images per pair, so that the cache decodes as many images as the peers do.
+    # Two different images per pair: the cache decodes as many images as its peers.
     view_specs = (
         ViewSpec(source=0, augmentation="crop", image_size=size),
         ViewSpec(source=1, augmentation="crop", image_size=size),

@@ -3,7 +3,7 @@
     python -m benchmarks.methods ITEMS.csv WORK --also FOLDER --seeds 2
 
 ITEMS.csv has columns file, split, title and articleType; FOLDER is a labeled dataset. Finished runs are
-reused. The table grows with each run.
+reused. Each run prints a row of the table.
 """
 
 import argparse
@@ -19,7 +19,7 @@ from likewise.training.initial import save_untrained_encoder
 from likewise.training.methods.options import METHODS
 
 PROTOCOLS = ("linear", "fewshot")
-# Smaller values for defaults that are made for millions of images at 224 pixels.
+# Smaller values where the defaults are for millions of images at 224 pixels.
 SMALL: dict[str, dict[str, Any]] = {
     "vicreg": {"projector_dims": (2048, 2048, 2048)},
     "barlow-twins": {"projector_dims": (2048, 2048, 2048)},
@@ -28,7 +28,7 @@ SMALL: dict[str, dict[str, Any]] = {
     **{name: {"text_width": 128, "text_layers": 2} for name in ("clip", "siglip", "declip", "slip")},
 }
 # Variants: a frozen sentence encoder, several positives per anchor, label pairs, and pairs from the batch.
-MORE: dict[str, tuple[dict[str, Any], dict[str, PairConfig]]] = {
+VARIANTS: dict[str, tuple[dict[str, Any], dict[str, PairConfig]]] = {
     "clip, frozen text": (
         {"method": "clip", "text_tower": "frozen"},
         {"self": PairConfig(source="self"), "language": PairConfig()},
@@ -57,7 +57,7 @@ def arms() -> list[tuple[str, str, dict[str, Any], PairConfig]]:
         for method in METHODS
         for pairs, pair_config in sources.items()
     ]
-    for name, (settings, pair_configs) in MORE.items():
+    for name, (settings, pair_configs) in VARIANTS.items():
         runs += [(name, pairs, settings, pair_config) for pairs, pair_config in pair_configs.items()]
     return runs
 
@@ -75,7 +75,7 @@ def measure(encoder: Path, items: Path, also: list[Path], out: Path) -> list[str
 
 
 def main() -> None:
-    """Run everything and print the table as it grows."""
+    """Train and evaluate each arm, and print its row of the table."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("items", type=Path)
     parser.add_argument("work", type=Path)

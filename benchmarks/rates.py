@@ -36,8 +36,8 @@ def run(rounds: int = 3) -> Iterator[str]:
     yield f"a float32 product of 2048 x 2048: {rate / 1e9:,.0f} GFLOP/s on {torch.get_num_threads()} threads"
     for name, seconds, flops in results:
         stage_rate = flops / seconds
-        gflops, share = stage_rate / 1e9, stage_rate / rate
-        yield f"{name:<44} {seconds:8.3f} s {flops / 1e9:9,.1f} GFLOP {gflops:7,.0f}/s {share:6.0%}"
+        gflops, utilization = stage_rate / 1e9, stage_rate / rate
+        yield f"{name:<44} {seconds:8.3f} s {flops / 1e9:9,.1f} GFLOP {gflops:7,.0f}/s {utilization:6.0%}"
 
 
 def stages() -> Iterator[tuple[str, Callable[[], object], float | None]]:

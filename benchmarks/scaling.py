@@ -2,7 +2,7 @@
 
     python -m benchmarks.scaling [--max-images 100000] [--captions 10]
 
-Every stage runs as a command of its own on 1,000, 10,000, ... images: copies of the emoji images with
+Every stage runs as a separate command on 1,000, 10,000, ... images: copies of the emoji images with
 distinct captions. Printed are the seconds and the peak memory of the process, the slope of log time over log
 images between the two largest sizes (1: linear, 2: quadratic), and the hours that it predicts for more images
 on this machine. Peak memory includes resident memory-mapped files, which the system can reclaim; anonymous

@@ -74,9 +74,9 @@ def make_trainer(
 
 
 def train(trainer: Trainer) -> list[dict[str, int | float]]:
-    """Run all steps and return the metrics; the model keeps its weights from call to call.
+    """Run all steps and return the metrics; training continues from the weights of the previous call.
 
-    Without checkpoints: every run has one after its last step, which would dominate so short a run.
+    Checkpoints are disabled: the one after the last step would dominate a short run.
     """
     trainer.fit(checkpoint_minutes=None)
     return read_jsonl(trainer.run_dir.metrics)

@@ -1,9 +1,9 @@
-"""Does validation find the better encoder? The results of docs/results/methods.md on early stopping.
+"""Best against last encoder of long runs: the results of docs/results/methods.md on early stopping.
 
     python -m benchmarks.stopping ITEMS.csv WORK --also FOLDER
 
-Trains for long on few product photos, where the last encoder may not be the best, and evaluates both the best
-and the last encoder. Finished runs are reused.
+Trains many steps on few product photos, so that the last encoder may overfit, and evaluates the encoder with
+the best validation metric and the last one. Finished runs are reused.
 """
 
 import argparse

@@ -1,4 +1,4 @@
-"""Fixtures with real data: emoji from installed packages, as in the demo."""
+"""Fixtures with real data: emoji images and names from installed packages, as in the demo."""
 
 import csv
 import os
@@ -25,20 +25,20 @@ from support import MINILM
 
 @pytest.fixture(scope="session")
 def emoji(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The table of a few hundred emoji images with captions, labels, splits, concepts and vendors."""
+    """Return the table of a few hundred emoji images with captions, labels, splits, concepts and vendors."""
     return make_emoji_dataset(tmp_path_factory.mktemp("emoji") / "pictures", subsample=12)
 
 
 @pytest.fixture(scope="session")
 def dataset(emoji: Path, tmp_path_factory: pytest.TempPathFactory) -> CaptionDataset:
-    """The training emoji as a dataset of several shards, with caption embeddings and neighbors."""
+    """Return the training emoji as a dataset of several shards, with caption embeddings and neighbors."""
     options = ImportOptions(
         caption_column=("caption", "alias"),
         label_column="label",
         group_column="vendor",
         where=("split=train",),
     )
-    dataset = import_dataset(emoji, tmp_path_factory.mktemp("collection") / "c", options, shard_rows=64)
+    dataset = import_dataset(emoji, tmp_path_factory.mktemp("dataset") / "c", options, shard_rows=64)
     embed(dataset, MINILM)
     find_neighbors(dataset, k=5)
     return dataset
@@ -46,13 +46,13 @@ def dataset(emoji: Path, tmp_path_factory: pytest.TempPathFactory) -> CaptionDat
 
 @pytest.fixture(scope="session")
 def collection(dataset: CaptionDataset) -> CaptionDataset:
-    """The same as `dataset`."""
+    """Return `dataset`. Alias for the tests in tests/data."""
     return dataset
 
 
 @pytest.fixture
 def workdir(emoji: Path, tmp_path: Path) -> Path:
-    """A folder with captioned photos, a labeled dataset and two images, as the documentation names them."""
+    """Return a folder with the captioned photos, labeled dataset and two images of the documentation."""
     with emoji.open() as stream:
         for row in csv.DictReader(stream):
             name = f"{row['vendor']}-{row['instance']}.png"

@@ -1,4 +1,4 @@
-"""Artifacts: atomic, keyed, never mixed, never unpickled."""
+"""Artifacts: atomic writes, config hashes, no overwritten data and no pickles."""
 
 import errno
 import json
@@ -26,24 +26,24 @@ from likewise.errors import ArtifactError, InvalidInputError
 from likewise.locks import HOST, LOCK_NAME
 
 
-def test_create_resume_finish_and_reuse(tmp_path: Path) -> None:
+def test_artifact_is_created_resumed_finished_and_reused(tmp_path: Path) -> None:
     first = Artifact.create_or_resume(tmp_path / "a", "thing", {"size": 3}, {"from": "x"})
     assert not first.is_complete
     (tmp_path / "a" / f".part.npy.{HOST}.999999999.tmp").write_bytes(b"left by a kill")
-    kept = [f".part.npy.{HOST}.{os.getppid()}.tmp", ".part.npy.other-host.999999999.tmp", ".mine.tmp"]
-    for name in kept:
+    remaining = [f".part.npy.{HOST}.{os.getppid()}.tmp", ".part.npy.other-host.999999999.tmp", ".mine.tmp"]
+    for name in remaining:
         (tmp_path / "a" / name).write_bytes(b"of a running process, another machine, a user")
     with pytest.raises(ArtifactError, match="incomplete; run the step"):
         Artifact.open(tmp_path / "a", "thing")
-    again = Artifact.create_or_resume(tmp_path / "a", "thing", {"size": 3}, {"from": "x"})
-    assert sorted(p.name for p in (tmp_path / "a").glob(".*.tmp")) == sorted(kept)
-    again.finish({"rows": 4}, {"broken": 1})
+    resumed = Artifact.create_or_resume(tmp_path / "a", "thing", {"size": 3}, {"from": "x"})
+    assert sorted(p.name for p in (tmp_path / "a").glob(".*.tmp")) == sorted(remaining)
+    resumed.finish({"rows": 4}, {"broken": 1})
     done = Artifact.create_or_resume(tmp_path / "a", "thing", {"size": 3}, {"from": "x"})
     assert done.is_complete
     assert Artifact.open(tmp_path / "a", "thing").manifest.skipped == {"broken": 1}
 
 
-def test_other_settings_inputs_or_kinds_raise(tmp_path: Path) -> None:
+def test_existing_folder_with_other_settings_inputs_or_type_raises(tmp_path: Path) -> None:
     Artifact.create_or_resume(
         tmp_path / "a", "thing", {"size": 3, "note": 1}, {"from": "x"}, non_hashed=("note",)
     ).finish({})
@@ -55,20 +55,20 @@ def test_other_settings_inputs_or_kinds_raise(tmp_path: Path) -> None:
         Artifact.create_or_resume(
             tmp_path / "a", "thing", {"size": 4, "note": 1}, {"from": "x"}, non_hashed=("note",)
         )
-    with pytest.raises(ArtifactError, match="its inputs have changed"):
+    with pytest.raises(ArtifactError, match="inputs"):
         Artifact.create_or_resume(
             tmp_path / "a", "thing", {"size": 3, "note": 1}, {"from": "y"}, non_hashed=("note",)
         )
-    with pytest.raises(ArtifactError, match="holds a thing, not a stone"):
+    with pytest.raises(ArtifactError, match="thing.*stone"):
         Artifact.create_or_resume(tmp_path / "a", "stone", {}, {})
     (tmp_path / "b").mkdir()
-    (tmp_path / "b" / "mine.txt").write_text("precious")
-    with pytest.raises(ArtifactError, match="not empty and holds no thing"):
+    (tmp_path / "b" / "notes.txt").write_text("precious")
+    with pytest.raises(ArtifactError, match="not empty"):
         Artifact.create_or_resume(tmp_path / "b", "thing", {}, {})
     with pytest.raises(ArtifactError, match="is a file"):
-        Artifact.create_or_resume(tmp_path / "b" / "mine.txt", "thing", {}, {})
+        Artifact.create_or_resume(tmp_path / "b" / "notes.txt", "thing", {}, {})
     assert (tmp_path / "a" / MANIFEST).read_bytes() == before
-    assert (tmp_path / "b" / "mine.txt").read_text() == "precious"
+    assert (tmp_path / "b" / "notes.txt").read_text() == "precious"
 
 
 def test_damaged_or_newer_manifests_raise(tmp_path: Path) -> None:
@@ -83,7 +83,7 @@ def test_damaged_or_newer_manifests_raise(tmp_path: Path) -> None:
         Artifact.open(tmp_path / "none", "thing")
 
 
-def test_failed_write_keeps_the_old_file(tmp_path: Path) -> None:
+def test_failed_write_does_not_change_the_file(tmp_path: Path) -> None:
     target = tmp_path / "f.txt"
     target.write_text("old")
     with pytest.raises(RuntimeError), atomic_write(target) as temporary:
@@ -109,23 +109,23 @@ def test_kill_during_the_first_write_does_not_block_the_folder(tmp_path: Path) -
 
 
 def test_full_disk_raises_artifact_error() -> None:
-    # /dev/full takes no byte: the real error, without filling a disk.
+    # Every write to /dev/full fails with the error of a full disk.
     full = Path("/dev/full")
-    with pytest.raises(OSError, match="No space") as caught:
+    with pytest.raises(OSError, match="No space") as excinfo:
         full.write_bytes(b"x" * 10_000)
-    assert caught.value.errno == errno.ENOSPC
+    assert excinfo.value.errno == errno.ENOSPC
 
 
 def test_full_disk_error_names_the_file(tmp_path: Path) -> None:
     with (
-        pytest.raises(ArtifactError, match=r"no space left to write .*f\.npy.*repeat the same call"),
+        pytest.raises(ArtifactError, match=r"no space left .*f\.npy"),
         atomic_write(tmp_path / "f.npy"),
     ):
         Path("/dev/full").write_bytes(b"x" * 10_000)
     assert not list(tmp_path.iterdir())
 
 
-def test_object_arrays_raise(tmp_path: Path) -> None:
+def test_pickled_object_arrays_raise(tmp_path: Path) -> None:
     np.save(tmp_path / "evil.npy", np.array([{"a": 1}]), allow_pickle=True)
     with pytest.raises(ValueError, match="allow_pickle"):
         mmap_array(tmp_path / "evil.npy")
@@ -144,9 +144,9 @@ def test_config_hash_ignores_order(tmp_path: Path) -> None:
     assert len(keys) == 4
     (tmp_path / "d").mkdir()
     (tmp_path / "d" / "f").write_text("1")
-    one = fingerprint(tmp_path / "d")
+    before = fingerprint(tmp_path / "d")
     (tmp_path / "d" / "f").write_text("2")
-    assert fingerprint(tmp_path / "d") != one
+    assert fingerprint(tmp_path / "d") != before
 
 
 def test_slugify_gives_safe_folder_names() -> None:
@@ -170,9 +170,9 @@ def test_older_format_raises(tmp_path: Path) -> None:
     manifest = json.loads((tmp_path / "a" / MANIFEST).read_text())
     (tmp_path / "a" / MANIFEST).write_text(json.dumps(manifest | {"format": FORMAT_VERSION - 1}))
     for read in (Artifact.open, lambda path, kind: Artifact.create_or_resume(path, kind, {}, {})):
-        with pytest.raises(ArtifactError, match="older") as caught:
+        with pytest.raises(ArtifactError, match="older") as excinfo:
             read(tmp_path / "a", "thing")
-        assert caught.value.path == tmp_path / "a"
+        assert excinfo.value.path == tmp_path / "a"
 
 
 def test_find_returns_complete_artifacts_of_one_kind(tmp_path: Path) -> None:

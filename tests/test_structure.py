@@ -1,4 +1,4 @@
-"""The house is built as design says: imports run downward, files and functions stay short."""
+"""Package structure: subpackages import only lower layers; modules and functions are short."""
 
 import ast
 import inspect
@@ -13,8 +13,8 @@ import likewise
 
 SOURCE = Path(likewise.__file__).parent
 
-# Each room may import those that stand in its set; all may import the ground floor.
-GROUND = {
+# Each subpackage may import the subpackages in its set; all may import the base modules.
+BASE_MODULES = {
     "errors",
     "artifacts",
     "hashing",
@@ -25,7 +25,7 @@ GROUND = {
     "progress",
     "run_directory",
 }
-ROOMS = {
+ALLOWED_IMPORTS = {
     "data": set(),
     "models": {"data"},
     "embeddings": {"data", "models"},
@@ -37,7 +37,7 @@ ROOMS = {
     "demo": {"data", "models", "embeddings", "neighbors", "pairs", "training", "evaluation", "report"},
     "cli": {"data", "embeddings", "neighbors", "pairs", "training", "evaluation", "report", "demo", "models"},
 }
-GROUND_ORDER = {
+ALLOWED_BASE_IMPORTS = {
     "errors": set(),
     "rng": set(),
     "parallel": {"errors"},
@@ -56,28 +56,33 @@ def name_of(path: Path) -> str:
 
 
 def imports_of(path: Path) -> set[str]:
-    """Every likewise module that a file imports, at the top or inside functions."""
-    found = set()
+    """Return the likewise modules that a file imports, at the top or inside functions."""
+    modules = set()
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.ImportFrom) and node.module and node.module.startswith("likewise."):
-            found.add(node.module.removeprefix("likewise."))
+            modules.add(node.module.removeprefix("likewise."))
         if isinstance(node, ast.Import):
-            found |= {a.name.removeprefix("likewise.") for a in node.names if a.name.startswith("likewise.")}
-    return found
+            modules |= {
+                a.name.removeprefix("likewise.") for a in node.names if a.name.startswith("likewise.")
+            }
+    return modules
 
 
-def test_imports_run_downward() -> None:
+def test_packages_import_only_lower_layers() -> None:
     for path in MODULES:
-        room = name_of(path).split(".")[0]
+        package = name_of(path).split(".")[0]
         if path == SOURCE / "__init__.py":
             continue
-        allowed = GROUND_ORDER[room] if room in GROUND else ROOMS[room] | GROUND
+        if package in BASE_MODULES:
+            allowed = ALLOWED_BASE_IMPORTS[package]
+        else:
+            allowed = ALLOWED_IMPORTS[package] | BASE_MODULES
         for imported in imports_of(path):
             target = imported.split(".")[0]
-            assert target == room or target in allowed, f"{name_of(path)} must not import {imported}"
+            assert target == package or target in allowed, f"{name_of(path)} must not import {imported}"
 
 
-def test_no_cycles_between_modules() -> None:
+def test_modules_have_no_import_cycles() -> None:
     graph = {name_of(p): imports_of(p) for p in MODULES if p != SOURCE / "__init__.py"}
     done: set[str] = set()
 
@@ -92,7 +97,7 @@ def test_no_cycles_between_modules() -> None:
         visit(module, ())
 
 
-def test_modules_and_functions_stay_short() -> None:
+def test_modules_and_functions_are_short() -> None:
     for path in MODULES:
         assert len(path.read_text().splitlines()) <= 600, path
         for node in ast.walk(ast.parse(path.read_text())):
@@ -102,14 +107,14 @@ def test_modules_and_functions_stay_short() -> None:
                 assert length <= 60, f"{name_of(path)}.{node.name} has {length} lines"
 
 
-def test_nothing_heavy_is_loaded_before_the_arguments_are_parsed() -> None:
+def test_heavy_modules_are_not_imported_before_arguments_are_parsed() -> None:
     code = "import sys, likewise, likewise.cli.__main__; print([m for m in sys.modules if m in sys.argv[1:]])"
     heavy = ["torch", "timm", "pyarrow", "matplotlib", "transformers", "numpy", "sentence_transformers"]
-    told = subprocess.run([sys.executable, "-c", code, *heavy], capture_output=True, text=True, check=True)
-    assert told.stdout.strip() == "[]"
+    result = subprocess.run([sys.executable, "-c", code, *heavy], capture_output=True, text=True, check=True)
+    assert result.stdout.strip() == "[]"
 
 
-def test_public_names_are_the_same_for_imports_and_type_checkers() -> None:
+def test_public_names_are_equal_at_runtime_and_for_type_checkers() -> None:
     imported = {
         alias.asname or alias.name: node.module
         for block in ast.parse((SOURCE / "__init__.py").read_text()).body

@@ -1,4 +1,4 @@
-"""Identifiers use the field's vocabulary: a denylist of words for names and for keys of files."""
+"""Identifiers use the vocabulary of the field: a denylist of words in names and string keys."""
 
 import ast
 import re
@@ -9,10 +9,19 @@ import pytest
 
 import likewise
 
-SOURCE = Path(likewise.__file__).parent
+ROOT = Path(__file__).parents[1]
+FOLDERS = (Path(likewise.__file__).parent, ROOT / "tests", ROOT / "benchmarks")
 DENYLIST = {"told", "shown", "among", "aloud", "alike", "unlike", "looks", "fault", "faults", "chosen"}
 DENYLIST |= {"kept", "held", "place", "besides", "usual", "chance"}
-FILES = sorted(SOURCE.rglob("*.py"))
+ALLOWED_PHRASES = re.compile(r"(?<![a-z0-9])(held_out|in_place)(?![a-z0-9])")
+# Files that are not renamed yet, relative to the root of the repository; remove each when it passes.
+PENDING = {"tests/report", "tests/data", "tests/test_demo.py"}
+FILES = {
+    path.relative_to(folder.parent).as_posix(): path
+    for folder in FOLDERS
+    for path in sorted(folder.rglob("*.py"))
+    if not any(path.is_relative_to(ROOT / pending) for pending in PENDING)
+}
 
 
 def identifiers(tree: ast.AST) -> Iterator[tuple[int, str]]:
@@ -34,24 +43,40 @@ def identifiers(tree: ast.AST) -> Iterator[tuple[int, str]]:
 
 
 def words(identifier: str) -> set[str]:
-    """Return the lowercase words of a name in snake case, camel case or with dashes."""
-    spaced = re.sub(r"(?<=[a-z0-9])(?=[A-Z])", " ", identifier)
-    return set(re.split(r"[^a-z0-9]+", spaced.lower()))
+    """Return the lowercase words of a name in snake case, camel case or with dashes.
+
+    Phrases of the field that contain a denied word, such as `held_out`, are omitted.
+    """
+    snake_case = re.sub(r"(?<=[a-z0-9])(?=[A-Z])|[^A-Za-z0-9]+", "_", identifier).lower()
+    return set(ALLOWED_PHRASES.sub("_", snake_case).split("_"))
 
 
 @pytest.mark.parametrize(
     ("identifier", "expected"),
-    [("_left_out", {"", "left", "out"}), ("ViewSpec", {"view", "spec"}), ("k", {"k"})],
+    [
+        ("_left_out", {"", "left", "out"}),
+        ("ViewSpec", {"view", "spec"}),
+        ("batch-size", {"batch", "size"}),
+        ("k", {"k"}),
+        ("rows_held_out_of_train", {"", "rows", "of", "train"}),
+        ("HeldOut", {""}),
+        ("withheld_out", {"withheld", "out"}),
+        ("held", {"held"}),
+    ],
 )
 def test_words_of_an_identifier(identifier: str, expected: set[str]) -> None:
     assert words(identifier) == expected
 
 
-@pytest.mark.parametrize("path", FILES, ids=lambda path: path.relative_to(SOURCE).as_posix())
-def test_identifiers_avoid_the_denylist(path: Path) -> None:
-    found = [
-        f"{path.name}:{line}: {name}"
-        for line, name in identifiers(ast.parse(path.read_text()))
-        if words(name) & DENYLIST
+@pytest.mark.parametrize("name", FILES)
+def test_identifiers_avoid_the_denylist(name: str) -> None:
+    denied = [
+        f"{name}:{line}: {identifier}"
+        for line, identifier in identifiers(ast.parse(FILES[name].read_text()))
+        if words(identifier) & DENYLIST
     ]
-    assert not found, "\n".join(found)
+    assert not denied, "\n".join(denied)
+
+
+def test_pending_files_exist() -> None:
+    assert all((ROOT / path).exists() for path in PENDING)

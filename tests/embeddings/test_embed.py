@@ -1,4 +1,4 @@
-"""Embeddings of captions and images: counts, resuming, finding, unreadable images."""
+"""Embeddings of captions and images: counts, resuming, lookup, unreadable images."""
 
 import json
 import shutil
@@ -34,12 +34,25 @@ def unembedded(dataset: CaptionDataset, tmp_path: Path) -> CaptionDataset:
     return CaptionDataset(path)
 
 
+def test_captions_are_embedded_as_unit_vectors(unembedded: CaptionDataset) -> None:
+    """Read this first: embed the captions of a dataset and load a shard of vectors."""
+    embeddings = embed(unembedded, encoder=MINILM)
+    assert len(embeddings) == sum(len(sample.captions) for sample in unembedded)
+    assert embeddings.dim == 384
+    vectors, image_ids = embeddings.load_shard(0)
+    assert vectors.dtype == np.float16
+    np.testing.assert_allclose(np.linalg.norm(vectors.astype(np.float32), axis=1), 1, atol=1e-3)
+    assert image_ids[0] == 0  # row 0 is the first caption of sample 0
+    assert find_embeddings(unembedded, None).path == embeddings.path
+    assert embed(unembedded, encoder=MINILM).path == embeddings.path  # a complete artifact is reused
+
+
 def snapshot(folder: Path) -> dict[str, bytes]:
     return {p.relative_to(folder).as_posix(): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
 
 
 def interrupt(embeddings: Embeddings, shard: int) -> None:
-    """Leave the folder as a kill before this shard's end does."""
+    """Reset the folder to the state after a kill before this shard was complete."""
     manifest = json.loads((embeddings.path / MANIFEST).read_text())
     fresh = manifest | {"complete": False, "counts": {}, "skipped": {}}
     (embeddings.path / MANIFEST).write_text(json.dumps(fresh))
@@ -47,7 +60,7 @@ def interrupt(embeddings: Embeddings, shard: int) -> None:
 
 
 def save_model2vec(folder: Path, *, num_broken: int = 0) -> Path:
-    """A model2vec folder with MiniLM's real token vectors, some embeddings of what is no number."""
+    """Write a model2vec folder with MiniLM's token vectors, of which `num_broken` are NaN."""
     from model2vec import StaticModel
     from tokenizers import Tokenizer
 
@@ -59,19 +72,6 @@ def save_model2vec(folder: Path, *, num_broken: int = 0) -> Path:
         vectors[tokenizer.get_vocab()[word]] = np.nan
     StaticModel(vectors, tokenizer).save_pretrained(folder)
     return folder
-
-
-def test_embed_captions(unembedded: CaptionDataset) -> None:
-    embeddings = embed(unembedded, encoder=MINILM)
-
-    assert len(embeddings) == sum(len(sample.captions) for sample in unembedded)
-    assert embeddings.dim == 384
-    vectors, image_ids = embeddings.load_shard(0)
-    assert vectors.dtype == np.float16
-    np.testing.assert_allclose(np.linalg.norm(vectors.astype(np.float32), axis=1), 1, atol=1e-3)
-    assert image_ids[0] == 0  # row 0 is the first caption of sample 0
-    assert find_embeddings(unembedded, None).path == embeddings.path
-    assert embed(unembedded, encoder=MINILM).path == embeddings.path  # a complete artifact is reused
 
 
 def test_fitted_encoder_resumes_to_the_same_bytes(unembedded: CaptionDataset) -> None:
@@ -102,7 +102,7 @@ def test_captions_without_known_words_have_zero_vectors(unembedded: CaptionDatas
 
 def test_non_finite_embeddings_raise_and_are_not_saved(unembedded: CaptionDataset, tmp_path: Path) -> None:
     folder = save_model2vec(tmp_path / "m", num_broken=2)
-    with pytest.raises(ArtifactError, match=r"non-finite embeddings for [1-9]\d* of \d+ captions of a shard"):
+    with pytest.raises(ArtifactError, match=r"non-finite .*[1-9]\d* of \d+ captions"):
         embed(unembedded, f"model2vec:{folder}")
     assert not list((unembedded.path / "embeddings").glob("*/ids-00000.npy"))
     assert len(embed(unembedded, f"model2vec:{save_model2vec(tmp_path / 'm')}")) == len(
@@ -113,10 +113,10 @@ def test_non_finite_embeddings_raise_and_are_not_saved(unembedded: CaptionDatase
 def test_resuming_with_another_dimension_raises(unembedded: CaptionDataset) -> None:
     embeddings = embed(unembedded, "tfidf")
     interrupt(embeddings, 2)
-    # As a hub model leaves it that was replaced between two runs under the same name.
+    # As if a model on the hub had been replaced under the same name between two runs.
     file = embeddings.path / "vectors-00000.npy"
     np.save(file, np.load(file)[:, :100])
-    with pytest.raises(ArtifactError, match="embeddings of dimension 100 .* now has 4096.*delete the folder"):
+    with pytest.raises(ArtifactError, match="dimension 100 .*4096"):
         embed(unembedded, "tfidf")
 
 
@@ -129,7 +129,7 @@ def test_changed_weights_have_a_separate_folder(unembedded: CaptionDataset, tmp_
     assert (first.dim, second.dim) == (64, 32)
     assert find_embeddings(unembedded, f"model2vec:{folder}").path == second.path
     with pytest.raises(
-        ArtifactError, match=rf"several encoders \({first.path.name}, {second.path.name}|{second.path.name}, "
+        ArtifactError, match=rf"{first.path.name}.*{second.path.name}|{second.path.name}.*{first.path.name}"
     ):
         find_embeddings(unembedded, None)
     assert find_embeddings(unembedded, first.path.name).path == first.path
@@ -143,19 +143,17 @@ def test_embeddings_with_different_options_are_found_by_name(unembedded: Caption
     assert find_embeddings(unembedded, "hf:model+cls").path == cls.path
     shutil.rmtree(mean.path)
     assert find_embeddings(unembedded, name).path == cls.path
-    with pytest.raises(ArtifactError, match="no embeddings of captions by tfidf; embed the dataset first"):
+    with pytest.raises(ArtifactError, match="no embeddings of captions by tfidf"):
         find_embeddings(unembedded, "tfidf")
 
 
-def test_image_embeddings_equal_the_encoder(collection: CaptionDataset, unembedded: CaptionDataset) -> None:
+def test_image_embeddings_equal_the_encoder(dataset: CaptionDataset, unembedded: CaptionDataset) -> None:
     embeddings = embed(unembedded, IMAGE_ENCODER, batch_size=7)
     encoder = load_encoder("random:test_resnet")
-    indices = [0, 63, 64, len(collection) - 1]
+    indices = [0, 63, 64, len(dataset) - 1]
     crops = [
         encoder.transform.center_crop(
-            decode_image(
-                read_image_bytes(collection[i].image, collection.root), encoder.transform.resize_size
-            )
+            decode_image(read_image_bytes(dataset[i].image, dataset.root), encoder.transform.resize_size)
         )
         for i in indices
     ]
@@ -163,15 +161,15 @@ def test_image_embeddings_equal_the_encoder(collection: CaptionDataset, unembedd
         expected = encoder.model(encoder.transform.normalize(torch.from_numpy(np.stack(crops)))).numpy()
     rows = np.concatenate([embeddings.load_shard(i)[0] for i in range(embeddings.num_shards)])
     ids = np.concatenate([embeddings.load_shard(i)[1] for i in range(embeddings.num_shards)])
-    assert ids.tolist() == list(range(len(collection)))
+    assert ids.tolist() == list(range(len(dataset)))
     np.testing.assert_allclose(rows[indices], l2_normalize(expected), atol=2e-3)
     assert embeddings.modality == "images"
-    assert len(embeddings) == len(collection)
+    assert len(embeddings) == len(dataset)
 
 
 def test_modalities_are_found_separately(unembedded: CaptionDataset) -> None:
     image_embeddings = embed(unembedded, IMAGE_ENCODER)
-    with pytest.raises(ArtifactError, match="no embeddings of captions; embed"):
+    with pytest.raises(ArtifactError, match="no embeddings of captions"):
         find_embeddings(unembedded, None)
     caption_embeddings = embed(unembedded, "bow")
     assert find_embeddings(unembedded, None).path == caption_embeddings.path
@@ -180,7 +178,7 @@ def test_modalities_are_found_separately(unembedded: CaptionDataset) -> None:
     with pytest.raises(ArtifactError, match="no embeddings of captions by image:"):
         find_embeddings(unembedded, IMAGE_ENCODER)
     shutil.rmtree(image_embeddings.path)
-    with pytest.raises(ArtifactError, match="no embeddings of images; embed"):
+    with pytest.raises(ArtifactError, match="no embeddings of images"):
         find_embeddings(unembedded, None, modality="images")
 
 
@@ -206,7 +204,7 @@ def test_unreadable_images_are_skipped_and_counted(emoji: Path, tmp_path: Path) 
     shutil.rmtree(partial.path)
     for file in files:
         file.unlink(missing_ok=True)
-    with pytest.raises(InvalidInputError, match="no image of .* is readable: .* file is missing"):
+    with pytest.raises(InvalidInputError, match="file is missing"):
         embed(dataset, IMAGE_ENCODER)
     shutil.copytree(emoji.parent, folder, dirs_exist_ok=True)
     assert len(embed(dataset, IMAGE_ENCODER)) == len(dataset)
@@ -214,7 +212,7 @@ def test_unreadable_images_are_skipped_and_counted(emoji: Path, tmp_path: Path) 
 
 def test_failed_loading_leaves_no_folder(unembedded: CaptionDataset, tmp_path: Path) -> None:
     (tmp_path / "two.txt").write_text("zzyzx 1 0 0\n")
-    with pytest.raises(ModelError, match="no vector for any word"):
+    with pytest.raises(ModelError, match="no vector"):
         embed(unembedded, f"words:{tmp_path / 'two.txt'}")
     assert not (unembedded.path / "embeddings").exists()
 
@@ -225,7 +223,7 @@ def test_uncaptioned_images_can_be_embedded(emoji: Path, tmp_path: Path) -> None
     pictures.mkdir()
     shutil.copy(folder, pictures)
     dataset = import_dataset(pictures, tmp_path / "c", ImportOptions())
-    with pytest.raises(InvalidInputError, match="no image of .* has a caption.* image:") as error:
+    with pytest.raises(InvalidInputError, match="image:") as excinfo:
         embed(dataset, "tfidf")
-    assert error.value.field == "encoder"
+    assert excinfo.value.field == "encoder"
     assert len(embed(dataset, IMAGE_ENCODER)) == 1

@@ -1,4 +1,4 @@
-"""Each kind of encoder against its library's num_direct_columns plain call, or a direct computation."""
+"""Each type of encoder against a direct call of its library, or a direct computation."""
 
 import gzip
 import json
@@ -41,8 +41,8 @@ def load(name: str, captions: list[str] | None = None, **options: Any) -> TextEn
     )
 
 
-def all_captions(collection: CaptionDataset) -> list[str]:
-    return [text for sample in collection for text in sample.captions]
+def all_captions(dataset: CaptionDataset) -> list[str]:
+    return [text for sample in dataset for text in sample.captions]
 
 
 @pytest.fixture(scope="session")
@@ -56,22 +56,22 @@ def tokens(minilm: Path) -> np.ndarray:
     return load_file(minilm / "model.safetensors")["embeddings.word_embeddings.weight"].numpy()
 
 
-def test_sentence_transformer_equals_its_library(collection: CaptionDataset, minilm: Path) -> None:
+def test_sentence_transformer_equals_its_library(dataset: CaptionDataset, minilm: Path) -> None:
     from sentence_transformers import SentenceTransformer
 
-    captions = all_captions(collection)
+    captions = all_captions(dataset)
     plain = SentenceTransformer(str(minilm), device="cpu").encode(captions, normalize_embeddings=True)
-    actual = embed(collection, MINILM)
+    actual = embed(dataset, MINILM)
     rows = np.concatenate([actual.load_shard(i)[0] for i in range(actual.num_shards)])
     ids = np.concatenate([actual.load_shard(i)[1] for i in range(actual.num_shards)])
-    # Two vendors draw each emoji: equal captions are encoded once and fill several rows.
+    # Each emoji is in the dataset twice: equal captions are encoded once and stored in several rows.
     assert len(set(captions)) < 0.8 * len(captions)
     np.testing.assert_allclose(rows, plain, atol=5e-4)
-    assert ids.tolist() == [i for i, sample in enumerate(collection) for _ in sample.captions]
+    assert ids.tolist() == [i for i, sample in enumerate(dataset) for _ in sample.captions]
 
 
 def last_hidden_states(folder: Path, caption: str) -> np.ndarray:
-    """One caption alone, so without padding, through the plain model: (tokens, d)."""
+    """Return the hidden states of one caption, hence without padding: (tokens, d)."""
     from transformers import AutoModel, AutoTokenizer
 
     model: Any = AutoModel.from_pretrained(folder)
@@ -99,12 +99,12 @@ def test_last_token_pooling_without_a_padding_token(minilm: Path, tmp_path: Path
     from transformers import GPT2Config, GPT2Model, PreTrainedTokenizerFast
 
     torch.manual_seed(0)
-    # Its learned positions would be shifted by padding on the left.
+    # Padding on the left would shift its learned positions.
     GPT2Model(GPT2Config(vocab_size=30522, n_embd=32, n_layer=2, n_head=2)).save_pretrained(tmp_path)
-    whole = Tokenizer.from_file(str(minilm / "tokenizer.json"))
-    whole.no_padding()
+    tokenizer = Tokenizer.from_file(str(minilm / "tokenizer.json"))
+    tokenizer.no_padding()
     special = {"eos_token": "[SEP]", "padding_side": side, "model_max_length": 64}
-    PreTrainedTokenizerFast(tokenizer_object=whole, **special).save_pretrained(tmp_path)
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, **special).save_pretrained(tmp_path)
     assert PreTrainedTokenizerFast.from_pretrained(tmp_path).pad_token is None
     actual = load(f"hf:{tmp_path}", pooling="last").encode(CAPTIONS, 4)
     np.testing.assert_allclose(actual, reference_embeddings(tmp_path, "last"), atol=1e-5)
@@ -113,18 +113,18 @@ def test_last_token_pooling_without_a_padding_token(minilm: Path, tmp_path: Path
 @pytest.mark.parametrize("name", [MINILM, "hf"])
 def test_max_length_truncates_captions(minilm: Path, name: str) -> None:
     name = f"hf:{minilm}" if name == "hf" else name
-    long = "red apple on a table in the garden of the old house"
-    whole, cut = load(name), load(name, max_length=4)
-    # Four tokens are the two of the frame and two words.
-    np.testing.assert_allclose(cut.encode([long], 1), whole.encode(["red apple"], 1), atol=1e-5)
-    assert np.abs(cut.encode([long], 1) - whole.encode([long], 1)).max() > 0.01
-    with pytest.raises(ModelError, match="`max_length` must be at most"):
+    caption = "red apple on a table in the garden of the old house"
+    full, truncated = load(name), load(name, max_length=4)
+    # Four tokens: [CLS], two words and [SEP].
+    np.testing.assert_allclose(truncated.encode([caption], 1), full.encode(["red apple"], 1), atol=1e-5)
+    assert np.abs(truncated.encode([caption], 1) - full.encode([caption], 1)).max() > 0.01
+    with pytest.raises(ModelError, match="`max_length`"):
         load(name, max_length=100_000)
 
 
 def test_onnx_equals_torch(minilm: Path) -> None:
     captions = [*CAPTIONS, " ".join(CAPTIONS)]
-    # The last batch is a single caption, and longer than what the graph was traced with.
+    # The last batch is a single caption, longer than those that the graph was traced with.
     actual = load(f"hf:{minilm}", pooling="cls", backend="onnx").encode(captions, 2)
     np.testing.assert_allclose(actual, load(f"hf:{minilm}", pooling="cls").encode(captions, 2), atol=1e-5)
     with pytest.raises(InvalidInputError, match="CPU only"):
@@ -133,7 +133,7 @@ def test_onnx_equals_torch(minilm: Path) -> None:
 
 @pytest.fixture(scope="session")
 def clip(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, Any]:
-    """A small open_clip model with random weights: its name for us, and the model itself."""
+    """Return the encoder name of a small open_clip model with random weights, and the model."""
     import open_clip
 
     folder = tmp_path_factory.mktemp("clip")
@@ -174,11 +174,11 @@ def test_clip_truncation_keeps_the_end_token(clip: tuple[str, Any]) -> None:
 
 @pytest.mark.usefixtures("clip")
 def test_invalid_clip_names_raise(tmp_path: Path) -> None:
-    with pytest.raises(ModelError, match="unknown CLIP model 'ViT-B-23'.*Did you mean.*ViT-B-32"):
+    with pytest.raises(ModelError, match="'ViT-B-23'.*ViT-B-32"):
         load("clip:ViT-B-23/openai")
-    with pytest.raises(ModelError, match="'opena' is neither a file nor a tag of ViT-B-32; its tags: openai"):
+    with pytest.raises(ModelError, match="'opena'.*: openai"):
         load("clip:ViT-B-32/opena")
-    with pytest.raises(ModelError, match="expected clip:ARCH/WEIGHTS"):
+    with pytest.raises(ModelError, match="clip:ARCH/WEIGHTS"):
         resolve_encoder("clip:ViT-B-32")
     (tmp_path / "w.pt").write_bytes(b"no weights")
     with pytest.raises(ModelError, match="cannot load the CLIP model"):
@@ -199,7 +199,7 @@ def test_model2vec_equals_the_mean_of_token_vectors(minilm: Path, tokens: np.nda
 
 
 def word_lines(minilm: Path, tokens: np.ndarray, *, header: bool) -> str:
-    """The real vectors of some thousand frequent words, as GloVe or with fastText's header and spaces."""
+    """Return vectors of frequent words in the format of GloVe, or with the header and spaces of fastText."""
     names = (minilm / "vocab.txt").read_text().splitlines()
     rows = [(n, v) for n, v in zip(names, tokens[:, :50], strict=True) if n.isalpha()][:5000]
     lines = [
@@ -210,7 +210,7 @@ def word_lines(minilm: Path, tokens: np.ndarray, *, header: bool) -> str:
 
 def test_word_vectors_are_averaged(minilm: Path, tokens: np.ndarray, tmp_path: Path) -> None:
     plain = word_lines(minilm, tokens, header=False)
-    # As in glove.840B: a key with a space in it is no vector of its first word.
+    # As in glove.840B: a key that contains a space is not the vector of its first word.
     first, rest = plain.split("\n", 1)
     phrase = "at name@domain.com " + " ".join(["0.5"] * 50)
     (tmp_path / "glove.txt").write_text("\n".join([first, phrase, rest]))
@@ -234,33 +234,33 @@ def test_invalid_word_vector_files_raise(minilm: Path, tokens: np.ndarray, tmp_p
     row = next(i for i, line in enumerate(plain) if line.startswith("face "))
     plain[row] = plain[row].rsplit(" ", 3)[0]
     (tmp_path / "cut.txt").write_text("\n".join(plain))
-    with pytest.raises(ModelError, match=rf"cut.txt, line {row + 1} does not contain 50 numbers"):
+    with pytest.raises(ModelError, match=rf"cut\.txt, line {row + 1} "):
         load(f"words:{tmp_path / 'cut.txt'}", ["a face"])
-    with pytest.raises(ModelError, match="no vector for any word of the dataset"):
+    with pytest.raises(ModelError, match="no vector"):
         load(f"words:{tmp_path / 'cut.txt'}", ["zzyzx"])
     (tmp_path / "prose.txt").write_text("It was a dark night.\n")
-    with pytest.raises(ModelError, match="is not a file of word vectors"):
+    with pytest.raises(ModelError, match=r"prose\.txt"):
         load(f"words:{tmp_path / 'prose.txt'}", ["night"])
     del plain[row]
     (tmp_path / "half.txt.gz").write_bytes(gzip.compress("\n".join(plain).encode())[:-2000])
-    with pytest.raises(ModelError, match="cannot read word vectors"):
+    with pytest.raises(ModelError, match=r"half\.txt\.gz"):
         load(f"words:{tmp_path / 'half.txt.gz'}", ["face"])
-    with pytest.raises(ModelError, match="no file of word vectors"):
+    with pytest.raises(ModelError, match=r"nowhere\.vec"):
         resolve_encoder("words:nowhere.vec")
 
 
-def test_idf_equals_scikit_learn(collection: CaptionDataset) -> None:
+def test_idf_equals_scikit_learn(dataset: CaptionDataset) -> None:
     from sklearn.feature_extraction.text import TfidfTransformer
     from sklearn.preprocessing import normalize
 
-    captions = all_captions(collection)
+    captions = all_captions(dataset)
     parts = [captions[:100], captions[100:101], [], captions[101:]]
     encoder = BagOfWordsEncoder(lambda: iter(parts), use_idf=True)
     counts: Any = count_hashed_words(captions)
     reference: Any = TfidfTransformer().fit(counts)
     np.testing.assert_allclose(encoder.idf, reference.idf_, rtol=1e-6)
     plain = normalize(counts)
-    # Up to 2,048 different words nothing shares a column, so every similarity is exact.
+    # Up to 2,048 different words, no two share a column, so every similarity is exact.
     for actual, direct in ((encoder, reference.transform(counts)), (load("bow", captions), plain)):
         rows = actual.encode(captions, 64)
         np.testing.assert_allclose(rows @ rows.T, (direct @ direct.T).toarray(), atol=1e-6)
@@ -271,7 +271,7 @@ def test_idf_equals_scikit_learn(collection: CaptionDataset) -> None:
 def test_hashing_preserves_tfidf_neighbors(num_direct_columns: int, monkeypatch: pytest.MonkeyPatch) -> None:
     from sklearn.feature_extraction.text import TfidfVectorizer
 
-    # With 256 columns of their num_direct_columns, most of the 1,400 words of these captions share theirs.
+    # With 256 direct columns, most of the 1,400 words of these captions share a column.
     monkeypatch.setattr("likewise.embeddings.lexical._NUM_DIRECT_COLUMNS", num_direct_columns)
     captions = sorted({emoji.name for emoji in load_emoji()})
     exact: Any = TfidfVectorizer(analyzer=lambda text: re.findall(r"\w+", text.lower())).fit_transform(
@@ -280,11 +280,11 @@ def test_hashing_preserves_tfidf_neighbors(num_direct_columns: int, monkeypatch:
     truth = (exact @ exact.T).toarray()
     rows = load("tfidf", captions).encode(captions, 64).astype(np.float16).astype(np.float32)
     hashed = rows @ rows.T
-    for similar in (truth, hashed):
-        np.fill_diagonal(similar, -1)
+    for similarity in (truth, hashed):
+        np.fill_diagonal(similarity, -1)
     nearest = np.argsort(-hashed, axis=1, kind="stable")[:, :10]
     tenth = -np.sort(-truth, axis=1)[:, 9:10]
-    # Captions that are equally near may stand in for one another.
+    # Equally similar captions are interchangeable.
     overlap = (np.take_along_axis(truth, nearest, axis=1) >= tenth - 1e-6).mean()
     assert overlap >= 0.95
 
@@ -299,25 +299,25 @@ def test_split_words_of_many_scripts() -> None:
 
 
 def test_invalid_encoder_names_raise(tmp_path: Path) -> None:
-    with pytest.raises(InvalidInputError, match="unknown encoder scheme 'word:'.*Did you mean words.*tfidf"):
+    with pytest.raises(InvalidInputError, match="'word:'.*Did you mean words.*tfidf"):
         resolve_encoder("word:glove.txt")
-    with pytest.raises(InvalidInputError, match="has no model name; example: hf:bert"):
+    with pytest.raises(InvalidInputError, match="example: hf:"):
         resolve_encoder("hf:")
-    with pytest.raises(
-        InvalidInputError, match="`pooling` is not an option of tfidf; it applies to encoders such as hf:"
-    ):
+    with pytest.raises(InvalidInputError, match="`pooling` .*tfidf.*hf:"):
         resolve_encoder("tfidf", EncoderOptions(pooling="cls"))
-    with pytest.raises(InvalidInputError, match="`max_length` must be"):
+    with pytest.raises(InvalidInputError, match="`max_length`"):
         EncoderOptions(max_length=0)
-    with pytest.raises(ModelError, match="no model folder at /nowhere"):
+    with pytest.raises(ModelError, match="/nowhere"):
         resolve_encoder("hf:/nowhere")
-    with pytest.raises(ModelError, match="it has no config.json"):
+    with pytest.raises(ModelError, match=r"config\.json"):
         resolve_encoder(f"hf:{tmp_path}")
-    with pytest.raises(ModelError, match="not a complete run, a weights file"):
+    with pytest.raises(ModelError, match="nothing"):
         resolve_encoder("image:nothing")
 
 
-def test_weights_id_depends_on_scheme_and_weights(minilm: Path, tmp_path: Path) -> None:
+def test_weights_id_depends_on_scheme_and_weights_and_the_name_on_options(
+    minilm: Path, tmp_path: Path
+) -> None:
     names = [MINILM, str(minilm), f"hf:{minilm}", "tfidf", "bow", "image:random:resnet10t"]
     assert len({resolve_encoder(name).weights_id for name in names}) == len(names)
     for number in range(2):
@@ -331,7 +331,11 @@ def test_weights_id_depends_on_scheme_and_weights(minilm: Path, tmp_path: Path) 
 
 def test_unavailable_hub_models_raise(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
-    for name in ("nobody/nothing", "hf:nobody/nothing", "model2vec:nobody/nothing"):
+    for name in (
+        "no-such-owner/no-such-model",
+        "hf:no-such-owner/no-such-model",
+        "model2vec:no-such-owner/no-such-model",
+    ):
         with pytest.raises(ModelError, match="cannot load.*Hugging Face hub"):
             load(name)
 

@@ -29,7 +29,7 @@ def split(original: Path, folder: Path, parts: int) -> list[Path]:
 
 @pytest.fixture
 def parts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[Path]:
-    """The real MiniLM cut into three installed packages, as all-mpnet-base-v2 comes."""
+    """MiniLM split into three installed packages, like all-mpnet-base-v2."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     original = tmp_path / "original.zip"
     with zipfile.ZipFile(original, "w") as archive:
@@ -66,14 +66,14 @@ def test_split_model_is_extracted_once_and_equals_the_original(parts: list[Path]
     assert offline_model_path("minilm-in-three") == weights.parent
     assert weights.stat().st_mtime_ns == written
     weights.write_bytes(b"other weights")
-    with pytest.raises(ModelError, match=r"have SHA-256 .*, not 53aa51172.*delete them, then reinstall"):
+    with pytest.raises(ModelError, match=r"SHA-256 .*53aa51172"):
         offline_model_path("minilm-in-three")
 
 
-def test_interrupted_extraction_resumes_and_damage_raises(parts: list[Path], tmp_path: Path) -> None:
+def test_interrupted_extraction_resumes_and_damaged_parts_raise(parts: list[Path], tmp_path: Path) -> None:
     last = parts[-1].read_bytes()
     parts[-1].write_bytes(last[:-1000])
-    with pytest.raises(ModelError, match="are not a valid zip file.*reinstall: pip install it"):
+    with pytest.raises(ModelError, match="zip file.*pip install it"):
         offline_model_path("minilm-in-three")
     parts[-1].write_bytes(last)
     folder = tmp_path / "cache" / "likewise" / "minilm-in-three"
@@ -90,7 +90,7 @@ def test_members_outside_of_the_folder_raise(tmp_path: Path, name: str) -> None:
         archive.writestr(member, "/etc")
     target = tmp_path / "target"
     target.mkdir()
-    with pytest.raises(ModelError, match="outside of its folder"):
+    with pytest.raises(ModelError, match="outside"):
         extract_split_zip(split(tmp_path / "w.zip", tmp_path, 2), target)
     assert not list(target.iterdir())
     assert not list(tmp_path.glob("**/escaped"))
@@ -113,7 +113,7 @@ def test_default_encoder_works_offline(tmp_path: Path, monkeypatch: pytest.Monke
     states = [
         model.eval()(**tokenizer(c, return_tensors="pt")).last_hidden_state[0].detach() for c in CAPTIONS
     ]
-    # Its model card: the mean of all token states, of unit length.
+    # According to its model card: the mean of all token states, L2-normalized.
     means = np.stack([state.double().mean(dim=0).numpy() for state in states])
     expected = means / np.linalg.norm(means, axis=1, keepdims=True)
     np.testing.assert_allclose(encoder.encode(CAPTIONS, 3), expected, atol=1e-5)

@@ -1,4 +1,4 @@
-"""Datasets with boxes: all formats give the same boxes, and invalid ones are counted with their location."""
+"""Datasets with boxes: all formats give equal boxes, and invalid boxes are counted and located."""
 
 import json
 from pathlib import Path
@@ -72,8 +72,8 @@ def write_yolo(root: Path) -> Path:
     (root / "data.yaml").write_text("train: images/train\nval: images/val\nnames: {0: dog, 1: cat}\n")
     for name, split in (("a", "train"), ("b", "val")):
         write_images(root / "images" / split)
-        other = "b" if name == "a" else "a"
-        (root / f"images/{split}/{other}.jpg").unlink()
+        unused = "b" if name == "a" else "a"
+        (root / f"images/{split}/{unused}.jpg").unlink()
         (root / "labels" / split).mkdir(parents=True)
         lines = [
             f"{('dog', 'cat').index(label)} {(x0 + x1) / 200} {(y0 + y1) / 100} "
@@ -95,7 +95,7 @@ def boxes_in_pixels(dataset: DetectionDataset) -> dict[str, list[tuple]]:
 
 
 @pytest.mark.parametrize("name", ["fractions", "pixels", "coco", "voc", "yolo"])
-def test_all_formats_give_the_same_boxes(name: str, tmp_path: Path) -> None:
+def test_all_formats_give_equal_boxes(name: str, tmp_path: Path) -> None:
     writers = {
         "fractions": lambda p: write_csv(p, pixels=False),
         "pixels": lambda p: write_csv(p, pixels=True),
@@ -139,9 +139,9 @@ def test_crowds_and_difficult_objects_are_marked(tmp_path: Path) -> None:
 
 
 def test_invalid_annotations_raise(tmp_path: Path) -> None:
-    with pytest.raises(InvalidInputError, match="no boxes") as error:
+    with pytest.raises(InvalidInputError, match="no boxes") as excinfo:
         open_detection(tmp_path)
-    assert error.value.path == tmp_path
+    assert excinfo.value.path == tmp_path
     root = write_csv(tmp_path / "dataset", pixels=False)
     table = root / "boxes.csv"
     text = table.read_text()

@@ -93,7 +93,7 @@ def test_detector_learns_and_does_not_modify_the_encoder(squares: Path) -> None:
     assert all(torch.equal(before[name], after[name]) for name in before)
 
 
-def test_frozen_encoder_gets_no_gradient_and_keeps_its_statistics() -> None:
+def test_frozen_encoder_has_no_gradients_and_constant_batch_norm_statistics() -> None:
     encoder = load_encoder("random:resnet10t", image_size=64)
     model = build_detector(SMALL, encoder, 2).train()
     target = {"boxes": torch.tensor([[4.0, 4.0, 30.0, 30.0]]), "labels": torch.tensor([1])}

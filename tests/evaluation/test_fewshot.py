@@ -34,8 +34,8 @@ def sampled(config: FewShotConfig = CONFIG) -> Episodes:
     return sample_episodes(config, TRAIN.y.numpy(), TEST.y.numpy())
 
 
-def literal_accuracy(support: np.ndarray, query: np.ndarray, valid: np.ndarray) -> float:
-    """One episode by the definition, class by class and image by image."""
+def naive_accuracy(support: np.ndarray, query: np.ndarray, valid: np.ndarray) -> float:
+    """Return the accuracy of one episode, computed class by class and image by image."""
     center = np.mean([TRAIN.x[row].numpy() for rows in support for row in rows], axis=0)
     prototypes = []
     for rows in support:
@@ -55,7 +55,7 @@ def test_accuracy_matches_the_definition() -> None:
     result = evaluate_few_shot(CONFIG, TRAIN, TEST)
     episodes = sampled()
     expected = [
-        literal_accuracy(*episode)
+        naive_accuracy(*episode)
         for episode in zip(episodes.support, episodes.query, episodes.valid, strict=True)
     ]
     np.testing.assert_allclose(result.per_episode, expected, atol=1e-12)
@@ -82,16 +82,16 @@ def test_episodes_have_distinct_classes_and_images() -> None:
 
 
 def test_episodes_depend_on_seed_not_on_features() -> None:
-    first, second, other = sampled(), sampled(), sampled(FewShotConfig(ways=4, episodes=60, seed=8))
+    first, second, other_seed = sampled(), sampled(), sampled(FewShotConfig(ways=4, episodes=60, seed=8))
     np.testing.assert_array_equal(first.support, second.support)
     np.testing.assert_array_equal(first.query, second.query)
-    assert (first.support != other.support).any()
+    assert (first.support != other_seed.support).any()
     wide = (Split(torch.cat([part.x, part.x], dim=1), part.y) for part in (TRAIN, TEST))
     narrow = evaluate_few_shot(CONFIG, TRAIN, TEST)
     np.testing.assert_array_equal(evaluate_few_shot(CONFIG, *wide).per_episode, narrow.per_episode)
 
 
-def test_subsets_are_uniform() -> None:
+def test_subsets_are_sampled_uniformly() -> None:
     rng = np.random.default_rng(0)
     subsets = np.sort(_sample_subsets(rng, np.full(30_000, 5), 2), axis=1)
     pairs, counts = np.unique(subsets, axis=0, return_counts=True)
@@ -113,17 +113,17 @@ def test_subset_of_a_small_range_is_the_whole_range() -> None:
 
 def test_accuracy_is_invariant_to_offset_and_scale() -> None:
     plain = evaluate_few_shot(CONFIG, TRAIN, TEST)
-    moved = evaluate_few_shot(CONFIG, *(Split(part.x * 7 - 30, part.y) for part in (TRAIN, TEST)))
-    np.testing.assert_array_equal(moved.per_episode, plain.per_episode)
+    transformed = evaluate_few_shot(CONFIG, *(Split(part.x * 7 - 30, part.y) for part in (TRAIN, TEST)))
+    np.testing.assert_array_equal(transformed.per_episode, plain.per_episode)
 
 
 def test_blocks_do_not_change_the_result(monkeypatch: pytest.MonkeyPatch) -> None:
-    whole = evaluate_few_shot(CONFIG, TRAIN, TEST)
+    expected = evaluate_few_shot(CONFIG, TRAIN, TEST)
     monkeypatch.setattr("likewise.evaluation.protocols.fewshot._BLOCK_ELEMENTS", 7 * 4 * 15 * 16)
-    np.testing.assert_array_equal(evaluate_few_shot(CONFIG, TRAIN, TEST).per_episode, whole.per_episode)
+    np.testing.assert_array_equal(evaluate_few_shot(CONFIG, TRAIN, TEST).per_episode, expected.per_episode)
 
 
-def test_one_shot_of_perfect_features() -> None:
+def test_accuracy_of_separable_features_is_1() -> None:
     eye = torch.eye(6).repeat(3, 1)
     labels = torch.arange(6).repeat(3)
     split = Split(eye, labels)
@@ -132,13 +132,13 @@ def test_one_shot_of_perfect_features() -> None:
 
 
 def test_too_few_eligible_classes_raise() -> None:
-    with pytest.raises(InvalidInputError, match="only 6 of 8 classes") as error:
+    with pytest.raises(InvalidInputError, match="only 6 of 8 classes") as excinfo:
         evaluate_few_shot(FewShotConfig(ways=7, episodes=2), TRAIN, TEST)
-    assert error.value.field == "ways"
+    assert excinfo.value.field == "ways"
 
 
 @pytest.mark.parametrize(("field", "value"), [("shots", 0), ("ways", 0), ("queries", 0), ("episodes", 1)])
 def test_invalid_config_raises(field: str, value: int) -> None:
-    with pytest.raises(InvalidInputError) as error:
+    with pytest.raises(InvalidInputError) as excinfo:
         FewShotConfig(**{field: value})
-    assert error.value.field == field
+    assert excinfo.value.field == field

@@ -34,15 +34,15 @@ def brute_force(train: Split, test_x: Tensor, config: KNNConfig, classes: int) -
 @pytest.mark.parametrize("temperature", [0.07, 10.0])
 def test_predictions_match_brute_force(k: int, temperature: float) -> None:
     data, config = problem(0), KNNConfig(k=k, temperature=temperature)
-    got = knn_predict(config, *data, 6)
-    assert got.dtype == torch.int64
-    assert got.tolist() == brute_force(*data, config, 6)
+    predictions = knn_predict(config, *data, 6)
+    assert predictions.dtype == torch.int64
+    assert predictions.tolist() == brute_force(*data, config, 6)
 
 
-def test_vote_weights_by_hand() -> None:
+def test_votes_are_weighted_by_similarity_and_temperature() -> None:
     train = torch.tensor([[1.0, 0.0], [0.6, 0.8], [0.6, -0.8]])
     labels, image = torch.tensor([0, 1, 1]), torch.tensor([[2.0, 0.0]])
-    # exp(1 / t) against 2 exp(0.6 / t): they meet at t = 0.4 / ln 2 = 0.577.
+    # exp(1 / t) equals 2 exp(0.6 / t) at t = 0.4 / ln 2 = 0.577.
     assert knn_predict(KNNConfig(k=3, temperature=0.57), Split(train, labels), image, 2).tolist() == [0]
     assert knn_predict(KNNConfig(k=3, temperature=0.59), Split(train, labels), image, 2).tolist() == [1]
     assert knn_predict(KNNConfig(k=1, temperature=9.0), Split(train, labels), image, 2).tolist() == [0]
@@ -76,22 +76,22 @@ def test_topk_is_a_stable_sort(rows: list[list[int]], k: int) -> None:
 
 def test_predictions_do_not_depend_on_blocks_or_scale(monkeypatch: pytest.MonkeyPatch) -> None:
     data = problem(1)
-    whole = knn_predict(KNNConfig(), *data, 6)
-    assert torch.equal(knn_predict(KNNConfig(), Split(data[0].x * 5, data[0].y), data[1] * 0.1, 6), whole)
+    expected = knn_predict(KNNConfig(), *data, 6)
+    assert torch.equal(knn_predict(KNNConfig(), Split(data[0].x * 5, data[0].y), data[1] * 0.1, 6), expected)
     monkeypatch.setattr("likewise.evaluation.protocols.knn._BLOCK_ELEMENTS", 200)
-    assert torch.equal(knn_predict(KNNConfig(), *data, 6), whole)
+    assert torch.equal(knn_predict(KNNConfig(), *data, 6), expected)
 
 
 def test_invalid_config_raises() -> None:
-    with pytest.raises(InvalidInputError) as error:
+    with pytest.raises(InvalidInputError) as excinfo:
         KNNConfig(k=0)
-    assert error.value.field == "k"
-    with pytest.raises(InvalidInputError) as error:
+    assert excinfo.value.field == "k"
+    with pytest.raises(InvalidInputError) as excinfo:
         KNNConfig(temperature=0.0)
-    assert error.value.field == "temperature"
-    with pytest.raises(InvalidInputError) as error:
+    assert excinfo.value.field == "temperature"
+    with pytest.raises(InvalidInputError) as excinfo:
         KNNGridConfig(ks=(1, 0))
-    assert error.value.field == "ks"
+    assert excinfo.value.field == "ks"
 
 
 def test_no_training_images_raise() -> None:

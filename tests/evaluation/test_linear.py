@@ -23,8 +23,8 @@ FEATURES = FEATURES / 16
 X0, Y0 = FEATURES[:50], LABELS[:50]
 
 
-def test_linear_probe() -> None:
-    """First test to read: fit on train, select C on held-out images, predict."""
+def test_linear_probe_selects_c_and_predicts_labels() -> None:
+    """Fit on training features, select C on held-out images, and predict."""
     train, test = Split(FEATURES[:1000], LABELS[:1000]), Split(FEATURES[1000:], LABELS[1000:])
     probe = LinearProbe.fit(train, num_classes=10)
     assert probe.converged
@@ -64,7 +64,7 @@ def test_two_classes_match_scikit_learn_at_twice_the_c() -> None:
 
 @pytest.mark.parametrize("C", [1e-6, 1.0, 1e6])
 def test_float32_reaches_the_minimum_of_float64(C: float) -> None:
-    """At 1e6 the classes are separable and a bound on the gradient alone stops far from the minimum."""
+    """With C of 1e6 the classes are separable, and a bound on the gradient alone stops too early."""
     x, y = FEATURES[:800] * 16 + 3, LABELS[:800]
     exact = fit_logistic(x, y, C, 10, tolerance=1e-8, max_iterations=5000)
     single = fit_logistic(x.float(), y, C, 10)
@@ -72,7 +72,7 @@ def test_float32_reaches_the_minimum_of_float64(C: float) -> None:
     assert single[0].dtype == torch.float32
     lowest = objective(exact[0], exact[1], x, y, C)
     reached = objective(single[0].double(), single[1].double(), x, y, C)
-    # Folding the mean back into a float32 bias values of C digits at 1e6, where scores are in the hundreds.
+    # With C of 1e6, scores are in the hundreds: a float32 bias that includes the mean is less precise.
     assert float(reached) == pytest.approx(float(lowest), rel=1e-4 if C > 1 else 1e-5)
 
 
@@ -109,7 +109,7 @@ def test_blocks_do_not_change_the_fit(monkeypatch: pytest.MonkeyPatch) -> None:
     torch.testing.assert_close(fit_logistic(FEATURES[:300], LABELS[:300], 1.0, 10, tolerance=1e-9), whole)
 
 
-def test_class_without_labels_is_never_predicted() -> None:
+def test_class_without_training_images_is_never_predicted() -> None:
     known = LABELS != 4
     weight, bias, converged = fit_logistic(FEATURES[known][:300], LABELS[known][:300], 1.0, 12)
     assert converged
@@ -118,7 +118,7 @@ def test_class_without_labels_is_never_predicted() -> None:
     assert not torch.isin((FEATURES @ weight.T + bias).argmax(dim=1), torch.tensor([4, 10, 11])).any()
 
 
-def test_one_class_and_fewer_images_than_features() -> None:
+def test_fit_with_one_class_or_fewer_images_than_features() -> None:
     weight, bias, converged = fit_logistic(FEATURES[:1], torch.tensor([2]), 1.0, 3)
     assert converged and not weight.any() and bias.argmax() == 2
     few = fit_logistic(FEATURES[:20], LABELS[:20], 1.0, 10, tolerance=1e-9)
@@ -131,12 +131,12 @@ def test_fit_reports_missing_convergence() -> None:
 
 
 @pytest.mark.parametrize("C", [0.0, -1.0, float("nan")])
-def test_c_must_be_positive(C: float) -> None:
+def test_invalid_c_raises(C: float) -> None:
     with pytest.raises(ValueError, match="`C`"):
         fit_logistic(FEATURES[:20], LABELS[:20], C, 10)
 
 
-def test_features_must_be_finite_and_present() -> None:
+def test_non_finite_or_empty_features_raise() -> None:
     broken = FEATURES[:20].clone()
     broken[3, 4] = torch.nan
     with pytest.raises(ValueError, match="finite"):
@@ -146,7 +146,7 @@ def test_features_must_be_finite_and_present() -> None:
 
 
 def transcribed_sweep(x: Tensor, y: Tensor, val_x: Tensor, val_y: Tensor) -> tuple[float, dict[float, float]]:
-    """The search as published, on windows of a list of C, with scikit-learn; ties to the smaller C."""
+    """Run the published search with scikit-learn on windows of a list of C; ties go to the smaller C."""
     known = {}
 
     def accuracy(C: float) -> float:
@@ -173,7 +173,7 @@ def transcribed_sweep(x: Tensor, y: Tensor, val_x: Tensor, val_y: Tensor) -> tup
 
 
 def test_sweep_selects_the_c_of_scikit_learn() -> None:
-    # Raw pixels without noise saturate; with it the best C lies inside the grid.
+    # Accuracy on pixels without noise saturates; with noise, the best C is inside the grid.
     noise = torch.randn(len(FEATURES), 64, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
     x = FEATURES + noise * 0.4
     train, val, test = slice(0, 500), slice(500, 1100), slice(1100, None)
@@ -189,7 +189,7 @@ def test_sweep_selects_the_c_of_scikit_learn() -> None:
     assert expected == probe.C
     assert 1e-6 < expected < 1e6
     assert list(probe.sweep) == sorted(known)
-    # At 1e6 scikit-learn stops by the change of its objective, with an image or two still undecided.
+    # With C of 1e6, scikit-learn stops before one or two images have their final prediction.
     assert probe.sweep == pytest.approx(known, abs=2 / 600)
     assert probe.sweep == seen
     assert probe.val_accuracy == max(probe.sweep.values())
@@ -218,7 +218,7 @@ def test_search_finds_the_maximum_of_a_concave_score() -> None:
 
 
 def test_ties_select_the_smaller_c() -> None:
-    # Three far corners and a few wrong labels in train: values of C of some range are perfect on validation.
+    # Three separate clusters and a few wrong training labels: a range of C is perfect on validation.
     x = torch.eye(3, dtype=torch.float64).repeat(30, 1)
     x += torch.randn(90, 3, generator=torch.Generator().manual_seed(0), dtype=torch.float64) * 0.1
     y = torch.arange(3).repeat(30)
@@ -261,18 +261,18 @@ def test_validation_split_is_stratified_and_leaves_every_class_in_train(
         class_size = int(counts[label])
         num_val = int((y[val_indices] == label).sum())
         assert num_val == min(max(int(class_size * val_fraction), 1), class_size - 1)
-    again = stratified_split(y, val_fraction, seed)
-    assert torch.equal(train_indices, again[0]) and torch.equal(val_indices, again[1])
+    repeated = stratified_split(y, val_fraction, seed)
+    assert torch.equal(train_indices, repeated[0]) and torch.equal(val_indices, repeated[1])
 
 
 @pytest.mark.parametrize("val_fraction", [0.0, 1.0, -0.2])
 def test_invalid_val_fraction_raises(val_fraction: float) -> None:
-    with pytest.raises(InvalidInputError) as error:
+    with pytest.raises(InvalidInputError) as excinfo:
         stratified_split(LABELS, val_fraction, 0)
-    assert error.value.field == "val_fraction"
-    with pytest.raises(InvalidInputError) as error:
+    assert excinfo.value.field == "val_fraction"
+    with pytest.raises(InvalidInputError) as excinfo:
         LinearProbeConfig(val_fraction=val_fraction)
-    assert error.value.field == "val_fraction"
+    assert excinfo.value.field == "val_fraction"
 
 
 def test_validation_split_is_random() -> None:
@@ -292,6 +292,6 @@ def test_validation_images_are_held_out_of_train_and_used_in_the_refit() -> None
     assert torch.equal(probe.predict(test_x), (test_x @ weight.T + bias).argmax(dim=1))
 
 
-def test_split_requires_one_label_per_image() -> None:
+def test_split_with_too_few_labels_raises() -> None:
     with pytest.raises(TypeCheckError):
         Split(X0, Y0[:3])

@@ -40,8 +40,8 @@ def rows(n: int, d: int, seed: int = 0) -> Tensor:
     return torch.randn(n, d, generator=torch.Generator().manual_seed(seed))
 
 
-def test_protocol(tmp_path: Path) -> None:
-    """First test to read: evaluate an encoder with one protocol, and explain the score."""
+def test_one_protocol_is_evaluated_and_explained(tmp_path: Path) -> None:
+    """Evaluate an encoder with one protocol, and explain the score."""
     config = ProtocolConfig(knn=KNNConfig(k=5))
     dataset = open_labeled(squares(tmp_path / "squares"))
     results = evaluate("random:test_resnet", dataset, "knn", config=config, out=tmp_path / "out")
@@ -61,9 +61,9 @@ def test_every_protocol_is_registered_with_its_config() -> None:
         assert protocol.name == name
         assert protocol.title and protocol.summary
         assert protocol.config_dict() == asdict(protocol.config)
-    with pytest.raises(InvalidInputError, match="localization") as error:
+    with pytest.raises(InvalidInputError, match="localization") as excinfo:
         build_protocol("localisation", config)
-    assert error.value.field == "protocols"
+    assert excinfo.value.field == "protocols"
     classifiers = [f.name for f in fields(config) if hasattr(getattr(config, f.name), "mean_class_accuracy")]
     assert classifiers == ["linear", "knn", "knn_grid", "finetune", "zeroshot"]
     changed = config.with_mean_class_accuracy()
@@ -81,7 +81,7 @@ def test_grid_search_scores_each_config_as_knn_does() -> None:
         assert accuracy == pytest.approx(float((predictions == val.y).double().mean()))
 
 
-def test_separate_clusters_agree_with_labels_and_noise_does_not() -> None:
+def test_separate_clusters_have_nmi_1_and_noise_has_ari_0() -> None:
     labels = np.arange(120) % 3
     separate = np.eye(3)[labels] * 9 + RNG.standard_normal((120, 3)) * 0.05
     result = evaluate_clustering(ClusteringConfig(num_restarts=20), separate, labels)
@@ -91,9 +91,9 @@ def test_separate_clusters_agree_with_labels_and_noise_does_not() -> None:
         ClusteringConfig(num_restarts=3), RNG.standard_normal((300, 8)), np.arange(300) % 3
     )
     assert abs(noise.ari.value) < 0.05
-    with pytest.raises(InvalidInputError) as error:
+    with pytest.raises(InvalidInputError) as excinfo:
         ClusteringConfig(num_restarts=1)
-    assert error.value.field == "num_restarts"
+    assert excinfo.value.field == "num_restarts"
 
 
 def test_zero_shot_predicts_the_nearest_mean_of_prompt_embeddings() -> None:
@@ -102,13 +102,13 @@ def test_zero_shot_predicts_the_nearest_mean_of_prompt_embeddings() -> None:
         for seed, name in enumerate(("an owl here", "the owl", "an ox here", "the ox"))
     }
     projection = rows(7, 5, 9)
-    language = TextAlignment(
+    text_alignment = TextAlignment(
         encode_text=lambda c: torch.stack([embeddings[caption] for caption in c]),
         project_image=lambda x: x @ projection,
     )
     features = rows(50, 7, 3)
     predictions = zero_shot_predict(
-        ZeroShotConfig(prompts=("an {} here", "the {}")), features, ("owl", "ox"), language
+        ZeroShotConfig(prompts=("an {} here", "the {}")), features, ("owl", "ox"), text_alignment
     )
     for image, prediction in zip(features.double(), predictions.tolist(), strict=True):
         scores = []
@@ -117,9 +117,9 @@ def test_zero_shot_predicts_the_nearest_mean_of_prompt_embeddings() -> None:
             mean = torch.stack([s / s.norm() for s in sentences]).mean(dim=0)
             scores.append(float(torch.cosine_similarity(image @ projection.double(), mean, dim=0)))
         assert prediction == int(np.argmax(scores))
-    with pytest.raises(InvalidInputError) as error:
+    with pytest.raises(InvalidInputError) as excinfo:
         ZeroShotConfig(prompts=("a photo",))
-    assert error.value.field == "prompts"
+    assert excinfo.value.field == "prompts"
 
 
 def test_image_text_hits_match_a_loop() -> None:
@@ -174,10 +174,10 @@ def squares(folder: Path, count: int = 48) -> Path:
 
 def test_fine_tuning_learns_is_reproducible_and_does_not_modify_the_encoder(tmp_path: Path) -> None:
     # Classes differ in brightness only: horizontal flips would exchange left and right.
-    folder = tmp_path / "kinds"
+    folder = tmp_path / "brightness"
     for i in range(60):
-        split, kind = ("train" if i < 40 else "test"), ("dark", "light")[i % 2]
-        path = folder / split / kind / f"{i}.png"
+        split, label = ("train" if i < 40 else "test"), ("dark", "light")[i % 2]
+        path = folder / split / label / f"{i}.png"
         path.parent.mkdir(parents=True, exist_ok=True)
         pixels = np.clip(RNG.normal(100 + 60 * (i % 2), 40, (40, 52, 3)), 0, 255).astype(np.uint8)
         Image.fromarray(pixels).save(path)
@@ -225,7 +225,7 @@ def test_protocols_of_a_labeled_dataset_run_and_compare(tmp_path: Path) -> None:
 
 
 @pytest.fixture(scope="module")
-def clip_run(collection: CaptionDataset, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def clip_run(dataset: CaptionDataset, tmp_path_factory: pytest.TempPathFactory) -> Path:
     settings = TrainConfig(
         method=CLIPOptions(text_width=64, text_layers=1),
         backbone="resnet10t",
@@ -233,7 +233,7 @@ def clip_run(collection: CaptionDataset, tmp_path_factory: pytest.TempPathFactor
         batch_size=32,
         max_steps=3,
     )
-    return train(collection, tmp_path_factory.mktemp("clip") / "run", settings).path
+    return train(dataset, tmp_path_factory.mktemp("clip") / "run", settings).path
 
 
 @pytest.fixture(scope="module")
@@ -241,9 +241,11 @@ def captions(emoji: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Write the test emoji with two captions each, and a row without a caption."""
     target = tmp_path_factory.mktemp("captions") / "captions.csv"
     with emoji.open() as stream:
-        found = [row for row in csv.DictReader(stream) if row["split"] == "test"][:40]
+        test_rows = [row for row in csv.DictReader(stream) if row["split"] == "test"][:40]
     lines = [
-        f"{emoji.parent / r['file']},{text}" for r in found for text in (r["caption"], f"a {r['caption']}")
+        f"{emoji.parent / r['file']},{text}"
+        for r in test_rows
+        for text in (r["caption"], f"a {r['caption']}")
     ]
     target.write_text("file,caption\n" + "\n".join(lines) + "\nnone.png,\n")
     return target
@@ -257,30 +259,30 @@ def test_run_with_a_text_tower_is_evaluated_on_captions(clip_run: Path, captions
     torch.testing.assert_close(
         encoder.text_alignment.project_image(x), x @ tensors["image_projection.weight"].T
     )
-    words = encoder.text_alignment.encode_text(["a cat", "a dog", "a cat"])
-    torch.testing.assert_close(words[0], words[2])
-    assert not torch.allclose(words[0], words[1])
-    (found,) = evaluate(clip_run, captions, ("image-text",)).raw
-    assert found["dataset"]["num_captions"] == 80
-    assert found["dataset"]["skipped"] == {"without a file or a caption": 1}
-    scores = {s["metric"]: s for s in found["protocols"]["image-text"]["scores"]}
+    text_embeddings = encoder.text_alignment.encode_text(["a cat", "a dog", "a cat"])
+    torch.testing.assert_close(text_embeddings[0], text_embeddings[2])
+    assert not torch.allclose(text_embeddings[0], text_embeddings[1])
+    (result,) = evaluate(clip_run, captions, ("image-text",)).raw
+    assert result["dataset"]["num_captions"] == 80
+    assert result["dataset"]["skipped"] == {"without a file or a caption": 1}
+    scores = {s["metric"]: s for s in result["protocols"]["image-text"]["scores"]}
     assert scores["image to text recall@10"]["n"] == 40
     assert scores["text to image recall@10"]["n"] == 80
     assert 0 < scores["text to image recall@10"]["value"] < 1
     assert scores["text to image recall@1"]["value"] <= scores["text to image recall@10"]["value"]
-    (named,) = evaluate(clip_run, emoji, ("zeroshot",), columns=ColumnOptions(label="category")).raw
+    (zeroshot,) = evaluate(clip_run, emoji, ("zeroshot",), columns=ColumnOptions(label="category")).raw
     features = np.load(
-        next((clip_run / "evaluation/features").glob(f"{named['dataset']['name']}-*/features.npy"))
+        next((clip_run / "evaluation/features").glob(f"{zeroshot['dataset']['name']}-*/features.npy"))
     )
     images = open_labeled(emoji, label_column="category")
     test = images.splits == "test"
     sentences = [f"a photo of a {name}." for name in images.classes]
-    space = torch.from_numpy(features[test]) @ tensors["image_projection.weight"].T
-    answers = torch.cosine_similarity(
-        space[:, None], encoder.text_alignment.encode_text(sentences)[None], dim=2
+    image_embeddings = torch.from_numpy(features[test]) @ tensors["image_projection.weight"].T
+    predictions = torch.cosine_similarity(
+        image_embeddings[:, None], encoder.text_alignment.encode_text(sentences)[None], dim=2
     ).argmax(dim=1)
-    score = named["protocols"]["zeroshot"]["scores"][0]
-    assert score["value"] == pytest.approx((answers.numpy() == images.labels[test]).mean())
+    score = zeroshot["protocols"]["zeroshot"]["scores"][0]
+    assert score["value"] == pytest.approx((predictions.numpy() == images.labels[test]).mean())
 
 
 def test_missing_text_tower_or_captions_raise(tmp_path: Path, captions: Path) -> None:

@@ -17,7 +17,7 @@ from likewise.evaluation.datasets.registry import (
 from support import save_png
 
 
-def test_registry_holds_the_datasets_of_the_paper_and_more() -> None:
+def test_registry_contains_the_datasets_of_the_paper() -> None:
     paper = (
         "food101 cifar10 cifar100 cub200 sun397 cars aircraft dtd pets caltech101 flowers102 stl10 eurosat"
     )
@@ -42,7 +42,7 @@ def test_entries_are_complete(name: str) -> None:
     assert info.download_mb > 0
 
 
-def test_split_sizes_agree_with_images_per_class() -> None:
+def test_split_sizes_equal_images_per_class_times_classes() -> None:
     for name in ("eurosat", "resisc45"):
         info = DATASETS[name]
         assert info.download.images_per_class is not None
@@ -54,9 +54,9 @@ def test_split_sizes_agree_with_images_per_class() -> None:
 
 
 def test_unknown_names_raise_with_close_matches() -> None:
-    with pytest.raises(InvalidInputError, match="'cifar11'.*Did you mean cifar10") as error:
+    with pytest.raises(InvalidInputError, match="Did you mean cifar10") as excinfo:
         get_dataset_info("cifar11")
-    assert error.value.field == "datasets"
+    assert excinfo.value.field == "datasets"
 
 
 def test_incomplete_datasets_raise(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -69,11 +69,9 @@ def test_incomplete_datasets_raise(tmp_path: Path, monkeypatch: pytest.MonkeyPat
         DATASETS, "tiny", replace(DATASETS["dtd"], num_classes=2, split_sizes={"train": 6, "test": 4})
     )
     check_complete("tiny", dataset)
-    with pytest.raises(InvalidInputError) as error:
+    with pytest.raises(InvalidInputError) as excinfo:
         check_complete("food101", dataset)
-    assert str(error.value) == (
-        "food101 has 6 of 75,750 train images, 4 of 25,250 test images and 2 of 101 classes: it is "
-        f"incomplete; delete {tmp_path} and download it again"
-    )
-    with pytest.raises(InvalidInputError, match="dtd has .*0 of 1,880 val images"):
+    for text in ("6 of 75,750 train", "4 of 25,250 test", "2 of 101 classes", str(tmp_path)):
+        assert text in str(excinfo.value)
+    with pytest.raises(InvalidInputError, match="0 of 1,880 val"):
         check_complete("dtd", dataset)

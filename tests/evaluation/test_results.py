@@ -1,4 +1,4 @@
-"""Comparison of encoders: tests against scipy, ranks by hand, files in open formats."""
+"""Comparison of encoders: statistical tests against scipy, ranks, and files in open formats."""
 
 import csv
 import io
@@ -109,7 +109,7 @@ def test_ranks_and_means_are_over_shared_datasets() -> None:
     assert only.cells[0] is not None and only.cells[0].rank is None
 
 
-def test_files_hold_the_values_of_the_table(tmp_path: Path) -> None:
+def test_files_contain_the_values_of_the_table(tmp_path: Path) -> None:
     table = compare_encoders(
         [make_encoder("a_1", {"x": sample_correct(0.7)}), make_encoder("b|2", {"x": sample_correct(0.4)})]
     )
@@ -143,24 +143,24 @@ def test_compare_reads_results_and_requires_distinct_names(
 ) -> None:
     rows = {name: [make_row("x", sample_correct(0.5))] for name in ("run", "other")}
     monkeypatch.setattr("likewise.evaluation.results.read_results", lambda path: rows[Path(path).name])
-    comparison = compare([["a/run", "b/run"], tmp_path / "other"], names=["mine", None])
-    assert comparison.encoder_names == ("mine", "other")
+    comparison = compare([["a/run", "b/run"], tmp_path / "other"], names=["first", None])
+    assert comparison.encoder_names == ("first", "other")
     assert comparison.encoder_flops == (1, 1)
     frame = comparison.to_dataframe()
-    assert frame["encoder"].tolist() == ["mine", "other"]
+    assert frame["encoder"].tolist() == ["first", "other"]
     assert frame["value"].tolist() == [rows["run"][0].value, rows["other"][0].value]
     assert comparison.table().splitlines()[0].split() == [
         "dataset",
         "protocol",
         "metric",
         "n",
-        "mine",
+        "first",
         "other",
     ]
     assert f"{100 * rows['other'][0].value:.1f} [" in comparison.table()
-    with pytest.raises(InvalidInputError) as error:
+    with pytest.raises(InvalidInputError) as excinfo:
         compare(["a/run", "b/run"])
-    assert error.value.field == "encoders"
+    assert excinfo.value.field == "encoders"
 
 
 def test_estimate_of_one_seed_is_its_bootstrap() -> None:

@@ -21,7 +21,7 @@ def random_features(seed: int, count: int = 60, instances: int = 15) -> tuple[Te
 def brute_force(
     features: Tensor, instances: np.ndarray, domains: np.ndarray | None, ks: tuple[int, ...]
 ) -> dict[int, tuple[list[bool], float]]:
-    """By the definition, query by query: {query: (hits at ks, average precision)}."""
+    """Return hits at ks and average precision by query, computed query by query."""
     unit = features.numpy() / np.linalg.norm(features.numpy(), axis=1, keepdims=True)
     results = {}
     for q in range(len(unit)):
@@ -55,19 +55,19 @@ def test_average_precision_matches_scikit_learn() -> None:
     features, instances, domains = random_features(2)
     result = retrieve(features, instances, domains)
     unit = (features / features.norm(dim=1, keepdim=True)).numpy()
-    for query, got in zip(result.queries, result.average_precision, strict=True):
+    for query, actual in zip(result.queries, result.average_precision, strict=True):
         gallery = domains != domains[query]
         truth = instances[gallery] == instances[query]
-        assert got == pytest.approx(average_precision_score(truth, unit[gallery] @ unit[query]))
+        assert actual == pytest.approx(average_precision_score(truth, unit[gallery] @ unit[query]))
 
 
-def test_values_by_hand() -> None:
+def test_recall_and_average_precision_of_five_images() -> None:
     angles = torch.tensor([0.0, 0.1, 0.2, 0.3, 2.0])
     features = torch.stack([angles.cos(), angles.sin()], dim=1)
     result = retrieve(features, np.array(["cup", "bag", "cup", "cup", "hat"]), ks=(1, 2))
     assert result.queries.tolist() == [0, 2, 3]
     assert result.num_skipped == 2
-    # The first cup sees bag, cup, cup; the third sees cup, bag, cup; to the second, two tie.
+    # Ranking of the first cup: bag, cup, cup; of the third: cup, bag, cup; of the second: two tie.
     assert result.average_precision[0] == pytest.approx((1 / 2 + 2 / 3) / 2)
     assert result.average_precision[2] == pytest.approx((1 + 2 / 3) / 2)
     assert result.recall[1].tolist()[::2] == [False, True]
@@ -91,7 +91,7 @@ def test_domains_exclude_closer_images_of_the_same_domain() -> None:
     assert result.average_precision.tolist() == pytest.approx([0.5, 0.5, 1])
 
 
-def test_no_query_has_a_relevant_image() -> None:
+def test_queries_without_a_relevant_image_are_skipped() -> None:
     result = retrieve(torch.eye(3), np.arange(3))
     assert result.num_skipped == 3
     assert len(result.queries) == len(result.average_precision) == len(result.recall[1]) == 0
@@ -107,9 +107,9 @@ def test_recall_increases_with_k_and_order_does_not_matter(labels: list[int], se
     assert result.recall[50].all()
     assert ((result.average_precision > 0) & (result.average_precision <= 1)).all()
     order = rng.permutation(len(labels))
-    again = retrieve(features[order] * 3, instances[order], ks=(1, 2, 50))
-    moved = dict(zip(order[again.queries].tolist(), again.average_precision.tolist(), strict=True))
-    assert moved == pytest.approx(
+    permuted = retrieve(features[order] * 3, instances[order], ks=(1, 2, 50))
+    by_query = dict(zip(order[permuted.queries].tolist(), permuted.average_precision.tolist(), strict=True))
+    assert by_query == pytest.approx(
         dict(zip(result.queries.tolist(), result.average_precision.tolist(), strict=True))
     )
 
@@ -128,6 +128,6 @@ def test_invalid_arguments_raise() -> None:
         retrieve(torch.eye(3), np.arange(2))
     with pytest.raises((ValueError, TypeCheckError)):
         retrieve(torch.eye(3), np.arange(3), np.arange(2))
-    with pytest.raises(InvalidInputError) as error:
+    with pytest.raises(InvalidInputError) as excinfo:
         retrieve(torch.eye(3), np.arange(3), ks=(0,))
-    assert error.value.field == "recall_ks"
+    assert excinfo.value.field == "recall_ks"

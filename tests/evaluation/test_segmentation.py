@@ -1,4 +1,4 @@
-"""Segmentation: metrics against scikit-learn, strict reading of masks, training of the head."""
+"""Segmentation: metrics against scikit-learn, validation of masks, training of the head."""
 
 from pathlib import Path
 
@@ -37,9 +37,9 @@ def test_metrics_match_scikit_learn() -> None:
         present = np.union1d(target[mask], pred[mask])
         scores = jaccard_score(target[mask], pred[mask], labels=present, average=None)
         np.testing.assert_allclose(per_class_iou(counts.astype(float))[present], scores)
-        got = segmentation_metrics(counts.astype(float))
-        assert float(got["mean IoU"]) == pytest.approx(scores.mean())
-        assert float(got["pixel accuracy"]) == pytest.approx((target[mask] == pred[mask]).mean())
+        metrics = segmentation_metrics(counts.astype(float))
+        assert float(metrics["mean IoU"]) == pytest.approx(scores.mean())
+        assert float(metrics["pixel accuracy"]) == pytest.approx((target[mask] == pred[mask]).mean())
 
 
 def test_bootstrap_resamples_sum_the_confusion_matrices_of_their_images() -> None:
@@ -47,18 +47,18 @@ def test_bootstrap_resamples_sum_the_confusion_matrices_of_their_images() -> Non
     resampled = bootstrap_metrics(counts, 5, seed=3)
     rows = np.random.default_rng(3).multinomial(7, np.full(7, 1 / 7), size=5)
     for i, image_counts in enumerate(rows):
-        whole = np.stack([counts[j] * image_counts[j] for j in range(7)]).sum(axis=0).astype(float)
-        assert resampled["mean IoU"][i] == pytest.approx(float(segmentation_metrics(whole)["mean IoU"]))
+        total = np.stack([counts[j] * image_counts[j] for j in range(7)]).sum(axis=0).astype(float)
+        assert resampled["mean IoU"][i] == pytest.approx(float(segmentation_metrics(total)["mean IoU"]))
 
 
 @pytest.fixture(scope="module")
 def halves(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Write images whose dark and light parts are the classes, with an unlabeled border."""
+    """Write images of two classes, dark and light, with an unlabeled border."""
     root = tmp_path_factory.mktemp("segment") / "halves"
     for i in range(30):
         folder = root / ("train" if i < 22 else "val")
-        for kind in ("images", "masks"):
-            (folder / kind).mkdir(parents=True, exist_ok=True)
+        for subfolder in ("images", "masks"):
+            (folder / subfolder).mkdir(parents=True, exist_ok=True)
         mask = np.zeros((48, 72), np.uint8)
         x, y = RNG.integers(0, 40), RNG.integers(0, 20)
         mask[y : y + 28, x : x + 32] = 1
@@ -81,13 +81,13 @@ def test_head_learns_and_does_not_modify_the_encoder(halves: Path, finetune_back
         else SegmentationConfig(image_size=128, epochs=30, lr=0.01)
     )
     result = run_segmentation(config, encoder, images, device=CPU, num_workers=0)
-    whole = result.confusion.sum(axis=0).astype(float)
-    # All in the larger class would be 0.37 or less.
-    assert float(segmentation_metrics(whole)["mean IoU"]) > 0.6
-    assert whole.sum() == 8 * 46 * 72
+    confusion = result.confusion.sum(axis=0).astype(float)
+    # Predicting the larger class everywhere would give 0.37 or less.
+    assert float(segmentation_metrics(confusion)["mean IoU"]) > 0.6
+    assert confusion.sum() == 8 * 46 * 72
     if not finetune_backbone:
-        again = run_segmentation(config, encoder, images, device=CPU, num_workers=2)
-        np.testing.assert_array_equal(result.confusion, again.confusion)
+        repeated = run_segmentation(config, encoder, images, device=CPU, num_workers=2)
+        np.testing.assert_array_equal(result.confusion, repeated.confusion)
     after = encoder.model.state_dict()
     assert all(torch.equal(before[name], after[name]) for name in before)
 

@@ -1,4 +1,4 @@
-"""Bootstrap and permutation tests: values by hand, literal implementations, and coverage on simulations."""
+"""Bootstrap and permutation tests: known values, direct implementations and simulated coverage."""
 
 from itertools import product
 
@@ -10,11 +10,11 @@ from jaxtyping import TypeCheckError
 
 from likewise.evaluation.statistics import bootstrap, mean_per_class, normal_interval, paired_difference
 
-# With the import hook of the tests, the annotations raise first.
+# The import hook of the tests checks annotations, which raises first.
 WRONG_SHAPE = (ValueError, TypeCheckError)
 
 
-def test_values_by_hand() -> None:
+def test_estimates_of_four_scores() -> None:
     scores = np.array([True, False, True, True])
     assert bootstrap(scores).value == 0.75
     assert bootstrap(scores, np.array(["a", "a", "b", "b"])).value == 0.75
@@ -29,7 +29,7 @@ def test_interval_of_fair_coins_is_binomial() -> None:
     assert interval.high == pytest.approx(0.5 + 1.96 * 0.025, abs=0.004)
 
 
-def literal_bootstrap(
+def naive_bootstrap(
     scores: np.ndarray, groups: np.ndarray, resamples: int, rng: np.random.Generator
 ) -> np.ndarray:
     names = np.unique(groups)
@@ -38,25 +38,25 @@ def literal_bootstrap(
     return np.array([np.concatenate([members[name] for name in row]).mean() for row in resampled])
 
 
-def test_cluster_bootstrap_matches_a_literal_one() -> None:
+def test_cluster_bootstrap_matches_a_naive_implementation() -> None:
     rng = np.random.default_rng(3)
     groups = rng.integers(0, 25, 200)
     scores = rng.random(200) + groups / 25
-    low, high = np.quantile(literal_bootstrap(scores, groups, 8000, rng), [0.025, 0.975])
+    low, high = np.quantile(naive_bootstrap(scores, groups, 8000, rng), [0.025, 0.975])
     interval = bootstrap(scores, groups, num_resamples=8000)
     width = high - low
     assert interval.low == pytest.approx(low, abs=0.06 * width)
     assert interval.high == pytest.approx(high, abs=0.06 * width)
 
 
-def test_coverage_on_simulated_data() -> None:
+def test_intervals_have_the_nominal_coverage_on_simulated_data() -> None:
     rng = np.random.default_rng(0)
     intervals = [bootstrap(rng.random(100) < 0.7, num_resamples=400, seed=seed) for seed in range(400)]
     covered = np.mean([interval.low <= 0.7 <= interval.high for interval in intervals])
     assert 0.90 <= covered <= 0.985
 
 
-def test_coverage_with_correlated_groups_needs_the_groups() -> None:
+def test_cluster_bootstrap_covers_correlated_groups_and_the_naive_one_does_not() -> None:
     rng = np.random.default_rng(1)
     groups = np.repeat(np.arange(40), 10)
     covered = {"naive": 0, "cluster": 0}
@@ -109,8 +109,8 @@ def test_p_value_is_uniform_without_a_difference_and_never_zero() -> None:
     ]
     assert 0.02 <= np.mean(np.array(values) <= 0.05) <= 0.09
     assert 0.4 <= np.mean(values) <= 0.6
-    sure = paired_difference(np.zeros(500), np.ones(500), num_resamples=999)
-    assert sure.p_value == 1 / 1000
+    certain = paired_difference(np.zeros(500), np.ones(500), num_resamples=999)
+    assert certain.p_value == 1 / 1000
 
 
 def test_paired_interval_is_narrower_than_the_two_intervals() -> None:
@@ -156,12 +156,12 @@ def test_mean_per_class_resamples_inside_classes() -> None:
     assert interval.value == pytest.approx(accuracies.mean())
     assert interval.low == pytest.approx(accuracies.mean() - 1.96 * error, abs=0.1 * error)
     assert interval.high == pytest.approx(accuracies.mean() + 1.96 * error, abs=0.1 * error)
-    # Constant within classes: resampling across classes would have a width, within classes it has none.
+    # Scores are constant within classes, so an interval from resampling within classes has no width.
     certain = mean_per_class(np.array([1, 1, 0, 0]), np.array(["cat", "cat", "dog", "dog"]))
     assert (certain.low, certain.high) == (0.5, 0.5)
 
 
-def test_normal_interval_by_hand() -> None:
+def test_normal_interval_equals_the_formula() -> None:
     interval = normal_interval(np.array([0.0, 1.0, 0.0, 1.0]))
     margin = 1.96 * np.sqrt(1 / 3) / 2
     assert interval.value == 0.5

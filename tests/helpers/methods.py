@@ -30,7 +30,7 @@ from likewise.training.methods.options import (
     parse_method_options,
 )
 
-BATCH_SIZE, CAPTION_DIM = 9, 6  # an odd batch, so that two processes have parts of different size
+BATCH_SIZE, CAPTION_DIM = 9, 6  # odd, so that the shards of two processes differ in size
 
 _SMALL_OPTIONS: dict[str, Any] = {
     "embed_dim": 12,
@@ -58,7 +58,7 @@ def with_options(config: TrainConfig, **options: Any) -> TrainConfig:
 
 
 def option(config: TrainConfig, name: str) -> Any:
-    """Return an option of the method; None if it does not have it."""
+    """Return an option of the method, or None if the method does not have it."""
     return train_config_to_dict(config).get(name)
 
 
@@ -115,7 +115,7 @@ def random_batch(config: TrainConfig) -> Batch:
 
 
 def freeze_bn_stats(method: Method, batch: Batch) -> None:
-    """Set the statistics of batch norm from a batch and freeze them, so that chunks are normalized alike."""
+    """Set the statistics of batch norm from a batch and freeze them, so that all chunks use the same."""
     norms: list[Any] = [m for m in method.modules() if isinstance(m, _BatchNorm | CPUSyncBatchNorm)]
     for norm in norms:
         norm.momentum = 1.0
@@ -149,7 +149,7 @@ def train_step(name: str, dist: DistributedContext) -> dict[str, torch.Tensor]:
         rank_sizes=dist.shard_sizes(BATCH_SIZE),
     )
     if config.grad_cache_chunk_size is not None:
-        freeze_bn_stats(method, batch)  # the chunks of other processes differ, and so would their statistics
+        freeze_bn_stats(method, batch)  # chunks, and so their statistics, depend on the number of processes
     torch.manual_seed(2)
     with patch.object(method, "encode", wraps=method.encode) as encode:
         results = loss_and_gradients(method, ddp_method(batch).loss)

@@ -1,4 +1,4 @@
-"""Real captioned pictures (Twemoji images named by the `emoji` package) in the formats that imports read."""
+"""Captioned pictures (Twemoji images, named by the `emoji` package) in the formats that imports read."""
 
 import io
 from importlib.util import find_spec
@@ -59,7 +59,7 @@ def samples_by_id(dataset: CaptionDataset) -> SamplesById:
 
 
 def expected_samples(pictures: list[Picture], id_format: str = "{}") -> SamplesById:
-    """Return what `samples_by_id` returns for pictures whose ids have a format."""
+    """Return the expected result of `samples_by_id` for pictures and a format of their ids."""
     return {id_format.format(name): (data, (caption,)) for name, data, caption in pictures}
 
 

@@ -1,4 +1,4 @@
-"""Models of other libraries, built locally: features and preprocessing equal those of the library."""
+"""Models of other libraries, built locally: features and preprocessing equal the library's."""
 
 import json
 from pathlib import Path
@@ -101,7 +101,7 @@ def test_hugging_face_model_with_two_towers_has_a_text_alignment(tmp_path: Path)
     assert not torch.allclose(embeddings[0], embeddings[1])
 
 
-def test_torchvision_models_lose_their_last_layer_and_keep_their_preprocessing(tmp_path: Path) -> None:
+def test_torchvision_models_have_no_classifier_and_the_preprocessing_of_their_weights(tmp_path: Path) -> None:
     torch.manual_seed(0)
     classifier = torchvision.models.resnet18(weights=None).eval()
     torch.save(classifier.state_dict(), tmp_path / "weights.pth")
@@ -122,7 +122,7 @@ def test_torchvision_models_lose_their_last_layer_and_keep_their_preprocessing(t
 
 
 @pytest.mark.parametrize("name", ["mobilenet_v3_small", "convnext_tiny", "vit_b_32", "densenet121", "swin_t"])
-def test_torchvision_families_give_one_vector_per_image(name: str, tmp_path: Path) -> None:
+def test_torchvision_families_return_one_vector_per_image(name: str, tmp_path: Path) -> None:
     classifier = torchvision.models.get_model(name, weights=None)
     torch.save(classifier.state_dict(), tmp_path / "weights.pth")
     encoder = load_encoder(str(tmp_path / "weights.pth"), backbone=f"torchvision:{name}")

@@ -30,7 +30,7 @@ def recall(neighbors: np.ndarray, expected: np.ndarray) -> float:
 
 
 @pytest.mark.parametrize("target_recall", [0.6, 0.95])
-def test_recall_is_measured(target_recall: float) -> None:
+def test_reported_recall_equals_the_measured_recall(target_recall: float) -> None:
     vectors = clustered(6000, 24, 0)
     index = IVFIndex(vectors, target_recall=target_recall)
     rows = np.arange(len(vectors))
@@ -48,7 +48,7 @@ def test_recall_is_measured(target_recall: float) -> None:
 def test_unreachable_target_recall_searches_all_lists() -> None:
     vectors = clustered(1000, 6, 1)
     index = IVFIndex(vectors, target_recall=1.1)
-    # All rows are equally near to a zero row, so that its neighbors are arbitrary.
+    # All rows are equally similar to a zero row, so its neighbors are arbitrary.
     rows = np.flatnonzero(vectors.any(axis=1))
     assert index.nprobe == index.nlist > 1
     # float32 may swap nearly equal neighbors, which are rare.

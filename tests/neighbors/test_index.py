@@ -20,11 +20,8 @@ from likewise.neighbors.index import Neighbors, find_neighbors
 from support import MINILM
 
 
-def snapshot(folder: Path) -> dict[str, bytes]:
-    return {p.relative_to(folder).as_posix(): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
-
-
-def test_first_neighbors_of_a_dataset(dataset: CaptionDataset) -> None:
+def test_neighbors_are_sorted_by_similarity(dataset: CaptionDataset) -> None:
+    """Read this first: find the nearest captions of each image."""
     neighbors = find_neighbors(dataset, k=5)
     positions, similarity = neighbors.topk(3)
     assert positions.shape == similarity.shape == (len(dataset), 3)
@@ -33,11 +30,15 @@ def test_first_neighbors_of_a_dataset(dataset: CaptionDataset) -> None:
     assert find_neighbors(dataset, k=5).path == neighbors.path  # computed once
 
 
+def snapshot(folder: Path) -> dict[str, bytes]:
+    return {p.relative_to(folder).as_posix(): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
+
+
 def test_neighbors_equal_a_direct_computation(dataset: CaptionDataset) -> None:
     encoder = SentenceTransformerEncoder(resolve_encoder(MINILM))
     # As stored: one float16 row per caption, then their mean.
     rows = [encoder.encode(sample.captions, 8).astype(np.float16).astype(np.float64) for sample in dataset]
-    vectors = np.stack([each.mean(axis=0) for each in rows])
+    vectors = np.stack([row.mean(axis=0) for row in rows])
     vectors /= np.linalg.norm(vectors, axis=1, keepdims=True)
     scores = vectors @ vectors.T
     np.fill_diagonal(scores, -np.inf)
@@ -104,10 +105,10 @@ def test_shards_contain_the_ids_of_the_dataset(dataset: CaptionDataset) -> None:
 
 
 def test_invalid_k_raises(dataset: CaptionDataset) -> None:
-    with pytest.raises(InvalidInputError, match="at least 1") as caught:
+    with pytest.raises(InvalidInputError, match="at least 1") as excinfo:
         find_neighbors(dataset, k=0)
-    assert caught.value.field == "k"
-    with pytest.raises(InvalidInputError, match="have a caption to compare"):
+    assert excinfo.value.field == "k"
+    with pytest.raises(InvalidInputError, match="have a caption"):
         find_neighbors(dataset, k=100_000)
     with pytest.raises(ArtifactError, match="5 neighbors per row, not 9"):
         find_neighbors(dataset, k=5).topk(9)
@@ -115,5 +116,5 @@ def test_invalid_k_raises(dataset: CaptionDataset) -> None:
 
 def test_missing_embeddings_raise(emoji: Path, tmp_path: Path) -> None:
     partial = import_dataset(emoji, tmp_path / "c", ImportOptions(caption_column=("caption",)))
-    with pytest.raises(ArtifactError, match="embed the dataset first"):
+    with pytest.raises(ArtifactError, match="embed the dataset"):
         find_neighbors(partial)

@@ -24,7 +24,7 @@ from likewise.neighbors.search import ExactIndex, deduplicate_rows, exact_topk
 PRECISIONS = {
     "float32": MatmulPrecision("cpu", torch.float32, 0.0, 0.0),
     "bfloat16": MatmulPrecision("cpu", torch.bfloat16, 0.0, 2.0**-8),
-    # Possible float32 precision of a GPU: intervals are much wider than the products need.
+    # A possible float32 precision on GPUs: the intervals are much wider than necessary on a CPU.
     "tensorfloat32": MatmulPrecision("cpu", torch.float32, 2.0**-9, 0.0),
 }
 
@@ -86,7 +86,7 @@ def brute_force(
     return ids, values
 
 
-def test_first_search_with_equal_rows() -> None:
+def test_equal_rows_are_ordered_round_robin() -> None:
     vectors = np.array([[1, 0], [0, 1], [1, 0], [0.6, 0.8]], np.float32)
     neighbors, similarity = exact_topk(vectors, deduplicate_rows(vectors), np.arange(4), 2)
     # Rows 0 and 2 are equal: each is the nearest of the other, and not of itself.
@@ -129,7 +129,7 @@ def random_codes(n: int, num_codes: int, missing_prob: float, rng: np.random.Gen
     is_bf16=st.booleans(),
     seed=st.integers(0, 2**31),
 )
-def test_equals_brute_force(
+def test_exact_search_equals_brute_force(
     n: int,
     k: int,
     num_codes: list[int],
@@ -267,7 +267,7 @@ def test_required_codes_with_groups_of_any_size(sizes: tuple[int, ...]) -> None:
     np.testing.assert_array_equal(similarity, scores.astype(np.float32))
 
 
-def test_memory_mapped_vectors(tmp_path: Path) -> None:
+def test_memory_mapped_vectors_give_the_same_neighbors(tmp_path: Path) -> None:
     vectors = unit_rows(600, 12, 500, 8)
     vectors.tofile(tmp_path / "vectors")
     mapped = np.memmap(tmp_path / "vectors", np.float32, "r", shape=vectors.shape)
@@ -296,18 +296,18 @@ def test_score_interval_contains_the_exact_product(name: str, dim: int, is_bf16:
     low, high = score_interval(value, error_bound(queries, columns, precision)[:, None], precision)
     true = x.astype(np.float64) @ y.astype(np.float64).T
     assert ((low <= true) & (true <= high)).all()
-    # The error of bfloat16 exceeds the bound of float32, so that the test would notice a mix-up.
+    # The error of bfloat16 exceeds the bound of float32: the test would detect a swapped precision.
     assert name != "bfloat16" or np.abs(value - true).max() > 1e-4
 
 
 def test_constraints_of_wrong_shape_raise() -> None:
     vectors = unit_rows(10, 4, 10, 0)
-    with pytest.raises(InvalidInputError, match="shape") as caught:
+    with pytest.raises(InvalidInputError, match="shape") as excinfo:
         ExactIndex(vectors, SearchConstraints(require=np.zeros(9, np.int64)))
-    assert caught.value.field == "require"
+    assert excinfo.value.field == "require"
 
 
-def test_agrees_with_faiss() -> None:
+def test_exact_search_agrees_with_faiss() -> None:
     vectors = np.random.default_rng(1).normal(size=(5000, 64)).astype(np.float32)
     vectors /= np.linalg.norm(vectors, axis=1, keepdims=True)
     neighbors, similarity = exact_topk(vectors, deduplicate_rows(vectors), np.arange(5000), 10)

@@ -81,7 +81,7 @@ def test_mutual_filter_is_symmetric_and_exact(n: int, k: int, seed: int, m: int)
 
 @settings(deadline=None, max_examples=30)
 @given(**SIZES)
-def test_thresholds_equal_loops(n: int, k: int, seed: int) -> None:
+def test_filters_by_mask_similarity_and_ratio_equal_loops(n: int, k: int, seed: int) -> None:
     base = random_candidates(n, k, seed)
     allowed = np.random.default_rng(seed).random(n) < 0.5
     assert list_pairs(restrict_to(base, allowed)) == {(i, j) for i, j in list_pairs(base) if allowed[j]}
@@ -135,7 +135,7 @@ def test_reciprocal_rank_fusion_equals_a_loop(n: int, k: int, seed: int, weight:
         assert len(set(pairs)) == len(expected)
 
 
-def test_first_merge_adds_scores_of_common_candidates() -> None:
+def test_merge_adds_scores_of_common_candidates() -> None:
     a, b = np.array([[3, 1, -1]]), np.array([[1, 2, -1]])
     positions, scores = merge_scores(a, b, np.array([[0.5, 0.4, 9.0]]), np.array([[0.3, 0.1, 9.0]]), 4)
     assert positions.tolist() == [[1, 3, 2, -1]]

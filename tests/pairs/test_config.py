@@ -43,12 +43,12 @@ def test_default_is_the_nearest_caption() -> None:
     ],
 )
 def test_invalid_pair_config_raises(overrides: dict, field: str, text: str) -> None:
-    with pytest.raises(InvalidInputError, match=text) as caught:
+    with pytest.raises(InvalidInputError, match=text) as excinfo:
         PairConfig(**overrides)
-    assert caught.value.field == field
+    assert excinfo.value.field == field
 
 
-def test_parse_pair_config() -> None:
+def test_pair_configs_are_parsed_from_text() -> None:
     assert parse_pair_config("default") == PairConfig()
     assert parse_pair_config("k=3, mutual-k=10,hubness_correction=csls") == PairConfig(
         k=3, mutual_k=10, hubness_correction="csls"
@@ -59,11 +59,12 @@ def test_parse_pair_config() -> None:
     assert parse_pair_config("source=file,pairs_file=a.csv") == PairConfig(
         source="file", pairs_file=Path("a.csv")
     )
-    with pytest.raises(InvalidInputError, match="unknown field 'mutal_k'.*Did you mean mutual_k"):
+    with pytest.raises(InvalidInputError, match="'mutal_k'.*Did you mean mutual_k"):
         parse_pair_config("mutal_k=3")
-    with pytest.raises(InvalidInputError, match="twice in the pair config 'k=3,k=5'"):
+    with pytest.raises(InvalidInputError, match="'k=3,k=5'") as excinfo:
         parse_pair_config("k=3,k=5")
-    with pytest.raises(InvalidInputError, match="'three' in the pair config 'k=three' is not a number"):
+    assert excinfo.value.field == "k"
+    with pytest.raises(InvalidInputError, match="'three'.*'k=three'"):
         parse_pair_config("k=three")
 
 
@@ -92,7 +93,7 @@ def test_summary_names_every_constraint() -> None:
     )
 
 
-def test_search_config_is_the_part_that_the_search_depends_on() -> None:
+def test_search_config_has_only_the_fields_of_the_search() -> None:
     config = PairConfig(k=3, group_scope="same", exclude_near_duplicates=True)
     assert config.search_config == SearchConfig(group_scope="same", exclude_near_duplicates=True)
     assert PairConfig().num_candidates == 1
@@ -102,11 +103,12 @@ def test_search_config_is_the_part_that_the_search_depends_on() -> None:
 
 def test_choices_are_checked_without_a_type_checker() -> None:
     # In a subprocess, because the type checker of the tests would raise first.
-    for argument, message in (
-        ("source='langage'", "unknown `source` 'langage'; known: self, language"),
-        ("group_scope='sam'", "unknown `group_scope` 'sam'; known: any, same, different. Did you mean same?"),
-        ("caption_pooling='men'", "unknown `caption_pooling` 'men'; known: mean, max, sample."),
+    for argument, choices in (
+        ("source='langage'", "self, language"),
+        ("group_scope='sam'", "any, same, different. Did you mean same?"),
+        ("caption_pooling='men'", "mean, max, sample."),
     ):
         code = f"from likewise.pairs.config import PairConfig; PairConfig({argument})"
         result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
-        assert message in result.stderr
+        assert f"`{argument.partition('=')[0]}`" in result.stderr
+        assert choices in result.stderr

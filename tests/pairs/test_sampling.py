@@ -33,7 +33,7 @@ def sample_many(pairs: Pairs, image: int, count: int = 4000) -> np.ndarray:
     return np.concatenate([pairs.sample_partners(np.array([image]), seed=0, epoch=e) for e in range(count)])
 
 
-def test_uniform_sampling_and_images_without_candidates() -> None:
+def test_partners_are_sampled_uniformly_and_images_without_candidates_pair_with_themselves() -> None:
     pairs = make_pairs(
         CandidateSampler(make_candidates([[1, 2, 3], [-1, -1, -1], [0, 1, -1], [0, -1, -1]])), PairConfig(k=3)
     )
@@ -58,14 +58,14 @@ def test_sampling_by_similarity_follows_the_softmax() -> None:
     assert set(sample_many(nearly_greedy, 0, 50)) == {1}
 
 
-def test_self_pair_prob() -> None:
+def test_self_pair_prob_is_the_frequency_of_self_pairs() -> None:
     pairs = make_pairs(
         CandidateSampler(make_candidates([[1], [2], [3], [0]])), PairConfig(self_pair_prob=0.25)
     )
     np.testing.assert_allclose(frequencies(sample_many(pairs, 0)), [0.25, 0.75, 0, 0], atol=0.03)
 
 
-def test_a_caption_is_sampled_first() -> None:
+def test_captions_are_sampled_uniformly_before_their_neighbors() -> None:
     # Image 0 has three captions, one of them without neighbors; image 1 has no caption, image 2 one.
     candidates = make_candidates([[1, 3], [-1, -1], [2, -1], [3, 1]])
     sampler = CandidateSampler(candidates, row_starts=np.array([0, 3, 3, 4, 4]))
@@ -100,7 +100,7 @@ def test_samples_do_not_depend_on_the_batch() -> None:
     assert (expected != pairs.sample_partners(anchors, seed=2, epoch=2)).any()
 
 
-def test_null_sampler_and_excluded_images() -> None:
+def test_null_sampler_yields_self_pairs_and_excluded_images_are_not_anchors() -> None:
     pairs = make_pairs(NullSampler(4), PairConfig(source="self"))
     assert pairs.sample_partners(np.array([3, 1]), seed=0, epoch=0).tolist() == [3, 1]
     reduced = Pairs(

@@ -108,7 +108,7 @@ def test_images_of_a_batch_are_independent() -> None:
     torch.testing.assert_close(color_augment(IMAGES, params, AUGMENTATIONS["crop"]), IMAGES)
 
 
-def test_probabilities_and_strengths() -> None:
+def test_grayscale_and_jitter_have_the_configured_probability_and_strength() -> None:
     n = 4000
     gray = torch.full((n, 3, 16, 16), 0.0)
     gray[:, 0] = 0.8
@@ -167,11 +167,9 @@ def test_views_have_the_distribution_of_torchvision() -> None:
         assert ks_2samp(values, expected[name]).pvalue > 1e-3, name
 
 
-def test_an_image_with_two_views_in_a_pair_is_decoded_once(
-    collection: CaptionDataset, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    image_cache = build_image_cache(collection, 36)
-    pairs = build_pairs(collection, PairConfig(source="self"), allowed=image_cache.readable_mask)
+def test_an_image_is_decoded_once_per_pair(dataset: CaptionDataset, monkeypatch: pytest.MonkeyPatch) -> None:
+    image_cache = build_image_cache(dataset, 36)
+    pairs = build_pairs(dataset, PairConfig(source="self"), allowed=image_cache.readable_mask)
     pair_dataset = PairDataset(image_cache, pairs, image_size=24, augmentation="simclr", seed=3)
     decoded: list[int] = []
     pixels = image_cache.pixels
@@ -193,7 +191,7 @@ def test_an_image_with_two_views_in_a_pair_is_decoded_once(
                 assert torch.equal(batch.crops[view][row], crop)
 
 
-def test_normalize_and_denormalize() -> None:
+def test_normalize_equals_torchvision_and_denormalize_inverts_it() -> None:
     torch.testing.assert_close(denormalize(normalize(IMAGES)), IMAGES)
     torch.testing.assert_close(
         normalize(IMAGES), tv.normalize(IMAGES, [0.485, 0.456, 0.406], [0.229, 0.224, 0.225])
@@ -201,7 +199,5 @@ def test_normalize_and_denormalize() -> None:
 
 
 def test_unknown_augmentation_raises() -> None:
-    with pytest.raises(
-        InvalidInputError, match="unknown augmentation 'simcrl'; known: crop, simclr. Did you mean simclr"
-    ):
+    with pytest.raises(InvalidInputError, match="'simcrl'.*Did you mean simclr"):
         get_augmentation("simcrl")

@@ -1,4 +1,4 @@
-"""Distributed training: several processes have the loss, gradients and weights of one."""
+"""Distributed training: several processes compute the loss, gradients and weights of one process."""
 
 import os
 import socket
@@ -65,14 +65,16 @@ def torchrun(*command: str, world_size: int = 2) -> list[str]:
 
 @pytest.fixture(scope="module")
 def two_processes(tmp_path_factory: pytest.TempPathFactory) -> dict[str, torch.Tensor]:
-    """The loss, gradients and buffers of every method after a step in two processes."""
+    """Return loss, gradients and buffers of every method after one step in two processes."""
     out = tmp_path_factory.mktemp("distributed") / "two.safetensors"
     torchrun(str(Path(distributed_worker.__file__)), str(out))
     return load_file(out)
 
 
 @pytest.mark.parametrize("name", VARIANTS)
-def test_two_processes_equal_one(name: str, two_processes: dict[str, torch.Tensor]) -> None:
+def test_two_processes_compute_the_loss_and_gradients_of_one(
+    name: str, two_processes: dict[str, torch.Tensor]
+) -> None:
     expected = train_step(name, DistributedContext())
     results = {key: value for key, value in two_processes.items() if key.startswith(f"{name}/")}
     assert results.keys() == expected.keys()
@@ -83,18 +85,18 @@ def test_two_processes_equal_one(name: str, two_processes: dict[str, torch.Tenso
         torch.testing.assert_close(results[key], value, atol=atol, rtol=rtol)
 
 
-def test_parts_cover_a_batch_once() -> None:
+def test_local_slices_partition_the_batch() -> None:
     for n in (1, 7, 8, 31):
         slices = [DistributedContext(rank, 3).local_slice(n) for rank in range(3)]
         assert [row for part in slices for row in range(n)[part]] == list(range(n))
         assert DistributedContext(0, 3).shard_sizes(n) == tuple(len(range(n)[part]) for part in slices)
 
 
-def test_a_run_of_one_process_resumes_with_two(collection: CaptionDataset, tmp_path: Path) -> None:
-    expected_run = train(collection, tmp_path / "expected", CONFIG)
+def test_a_run_of_one_process_resumes_with_two(dataset: CaptionDataset, tmp_path: Path) -> None:
+    expected_run = train(dataset, tmp_path / "expected", CONFIG)
     with pytest.raises(InterruptedTrainingError):
-        train(collection, tmp_path / "run", CONFIG, checkpoint_minutes=0.0, progress=InterruptAfter(2))
-    command = ["-m", "likewise.cli", "train", str(collection.path), "--out", str(tmp_path / "run")]
+        train(dataset, tmp_path / "run", CONFIG, checkpoint_minutes=0.0, progress=InterruptAfter(2))
+    command = ["-m", "likewise.cli", "train", str(dataset.path), "--out", str(tmp_path / "run")]
     stderrs = torchrun(*command, *FLAGS.split())
     assert "Traceback" not in "".join(stderrs)
     assert "Warning" not in "".join(stderrs)
@@ -111,7 +113,7 @@ def test_a_run_of_one_process_resumes_with_two(collection: CaptionDataset, tmp_p
             assert (weights[name] - tensor).abs().mean() < 1e-3 * (1 + tensor.abs().mean()), name
 
 
-def test_sync_batch_norm_keeps_the_names_of_weights() -> None:
+def test_sync_batch_norm_does_not_rename_weights() -> None:
     model = nn.Sequential(
         nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4), nn.Sequential(nn.BatchNorm1d(4, affine=False))
     )

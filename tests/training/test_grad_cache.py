@@ -1,4 +1,4 @@
-"""Gradient caching: chunks of a batch, encoded twice, have the loss and the gradients of the whole batch."""
+"""Gradient caching: a batch encoded in chunks has the loss and the gradients of the whole batch."""
 
 from collections.abc import Callable
 from dataclasses import replace
@@ -39,7 +39,7 @@ def assert_same(results: dict[str, Tensor], expected: dict[str, Tensor]) -> None
 
 
 @pytest.mark.parametrize("name", UNCHUNKED)
-def test_chunks_equal_the_whole_batch_without_batch_statistics(name: str) -> None:
+def test_chunked_gradients_equal_those_of_the_whole_batch_with_frozen_batch_norm(name: str) -> None:
     batch, results = random_batch(VARIANTS[name]), []
     for chunk_size in (3, None):
         method = build(name, chunk_size)
@@ -63,11 +63,11 @@ def plain_chunks_loss(method: Method, batch: Batch, num_chunks: int) -> Tensor:
 
 
 @pytest.mark.parametrize("name", ["simclr", "byol", "moco", "swav", "clip"])
-def test_batch_norm_sees_each_chunk_once_and_dropout_repeats(name: str) -> None:
+def test_batch_norm_is_updated_once_per_chunk_and_dropout_masks_are_reused(name: str) -> None:
     batch, results = random_batch(VARIANTS[name]), []
     for chunk_size in (3, None):
         method = build(name, chunk_size)
-        # In place of timm's drop path, which samples in each forward pass.
+        # Replaces timm's drop path, which samples a mask in each forward pass.
         for module in method.backbone.modules():
             if hasattr(module, "drop_path"):
                 module.drop_path = torch.nn.Dropout(0.3)
@@ -78,11 +78,11 @@ def test_batch_norm_sees_each_chunk_once_and_dropout_repeats(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", ["moco", "moco-v3", "byol"])
-def test_ema_models_see_each_chunk_once(name: str) -> None:
+def test_ema_models_encode_each_chunk_once(name: str) -> None:
     method: Any = build(name, 3)
     batch, calls = random_batch(VARIANTS[name]), []
-    for which, module in (("trained", method.projector), ("ema", method.ema_model.ema_modules[1])):
-        module.register_forward_pre_hook(lambda *_, which=which: calls.append(which))
+    for model_name, module in (("trained", method.projector), ("ema", method.ema_model.ema_modules[1])):
+        module.register_forward_pre_hook(lambda *_, model_name=model_name: calls.append(model_name))
     method(batch).loss.backward()
     assert calls.count("ema") > 1
     assert calls.count("trained") == 2 * calls.count("ema")

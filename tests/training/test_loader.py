@@ -1,4 +1,4 @@
-"""`PairDataset` and `PairLoader` as a user of torch has them."""
+"""`PairDataset` and `PairLoader` in plain PyTorch code."""
 
 import numpy as np
 import pytest
@@ -10,13 +10,15 @@ from likewise.data.dataset import CaptionDataset
 
 
 @pytest.fixture(scope="module")
-def pair_dataset(collection: CaptionDataset) -> likewise.PairDataset:
-    pairs = likewise.build_pairs(collection, likewise.PairConfig(source="language", k=3))
-    return likewise.PairDataset(collection, pairs, image_size=32, augmentation="simclr")
+def pair_dataset(dataset: CaptionDataset) -> likewise.PairDataset:
+    pairs = likewise.build_pairs(dataset, likewise.PairConfig(source="language", k=3))
+    return likewise.PairDataset(dataset, pairs, image_size=32, augmentation="simclr")
 
 
-def test_pairs_in_a_plain_training_loop(pair_dataset: likewise.PairDataset) -> None:
-    """The first test to read: views of pairs, one by one and in batches."""
+def test_loader_yields_two_views_and_the_index_of_each_anchor_once(
+    pair_dataset: likewise.PairDataset,
+) -> None:
+    """Iterate over two views of each pair, one by one and in batches."""
     view1, view2, index = pair_dataset[0]
     assert view1.shape == view2.shape == (3, 32, 32)
     assert index == pair_dataset.anchors[0]
@@ -30,7 +32,7 @@ def test_pairs_in_a_plain_training_loop(pair_dataset: likewise.PairDataset) -> N
     assert len(set(positions)) == len(positions) == 32 * len(loader)
 
 
-def test_items_equal_batches(pair_dataset: likewise.PairDataset) -> None:
+def test_items_equal_rows_of_batches(pair_dataset: likewise.PairDataset) -> None:
     view1, view2, index = next(iter(likewise.PairLoader(pair_dataset, batch_size=16)))
     for row, position in enumerate(index.tolist()):
         item = pair_dataset[int(np.flatnonzero(pair_dataset.anchors == position)[0])]
@@ -39,7 +41,7 @@ def test_items_equal_batches(pair_dataset: likewise.PairDataset) -> None:
         assert item[2] == position
 
 
-def test_epochs_differ_and_repeat(pair_dataset: likewise.PairDataset) -> None:
+def test_batches_are_a_function_of_the_epoch(pair_dataset: likewise.PairDataset) -> None:
     loader = likewise.PairLoader(pair_dataset, batch_size=16)
     batches = []
     for epoch in (0, 1, 0):
@@ -50,7 +52,7 @@ def test_epochs_differ_and_repeat(pair_dataset: likewise.PairDataset) -> None:
     assert not torch.equal(batches[0][2], batches[1][2])
 
 
-def test_torch_collates_items(pair_dataset: likewise.PairDataset) -> None:
+def test_torch_data_loader_collates_items(pair_dataset: likewise.PairDataset) -> None:
     view1, view2, index = next(iter(DataLoader(pair_dataset, batch_size=4)))
     assert view1.shape == view2.shape == (4, 3, 32, 32)
     assert index.tolist() == pair_dataset.anchors[:4].tolist()

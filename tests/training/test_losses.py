@@ -25,7 +25,7 @@ def naive_nt_xent(z1: np.ndarray, z2: np.ndarray, temperature: float) -> float:
     return total / (2 * b)
 
 
-def test_by_hand() -> None:
+def test_nt_xent_of_two_orthogonal_pairs() -> None:
     # Two pairs of equal views, orthogonal to each other: the logits are 1/t, 0, 0.
     views = torch.eye(2)
     expected = -math.log(math.e / (math.e + 2))
@@ -52,7 +52,7 @@ def test_nt_xent_equals_the_formula_and_lightly(b: int, d: int, t: float, seed: 
         torch.testing.assert_close(gradient, expected_gradient, atol=1e-5, rtol=1e-4)
 
 
-def test_nt_xent_is_invariant_to_order_side_and_scale() -> None:
+def test_nt_xent_is_invariant_to_permutation_swapped_views_and_scale() -> None:
     z1, z2 = torch.randn(2, 9, 5)
     loss = nt_xent_loss(z1, z2, 0.1)
     order = torch.randperm(9)
@@ -62,7 +62,7 @@ def test_nt_xent_is_invariant_to_order_side_and_scale() -> None:
     assert nt_xent_loss(z1, z2[order.roll(1)], 0.1) != loss
 
 
-def naive_with_captions(
+def naive_nt_xent_with_captions(
     z1: np.ndarray, z2: np.ndarray, captions: np.ndarray, temperature: float, threshold: float, mode: str
 ) -> float:
     """The loss with false negatives masked, reweighted or as soft targets, term by term in float64."""
@@ -98,14 +98,16 @@ def naive_with_captions(
     threshold=st.sampled_from([0.3, 0.6, 0.9]),
     seed=st.integers(0, 10**6),
 )
-def test_false_negatives_equal_the_formula(b: int, mode: str, threshold: float, seed: int) -> None:
+def test_nt_xent_with_false_negatives_equals_the_formula(
+    b: int, mode: str, threshold: float, seed: int
+) -> None:
     generator = torch.Generator().manual_seed(seed)
     z1, z2 = (torch.randn(b, 6, generator=generator, requires_grad=True) for _ in range(2))
     captions = torch.nn.functional.normalize(torch.randn(2 * b, 3, generator=generator), dim=1)
     captions[0] = 0  # one image without a caption
     weights, targets = false_negative_weights(captions @ captions.T, threshold, mode)
     loss = nt_xent_loss(z1, z2, 0.2, weights, targets)
-    expected = naive_with_captions(
+    expected = naive_nt_xent_with_captions(
         z1.detach().numpy(), z2.detach().numpy(), captions.numpy(), 0.2, threshold, mode
     )
     assert loss.item() == pytest.approx(expected, abs=2e-5)
@@ -113,7 +115,7 @@ def test_false_negatives_equal_the_formula(b: int, mode: str, threshold: float, 
         assert torch.isfinite(gradient).all()
 
 
-def test_dissimilar_captions_change_nothing() -> None:
+def test_dissimilar_captions_do_not_change_the_loss() -> None:
     z1, z2 = torch.randn(2, 7, 5)
     similarity = torch.eye(14)
     for mode in ("mask", "reweight", "soft_targets"):
@@ -121,7 +123,7 @@ def test_dissimilar_captions_change_nothing() -> None:
         torch.testing.assert_close(nt_xent_loss(z1, z2, 0.1, weights, targets), nt_xent_loss(z1, z2, 0.1))
 
 
-def test_false_negative_fraction_by_hand() -> None:
+def test_false_negative_fraction_of_equal_and_orthogonal_captions() -> None:
     # Anchors 0 and 1 share a caption, and so do their partners: 8 of the 4 x 2 ordered negatives of v = 4.
     assert false_negative_fraction(torch.ones(4, 4), 0.8).item() == 1.0
     # Each pair shares its own caption and nothing else.

@@ -56,7 +56,7 @@ def test_lr_warms_up_and_decays_along_a_cosine() -> None:
     assert warmup_cosine_lr(0, total_steps=1, warmup_steps=0, peak_lr=1.0) == 1.0
 
 
-def test_schedule_follows_from_the_config(tmp_path) -> None:  # noqa: ANN001
+def test_schedule_is_computed_from_the_config(tmp_path) -> None:  # noqa: ANN001
     schedule = build_schedule(TrainConfig(batch_size=128, epochs=3), 1000, tmp_path)
     assert (schedule.steps, schedule.steps_per_epoch) == (21, 7)
     assert schedule.peak_lr == pytest.approx(1e-3 * 128 / 512)
@@ -65,7 +65,7 @@ def test_schedule_follows_from_the_config(tmp_path) -> None:  # noqa: ANN001
     assert (paper.steps, paper.warmup_steps, paper.peak_lr) == (250_000, 5_000, 1e-3)
 
 
-def test_effective_rank_counts_uniform_directions() -> None:
+def test_effective_rank_of_uniform_directions_is_their_number() -> None:
     generator = torch.Generator().manual_seed(0)
     basis = torch.linalg.qr(torch.randn(64, 64, generator=generator)).Q
     for rank in (1, 4, 16):
@@ -77,7 +77,7 @@ def test_effective_rank_counts_uniform_directions() -> None:
     assert effective_rank(features).item() == pytest.approx(np.exp(-(p * np.log(p)).sum()), rel=1e-4)
 
 
-def test_collapse_is_detected() -> None:
+def test_collapsed_features_are_detected() -> None:
     healthy = torch.randn(200, 32, generator=torch.Generator().manual_seed(1))
     assert feature_std(healthy).item() == pytest.approx(1, abs=0.1)
     collapsed = torch.ones(200, 32) + 1e-6 * healthy

@@ -1,4 +1,4 @@
-"""The pair classifier: its pairs, and its losses against those of torch."""
+"""The pair classifier: its pairs, and its losses against PyTorch's."""
 
 from typing import Any
 
@@ -13,7 +13,7 @@ from likewise.training.methods.pair_classifier import PairClassifier, negative_m
 
 
 class FlatBackbone(nn.Module):
-    """Pixels as features."""
+    """Return the pixels as features."""
 
     def forward(self, images: Tensor) -> Tensor:
         return images.flatten(1)
@@ -34,7 +34,7 @@ def test_negatives_have_dissimilar_captions() -> None:
     assert mask.nonzero().tolist() == [[0, 1], [1, 0]]
 
 
-def test_subsamples_are_uniform() -> None:
+def test_subsampled_masks_are_uniform() -> None:
     mask = torch.rand(6, 6) > 0.5
     count = int(mask.sum())
     frequency = torch.zeros(6, 6)
@@ -51,7 +51,7 @@ def test_subsamples_are_uniform() -> None:
 
 
 @pytest.mark.parametrize("margin", [None, 0.3])
-def test_loss_equals_torch_on_materialized_pairs(margin: float | None) -> None:
+def test_loss_equals_torch_on_listed_pairs(margin: float | None) -> None:
     # Orthogonal captions: all pairs of different images are negatives, two per positive.
     method = classifier(margin=margin, negatives_per_positive=2.0)
     views = torch.randn(2, 3, 3, 2, 2)
@@ -70,7 +70,7 @@ def test_loss_equals_torch_on_materialized_pairs(margin: float | None) -> None:
     assert output.logs["negatives"] == 6
 
 
-def test_pairs_of_a_batch_are_mined_once() -> None:
+def test_each_pair_of_a_batch_is_mined_once() -> None:
     captions = normalize(torch.tensor([[1.0, 0], [1, 0.1], [0, 1], [0.1, 1], [0, 0]]), dim=1)
     method = classifier(mine_in_batch=True, positive_threshold=0.8)
     views = torch.randn(1, 5, 3, 2, 2)
@@ -91,7 +91,7 @@ def test_pairs_of_a_batch_are_mined_once() -> None:
 
 
 @pytest.mark.parametrize("ratio", [0.5, 1.0, 3.0])
-def test_negatives_per_positive(ratio: float) -> None:
+def test_negatives_per_positive_is_the_ratio_of_sampled_pairs(ratio: float) -> None:
     captions = normalize(torch.randn(2, 64, 3), dim=-1)
     output = step(
         classifier(negatives_per_positive=ratio, mine_in_batch=True, positive_threshold=0.9),

@@ -19,7 +19,7 @@ from likewise.training import losses
 Sizes = {"b": st.integers(2, 12), "d": st.integers(2, 16), "seed": st.integers(0, 10**6)}
 
 
-def draw(b: int, d: int, seed: int, count: int = 2) -> list[Tensor]:
+def random_rows(b: int, d: int, seed: int, count: int = 2) -> list[Tensor]:
     generator = torch.Generator().manual_seed(seed)
     return [torch.randn(b, d, generator=generator, requires_grad=True) for _ in range(count)]
 
@@ -53,8 +53,8 @@ REFERENCES: dict[str, tuple[Callable[..., Tensor], Callable[..., Tensor]]] = {
 @pytest.mark.parametrize("name", REFERENCES)
 @settings(deadline=None, max_examples=20)
 @given(**Sizes)
-def test_equals_the_reference(name: str, b: int, d: int, seed: int) -> None:
-    inputs = draw(b, d, seed)
+def test_loss_and_gradients_equal_the_reference(name: str, b: int, d: int, seed: int) -> None:
+    inputs = random_rows(b, d, seed)
     loss_fn, reference = REFERENCES[name]
     assert_same(loss_fn(*inputs), reference(*inputs), inputs)
 
@@ -62,7 +62,7 @@ def test_equals_the_reference(name: str, b: int, d: int, seed: int) -> None:
 @settings(deadline=None, max_examples=20)
 @given(**Sizes, n=st.integers(12, 20))
 def test_info_nce_equals_the_formula(b: int, d: int, seed: int, n: int) -> None:
-    queries, keys = draw(b, d, seed)[0], draw(n, d, seed + 1)[0]
+    queries, keys = random_rows(b, d, seed)[0], random_rows(n, d, seed + 1)[0]
     labels = torch.arange(b).flip(0)
     q, k = (normalize(x.double(), dim=1) for x in (queries, keys))
     total = torch.zeros((), dtype=torch.float64)
@@ -75,8 +75,8 @@ def test_info_nce_equals_the_formula(b: int, d: int, seed: int, n: int) -> None:
 @settings(deadline=None, max_examples=20)
 @given(**Sizes, q=st.integers(1, 9))
 def test_moco_loss_equals_the_formula(b: int, d: int, seed: int, q: int) -> None:
-    queries, keys = draw(b, d, seed)
-    bank = normalize(draw(q, d, seed + 1, 1)[0].detach(), dim=1)
+    queries, keys = random_rows(b, d, seed)
+    bank = normalize(random_rows(q, d, seed + 1, 1)[0].detach(), dim=1)
     a, k, n = (normalize(x.double(), dim=1) for x in (queries, keys, bank))
     total = torch.zeros((), dtype=torch.float64)
     for i in range(b):
@@ -90,7 +90,7 @@ def test_moco_loss_equals_the_formula(b: int, d: int, seed: int, q: int) -> None
 @settings(deadline=None, max_examples=20)
 @given(**Sizes)
 def test_supcon_loss_equals_the_formula(b: int, d: int, seed: int) -> None:
-    (views,) = draw(b, d, seed, 1)
+    (views,) = random_rows(b, d, seed, 1)
     labels = torch.from_numpy(np.random.default_rng(seed).integers(0, 3, b))
     z = normalize(views.double(), dim=1)
     total, num_anchors = torch.zeros((), dtype=torch.float64), 0
@@ -120,8 +120,8 @@ def test_supcon_loss_of_pairs_is_nt_xent() -> None:
 def test_dcl_loss_with_weights_equals_the_formula(
     b: int, d: int, seed: int, threshold: float, mode: str
 ) -> None:
-    z1, z2 = draw(b, d, seed)
-    captions = normalize(draw(2 * b, 3, seed + 1, 1)[0].detach(), dim=1)
+    z1, z2 = random_rows(b, d, seed)
+    captions = normalize(random_rows(2 * b, 3, seed + 1, 1)[0].detach(), dim=1)
     weights, _ = losses.false_negative_weights(captions @ captions.T, threshold, mode)
     assert weights is not None
     z = normalize(torch.cat([z1, z2]).double(), dim=1)
@@ -145,7 +145,7 @@ def test_dcl_loss_with_weights_equals_the_formula(
 @settings(deadline=None, max_examples=20)
 @given(n=st.integers(2, 20), p=st.integers(2, 12), seed=st.integers(0, 10**6))
 def test_sinkhorn_equals_lightly_and_uses_prototypes_equally(n: int, p: int, seed: int) -> None:
-    scores = normalize(draw(n, p, seed, 1)[0].detach(), dim=1)
+    scores = normalize(random_rows(n, p, seed, 1)[0].detach(), dim=1)
     codes = losses.sinkhorn(scores)
     torch.testing.assert_close(
         codes, lightly_sinkhorn(scores, iterations=3, epsilon=0.05), atol=1e-5, rtol=1e-4
@@ -172,11 +172,11 @@ def test_swav_loss_equals_lightly(b: int, num_local: int, seed: int) -> None:
     )
 
 
-def test_values_by_hand() -> None:
+def test_losses_of_orthogonal_views() -> None:
     # One other image: its two orthogonal views are the negatives of each view, e^0 each.
     assert losses.dcl_loss(torch.eye(2), torch.eye(2), 1.0).item() == pytest.approx(math.log(2) - 1)
     assert losses.negative_cosine_loss(torch.eye(3), 2 * torch.eye(3)).item() == pytest.approx(-1)
     # Unit scale, no bias: two matches at cosine 1, two mismatches at cosine 0.
     expected = math.log(1 + math.exp(-1)) + math.log(2)
-    one, zero = torch.tensor(1.0), torch.tensor(0.0)
-    assert losses.siglip_loss(torch.eye(2), torch.eye(2), one, zero).item() == pytest.approx(expected)
+    scale, bias = torch.tensor(1.0), torch.tensor(0.0)
+    assert losses.siglip_loss(torch.eye(2), torch.eye(2), scale, bias).item() == pytest.approx(expected)

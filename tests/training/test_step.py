@@ -1,4 +1,4 @@
-"""The loss of each method from the outputs of a batch, against the formulas of the papers and their peers."""
+"""The loss of each method on given outputs, against the formulas of the papers and other libraries."""
 
 from collections.abc import Sequence
 from dataclasses import replace
@@ -24,7 +24,7 @@ FEATURE_DIM = 8
 
 
 def test_a_method_is_a_module_that_returns_a_loss() -> None:
-    """The first test to read: a method in a plain training step."""
+    """Use a method in a plain training step."""
     backbone = nn.Sequential(nn.Flatten(), nn.Linear(3 * 4 * 4, FEATURE_DIM))
     method = SimCLR(backbone, FEATURE_DIM, SimCLROptions(projector_dims=(16, 8), temperature=0.1))
     views = [torch.randn(5, 3, 4, 4), torch.randn(5, 3, 4, 4)]
@@ -55,7 +55,7 @@ def compute_loss(method: Method, outputs: Sequence[Tensor], **fields: object) ->
     return method.compute_loss(outputs, replace(batch, **fields))  # pyrefly: ignore[bad-argument-type]
 
 
-def test_simsiam_and_byol() -> None:
+def test_simsiam_and_byol_losses_equal_their_formulas() -> None:
     outputs = random_outputs(4)
     pred_1, pred_2, z1, z2 = outputs
     expected = -(cosine_similarity(pred_1, z2) + cosine_similarity(pred_2, z1)).mean() / 2
@@ -65,7 +65,7 @@ def test_simsiam_and_byol() -> None:
     torch.testing.assert_close(compute_loss(build("byol"), outputs).loss, squares.mean())
 
 
-def test_nnclr_equals_lightly_on_lightlys_neighbors() -> None:
+def test_nnclr_loss_equals_cross_entropy_with_the_neighbors_of_lightly() -> None:
     method, (z1, z2, pred_1, pred_2) = build("nnclr"), random_outputs(4)
     assert isinstance(method, NNCLR)
     bank = NNMemoryBankModule(size=(16, 12))
@@ -149,17 +149,19 @@ def test_supcon_uses_labels_if_there_are_any() -> None:
 def test_clip_learns_its_logit_scale_and_clamps_it_to_100() -> None:
     method, (images, texts) = build("clip"), random_outputs(2)
     logit_scale = torch.tensor(1 / 0.07)
-    peer_loss = open_clip.loss.ClipLoss()
+    reference_loss = open_clip.loss.ClipLoss()
     features = normalize(images, dim=1), normalize(texts, dim=1)
-    torch.testing.assert_close(compute_loss(method, [images, texts]).loss, peer_loss(*features, logit_scale))
+    torch.testing.assert_close(
+        compute_loss(method, [images, texts]).loss, reference_loss(*features, logit_scale)
+    )
     with torch.no_grad():
         method.get_parameter("logit_scale").fill_(99.0)
     output = compute_loss(method, [images, texts])
-    torch.testing.assert_close(output.loss, peer_loss(*features, torch.tensor(100.0)))
+    torch.testing.assert_close(output.loss, reference_loss(*features, torch.tensor(100.0)))
     assert output.logs["logit_scale"] == pytest.approx(100.0)
 
 
-def test_siglip_has_a_logit_scale_and_a_bias() -> None:
+def test_siglip_loss_equals_open_clip_at_the_initial_scale_and_bias() -> None:
     images, texts = random_outputs(2)
     expected = open_clip.loss.SigLipLoss()(
         normalize(images, dim=1), normalize(texts, dim=1), torch.tensor(10.0), torch.tensor(-10.0)
@@ -188,7 +190,7 @@ def test_slip_is_the_sum_of_clip_and_simclr() -> None:
     torch.testing.assert_close(compute_loss(build("slip"), [z1, z2, images, texts]).loss, expected)
 
 
-def test_frozen_texts_are_those_of_the_partner_if_it_has_a_caption() -> None:
+def test_frozen_text_is_the_caption_of_the_partner_or_else_of_the_anchor() -> None:
     method = build("clip, frozen")
     captions = normalize(torch.randn(2, 7, CAPTION_DIM), dim=-1)
     captions[1, 3] = 0
@@ -204,7 +206,7 @@ def test_frozen_texts_are_those_of_the_partner_if_it_has_a_caption() -> None:
         compute_loss(method, [images])
 
 
-def test_frozen_texts_of_slip_are_those_of_the_anchor() -> None:
+def test_frozen_text_of_slip_is_the_caption_of_the_anchor() -> None:
     method = build_from(SLIPOptions(text_tower="frozen", projector_dims=(24, 12)))
     captions = normalize(torch.randn(2, 7, CAPTION_DIM), dim=-1)
     outputs = [*random_outputs(2), random_outputs(1, 512)[0]]

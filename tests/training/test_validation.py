@@ -1,4 +1,4 @@
-"""Validation: each metric against its definition, and the best encoder is the result of a run."""
+"""Validation: metrics against their definitions, and the best encoder is the result of a run."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -52,7 +52,7 @@ def test_ranks_equal_scikit_learn() -> None:
     # With one relevant item per query, mean average precision is the mean reciprocal rank.
     expected = label_ranking_average_precision_score(np.eye(40), unit(anchors) @ unit(partners).T)
     assert float((1 / ranks).mean()) == pytest.approx(expected, abs=1e-6)
-    # Constant features: every rank is the middle one.
+    # Constant features: all candidates tie, and the rank is their mean.
     assert retrieval_ranks(torch.ones(9, 3), torch.ones(9, 3)).tolist() == [5.0] * 9
 
 
@@ -85,21 +85,21 @@ def test_knn_accuracy_equals_scikit_learn() -> None:
     )
 
 
-def test_validation_pairs_are_held_out_of_training(collection: CaptionDataset) -> None:
-    pairs = build_pairs(collection, PairConfig())
+def test_validation_pairs_are_held_out_of_training(dataset: CaptionDataset) -> None:
+    pairs = build_pairs(dataset, PairConfig())
     split = split_validation(pairs, 30, seed=0)
     assert len(split.anchors) == 30
     assert (split.anchors != split.partners).all()
-    training_mask = split.training_mask(np.ones(len(collection), bool))
-    train_pairs = build_pairs(collection, PairConfig(), allowed=training_mask)
+    training_mask = split.training_mask(np.ones(len(dataset), bool))
+    train_pairs = build_pairs(dataset, PairConfig(), allowed=training_mask)
     train_images = np.union1d(
         train_pairs.anchors, train_pairs.sample_partners(train_pairs.anchors, seed=0, epoch=0)
     )
     assert not np.intersect1d(train_images, np.concatenate([split.anchors, split.partners])).size
     assert not np.array_equal(split.anchors, split_validation(pairs, 30, seed=1).anchors)
-    with pytest.raises(TrainingError, match="at most 103") as error:
+    with pytest.raises(TrainingError, match="at most 103") as excinfo:
         split_validation(pairs, 150, seed=0)
-    assert error.value.field == "num_val_pairs"
+    assert excinfo.value.field == "num_val_pairs"
 
 
 def test_best_step_is_the_earliest_of_ties_and_patience_counts_from_it() -> None:
@@ -116,10 +116,10 @@ def test_best_step_is_the_earliest_of_ties_and_patience_counts_from_it() -> None
     assert not should_stop(rows, None)
 
 
-def test_the_best_encoder_is_the_result_and_the_last_is_saved_too(
-    collection: CaptionDataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_best_encoder_is_the_result_and_the_last_is_saved_as_well(
+    dataset: CaptionDataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    run = train(collection, tmp_path / "run", TINY)
+    run = train(dataset, tmp_path / "run", TINY)
     rows = run.validation_metrics()
     assert [row["step"] for row in rows] == [2, 4, 6, 8]
     assert {"mrr", "recall_at_1", "alignment", "uniformity", "effective_rank", "knn"} <= rows[0].keys()
@@ -135,36 +135,36 @@ def test_the_best_encoder_is_the_result_and_the_last_is_saved_too(
         original(path, backbone, *args)
 
     monkeypatch.setattr(trainer_module, "save_encoder", save_encoder)
-    repeated_run = train(collection, tmp_path / "again", TINY)
+    repeated_run = train(dataset, tmp_path / "again", TINY)
     assert repeated_run.validation_metrics() == rows
     assert all(torch.equal(saved[-1][name], tensor) for name, tensor in best.items())
 
 
-def test_early_stopping_ends_a_run_and_a_repeated_call_finds_it_finished(
-    collection: CaptionDataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_early_stopping_completes_a_run_and_a_repeated_call_is_a_no_op(
+    dataset: CaptionDataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    falling = iter([0.5, 0.4, 0.3, 0.2])
+    decreasing = iter([0.5, 0.4, 0.3, 0.2])
     original = PairRetrievalEvaluator.evaluate
 
-    def worse(self, *arguments) -> dict[str, float]:  # noqa: ANN001, ANN002
-        return original(self, *arguments) | {"mrr": next(falling)}
+    def evaluate_worse(self, *arguments) -> dict[str, float]:  # noqa: ANN001, ANN002
+        return original(self, *arguments) | {"mrr": next(decreasing)}
 
-    monkeypatch.setattr(PairRetrievalEvaluator, "evaluate", worse)
+    monkeypatch.setattr(PairRetrievalEvaluator, "evaluate", evaluate_worse)
     patient = replace(TINY, early_stopping_patience=2)
-    run = train(collection, tmp_path / "run", patient)
+    run = train(dataset, tmp_path / "run", patient)
     assert run.artifact.manifest.counts["steps"] == 6
     assert run.best_step == 2
-    train(collection, tmp_path / "run", patient)
+    train(dataset, tmp_path / "run", patient)
     assert len(run.validation_metrics()) == 3
 
 
-def test_validation_does_not_change_the_training(collection: CaptionDataset, tmp_path: Path) -> None:
-    often = train(collection, tmp_path / "often", replace(TINY, val_every=1))
-    once = train(collection, tmp_path / "once", replace(TINY, val_every=8))
+def test_validation_does_not_change_the_weights(dataset: CaptionDataset, tmp_path: Path) -> None:
+    often = train(dataset, tmp_path / "often", replace(TINY, val_every=1))
+    once = train(dataset, tmp_path / "once", replace(TINY, val_every=8))
     last = [load_tensors(run.path / "encoder-last.safetensors")[0] for run in (often, once)]
     assert all(torch.equal(tensor, last[1][name]) for name, tensor in last[0].items())
 
 
-def test_training_mask_by_hand() -> None:
+def test_training_mask_excludes_anchors_and_partners() -> None:
     split = ValidationSplit(np.array([1, 2]), np.array([2, 5]))
     assert np.flatnonzero(split.training_mask(np.ones(7, bool))).tolist() == [0, 3, 4, 6]
