@@ -4,6 +4,7 @@ import json
 import logging
 import os
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -31,7 +32,7 @@ def write_images(folder: Path, size: tuple[int, int] = (8, 6)) -> list[tuple[str
     return rows
 
 
-def csv_text(rows: list[tuple[str, ...]], header: str = "file,label,split") -> str:
+def csv_text(rows: Sequence[tuple[str, ...]], header: str = "file,label,split") -> str:
     return header + "\n" + "".join(",".join(row) + "\n" for row in rows)
 
 
