@@ -133,8 +133,8 @@ def test_invalid_masks_raise(halves: Path, tmp_path: Path) -> None:
     (tmp_path / "index.csv").write_text(f"file,mask,split\n{image},color.png,train\n")
     with pytest.raises(InvalidInputError, match="no train images.*mode RGB"):
         open_segmentation(tmp_path)
-    mask = halves / "train/masks/00.png"
-    (tmp_path / "index.csv").write_text(f"file,mask,split\n{image},{mask},train\n{image},{mask},test\n")
+    mask, other = halves / "train/masks/00.png", halves / "train/images/01.png"
+    (tmp_path / "index.csv").write_text(f"file,mask,split\n{image},{mask},train\n{other},{mask},test\n")
     (tmp_path / "classes.txt").write_text("dark\nlight\n")
     with pytest.raises(InvalidInputError, match="class 9;.*`ignore_index`"):
         open_segmentation(tmp_path)

@@ -98,11 +98,12 @@ def open_segmentation(
         (root, images), name = _read_table(table, skipped), dataset_name(table)
     else:
         root, images, name = path, _read_folders(path, skipped, ignored), path.resolve().name
-    images = _unique_images(root, images, skipped)
-    checked = [
-        (image, values) for image in images if (values := _check_mask(root, image, skipped)) is not None
-    ]
-    images = [image for image, _ in checked]
+    values_of = {
+        id(image): values for image in images if (values := _check_mask(root, image, skipped)) is not None
+    }
+    # A row with a usable mask is preferred to an earlier one without.
+    images = _unique_images(root, [image for image in images if id(image) in values_of], skipped)
+    checked = [(image, values_of[id(image)]) for image in images]
     splits = merge_val(path, [image.split for image in images], skipped)
     values = sorted({value for _, mask_values in checked for value in mask_values})
     classes_file = (table.parent if table is not None else path) / "classes.txt"
