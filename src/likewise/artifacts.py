@@ -23,7 +23,7 @@ import yaml
 
 from likewise.errors import ArtifactError, InvalidInputError
 
-FORMAT_VERSION = 2
+FORMAT_VERSION = 3
 MANIFEST = "artifact.json"
 _RECORDED_PACKAGES = (
     "likewise",
@@ -50,7 +50,7 @@ class Manifest:
     counts: dict[str, int] = field(default_factory=dict)
     skipped: dict[str, int] = field(default_factory=dict)
     ignored: dict[str, int] = field(default_factory=dict)
-    """Files of the source that were never candidates, such as hidden files and other file types, by reason."""
+    """Files that were never candidates, such as hidden files and other file types, by reason."""
     versions: dict[str, str] = field(default_factory=dict)
     format: int = FORMAT_VERSION
 

@@ -8,7 +8,7 @@ import numpy as np
 from PIL import Image
 
 from likewise.data.dataset import CaptionDataset, Sample
-from likewise.data.images import UnreadableImageError, decode_image, read_image_bytes
+from likewise.data.images import UnreadableImageError, read_image
 
 THUMBNAIL_SIZE = 128  # twice what is shown on a usual screen, for finer ones
 _JPEG_QUALITY = 88
@@ -27,7 +27,7 @@ def sample_thumbnail(dataset: CaptionDataset, sample: Sample, size: int = THUMBN
     """Return an image of a collection, made small."""
     alt = format_captions(sample) or "an image without a caption"
     try:
-        return make_thumbnail(decode_image(read_image_bytes(sample.image, dataset.root), size), alt, size)
+        return make_thumbnail(read_image(sample.image, dataset.root, size), alt, size)
     except UnreadableImageError as error:
         return Thumbnail(alt=alt, reason=str(error))
 

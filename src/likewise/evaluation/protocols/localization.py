@@ -7,8 +7,8 @@ from pathlib import Path
 import numpy as np
 import torch
 from jaxtyping import Float, Int
-from PIL import Image
 
+from likewise.data.images import read_image_size
 from likewise.errors import InvalidInputError
 from likewise.evaluation.protocols.base import (
     EvalContext,
@@ -125,13 +125,8 @@ def normalize_boxes(
     """
     if np.nanmax(boxes) <= 1.5:
         return boxes.clip(0, 1)
-    sizes = np.array([_image_size(root / file) for file in files], np.float64)
+    sizes = np.array([read_image_size(root / file) for file in files], np.float64)
     return (boxes / np.concatenate([sizes, sizes], axis=1)).clip(0, 1)
-
-
-def _image_size(path: Path) -> tuple[int, int]:
-    with Image.open(path) as image:
-        return image.size
 
 
 class Localization(Protocol):
