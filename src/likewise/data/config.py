@@ -35,7 +35,9 @@ def select_bands(bands: tuple[int, ...], percentiles: tuple[float, ...]) -> Band
             f"`band_percentiles` must be two ascending numbers from 0 to 100, got {list(percentiles)}",
             field="band_percentiles",
         )
-    return BandSelection(bands=bands, percentiles=(percentiles[0], percentiles[1])) if bands else None
+    if not bands:
+        return None
+    return BandSelection(bands=bands, percentiles=(float(percentiles[0]), float(percentiles[1])))
 
 
 @dataclass(frozen=True, kw_only=True)

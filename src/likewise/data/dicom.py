@@ -1,6 +1,8 @@
 """DICOM images as 8-bit pixels, with pydicom (the extra `dicom`)."""
 
 import io
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -31,18 +33,14 @@ def decode_dicom(data: bytes) -> UInt8[np.ndarray, "h w 3"]:
     Raises:
         UnreadableImageError: if pydicom is not installed, there is no single frame, or the data are damaged.
     """
-    with quiet_libraries():
+    with _errors_as_reasons():
         dataset = _read(data)
         check_image_size(*_size(dataset))
         try:
             pixels = _to_uint8(dataset)
-        except UnreadableImageError:
-            raise
         except (NotImplementedError, RuntimeError) as error:
             syntax = dataset.file_meta.TransferSyntaxUID.name
             raise UnreadableImageError(f"DICOM pixels cannot be decompressed: {syntax}") from error
-        except Exception as error:  # pydicom raises many types of errors on damaged input
-            raise UnreadableImageError("damaged") from error
     return np.repeat(pixels[:, :, None], 3, axis=2) if pixels.ndim == 2 else pixels
 
 
@@ -52,8 +50,19 @@ def read_dicom_size(data: bytes) -> tuple[int, int]:
     Raises:
         UnreadableImageError: as `decode_dicom`.
     """
-    with quiet_libraries():
+    with _errors_as_reasons():
         return _size(_read(data, stop_before_pixels=True))
+
+
+@contextmanager
+def _errors_as_reasons() -> Iterator[None]:
+    try:
+        with quiet_libraries():
+            yield
+    except UnreadableImageError:
+        raise
+    except Exception as error:  # pydicom raises many types of errors on damaged input
+        raise UnreadableImageError("damaged") from error
 
 
 def _read(data: bytes, *, stop_before_pixels: bool = False) -> "Dataset":
@@ -61,10 +70,7 @@ def _read(data: bytes, *, stop_before_pixels: bool = False) -> "Dataset":
         raise missing_extra("DICOM", "dicom")
     import pydicom
 
-    try:
-        return pydicom.dcmread(io.BytesIO(data), stop_before_pixels=stop_before_pixels)
-    except Exception as error:  # pydicom raises many types of errors on damaged input
-        raise UnreadableImageError("damaged") from error
+    return pydicom.dcmread(io.BytesIO(data), stop_before_pixels=stop_before_pixels)
 
 
 def _size(dataset: "Dataset") -> tuple[int, int]:
