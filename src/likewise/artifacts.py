@@ -29,7 +29,7 @@ from likewise.errors import ArtifactError, InvalidInputError
 from likewise.hashing import hash_strings
 from likewise.locks import HOST, LOCK_NAME, lock_directory
 
-FORMAT_VERSION = 2
+FORMAT_VERSION = 3
 MANIFEST = "artifact.json"
 _TMP_NAME = re.compile(r"\..+\.(?P<host>[A-Za-z0-9-]+)\.(?P<pid>[0-9]+)\.tmp", re.DOTALL)
 _DISK_FULL = {

@@ -80,9 +80,9 @@ def test_transparency_is_composited_on_white() -> None:
     ("data", "reason"),
     [
         (b"hello", "not an image"),
-        (b"\xff\xd8\xff\xe0 no jpeg", "damaged"),
-        (encoded(picture(), "PNG")[:2000], "damaged"),
-        (encoded(picture(), "JPEG")[:2000], "damaged"),
+        (b"\xff\xd8\xff\xe0 no jpeg", "truncated"),
+        (encoded(picture(), "PNG")[:2000], "truncated"),
+        (encoded(picture(), "JPEG")[:2000], "truncated"),
         (encoded(Image.new("L", (2100, 100)), "PNG"), "aspect ratio above 20"),
         (encoded(Image.new("L", (100, 2100)), "JPEG"), "aspect ratio above 20"),
     ],

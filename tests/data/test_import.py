@@ -55,7 +55,13 @@ def test_samples_have_only_the_fields_of_the_source(tmp_path: Path, pictures: li
         width=72,
         height=72,
     )
-    assert vars(record.image) == {"path": f"{name}.jpg", "offset": None, "size": None, "bytes": None}
+    assert vars(record.image) == {
+        "path": f"{name}.jpg",
+        "offset": None,
+        "size": None,
+        "bytes": None,
+        "bands": None,
+    }
 
 
 def test_captions_are_normalized_to_one_line() -> None:
@@ -79,7 +85,7 @@ def test_unusual_images_are_imported_and_broken_ones_skipped(
     }
     valid |= {"grey.JPG": encode_jpeg((8, 9), "L"), "png_inside.jpg": clear.getvalue()}
     broken = {
-        "cut.jpg": (good[: len(good) // 2], "damaged"),
+        "cut.jpg": (good[: len(good) // 2], "truncated"),
         "text.jpg": (b"<html>not found</html>", "not an image"),
         "empty.jpg": (b"", "file is empty"),
         "tall.jpg": (encode_jpeg((1, 500)), "aspect ratio above 20"),
@@ -349,9 +355,9 @@ def count_decoded(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     calls: list[int] = []
     decode_image: Callable = importing.decode_image
 
-    def count_and_decode(data: bytes) -> np.ndarray:
+    def count_and_decode(data: bytes, **options: object) -> np.ndarray:
         calls.append(1)
-        return decode_image(data)
+        return decode_image(data, **options)
 
     monkeypatch.setattr(importing, "decode_image", count_and_decode)
     return calls

@@ -197,7 +197,7 @@ def test_unreadable_images_are_skipped_and_counted(emoji: Path, tmp_path: Path) 
     np.testing.assert_allclose(
         np.concatenate([partial.load_shard(i)[0] for i in range(partial.num_shards)]), rows[ids], atol=1e-3
     )
-    assert partial.artifact.manifest.skipped == {"damaged": 1, "file is missing": 1}
+    assert partial.artifact.manifest.skipped == {"truncated": 1, "file is missing": 1}
     manifest = snapshot(partial.path)
     interrupt(partial, 0)
     assert snapshot(embed(dataset, IMAGE_ENCODER).path) == manifest

@@ -84,7 +84,7 @@ def test_detector_learns_and_does_not_modify_the_encoder(squares: Path) -> None:
     result = run_detection(config, encoder, images, device=CPU, num_workers=0, update_progress=steps.append)
     # Without training it is 0.
     assert result.values[1] > 0.2
-    assert result.skipped == {"damaged": 1}
+    assert result.skipped == {"truncated": 1}
     assert result.num_images == 12
     assert set(result.per_class) == {"blue", "red"}
     assert sum(steps) == 6 * 29 + 12

@@ -89,7 +89,7 @@ def test_features_equal_the_model_on_resized_center_crops(folder: Path, tmp_path
     encoder = small_encoder()
     dataset = open_labeled(folder)
     features = extract_features(encoder, dataset, tmp_path, batch_size=7)
-    assert features.skipped == {"damaged": 1, "not an image": 1, "aspect ratio above 20": 1}
+    assert features.skipped == {"truncated": 1, "not an image": 1, "aspect ratio above 20": 1}
     assert len(features.indices) == len(dataset) - 3
     index = int(features.indices[11])
     image = Image.open(folder / dataset.files[index]).convert("RGBA")
@@ -122,7 +122,7 @@ def test_linear_probe_matches_scikit_learn_at_the_selected_cost(folder: Path, ou
 def test_results_count_unreadable_images(out: Path) -> None:
     info = read_json_results(out)["dataset"]
     assert info["num_classes"] == 3
-    assert info["skipped"] == {"damaged": 1, "not an image": 1, "aspect ratio above 20": 1}
+    assert info["skipped"] == {"truncated": 1, "not an image": 1, "aspect ratio above 20": 1}
     for protocol in ("linear", "fewshot", "knn", "retrieval"):
         for score in read_json_results(out)["protocols"][protocol]["scores"]:
             per_item = np.load(next(out.glob("categories-*")) / score["per_item"])

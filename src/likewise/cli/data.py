@@ -6,7 +6,7 @@ from typing import Annotated
 from cyclopts import Parameter
 
 from likewise.cli.common import COMMON_OPTIONS, CommonOptions, app, import_summary
-from likewise.cli.flags import FLATTEN, STRINGS, make_flags, to_config
+from likewise.cli.flags import FLATTEN, FLOATS, INTS, STRINGS, make_flags, to_config
 from likewise.data.config import AuditConfig, ImportOptions
 from likewise.embeddings.config import EncoderOptions
 from likewise.neighbors.config import DEFAULT_K, SearchConfig
@@ -14,8 +14,8 @@ from likewise.neighbors.config import DEFAULT_K, SearchConfig
 _ImportFlags = make_flags(
     ImportOptions,
     group="Columns",
-    groups={"where": "Selection", "images": "Selection", "limit": "Selection"},
-    parameters={"caption_column": STRINGS},
+    groups=dict.fromkeys(("where", "images", "limit", "bands", "band_percentiles"), "Selection"),
+    parameters={"caption_column": STRINGS, "bands": INTS, "band_percentiles": FLOATS},
 )
 ImportFlags = Annotated[_ImportFlags, FLATTEN]
 _AuditFlags = make_flags(AuditConfig, group="Thresholds")

@@ -30,9 +30,14 @@ def _convert_ints(_: Any, tokens: Sequence[Token]) -> tuple[int, ...]:
     return tuple(map(int, _convert_strings(_, tokens)))
 
 
+def _convert_floats(_: Any, tokens: Sequence[Token]) -> tuple[float, ...]:
+    return tuple(map(float, _convert_strings(_, tokens)))
+
+
 # Comma-separated lists, such as `--dataset eurosat,dtd`.
 STRINGS = Parameter(converter=_convert_strings, n_tokens=1)
 INTS = Parameter(converter=_convert_ints, n_tokens=1)
+FLOATS = Parameter(converter=_convert_floats, n_tokens=1)
 # The fields of a dataclass are flags of their own.
 FLATTEN = Parameter(name="*")
 

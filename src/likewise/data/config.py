@@ -5,6 +5,40 @@ from pathlib import Path
 
 from likewise.errors import InvalidInputError
 
+MAX_BANDS = 3
+BAND_PERCENTILES = (2.0, 98.0)
+
+
+@dataclass(frozen=True, kw_only=True)
+class BandSelection:
+    """Choice of the bands of multi-band TIFF images that are shown as red, green and blue, or as gray."""
+
+    bands: tuple[int, ...]
+    """Numbers of one or three bands, from 1."""
+    percentiles: tuple[float, float]
+    """Percentiles of each band that become 0 and 255; values outside are set to these ends."""
+
+
+def select_bands(bands: tuple[int, ...], percentiles: tuple[float, ...]) -> BandSelection | None:
+    """Return the choice of bands, or None without bands.
+
+    Raises:
+        InvalidInputError: unless there are no, one or three bands from 1 on, and two ascending percentiles.
+    """
+    if len(bands) not in {0, 1, MAX_BANDS} or any(band < 1 for band in bands):
+        raise InvalidInputError(
+            f"`bands` must be one or three band numbers, the first band being 1, got {list(bands)}",
+            field="bands",
+        )
+    if len(percentiles) != 2 or not 0 <= percentiles[0] < percentiles[1] <= 100:
+        raise InvalidInputError(
+            f"`band_percentiles` must be two ascending numbers from 0 to 100, got {list(percentiles)}",
+            field="band_percentiles",
+        )
+    if not bands:
+        return None
+    return BandSelection(bands=bands, percentiles=(float(percentiles[0]), float(percentiles[1])))
+
 
 @dataclass(frozen=True, kw_only=True)
 class ImportOptions:
@@ -27,6 +61,10 @@ class ImportOptions:
     """Conditions `COLUMN=VALUE`; only rows that match all of them are imported."""
     images: Path | None = None
     """Folder that image paths are relative to; detected near the table by default."""
+    bands: tuple[int, ...] = ()
+    """Numbers, from 1, of the bands of multi-band TIFF images that are red, green and blue, or gray."""
+    band_percentiles: tuple[float, ...] = BAND_PERCENTILES
+    """Percentiles of each of the `bands` that become black and full brightness."""
     limit: int | None = None
     """Maximum number of images, from the start of the source."""
 
@@ -34,10 +72,16 @@ class ImportOptions:
         """Validate the fields.
 
         Raises:
-            InvalidInputError: if `limit` is below 1.
+            InvalidInputError: if `limit` is below 1, or `bands` or `band_percentiles` are invalid.
         """
+        _ = self.band_selection
         if self.limit is not None and self.limit < 1:
             raise InvalidInputError(f"`limit` must be at least 1, got {self.limit}", field="limit")
+
+    @property
+    def band_selection(self) -> BandSelection | None:
+        """Choice of bands, or None without `bands`."""
+        return select_bands(self.bands, self.band_percentiles)
 
 
 @dataclass(frozen=True, kw_only=True)

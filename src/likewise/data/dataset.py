@@ -13,6 +13,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from likewise.artifacts import Artifact, atomic_write, shard_name
+from likewise.data.config import BandSelection, select_bands
 from likewise.errors import ArtifactError
 
 ARTIFACT_KIND = "dataset"
@@ -55,6 +56,8 @@ class ImageRef:
     """Number of bytes in an archive; None for a whole file."""
     bytes: builtins.bytes | None = None
     """Encoded image; the names `bytes` and `path` are those of Hugging Face datasets."""
+    bands: BandSelection | None = None
+    """Choice of the bands of TIFF images of several bands; an option of the import."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -82,7 +85,7 @@ def write_samples(path: Path, samples: list[Sample]) -> None:
     rows = [
         {
             "id": sample.id,
-            "image": vars(sample.image),
+            "image": {name: getattr(sample.image, name) for name in SCHEMA.field("image").type.names},
             "captions": list(sample.captions),
             "group": sample.group,
             "label": sample.label,
@@ -131,6 +134,12 @@ class CaptionDataset:
         """Folder that image paths are relative to."""
         return Path(self.artifact.manifest.settings["root"])
 
+    @cached_property
+    def bands(self) -> BandSelection | None:
+        """Choice of the bands of TIFF images of several bands, as imported."""
+        settings = self.artifact.manifest.settings
+        return select_bands(tuple(settings["bands"]), tuple(settings["band_percentiles"]))
+
     def require_images(self) -> None:
         """Check that the folder of the images still exists, unless the images are in the dataset itself.
 
@@ -166,7 +175,7 @@ class CaptionDataset:
 
     def samples(self, shard: int) -> list[Sample]:
         """Read all samples of one shard."""
-        return [_to_sample(row) for row in pq.read_table(self.shard_paths[shard]).to_pylist()]
+        return [_to_sample(row, self.bands) for row in pq.read_table(self.shard_paths[shard]).to_pylist()]
 
     def __iter__(self) -> Iterator[Sample]:
         for shard in range(len(self.shard_paths)):
@@ -178,7 +187,7 @@ class CaptionDataset:
             raise IndexError(f"index {index} is out of range for {len(self)} samples")
         shard = bisect_right(self.shard_offsets, index) - 1
         row_group, row = divmod(index - self.shard_offsets[shard], _ROW_GROUP_SIZE)
-        return _read_row_group(str(self.shard_paths[shard]), self.key, row_group)[row]
+        return _read_row_group(str(self.shard_paths[shard]), self.key, row_group, self.bands)[row]
 
     def skipped_entries(self) -> Iterator[dict[str, str]]:
         """Yield each skipped entry of the source with its `id`, `location` and `reason`."""
@@ -197,10 +206,11 @@ def read_skipped_entries(path: Path) -> Iterator[dict[str, str]]:
             yield from map(json.loads, lines)
 
 
-def _to_sample(row: dict[str, Any]) -> Sample:
-    return Sample(**row | {"image": ImageRef(**row["image"]), "captions": tuple(row["captions"])})
+def _to_sample(row: dict[str, Any], bands: BandSelection | None) -> Sample:
+    image = ImageRef(**row["image"], bands=bands)
+    return Sample(**row | {"image": image, "captions": tuple(row["captions"])})
 
 
 @lru_cache(maxsize=4)  # small, because rows may contain image bytes
-def _read_row_group(path: str, _key: str, row_group: int) -> list[Sample]:
-    return [_to_sample(row) for row in pq.ParquetFile(path).read_row_group(row_group).to_pylist()]
+def _read_row_group(path: str, _key: str, row_group: int, bands: BandSelection | None) -> list[Sample]:
+    return [_to_sample(row, bands) for row in pq.ParquetFile(path).read_row_group(row_group).to_pylist()]

@@ -11,6 +11,7 @@ import io
 import logging
 import math
 from collections import Counter
+from dataclasses import asdict
 from functools import lru_cache
 from pathlib import Path
 
@@ -24,8 +25,9 @@ from likewise.artifacts import (
     shard_name,
     write_array,
 )
+from likewise.data.config import BandSelection, select_bands
 from likewise.data.dataset import CaptionDataset, Sample
-from likewise.data.images import UnreadableImageError, decode_image, read_image_bytes
+from likewise.data.images import UnreadableImageError, decode_image, read_image
 from likewise.parallel import default_num_workers, prefetch_map
 from likewise.progress import NULL_PROGRESS, Progress
 
@@ -106,7 +108,12 @@ def build_image_cache(
     )
     codec = "rgb" if is_raw else f"jpeg-{_JPEG_QUALITY}"
     path = dataset.path / "image_cache" / f"{short_side}px-{codec}"
-    settings = {"short_side": short_side, "codec": codec, "rows": shard_rows}
+    settings = {
+        "short_side": short_side,
+        "codec": codec,
+        "rows": shard_rows,
+        "bands": None if dataset.bands is None else asdict(dataset.bands),
+    }
     with Artifact.exclusive(path, ARTIFACT_KIND, settings, {"dataset": dataset.key}) as artifact:
         if artifact.is_complete:
             return ImageCache(artifact)
@@ -150,7 +157,7 @@ def _encode_sample(
 ) -> tuple[np.ndarray, int, int]:
     """Return an image as flat bytes with its height and width; no bytes if it is unreadable."""
     try:
-        pixels = downscale(decode_image(read_image_bytes(sample.image, root), short_side), short_side)
+        pixels = downscale(read_image(sample.image, root, short_side), short_side)
     except UnreadableImageError:
         return np.empty(0, np.uint8), 0, 0
     height, width = pixels.shape[:2]
@@ -192,6 +199,10 @@ class ImageCache:
         self.is_raw = artifact.manifest.settings["codec"] == "rgb"
         self.shard_rows: int = artifact.manifest.settings["rows"]
         self.key = artifact.manifest.key
+        bands = artifact.manifest.settings["bands"]
+        self.bands: BandSelection | None = bands and select_bands(
+            tuple(bands["bands"]), tuple(bands["percentiles"])
+        )
         num_shards = artifact.manifest.counts["shards"]
         self.index = np.concatenate(
             [load_array(self.path / shard_name("index", i, "npy")) for i in range(num_shards)]

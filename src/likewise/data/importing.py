@@ -13,6 +13,7 @@ from typing import Any
 import pyarrow.parquet as pq
 
 from likewise.artifacts import MANIFEST, Artifact, shard_name, write_json, write_text
+from likewise.data.config import BandSelection
 from likewise.data.dataset import (
     ARTIFACT_KIND,
     SHARD_ROWS,
@@ -145,9 +146,8 @@ def import_dataset(
     settings = _import_settings(str(source), reader, options, shard_rows)
     inputs = {"source": reader.fingerprint()}
     existed = target.exists()
-    importer = _Importer(
-        target, reader.root, default_num_workers() if num_workers is None else num_workers, shard_rows
-    )
+    num_workers = default_num_workers() if num_workers is None else num_workers
+    importer = _Importer(target, reader.root, num_workers, shard_rows, options.band_selection)
     with Artifact.exclusive(target, ARTIFACT_KIND, settings, inputs, non_hashed=_NON_HASHED) as opened:
         artifact = _update_root(opened, str(reader.root))
         if artifact.is_complete:
@@ -175,6 +175,8 @@ def _import_settings(source: str, reader: Reader, options: ImportOptions, shard_
     settings = asdict(options) | {
         "caption_column": list(options.caption_column),
         "where": list(options.where),
+        "bands": list(options.bands),
+        "band_percentiles": list(options.band_percentiles),
     }
     settings["images"] = None if options.images is None else str(options.images)
     recorded = {"root": str(reader.root), "source": source, "inferred": reader.inferred_settings()}
@@ -198,6 +200,7 @@ class _Importer:
     root: Path
     num_workers: int
     shard_rows: int
+    bands: BandSelection | None
     validator: SampleValidator = field(default_factory=SampleValidator)
     num_shards: int = 0
 
@@ -230,14 +233,15 @@ class _Importer:
 
     def _decode_batch(self, batch: list[RawSample | SkippedSample]) -> list[Sample | SkippedSample]:
         return [
-            entry if isinstance(entry, SkippedSample) else _decode_sample(entry, self.root) for entry in batch
+            entry if isinstance(entry, SkippedSample) else _decode_sample(entry, self.root, self.bands)
+            for entry in batch
         ]
 
 
-def _decode_sample(entry: RawSample, root: Path) -> Sample | SkippedSample:
+def _decode_sample(entry: RawSample, root: Path, bands: BandSelection | None) -> Sample | SkippedSample:
     """Validate an image by decoding it in full."""
     try:
-        height, width, _ = decode_image(read_image_bytes(entry.image, root)).shape
+        height, width, _ = decode_image(read_image_bytes(entry.image, root), bands=bands).shape
     except UnreadableImageError as error:
         location = entry.location
         if entry.image.path is not None and entry.image.path not in location:

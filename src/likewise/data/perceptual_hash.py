@@ -18,7 +18,7 @@ from scipy.sparse.csgraph import connected_components
 
 from likewise.artifacts import Artifact, mmap_array, shard_name, write_array
 from likewise.data.dataset import CaptionDataset, Sample
-from likewise.data.images import UnreadableImageError, decode_image, read_image_bytes
+from likewise.data.images import UnreadableImageError, read_image
 from likewise.errors import InvalidInputError
 from likewise.parallel import default_num_workers, prefetch_map
 from likewise.progress import NULL_PROGRESS, Progress
@@ -146,7 +146,7 @@ def _hash_missing(dataset: CaptionDataset, artifact: Artifact, num_workers: int,
 
 def _hash_sample(sample: Sample, root: Path) -> tuple[int, np.ndarray, bool]:
     try:
-        pixels = decode_image(read_image_bytes(sample.image, root), _DECODE_SIZE)
+        pixels = read_image(sample.image, root, _DECODE_SIZE)
     except UnreadableImageError:
         return 0, np.zeros((_THUMBNAIL_SIZE, _THUMBNAIL_SIZE, 3), np.uint8), False
     thumbnail = Image.fromarray(pixels).resize((_THUMBNAIL_SIZE, _THUMBNAIL_SIZE), Image.Resampling.BILINEAR)

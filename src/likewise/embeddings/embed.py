@@ -23,7 +23,7 @@ from likewise.artifacts import (
     write_json,
 )
 from likewise.data.dataset import CaptionDataset, Sample
-from likewise.data.images import UnreadableImageError, decode_image, read_image_bytes
+from likewise.data.images import UnreadableImageError, read_image
 from likewise.embeddings.base import Corpus, EncoderSpec, TextEncoder, l2_normalize
 from likewise.embeddings.config import DEFAULT_OPTIONS, EncoderOptions
 from likewise.embeddings.registry import DEFAULT_ENCODER, SCHEMES, load_text_encoder, resolve_encoder
@@ -148,9 +148,7 @@ class ImageEmbedder(ShardEmbedder):
         crops, reasons = np.zeros((len(samples), transform.image_size, transform.image_size, 3), np.uint8), []
         for i, sample in enumerate(samples):
             try:
-                pixels = decode_image(
-                    read_image_bytes(sample.image, self._dataset.root), transform.resize_size
-                )
+                pixels = read_image(sample.image, self._dataset.root, transform.resize_size)
                 crops[i] = transform.center_crop(pixels)
                 reasons.append("")
             except UnreadableImageError as error:

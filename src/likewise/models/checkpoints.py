@@ -13,6 +13,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from likewise.artifacts import atomic_write
+from likewise.data.config import BandSelection, select_bands
 from likewise.errors import ArtifactError, ModelError
 from likewise.models.backbones import BackboneConfig, build_backbone
 
@@ -76,6 +77,7 @@ def save_encoder(
     backbone: nn.Module,
     config: BackboneConfig,
     text_state: tuple[dict[str, Tensor], dict[str, int]] | None = None,
+    bands: BandSelection | None = None,
 ) -> None:
     """Write a trained backbone with its configuration.
 
@@ -85,9 +87,15 @@ def save_encoder(
         config: Its configuration.
         text_state: Weights of the text tower and the image projection, from `text_state_dict`, and the
             configuration of the text tower.
+        bands: Choice of the bands of TIFF images of several bands in training.
     """
     tensors, tower_config = text_state or ({}, None)
-    metadata = {"kind": "encoder", "backbone": asdict(config), "text_tower": tower_config}
+    metadata = {
+        "kind": "encoder",
+        "backbone": asdict(config),
+        "text_tower": tower_config,
+        "bands": None if bands is None else asdict(bands),
+    }
     save_tensors(path, backbone.state_dict() | tensors, metadata)
 
 
@@ -116,6 +124,16 @@ def load_backbone(path: Path, image_size: int | None = None) -> tuple[nn.Module,
         str(path),
     )
     return model, config, feature_dim
+
+
+def load_bands(path: Path) -> BandSelection | None:
+    """Read the choice of bands from a file of `save_encoder`.
+
+    Raises:
+        ModelError: if the file is missing or damaged.
+    """
+    bands = load_tensors(path)[1].get("bands")
+    return None if bands is None else select_bands(tuple(bands["bands"]), tuple(bands["percentiles"]))
 
 
 def load_state_dict(path: Path) -> dict[str, Tensor]:

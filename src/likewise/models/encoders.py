@@ -16,17 +16,22 @@ from PIL import Image
 from torch import Tensor, nn
 
 from likewise.artifacts import Artifact
+from likewise.data.config import BandSelection
 from likewise.data.dataset import CaptionDataset, ImageRef
 from likewise.data.images import (
     UnreadableImageError,
     check_image_size,
     convert_image,
-    decode_image,
-    read_image_bytes,
+    read_image,
 )
 from likewise.errors import DependencyError, InvalidInputError, ModelError, did_you_mean
 from likewise.models.backbones import BackboneConfig, build_backbone, default_stem
-from likewise.models.checkpoints import load_backbone, load_state_dict, load_state_dict_strict
+from likewise.models.checkpoints import (
+    load_backbone,
+    load_bands,
+    load_state_dict,
+    load_state_dict_strict,
+)
 from likewise.models.external import load_huggingface_model, load_torch_hub_model, load_torchvision_model
 from likewise.models.text_tower import TextAlignment, encode_captions, load_text_alignment
 from likewise.models.transforms import EvalTransform
@@ -174,7 +179,8 @@ class ImageEncoder:
         errors: list[UnreadableImageError | None] = [None] * len(images)
         for i, image in enumerate(images):
             try:
-                crops[i] = self.transform.center_crop(_load_pixels(image, root, self.transform.resize_size))
+                pixels = _load_pixels(image, root, self.transform.resize_size, self.transform.bands)
+                crops[i] = self.transform.center_crop(pixels)
             except UnreadableImageError as error:
                 errors[i] = UnreadableImageError(str(error), path=_path_of(image, root))
         return crops, errors
@@ -201,7 +207,9 @@ def _batched(items: Iterable[_Item], batch_size: int) -> Iterator[list[_Item]]:
         yield batch
 
 
-def _load_pixels(image: ImageInput | ImageRef, root: Path, short_side: int) -> np.ndarray:
+def _load_pixels(
+    image: ImageInput | ImageRef, root: Path, short_side: int, bands: BandSelection | None
+) -> np.ndarray:
     """Return the pixels of an image, (h, w, 3) uint8; JPEG files may be decoded at a reduced size."""
     if isinstance(image, Image.Image):
         return convert_image(image)
@@ -215,7 +223,7 @@ def _load_pixels(image: ImageInput | ImageRef, root: Path, short_side: int) -> n
         check_image_size(pixels.shape[1], pixels.shape[0])
         return pixels
     ref = image if isinstance(image, ImageRef) else ImageRef(path=os.fspath(image))
-    return decode_image(read_image_bytes(ref, root), short_side)
+    return read_image(ref if ref.bands is not None else replace(ref, bands=bands), root, short_side)
 
 
 def _path_of(image: ImageInput | ImageRef, root: Path) -> Path | None:
@@ -303,7 +311,9 @@ def _load(
 
 def _load_saved_encoder(path: Path, name: str, image_size: int | None) -> ImageEncoder:
     model, config, feature_dim = load_backbone(path, image_size)
-    transform = EvalTransform(image_size=config.image_size, resize_size=config.image_size)
+    transform = EvalTransform(
+        image_size=config.image_size, resize_size=config.image_size, bands=load_bands(path)
+    )
     return _build_encoder(name, model, transform, feature_dim, load_text_alignment(path))
 
 

@@ -7,6 +7,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from likewise.data.config import BandSelection
 from likewise.models.backbones import IMAGENET_MEAN, IMAGENET_STD
 
 
@@ -24,6 +25,8 @@ class EvalTransform:
     """Mean of each channel, in [0, 1]."""
     std: tuple[float, ...] = IMAGENET_STD
     """Standard deviation of each channel."""
+    bands: BandSelection | None = None
+    """Choice of the bands of TIFF images of several bands: that of the images of training."""
 
     def center_crop(self, pixels: np.ndarray) -> np.ndarray:
         """Resize and crop the center: (h, w, 3) uint8 -> (image_size, image_size, 3) uint8."""

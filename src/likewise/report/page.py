@@ -13,7 +13,7 @@ from PIL import Image
 
 from likewise.artifacts import write_text
 from likewise.data.dataset import CaptionDataset, Sample
-from likewise.data.images import UnreadableImageError, decode_image, read_image_bytes
+from likewise.data.images import UnreadableImageError, read_image
 
 THUMBNAIL_SIZE = 128  # twice the size on the page, for high-density screens
 _JPEG_QUALITY = 88
@@ -72,7 +72,7 @@ def sample_thumbnail(dataset: CaptionDataset, sample: Sample, size: int = THUMBN
     """Return the thumbnail of a sample's image, or the reason why the image is unreadable."""
     alt = format_captions(sample) or "image without a caption"
     try:
-        return make_thumbnail(decode_image(read_image_bytes(sample.image, dataset.root), size), alt, size)
+        return make_thumbnail(read_image(sample.image, dataset.root, size), alt, size)
     except UnreadableImageError as error:
         return Thumbnail(alt=alt, reason=str(error))
 

@@ -411,7 +411,13 @@ class Trainer:
 
     def _save_encoder(self, path: Path) -> None:
         """Write the backbone and, if the method trains one, its text tower."""
-        save_encoder(path, self.method.backbone, self.backbone_config, text_state(self.method))
+        save_encoder(
+            path,
+            self.method.backbone,
+            self.backbone_config,
+            text_state(self.method),
+            self.loader.dataset.image_cache.bands,
+        )
 
     def finalize(self) -> None:
         """Write the encoder, the last or the best one, and mark the run as finished."""

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.optim.lr_scheduler import OneCycleLR
 
 from likewise.data.dataset import ImageRef
-from likewise.data.images import UnreadableImageError, decode_image, read_image_bytes
+from likewise.data.images import UnreadableImageError, read_image
 from likewise.errors import InvalidInputError, ModelError
 from likewise.evaluation.datasets.detection import DetectionDataset
 from likewise.evaluation.datasets.segmentation import SegmentationDataset
@@ -157,7 +157,8 @@ class DenseTrainer(ABC):
     def read_pixels(self, index: int) -> np.ndarray | str:
         """Return an image (h, w, 3) uint8, or the reason why it cannot be read."""
         try:
-            return decode_image(read_image_bytes(ImageRef(path=self.dataset.files[index]), self.dataset.root))
+            ref = ImageRef(path=self.dataset.files[index], bands=self.encoder.transform.bands)
+            return read_image(ref, self.dataset.root)
         except UnreadableImageError as error:
             return str(error)
 

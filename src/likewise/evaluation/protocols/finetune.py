@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
 from likewise.data.dataset import ImageRef
-from likewise.data.images import decode_image, read_image_bytes
+from likewise.data.images import read_image
 from likewise.evaluation.datasets.labeled import LabeledDataset
 from likewise.evaluation.protocols.base import (
     ClassificationConfig,
@@ -135,7 +135,7 @@ class _CropLoader:
         epoch, indices = batch
         u = uniform(indices, 4, seed=self.config.seed, epoch=epoch, stream=Stream.FINETUNE)
         return np.stack([
-            _random_crop(_read_image(self.dataset, index, self.transform.resize_size), self.transform, u_i)
+            _random_crop(_read_image(self.dataset, index, self.transform), self.transform, u_i)
             for index, u_i in zip(indices.tolist(), u, strict=True)
         ])  # fmt: skip
 
@@ -184,8 +184,9 @@ def _random_crop(pixels: np.ndarray, transform: EvalTransform, u: Sequence[float
     return np.asarray(crop)[:, ::-1] if u[3] < 0.5 else np.asarray(crop)
 
 
-def _read_image(dataset: LabeledDataset, index: int, short_side: int) -> np.ndarray:
-    return decode_image(read_image_bytes(ImageRef(path=dataset.files[index]), dataset.root), short_side)
+def _read_image(dataset: LabeledDataset, index: int, transform: EvalTransform) -> np.ndarray:
+    ref = ImageRef(path=dataset.files[index], bands=transform.bands)
+    return read_image(ref, dataset.root, transform.resize_size)
 
 
 @torch.inference_mode()
@@ -203,10 +204,7 @@ def _classify(
 
     def load_crops(batch: np.ndarray) -> np.ndarray:
         return np.stack(
-            [
-                transform.center_crop(_read_image(dataset, index, transform.resize_size))
-                for index in batch.tolist()
-            ]
+            [transform.center_crop(_read_image(dataset, index, transform)) for index in batch.tolist()]
         )
 
     return torch.cat([
