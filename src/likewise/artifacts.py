@@ -50,7 +50,9 @@ class Manifest:
     counts: dict[str, int] = field(default_factory=dict)
     skipped: dict[str, int] = field(default_factory=dict)
     ignored: dict[str, int] = field(default_factory=dict)
-    """Files of the source that were never candidates, such as hidden files and other file types, by reason."""
+    """Files of the source that were never candidates, such as hidden files, by reason."""
+    ignored_examples: dict[str, str] = field(default_factory=dict)
+    """The first ignored file of each reason."""
     versions: dict[str, str] = field(default_factory=dict)
     format: int = FORMAT_VERSION
 
@@ -154,6 +156,7 @@ class Artifact:
         counts: Mapping[str, int],
         skipped: Mapping[str, int] | None = None,
         ignored: Mapping[str, int] | None = None,
+        ignored_examples: Mapping[str, str] | None = None,
     ) -> "Artifact":
         """Mark the artifact as complete; record its counts, and skipped items and ignored files by reason."""
         manifest = replace(
@@ -162,6 +165,7 @@ class Artifact:
             counts=dict(counts),
             skipped=dict(skipped or {}),
             ignored=dict(ignored or {}),
+            ignored_examples=dict(ignored_examples or {}),
         )
         write_json(self.path / MANIFEST, asdict(manifest))
         return replace(self, manifest=manifest)

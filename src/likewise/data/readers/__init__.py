@@ -1,45 +1,31 @@
 """Readers of captioned images, one per format, and the detection of the format."""
 
 import glob
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
 from likewise.artifacts import MANIFEST
 from likewise.data.config import ImportOptions
 from likewise.data.images import IMAGE_SUFFIXES
-from likewise.data.readers.base import RawSample, Reader, SkippedSample, match_score
-from likewise.data.readers.folder import has_images, open_image_folder
+from likewise.data.readers.base import RawSample, Reader, SkippedSample
+from likewise.data.readers.detection import (
+    COMPRESSED_SUFFIXES,
+    SUPPORTED_FORMATS,
+    TABLE_OPENERS,
+    open_folder,
+    open_table_file,
+)
 from likewise.data.readers.huggingface import (
     HUB_PREFIX,
     is_saved_dataset,
     open_hub_dataset,
     open_saved_dataset,
 )
-from likewise.data.readers.tables import Table, TableReader, open_coco_table, open_parquet_table, open_table
-from likewise.data.readers.text import open_text_table
+from likewise.data.readers.tables import Table, TableReader, open_table
 from likewise.data.readers.webdataset import open_tar_archives
 from likewise.errors import InvalidInputError, did_you_mean
 
 __all__ = ["ImportOptions", "RawSample", "Reader", "SkippedSample", "open_reader"]
-
-_TABLE_OPENERS: dict[str, Callable[[Path], Table]] = {
-    ".csv": open_text_table,
-    ".tsv": open_text_table,
-    ".txt": open_text_table,
-    ".token": open_text_table,
-    ".jsonl": open_text_table,
-    ".ndjson": open_text_table,
-    ".parquet": open_parquet_table,
-    ".json": open_coco_table,
-}
-_COMPRESSED_SUFFIXES = frozenset(
-    {".gz", ".tgz", ".bz2", ".tbz2", ".xz", ".txz", ".zst", ".zip", ".7z", ".rar"}
-)
-_SUPPORTED_FORMATS = (
-    "a folder of images, a table (.csv, .tsv, .jsonl, .parquet), COCO captions (.json), "
-    "a Flickr token file, .tar archives, or a Hugging Face dataset (a saved folder, or hf:NAME)"
-)
 
 
 def open_reader(source: str, options: ImportOptions) -> Reader:
@@ -56,8 +42,10 @@ def open_reader(source: str, options: ImportOptions) -> Reader:
     if source.startswith(HUB_PREFIX):
         return _with_messages(*open_hub_dataset(source), options)
     path = Path(source).expanduser()
+    if path.is_dir() and is_saved_dataset(path) and not (path / MANIFEST).is_file():
+        return _with_messages(*open_saved_dataset(path), options)
     if path.is_dir():
-        return _open_folder(path, options)
+        return open_folder(path, options)
     if path.exists():
         return _open_file(path, options)
     if glob.has_magic(source):
@@ -75,103 +63,36 @@ def _open_pattern(pattern: Path, options: ImportOptions) -> Reader:
         raise InvalidInputError(
             f"a glob pattern may match .tar archives only; {pattern} also matches {others[0]}", path=pattern
         )
+    _check_format(pattern, "tar", options)
     return open_tar_archives(paths, options)
+
+
+def _check_format(source: str | Path, source_format: str, options: ImportOptions) -> None:
+    if options.source_format not in ("auto", source_format):
+        raise InvalidInputError(
+            f"`source_format` is {options.source_format}, but {source} is a {source_format}",
+            field="source_format",
+        )
 
 
 def _open_file(path: Path, options: ImportOptions) -> Reader:
     suffix = path.suffix.lower()
+    if suffix == ".tar" or suffix in TABLE_OPENERS:
+        _check_format(path, "tar" if suffix == ".tar" else "table", options)
     if suffix == ".tar":
         return open_tar_archives([path], options)
-    if suffix in _COMPRESSED_SUFFIXES:
+    if suffix in COMPRESSED_SUFFIXES:
         raise InvalidInputError(
             f"{path} is compressed; unpack it first (plain .tar archives are read in place)", path=path
         )
     if suffix in IMAGE_SUFFIXES:
         raise InvalidInputError(f"{path} is a single image; import its folder or table", path=path)
-    if suffix not in _TABLE_OPENERS:
-        raise InvalidInputError(f"{path} has an unknown format; expected {_SUPPORTED_FORMATS}", path=path)
-    return _open_table_file(path, options)
-
-
-def _open_table_file(path: Path, options: ImportOptions) -> TableReader:
-    if path.suffix.lower() == ".json" and options.id_column is None:
-        options = replace(options, id_column="id")
-    return open_table(_TABLE_OPENERS[path.suffix.lower()](path), options)
+    if suffix not in TABLE_OPENERS:
+        raise InvalidInputError(f"{path} has an unknown format; expected {SUPPORTED_FORMATS}", path=path)
+    return open_table_file(path, options)
 
 
 def _with_messages(table: Table, messages: list[str], options: ImportOptions) -> TableReader:
+    _check_format(table.name, "table", options)
     reader = open_table(table, options)
     return replace(reader, messages=(*messages, *reader.messages))
-
-
-def _open_folder(path: Path, options: ImportOptions) -> Reader:
-    """Detect the content of a folder: a saved dataset, a table with its images, images, or tar archives."""
-    if (path / MANIFEST).is_file():
-        raise InvalidInputError(f"{path} was written by likewise; import its source instead", path=path)
-    if is_saved_dataset(path):
-        return _with_messages(*open_saved_dataset(path), options)
-    files = sorted(p for p in path.iterdir() if p.is_file() and not p.name.startswith("."))
-    table_file = _find_table_file(path, files, options)
-    if table_file is not None:
-        reader = _open_table_file(table_file, options)
-        return replace(reader, messages=(f"{path.name}: reading table {table_file.name}", *reader.messages))
-    if has_images(path):
-        return open_image_folder(path, options)
-    tars = [p for p in files if p.suffix.lower() == ".tar"]
-    if tars:
-        return open_tar_archives(tars, options)
-    compressed = [p.name for p in files if p.suffix.lower() in _COMPRESSED_SUFFIXES]
-    if compressed:
-        raise InvalidInputError(
-            f"{path} contains only compressed files such as {compressed[0]}; unpack them first", path=path
-        )
-    for file in _table_files(files):
-        return _open_table_file(file, options)  # raises the error of the table
-    raise InvalidInputError(
-        f"no images, tables or tar archives in {path}; expected {_SUPPORTED_FORMATS}", path=path
-    )
-
-
-def _find_table_file(path: Path, files: list[Path], options: ImportOptions) -> Path | None:
-    """Return the table with an image column, preferring tables with captions; None if there is no table.
-
-    Raises:
-        InvalidInputError: if several tables match equally well.
-    """
-    scores = {file: _score_table(file, options) for file in _table_files(files)}
-    best_score = max(scores.values(), default=0)
-    best_files = [file for file, score in scores.items() if score == best_score > 0]
-    if len(best_files) > 1:
-        names = ", ".join(file.name for file in best_files)
-        all_parquet = {file.suffix for file in best_files} == {".parquet"}
-        hint = f", or all of them as {HUB_PREFIX}{path}" if all_parquet else ""
-        raise InvalidInputError(
-            f"{path} contains several tables of images ({names}); import one of them{hint}", path=path
-        )
-    return best_files[0] if best_files else None
-
-
-def _table_files(files: list[Path]) -> list[Path]:
-    """Return the files that may be tables by their names, without the caption files of single images."""
-    image_stems = {file.stem for file in files if file.suffix.lower() in IMAGE_SUFFIXES}
-    caption_files = [
-        file for file in files if "caption" in file.name.casefold() or ".token" in file.name.casefold()
-    ]
-    caption_tables = [
-        file
-        for file in caption_files
-        if file.suffix.lower() in {".json", ".txt"} and file.stem not in image_stems
-    ]
-    return [
-        file
-        for file in files
-        if file.suffix.lower() in _TABLE_OPENERS.keys() - {".json", ".txt"} or file in caption_tables
-    ]
-
-
-def _score_table(file: Path, options: ImportOptions) -> int:
-    try:
-        table = _TABLE_OPENERS[file.suffix.lower()](file)
-        return match_score(table.column_names(), table.embedded_columns(), options)
-    except InvalidInputError:
-        return 0

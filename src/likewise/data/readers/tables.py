@@ -40,15 +40,30 @@ _IMAGE_FOLDER_NAMES = frozenset(
 
 
 def find_image_root(paths: list[str], table_dir: Path) -> Path:
-    """Return the folder near a table that contains most of the image paths."""
-    best_dir, max_hits = table_dir, 0
+    """Return the folder near a table that contains most of the image paths.
+
+    The folder of the table itself is preferred if no other folder contains more of them.
+
+    Raises:
+        InvalidInputError: if another folder contains at least half as many.
+    """
+    hits: dict[Path, int] = {}
     for candidate_dir in _candidate_dirs(table_dir) if paths else ():
         num_hits = sum(stat_fingerprint(candidate_dir / path) != "missing" for path in paths)
-        if num_hits > max_hits:
-            best_dir, max_hits = candidate_dir, num_hits
-        if max_hits == len(paths):
+        hits[candidate_dir.resolve()] = num_hits
+        if num_hits == len(paths) and len(hits) == 1:
             break
-    return best_dir
+    best, *others = sorted(hits, key=lambda candidate_dir: -hits[candidate_dir]) or [table_dir]
+    if not hits.get(best):
+        return table_dir
+    if best != table_dir.resolve() and others and 2 * hits[others[0]] >= hits[best]:
+        raise InvalidInputError(
+            f"the images of the table are in {best} and in {others[0]}: {paths[0]} and others have the same "
+            "names in both; set `images` to one of the folders",
+            field="images",
+            path=table_dir,
+        )
+    return best
 
 
 def _candidate_dirs(table_dir: Path) -> Iterator[Path]:
