@@ -64,6 +64,8 @@ class Manifest:
     skipped: dict[str, int] = field(default_factory=dict)
     ignored: dict[str, int] = field(default_factory=dict)
     """Files that were no candidates, such as hidden files and other file types, by reason."""
+    ignored_examples: dict[str, str] = field(default_factory=dict)
+    """The first ignored file of each reason."""
     versions: dict[str, str] = field(default_factory=dict)
     format: int = FORMAT_VERSION
 
@@ -184,6 +186,7 @@ class Artifact:
         counts: Mapping[str, int],
         skipped: Mapping[str, int] | None = None,
         ignored: Mapping[str, int] | None = None,
+        ignored_examples: Mapping[str, str] | None = None,
     ) -> "Artifact":
         """Mark the artifact as complete; record its counts, and skipped items and ignored files by reason."""
         manifest = replace(
@@ -192,6 +195,7 @@ class Artifact:
             counts=dict(counts),
             skipped=dict(skipped or {}),
             ignored=dict(ignored or {}),
+            ignored_examples=dict(ignored_examples or {}),
         )
         write_json(self.path / MANIFEST, asdict(manifest))
         return replace(self, manifest=manifest)

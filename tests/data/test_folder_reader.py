@@ -26,7 +26,8 @@ def test_folder_with_json_files(tmp_path: Path, pictures: list[Picture]) -> None
     }
     assert all((s.width, s.height) == (72, 72) for s in dataset)
     assert dataset.artifact.manifest.counts == {
-        "shards": 1, "captions": 7, "without_caption": 0, "with_several_captions": 1, "empty_captions": 0
+        "shards": 1, "captions": 7, "without_caption": 0, "with_several_captions": 1, "empty_captions": 0,
+        "files": 12, "caption_files": 6
     }  # fmt: skip
 
 
@@ -39,14 +40,20 @@ def test_folder_with_text_files_and_uncaptioned_images(tmp_path: Path, pictures:
     write_file(src / f"{both}.txt", "from text")
     write_file(src / ".hidden.jpg", data)
     write_file(src / "notes.json", "[]")
-    dataset = import_dataset(src, tmp_path / "out")
+    dataset = import_dataset(src, tmp_path / "out", ImportOptions(caption_lines="join"))
     assert samples_by_id(dataset) == {
         name: (data, (f"{caption} and so on",)),
         uncaptioned: (uncaptioned_data, ()),
         both: (both_data, ("from json",)),
     }
     assert all(s.group is None for s in dataset)
-    assert dataset.artifact.manifest.counts["without_caption"] == 1
+    manifest = dataset.artifact.manifest
+    assert manifest.counts["without_caption"] == 1
+    assert manifest.counts["overridden_captions"] == 1  # the text that differs from the JSON file
+    assert manifest.ignored == {"hidden file": 1, "caption file without an image": 1}
+    assert manifest.ignored_examples == {
+        "hidden file": ".hidden.jpg", "caption file without an image": "notes.json"
+    }  # fmt: skip
 
 
 def test_invalid_caption_files_are_skipped(tmp_path: Path, pictures: list[Picture]) -> None:
@@ -54,13 +61,13 @@ def test_invalid_caption_files_are_skipped(tmp_path: Path, pictures: list[Pictur
     write_images(src, pictures[:4])
     names = [name for name, _, _ in pictures]
     write_file(src / f"{names[0]}.json", '{"caption": ')
-    write_file(src / f"{names[1]}.json", '["caption"]')
+    write_file(src / f"{names[1]}.json", '[["caption"], 1]')
     write_file(src / f"{names[2]}.txt", b"caf\xe9")
     dataset = import_dataset(src, tmp_path / "out")
     assert [s.id for s in dataset] == [names[3]]
     assert {entry["id"]: entry["reason"] for entry in dataset.skipped_entries()} == {
         names[0]: "caption file is not valid JSON",
-        names[1]: "caption file is not a JSON object",
+        names[1]: "caption file is neither a JSON object nor a list of texts",
         names[2]: "caption file is not UTF-8",
     }
 

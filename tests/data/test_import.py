@@ -101,7 +101,9 @@ def test_unusual_images_are_imported_and_broken_ones_skipped(
         "cmyk": (40, 30), "deep": (30, 30), "clear": (20, 10), "grey": (8, 9), "png_inside": (20, 10)
     }  # fmt: skip
     reasons = {entry["location"]: entry["reason"] for entry in dataset.skipped_entries()}
-    assert reasons == {name: reason for name, (_, reason) in broken.items()} | {"gone.jpg": "file is missing"}
+    assert reasons == {name: reason for name, (_, reason) in broken.items()} | {
+        "gone.jpg": "broken link or special file"
+    }
     assert dataset.artifact.manifest.skipped == dict.fromkeys(reasons.values(), 1)
     assert any(s.startswith("skipped 5 entries:") for s in log.messages)
     assert any("no image has a caption" in s for s in log.messages)

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from cyclopts import App, Group, Parameter
 
+from likewise.errors import InvalidInputError
 from likewise.progress import NULL_PROGRESS, Progress, RichProgress
 
 if TYPE_CHECKING:
@@ -143,17 +144,47 @@ def make_table(columns: Sequence[str], rows: Sequence[Sequence[str]], *, num_lab
 
 
 def import_summary(dataset: Path, summary: dict[str, Any]) -> str:
-    """Return the counts of an import as text, with what was skipped and why."""
-    lines = [
-        f"{summary['images']:,} images, {summary['captions']:,} captions: {dataset}",
-        f"  without a caption: {summary['without_caption']:,}",
-        f"  with several captions: {summary['with_several_captions']:,}",
+    """Return the counts of an import as text, with what was skipped or ignored and why."""
+    from likewise.data.readers.files import format_ignored  # the package of readers imports pyarrow
+
+    lines = [f"{summary['images']:,} images, {summary['captions']:,} captions: {dataset}"]
+    lines += [
+        f"  {title}: {summary[name]:,}"
+        for name, title in (
+            ("without_caption", "without a caption"),
+            ("with_several_captions", "with several captions"),
+            ("empty_captions", "empty captions"),
+        )
+        if summary[name]
     ]
-    skipped = summary["skipped"]
+    skipped, ignored = summary["skipped"], summary["ignored"]
     if skipped:
         reasons = ", ".join(f"{count:,} {reason}" for reason, count in skipped.items())
         lines.append(f"  skipped: {sum(skipped.values()):,} ({reasons}); see {dataset}/skipped-*.jsonl")
+    if ignored:
+        files = f" of {summary['files']:,} files" if "files" in summary else ""
+        reasons = format_ignored(ignored, summary["ignored_examples"])
+        lines.append(f"  ignored: {sum(ignored.values()):,}{files}: {reasons}")
     return "\n".join(lines)
+
+
+def check_skipped(skipped: Mapping[str, int], result: str, *, strict: bool) -> None:
+    """Check that nothing was skipped, if `strict`; call it after the result is complete and printed.
+
+    Args:
+        skipped: Number of skipped entries by reason.
+        result: What is complete nevertheless, such as `the dataset photos.likewise`.
+        strict: Whether skipped entries are an error.
+
+    Raises:
+        InvalidInputError: if an entry was skipped.
+    """
+    if strict and skipped:
+        raise InvalidInputError(
+            f"`strict`: {sum(skipped.values()):,} entries were skipped ({', '.join(skipped)}); "
+            f"{result} is complete without them",
+            field="strict",
+        )
 
 
 def comparison_table(rows: "Sequence[MetricComparison]", names: Sequence[str]) -> "Table":

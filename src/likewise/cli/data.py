@@ -5,7 +5,7 @@ from typing import Annotated
 
 from cyclopts import Parameter
 
-from likewise.cli.common import COMMON_OPTIONS, CommonOptions, app, import_summary
+from likewise.cli.common import COMMON_OPTIONS, CommonOptions, app, check_skipped, import_summary
 from likewise.cli.flags import FLATTEN, FLOATS, INTS, STRINGS, make_flags, to_config
 from likewise.data.config import AuditConfig, ImportOptions
 from likewise.embeddings.config import EncoderOptions
@@ -14,7 +14,10 @@ from likewise.neighbors.config import DEFAULT_K, SearchConfig
 _ImportFlags = make_flags(
     ImportOptions,
     group="Columns",
-    groups=dict.fromkeys(("where", "images", "limit", "bands", "band_percentiles"), "Selection"),
+    groups=dict.fromkeys(
+        ("where", "images", "source_format", "caption_lines", "limit", "bands", "band_percentiles"),
+        "Selection",
+    ),
     parameters={"caption_column": STRINGS, "bands": INTS, "band_percentiles": FLOATS},
 )
 ImportFlags = Annotated[_ImportFlags, FLATTEN]
@@ -36,6 +39,7 @@ def import_(
     /,
     *,
     flags: ImportFlags | None = None,
+    strict: bool = False,
     num_workers: int | None = None,
     common: CommonOptions = COMMON_OPTIONS,
 ) -> None:
@@ -46,6 +50,7 @@ def import_(
             WebDataset tars; COCO captions JSON; a Flickr8k/30k token file; or a Hugging Face dataset (a
             folder, or `hf:NAME`).
         dataset: The dataset to create.
+        strict: Exit with code 1 if an entry was skipped; the dataset is complete nevertheless.
         num_workers: Threads that decode images; defaults to the number of CPU cores.
     """
     from likewise.data.importing import import_dataset
@@ -54,6 +59,7 @@ def import_(
     imported = import_dataset(source, dataset, options, num_workers=num_workers, progress=common.progress())
     summary = imported.summary()
     common.print_result({"dataset": str(dataset), **summary}, import_summary(dataset, summary))
+    check_skipped(summary["skipped"], f"the dataset {dataset}", strict=strict)
 
 
 @app.command(help_epilogue="Example: `likewise audit photos.likewise --min-side 128`")

@@ -2,8 +2,12 @@
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal, get_args
 
-from likewise.errors import InvalidInputError
+from likewise.errors import InvalidInputError, did_you_mean
+
+CaptionLines = Literal["auto", "separate", "join"]
+SourceFormat = Literal["auto", "folder", "table", "tar"]
 
 MAX_BANDS = 3
 BAND_PERCENTILES = (2.0, 98.0)
@@ -48,7 +52,8 @@ class ImportOptions:
     """
 
     image_column: str | None = None
-    """Column of image paths or images; inferred from common names by default."""
+    """Column of image paths or images; inferred from common names by default. For tar archives, the part of a
+    member name between the first dot and the file type, such as `left` for `0.left.jpg`."""
     caption_column: tuple[str, ...] = ()
     """Columns of captions; inferred from common names by default."""
     label_column: str | None = None
@@ -65,6 +70,10 @@ class ImportOptions:
     """Numbers, from 1, of the bands of multi-band TIFF images that are red, green and blue, or gray."""
     band_percentiles: tuple[float, ...] = BAND_PERCENTILES
     """Percentiles of each of the `bands` that become black and full brightness."""
+    source_format: SourceFormat = "auto"
+    """What to read in a folder: images with caption files (`folder`), a `table`, or `tar` archives."""
+    caption_lines: CaptionLines = "auto"
+    """Lines of a `.txt` file: `separate` captions, or one caption (`join`); inferred by default."""
     limit: int | None = None
     """Maximum number of images, from the start of the source."""
 
@@ -72,11 +81,18 @@ class ImportOptions:
         """Validate the fields.
 
         Raises:
-            InvalidInputError: if `limit` is below 1, or `bands` or `band_percentiles` are invalid.
+            InvalidInputError: if `limit` is below 1, a choice is unknown, or the bands are invalid.
         """
         _ = self.band_selection
         if self.limit is not None and self.limit < 1:
             raise InvalidInputError(f"`limit` must be at least 1, got {self.limit}", field="limit")
+        for name, choices in (("source_format", SourceFormat), ("caption_lines", CaptionLines)):
+            value, known = getattr(self, name), get_args(choices)
+            if value not in known:
+                suggestion = did_you_mean(value, list(known))
+                raise InvalidInputError(
+                    f"unknown `{name}` {value!r}; known: {', '.join(known)}.{suggestion}", field=name
+                )
 
     @property
     def band_selection(self) -> BandSelection | None:

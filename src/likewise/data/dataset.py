@@ -194,9 +194,10 @@ class CaptionDataset:
         return read_skipped_entries(self.path)
 
     def summary(self) -> dict[str, Any]:
-        """Return the number of images and captions, and the number of skipped entries by reason."""
+        """Return the counts of images and captions, and skipped entries and ignored files by reason."""
         manifest = self.artifact.manifest
-        return {"images": len(self), **manifest.counts, "skipped": dict(manifest.skipped)}
+        reasons = {name: dict(getattr(manifest, name)) for name in ("skipped", "ignored", "ignored_examples")}
+        return {"images": len(self), **manifest.counts, **reasons}
 
 
 def read_skipped_entries(path: Path) -> Iterator[dict[str, str]]:

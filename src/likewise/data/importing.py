@@ -25,6 +25,7 @@ from likewise.data.dataset import (
 from likewise.data.images import UnreadableImageError, decode_image, read_image_bytes
 from likewise.data.readers import ImportOptions, Reader, open_reader
 from likewise.data.readers.base import Entry, RawSample, SkippedSample, UInt64Set
+from likewise.data.readers.files import IgnoredFiles
 from likewise.errors import InvalidInputError
 from likewise.parallel import default_num_workers, prefetch_map
 from likewise.progress import NULL_PROGRESS, Progress, ProgressBar
@@ -107,6 +108,12 @@ _DECODE_BATCH_SIZE = 16  # images per task of a worker thread
 _NUM_EXAMPLES = 3
 _MAX_PATH_CHARS = 300
 _DEFAULT_OPTIONS = ImportOptions()
+# Counts of a reader that a user may have to act on.
+COUNT_MESSAGES = {
+    "repeated_keys": "{:,} samples repeat the key of an earlier one in their archive; ids end in #2, ...",
+    "joined_captions": "{:,} text files have several lines, which were joined; see `caption_lines`",
+    "overridden_captions": "{:,} text files differ from the captions of the .json file, which were used",
+}
 _NON_HASHED = ("root", "images", "source", "inferred")
 
 
@@ -162,12 +169,14 @@ def import_dataset(
             raise
         counts, skipped = _count_samples(target, importer.num_shards)
         if not counts.pop("images"):
-            message = _no_usable_message(str(source), target, skipped)
+            message = _no_usable_message(str(source), target, skipped, reader.ignored)
             _remove_output(target, keep_dir=existed)
             raise InvalidInputError(message)
-        artifact.finish({**counts, "empty_captions": importer.validator.num_empty_captions}, skipped)
-    _log_summary(counts, skipped)
-    return CaptionDataset(target)
+        counts |= {"empty_captions": importer.validator.num_empty_captions, **_reader_counts(reader)}
+        artifact.finish(counts, skipped, reader.ignored.counts, reader.ignored.examples)
+    dataset = CaptionDataset(target)
+    _log_summary(len(dataset), counts, skipped, reader.ignored)
+    return dataset
 
 
 def _import_settings(source: str, reader: Reader, options: ImportOptions, shard_rows: int) -> dict[str, Any]:
@@ -284,13 +293,21 @@ def _count_samples(target: Path, num_shards: int) -> tuple[dict[str, int], dict[
     return dict(counts), dict(sorted(skipped.items()))
 
 
-def _no_usable_message(source: str, target: Path, skipped: dict[str, int]) -> str:
+def _reader_counts(reader: Reader) -> dict[str, int]:
+    """Return the counts of a reader that are not zero, and the number of files that it saw."""
+    files = {"files": reader.ignored.num_seen} if reader.ignored.num_seen else {}
+    return files | {name: count for name, count in sorted(reader.counts.items()) if count}
+
+
+def _no_usable_message(source: str, target: Path, skipped: dict[str, int], ignored: IgnoredFiles) -> str:
     """Return an error message with the most frequent reasons and an example of each."""
     examples: dict[str, str] = {}
     for entry in read_skipped_entries(target):
         examples.setdefault(entry["reason"], entry["location"].encode("utf-8", "backslashreplace").decode())
     top_reasons = sorted(skipped, key=lambda reason: -skipped[reason])[:_NUM_EXAMPLES]
     messages = [f"{reason} ({skipped[reason]:,} times, such as {examples[reason]})" for reason in top_reasons]
+    if ignored.counts:
+        messages.append(f"ignored: {ignored.summary()}")
     return f"no readable image in {source}: {'; '.join(messages) or 'no entry matches `where`'}"
 
 
@@ -303,11 +320,21 @@ def _remove_output(target: Path, *, keep_dir: bool) -> None:
         path.unlink()
 
 
-def _log_summary(counts: dict[str, int], skipped: dict[str, int]) -> None:
-    if skipped:
+def _log_summary(
+    num_images: int, counts: dict[str, int], skipped: dict[str, int], ignored: IgnoredFiles
+) -> None:
+    num_skipped = sum(skipped.values())
+    if num_skipped:
         reasons = "; ".join(
             f"{reason} ({count:,})" for reason, count in sorted(skipped.items(), key=lambda item: -item[1])
         )
-        logger.warning(f"skipped {sum(skipped.values()):,} entries: {reasons}")
+        if num_skipped > num_images:
+            logger.warning("more than half of the entries were skipped: check the source before you use this")
+        logger.warning(f"skipped {num_skipped:,} entries: {reasons}")
+    if ignored.counts:
+        logger.info(f"ignored {ignored.counts.total():,} files: {ignored.summary()}")
+    for name, message in COUNT_MESSAGES.items():
+        if counts.get(name):
+            logger.info(message.format(counts[name]))
     if not counts["captions"]:
         logger.warning("no image has a caption: each image can only be paired with itself")

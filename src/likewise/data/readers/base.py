@@ -1,8 +1,8 @@
-"""Reader interface, column mapping and caption sidecar files."""
+"""Reader interface and column mapping."""
 
-import json
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -51,6 +51,8 @@ class Reader(ABC):
     """Absolute folder that image paths are relative to."""
     ignored: IgnoredFiles = field(default_factory=IgnoredFiles, compare=False, kw_only=True)
     """Files that are no candidates for samples; complete after `iter_samples`."""
+    counts: Counter[str] = field(default_factory=Counter, compare=False, kw_only=True)
+    """Counts for the manifest besides those of samples; complete after `iter_samples`."""
 
     @abstractmethod
     def fingerprint(self) -> str:
@@ -164,56 +166,17 @@ def parse_where(options: ImportOptions) -> tuple[tuple[str, str], ...]:
     return tuple(conditions)
 
 
-def sidecar_columns(options: ImportOptions) -> ColumnMapping:
-    """Return the keys to read from the JSON sidecar file of an image."""
-    return ColumnMapping(
-        captions=options.caption_column or ("caption", "captions"),
-        label=options.label_column,
-        group=options.group_column,
-        id=options.id_column,
-        where=parse_where(options),
-    )
-
-
-def reject_table_options(options: ImportOptions, reason: str) -> None:
+def reject_table_options(
+    options: ImportOptions, reason: str, fields: Sequence[str] = ("image_column", "images")
+) -> None:
     """Check that no option is set that applies to tables only.
 
     Raises:
-        InvalidInputError: if `image_column` or `images` is set.
+        InvalidInputError: if one of `fields` is set.
     """
-    for name in ("image_column", "images"):
+    for name in fields:
         if getattr(options, name) is not None:
             raise InvalidInputError(f"`{name}` does not apply: {reason}", field=name)
-
-
-MAX_SIDECAR_BYTES = 16 * 2**20  # larger caption files are errors, and would exhaust the memory
-SIDECAR_SUFFIXES = frozenset({".json", ".txt"})
-
-
-class SidecarError(ValueError):
-    """An invalid caption file; skipped images are counted by the message."""
-
-
-def read_sidecar(json_bytes: bytes | None, text_bytes: bytes | None) -> dict[str, Any]:
-    """Return the values of the caption files of an image; the text file is used if the JSON has no `caption`.
-
-    Raises:
-        SidecarError: if a file is not valid JSON, not a JSON object, or not UTF-8.
-    """
-    values: Any = {}
-    if json_bytes is not None:
-        try:
-            values = json.loads(json_bytes)
-        except (ValueError, RecursionError) as error:
-            raise SidecarError("caption file is not valid JSON") from error
-        if not isinstance(values, dict):
-            raise SidecarError("caption file is not a JSON object")
-    if text_bytes is not None and values.get("caption") is None:
-        try:
-            values["caption"] = text_bytes.decode("utf-8-sig")
-        except UnicodeDecodeError as error:
-            raise SidecarError("caption file is not UTF-8") from error
-    return values
 
 
 _MIN_MERGE_SIZE = 2**15

@@ -216,6 +216,11 @@ def _match_image_columns(table: Table, column_names: Sequence[str]) -> tuple[lis
     )
 
 
+def match_caption_columns(names: Sequence[str]) -> list[str]:
+    """Return the names that are common for captions, in order of preference."""
+    return _match_names(names, _CAPTION_COLUMN_NAMES)
+
+
 def _match_names(column_names: Sequence[str], names: Sequence[str]) -> list[str]:
     by_casefold = {column.strip().casefold(): column for column in reversed(column_names)}
     return [by_casefold[name] for name in names if name in by_casefold]

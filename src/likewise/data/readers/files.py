@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from likewise.artifacts import MANIFEST
 from likewise.errors import InvalidInputError
 
 # Written by operating systems, file managers and archivers; compared in lower case.
@@ -13,6 +14,7 @@ _SYSTEM_NAMES = frozenset(
     {"__macosx", "@eadir", "#recycle", "$recycle.bin", "system volume information", "lost+found"}
     | {"thumbs.db", "ehthumbs.db", "desktop.ini", "icon\r"}
 )
+_MAX_SUFFIX_LENGTH = 10  # longer suffixes are parts of names, and would be a reason each
 
 
 @dataclass
@@ -21,23 +23,38 @@ class IgnoredFiles:
 
     counts: Counter[str] = field(default_factory=Counter)
     examples: dict[str, str] = field(default_factory=dict)
+    num_seen: int = 0
+    """Files and ignored entries that a walk found, used ones included."""
 
     def add(self, reason: str, path: str) -> None:
         """Count a file; `reason` is a short phrase such as `hidden file` or `file type .docx`."""
         self.counts[reason] += 1
-        self.examples.setdefault(reason, path)
+        # Names that are not UTF-8 could be neither logged nor written as JSON.
+        self.examples.setdefault(reason, path.encode("utf-8", "backslashreplace").decode())
 
     def update(self, other: "IgnoredFiles") -> None:
         """Add the counts of another walk."""
         self.counts.update(other.counts)
         self.examples = other.examples | self.examples
+        self.num_seen += other.num_seen
+
+    def clear(self) -> None:
+        """Forget all counts, at the start of another walk."""
+        self.counts.clear()
+        self.examples.clear()
+        self.num_seen = 0
 
     def summary(self) -> str:
         """Return one line with the counts, most frequent first, with an example of each reason."""
-        return "; ".join(
-            f"{reason} ({count:,}, such as {self.examples[reason]})"
-            for reason, count in sorted(self.counts.items(), key=lambda item: (-item[1], item[0]))
-        )
+        return format_ignored(self.counts, self.examples)
+
+
+def format_ignored(counts: dict[str, int], examples: dict[str, str]) -> str:
+    """Return one line with the number of ignored files by reason, most frequent first, with examples."""
+    return "; ".join(
+        f"{reason} ({count:,}{f', such as {examples[reason]}' if reason in examples else ''})"
+        for reason, count in sorted(counts.items(), key=lambda item: (-item[1], item[0]))
+    )
 
 
 def hidden_reason(name: str) -> str | None:
@@ -47,42 +64,97 @@ def hidden_reason(name: str) -> str | None:
     return "system file" if name.casefold() in _SYSTEM_NAMES else None
 
 
-def walk_files(
-    root: Path, ignored: IgnoredFiles, subfolder: str = "", ancestors: tuple[str, ...] = ()
-) -> Iterator[str]:
-    """Yield the files below a folder as paths relative to it, folder by folder, sorted by name.
+def file_type_reason(name: str) -> str:
+    """Return why a file that is neither an image nor a caption file is ignored: its type."""
+    suffix = os.path.splitext(name)[1].lower()  # noqa: PTH122
+    if not suffix:
+        return "file without a suffix"
+    is_type = len(suffix) <= _MAX_SUFFIX_LENGTH and suffix[1:].isascii() and suffix[1:].isalnum()
+    return f"file type {suffix}" if is_type and not suffix[1:].isdigit() else "other file type"
 
-    Hidden and system files are counted as ignored (a hidden folder counts once), and so are broken links and
-    links to a folder that contains them. Other links to folders are followed.
+
+@dataclass(frozen=True, slots=True)
+class Folder:
+    """The visible entries of one folder, without its subfolders."""
+
+    prefix: str
+    """Path relative to the root of the walk, with a trailing slash; empty for the root."""
+    files: tuple[str, ...]
+    """Names of files, sorted."""
+    broken: tuple[str, ...]
+    """Names of links without a target, links to themselves and special files, sorted."""
+
+
+def walk_folders(
+    root: Path, ignored: IgnoredFiles, prefix: str = "", ancestors: tuple[str, ...] = ()
+) -> Iterator[Folder]:
+    """Yield a folder and all folders below it, sorted by name; parents come before their subfolders.
+
+    Hidden and system files are counted as ignored (a hidden folder counts once), and so are unreadable
+    folders, links to a folder that contains them, and folders that this package wrote, such as a dataset
+    inside its source. Other links to folders are followed.
 
     Args:
         root: The folder.
         ignored: Receives the counts.
-        subfolder: Folder below the root to start at, with a trailing slash.
-        ancestors: Real paths of the folders that contain `subfolder`.
+        prefix: Folder below the root to start at, with a trailing slash.
+        ancestors: Real paths of the folders that contain `prefix`.
 
     Raises:
-        InvalidInputError: if `root` cannot be read; unreadable folders below it are counted as ignored.
+        InvalidInputError: if `root` cannot be read.
     """
-    real_path = os.path.realpath(root / subfolder)
-    if real_path in ancestors:
-        ignored.add("link to a parent folder", subfolder)
-        return
+    real_path = os.path.realpath(root / prefix)
+    ancestors = (*(ancestors or map(str, Path(real_path).parents)), real_path)
     try:
-        names = sorted(entry.name for entry in os.scandir(real_path))
+        with os.scandir(real_path) as entries:
+            children = sorted((entry.name, _entry_type(entry)) for entry in entries)
     except OSError as error:
-        if not subfolder:
+        if not prefix:
             raise InvalidInputError(f"cannot read the folder {root}: {error.strerror}", path=root) from error
-        ignored.add("unreadable folder", subfolder)
+        ignored.num_seen += 1
+        ignored.add("unreadable folder", prefix)
         return
-    for name in names:
-        path = f"{subfolder}{name}"
+    names: dict[str, list[str]] = {"file": [], "folder": [], "broken": []}
+    for name, entry_type in children:
         reason = hidden_reason(name)
-        if reason is not None:
-            ignored.add(reason, path)
-        elif os.path.isdir(root / path):  # noqa: PTH112  # False, without an error, for a link to itself
-            yield from walk_files(root, ignored, f"{path}/", (*ancestors, real_path))
-        elif os.path.isfile(root / path):  # noqa: PTH113
-            yield path
+        if reason is None and entry_type == "folder":
+            reason = _ignored_folder_reason(os.path.join(real_path, name), ancestors)  # noqa: PTH118
+        if reason is None:
+            names[entry_type].append(name)
         else:
-            ignored.add("broken link or special file", path)
+            ignored.add(reason, prefix + name)
+        ignored.num_seen += reason is not None or entry_type != "folder"
+    yield Folder(prefix, tuple(names["file"]), tuple(names["broken"]))
+    for name in names["folder"]:
+        yield from walk_folders(root, ignored, f"{prefix}{name}/", ancestors)
+
+
+def _entry_type(entry: "os.DirEntry[str]") -> str:
+    try:
+        if entry.is_dir():
+            return "folder"
+        return "file" if entry.is_file() else "broken"
+    except OSError:  # a link to itself
+        return "broken"
+
+
+def _ignored_folder_reason(path: str, ancestors: tuple[str, ...]) -> str | None:
+    if os.path.realpath(path) in ancestors:
+        return "link to a parent folder"
+    # Its shards are no images, and are written while the folder around them is read.
+    is_artifact = os.path.isfile(os.path.join(path, MANIFEST))  # noqa: PTH113, PTH118
+    return "folder written by likewise" if is_artifact else None
+
+
+def walk_files(root: Path, ignored: IgnoredFiles) -> Iterator[str]:
+    """Yield the files below a folder as paths relative to it, in the order of `walk_folders`.
+
+    Files are ignored as in `walk_folders`; broken links are ignored, too.
+
+    Raises:
+        InvalidInputError: if `root` cannot be read.
+    """
+    for folder in walk_folders(root, ignored):
+        for name in folder.broken:
+            ignored.add("broken link or special file", folder.prefix + name)
+        yield from (folder.prefix + name for name in folder.files)

@@ -1,6 +1,7 @@
-"""Reader of image folders with a `.json` or `.txt` file per image, as written by img2dataset."""
+"""Reader of image folders with caption files beside the images, as written by img2dataset and kohya."""
 
 import os
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
@@ -10,82 +11,97 @@ from typing import final
 from likewise.data.dataset import ImageRef
 from likewise.data.images import IMAGE_SUFFIXES
 from likewise.data.readers.base import (
-    MAX_SIDECAR_BYTES,
-    SIDECAR_SUFFIXES,
-    ColumnMapping,
-    Entry,
     ImportOptions,
-    Reader,
-    SidecarError,
     SkippedSample,
-    read_sidecar,
     reject_table_options,
-    sidecar_columns,
 )
-from likewise.errors import InvalidInputError
+from likewise.data.readers.files import Folder, IgnoredFiles, file_type_reason, walk_folders
+from likewise.data.readers.sidecars import (
+    MAX_SIDECAR_BYTES,
+    ImageFile,
+    Sidecar,
+    SidecarError,
+    SidecarReader,
+    is_sidecar,
+    pair_sidecars,
+    split_suffix,
+    unused_reason,
+)
 from likewise.hashing import hash_files
 
 
-@dataclass(frozen=True, slots=True)
-class _ImageFile:
-    stem: str
-    """Path relative to the root, without suffix."""
-    suffix: str
-    sidecar_suffixes: tuple[str, ...]
+def is_image(name: str) -> bool:
+    """Return whether a file is an image by its suffix."""
+    return split_suffix(name)[1] in IMAGE_SUFFIXES
+
+
+def image_ids(names: list[str]) -> dict[str, str]:
+    """Return the id of each image of one folder: its stem, or its name where the stem is not unique."""
+    num_images = Counter(split_suffix(name)[0] for name in names)
+    distinct_names, ids = set(names), {}
+    for name in names:
+        stem = split_suffix(name)[0]
+        # The stem of `a.jpg.png` is the name of `a.jpg`.
+        is_unique = num_images[stem] == 1 and stem not in distinct_names
+        ids[name] = stem if is_unique else name
+    return ids
 
 
 @final
 @dataclass(frozen=True, kw_only=True)
-class FolderReader(Reader):
+class FolderReader(SidecarReader):
     """Reader of the images below a folder; the top-level subfolder is the group."""
 
-    columns: ColumnMapping
-
-    def inferred_settings(self) -> list[str]:
-        """Return a message on the source of the captions."""
-        keys = " or ".join(map(repr, self.columns.captions))
-        return [f"{self.root.name}: captions are {keys} of the .json file of an image, or its .txt file"]
+    @property
+    def name(self) -> str:
+        """Name of the folder."""
+        return self.root.name
 
     def count(self) -> int:
         """Return the number of images."""
         return self._scan[0]
 
     def fingerprint(self) -> str:
-        """Hash the names and the content of all images and caption files."""
+        """Hash the names and the content of all images and their caption files."""
         return self._scan[1]
 
-    def iter_samples(self) -> Iterator[Entry]:
-        """Yield the images, folder by folder, sorted by name."""
-        for image_file in iter_images(self.root):
-            entry = self._make_entry(image_file)
-            if entry is not None:
-                yield entry
+    def iter_image_files(
+        self, ignored: IgnoredFiles, counts: Counter[str]
+    ) -> Iterator[ImageFile | SkippedSample]:
+        """Yield the images, folder by folder, sorted by name; links to nothing are skipped images."""
+        for folder in walk_folders(self.root, ignored):
+            images = [name for name in folder.files if is_image(name)]
+            sidecars = [name for name in folder.files if is_sidecar(name)]
+            assigned, unused = pair_sidecars(images, sidecars)
+            counts["caption_files"] += len(sidecars) - len(unused)
+            for name in unused:
+                ignored.add(unused_reason(name, images), folder.prefix + name)
+            for name in folder.files:
+                if name not in assigned and not is_sidecar(name):
+                    ignored.add(file_type_reason(name), folder.prefix + name)
+            yield from _skip_broken_links(folder, ignored)
+            ids = image_ids(images)
+            top_folder = folder.prefix.partition("/")[0]
+            for name in images:
+                path = folder.prefix + name
+                yield ImageFile(
+                    id=folder.prefix + ids[name],
+                    location=path,
+                    image=ImageRef(path=path),
+                    group=top_folder or None,
+                    sidecars=tuple(
+                        Sidecar(folder.prefix + sidecar, split_suffix(sidecar)[1])
+                        for sidecar in assigned[name]
+                    ),
+                )
 
-    def _make_entry(self, image_file: _ImageFile) -> Entry | None:
-        location = image_file.stem + image_file.suffix
-        try:
-            values = read_sidecar(
-                *(self._read_sidecar_bytes(image_file, suffix) for suffix in (".json", ".txt"))
-            )
-            if not self.columns.matches(values):
-                return None
-        except SidecarError as error:
-            return SkippedSample(id=image_file.stem, location=location, reason=str(error))
-        except ValueError:
-            return SkippedSample(
-                id=image_file.stem, location=location, reason="value of a `where` column is not text"
-            )
-        top_folder, *subfolders = image_file.stem.split("/")
-        group = top_folder if subfolders else None
-        return self.columns.build_sample(values, ImageRef(path=location), image_file.stem, location, group)
+    def read_sidecar(self, sidecar: Sidecar) -> bytes:
+        """Return the content of a caption file.
 
-    def _read_sidecar_bytes(self, image_file: _ImageFile, target_suffix: str) -> bytes | None:
-        suffix = next(
-            (suffix for suffix in image_file.sidecar_suffixes if suffix.lower() == target_suffix), None
-        )
-        if suffix is None:
-            return None
-        path = self.root / (image_file.stem + suffix)
+        Raises:
+            SidecarError: if it cannot be read or is too large.
+        """
+        path = self.root / sidecar.path
         try:
             if path.stat().st_size > MAX_SIDECAR_BYTES:
                 raise SidecarError("caption file is too large")
@@ -99,53 +115,24 @@ class FolderReader(Reader):
 
         def iter_names() -> Iterator[str]:
             nonlocal count
-            for image_file in iter_images(self.root):
+            for image_file in self.iter_image_files(IgnoredFiles(), Counter()):
                 count += 1
-                for suffix in (image_file.suffix, *image_file.sidecar_suffixes):
-                    yield image_file.stem + suffix
+                paths = [image_file.location]
+                if isinstance(image_file, ImageFile):
+                    paths += [sidecar.path for sidecar in image_file.sidecars]
+                yield from paths
 
         fingerprint = hash_files(self.root, iter_names())
         return count, fingerprint
 
 
-def iter_images(root: Path, subfolder: str = "", ancestors: tuple[str, ...] = ()) -> Iterator[_ImageFile]:
-    """Yield the images below a folder, sorted by name; hidden files are skipped.
-
-    Symbolic links to folders are followed, unless they lead back to one of `ancestors`.
-
-    Raises:
-        InvalidInputError: if a folder cannot be read.
-    """
-    real_path = os.path.realpath(root / subfolder)
-    if real_path in ancestors:
-        return
-    try:
-        with os.scandir(real_path) as entries:
-            children = sorted(
-                (entry.name, entry.is_dir())
-                for entry in entries
-                if not entry.name.startswith((".", "__MACOSX"))
-            )
-    except OSError as error:
-        raise InvalidInputError(
-            f"cannot read the folder {root / subfolder}: {error.strerror}", path=root / subfolder
-        ) from error
-    sidecar_suffixes: dict[str, list[str]] = {}
-    for name, is_folder in children:
-        stem, suffix = os.path.splitext(name)  # noqa: PTH122
-        if not is_folder and suffix.lower() in SIDECAR_SUFFIXES:
-            sidecar_suffixes.setdefault(stem, []).append(suffix)
-    for name, is_folder in children:
-        stem, suffix = os.path.splitext(name)  # noqa: PTH122
-        if is_folder:
-            yield from iter_images(root, f"{subfolder}{name}/", (*ancestors, real_path))
-        elif suffix.lower() in IMAGE_SUFFIXES:
-            yield _ImageFile(subfolder + stem, suffix, tuple(sidecar_suffixes.get(stem, ())))
-
-
-def has_images(path: Path) -> bool:
-    """Return whether there is an image below a folder."""
-    return next(iter_images(path), None) is not None
+def _skip_broken_links(folder: Folder, ignored: IgnoredFiles) -> Iterator[SkippedSample]:
+    for name in folder.broken:
+        path = folder.prefix + name
+        if is_image(name):
+            yield SkippedSample(id=path, location=path, reason="broken link or special file")
+        else:
+            ignored.add("broken link or special file", path)
 
 
 def open_image_folder(path: Path, options: ImportOptions) -> FolderReader:
@@ -155,4 +142,4 @@ def open_image_folder(path: Path, options: ImportOptions) -> FolderReader:
         InvalidInputError: if an option requires a table.
     """
     reject_table_options(options, f"{path} is an image folder without a table")
-    return FolderReader(root=path.resolve(), columns=sidecar_columns(options))
+    return FolderReader(root=Path(os.path.realpath(path)), options=options)
