@@ -6,7 +6,7 @@ import shutil
 import subprocess
 import sys
 from collections import Counter
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -17,6 +17,7 @@ from PIL import Image
 
 from likewise.artifacts import read_json, write_json
 from likewise.data.audit.audit import AuditReport, audit_dataset
+from likewise.data.audit.captions import Template, summarize_lengths
 from likewise.data.audit.scan import (
     MisraGriesCounter,
     Phrase,
@@ -412,6 +413,7 @@ def test_canonical_captions() -> None:
     assert canonicalize_caption("हिन्दी में") == "हिन्दी में"
     assert canonicalize_caption("!!! 😀") == ""
     assert count_words("a dog - and 2 cats .") == 5
+    assert count_words("天空是蓝色的，dog 犬") == 8
     assert has_markup("<br/>")
     assert has_markup("&quot;")
     assert not has_markup("a < b > c")
@@ -472,3 +474,24 @@ def test_command_line_errors_are_one_line(tmp_path: Path) -> None:
 
 def test_report_contains_its_config(audited: AuditReport) -> None:
     assert audited.report["settings"] == asdict(AuditConfig())
+
+
+def test_lengths_have_no_upper_limit_and_count_chinese_characters() -> None:
+    lengths = Counter(map(count_words, ["天空是蓝色的。", "a dog", "word " * 10_000, "一只猫在公园里"]))
+    assert summarize_lengths(lengths) == {
+        "min": 2, "median": 6, "p95": 10_000, "max": 10_000, "counts": [[2, 1], [6, 1], [7, 1], [10_000, 1]]
+    }  # fmt: skip
+    assert summarize_lengths(Counter()) is None
+
+
+def test_boilerplate_without_spaces_between_words() -> None:
+    template = Template(
+        template_hash=1,
+        text="版权所有禁止转载",
+        images=np.arange(20),
+        image_diversity=1.0,
+        word_specificity=1.0,
+        label_agreement=0.0,
+    )
+    assert template.is_boilerplate
+    assert not replace(template, text="猫").is_boilerplate

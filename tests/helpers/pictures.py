@@ -1,6 +1,8 @@
 """Captioned pictures (Twemoji images, named by the `emoji` package) in the formats that imports read."""
 
 import io
+import json
+import tarfile
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -66,3 +68,27 @@ def expected_samples(pictures: list[Picture], id_format: str = "{}") -> SamplesB
 def read_files(folder: Path) -> dict[str, bytes]:
     """Return the content of the files in a folder by name."""
     return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+def write_tar(path: Path, members: dict[str, bytes]) -> Path:
+    """Write an archive with the content of each member, and return its path."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tarfile.open(path, "w") as archive:
+        for name, data in members.items():
+            info = tarfile.TarInfo(name)
+            info.size = len(data)
+            archive.addfile(info, io.BytesIO(data))
+    return path
+
+
+def tar_members(pictures: list[Picture]) -> dict[str, bytes]:
+    """Return members of an archive with `.txt` and `.json` files by turns."""
+    members: dict[str, bytes] = {}
+    for i, (name, data, caption) in enumerate(pictures):
+        members[f"{name}.jpg"] = data
+        members |= (
+            {f"{name}.txt": caption.encode()}
+            if i % 2
+            else {f"{name}.json": json.dumps({"caption": caption}).encode()}
+        )
+    return members

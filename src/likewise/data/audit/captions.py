@@ -25,6 +25,7 @@ from likewise.data.audit.scan import (
 )
 from likewise.data.dataset import CaptionDataset
 from likewise.data.perceptual_hash import PerceptualHashes
+from likewise.data.words import split_words
 from likewise.errors import DependencyError
 from likewise.progress import Progress
 
@@ -61,7 +62,8 @@ class Template:
         """Whether it is boilerplate, as defined in `find_templates`."""
         is_diverse = self.image_diversity is not None and self.image_diversity >= MIN_IMAGE_DIVERSITY
         is_specific = (
-            self.word_specificity >= MIN_WORD_SPECIFICITY and len(self.text.split()) >= MIN_TEMPLATE_WORDS
+            self.word_specificity >= MIN_WORD_SPECIFICITY
+            and len(_template_words(self.text)) >= MIN_TEMPLATE_WORDS
         )
         return is_diverse and is_specific and self.label_agreement < MAX_LABEL_AGREEMENT
 
@@ -91,6 +93,11 @@ def _template_example(dataset: CaptionDataset, index: int, template_text: str) -
     return make_example(index, sample.id, next(matches, None))
 
 
+def _template_words(text: str) -> list[str]:
+    """Return the words of a canonical text; the `#` of a number is one, too."""
+    return [word for part in text.split() for word in split_words(part) or [part]]
+
+
 def find_templates(dataset: CaptionDataset, scan: CaptionScan, hashes: PerceptualHashes) -> list[Template]:
     """Return the templates of at least 20 images and 0.1 % of the images, the most frequent first.
 
@@ -114,7 +121,7 @@ def find_templates(dataset: CaptionDataset, scan: CaptionScan, hashes: Perceptua
         template_hash: mask_digits(canonicalize_caption(caption)) for template_hash, caption in first_captions
     }
     document_frequencies = _document_frequencies(
-        dataset, {word for text in texts.values() for word in text.split()}
+        dataset, {word for text in texts.values() for word in _template_words(text)}
     )
     template_counts = Counter(
         scan.template_hashes[np.isin(scan.template_hashes, list(images_by_template))].tolist()
@@ -130,7 +137,7 @@ def find_templates(dataset: CaptionDataset, scan: CaptionScan, hashes: Perceptua
                 np.median(
                     [
                         template_counts[template_hash] / document_frequencies[word]
-                        for word in set(texts[template_hash].split())
+                        for word in set(_template_words(texts[template_hash]))
                     ]
                 )
             ),
@@ -155,7 +162,9 @@ def _document_frequencies(dataset: CaptionDataset, vocabulary: set[str]) -> Coun
     for shard in range(len(dataset.shard_paths) if vocabulary else 0):
         for _, row in iter_rows(dataset, shard, ["captions"]):
             for caption in row["captions"]:
-                counts.update(vocabulary.intersection(mask_digits(canonicalize_caption(caption)).split()))
+                counts.update(
+                    vocabulary.intersection(_template_words(mask_digits(canonicalize_caption(caption))))
+                )
     return counts
 
 
@@ -350,16 +359,21 @@ def repeated_captions(dataset: CaptionDataset, scan: CaptionScan) -> list[dict[s
     ]
 
 
-def summarize_lengths(length_counts: np.ndarray) -> dict[str, Any] | None:
-    """Return the distribution of caption lengths in words, or None without captions."""
-    total = int(length_counts.sum())
+def summarize_lengths(length_counts: Counter[int]) -> dict[str, Any] | None:
+    """Return the distribution of caption lengths in words, or None without captions.
+
+    Args:
+        length_counts: Number of captions by length.
+    """
+    total = length_counts.total()
     if not total:
         return None
-    observed, cumulative = np.flatnonzero(length_counts), np.cumsum(length_counts)
+    lengths = np.array(sorted(length_counts))
+    cumulative = np.cumsum([length_counts[length] for length in lengths.tolist()])
     return {
-        "min": int(observed[0]),
-        "median": int(np.searchsorted(cumulative, (total + 1) // 2)),
-        "p95": int(np.searchsorted(cumulative, np.ceil(0.95 * total))),
-        "max": int(observed[-1]),
-        "counts": [[int(length), int(length_counts[length])] for length in observed],
+        "min": int(lengths[0]),
+        "median": int(lengths[np.searchsorted(cumulative, (total + 1) // 2)]),
+        "p95": int(lengths[np.searchsorted(cumulative, np.ceil(0.95 * total))]),
+        "max": int(lengths[-1]),
+        "counts": [[length, length_counts[length]] for length in lengths.tolist()],
     }

@@ -12,6 +12,7 @@ import numpy as np
 
 from likewise.data.config import AuditConfig
 from likewise.data.dataset import CaptionDataset
+from likewise.data.words import split_words
 from likewise.progress import Progress
 
 MAX_EXAMPLES = 6
@@ -185,8 +186,8 @@ def hash_text(text: str) -> int:
 
 
 def count_words(caption: str) -> int:
-    """Return the number of words: substrings between spaces that contain a letter or digit."""
-    return sum(any(c.isalnum() for c in word) for word in caption.split())
+    """Return the number of words, as the lexical encoders count them; Chinese and Japanese by character."""
+    return len(split_words(caption))
 
 
 def has_url(caption: str) -> bool:
@@ -302,7 +303,6 @@ def _contains(longer: Phrase, phrase: Phrase) -> bool:
 LONG_CAPTION_WORDS = 55  # about 77 tokens, the context length of CLIP, at 1.4 tokens per word
 SHORT_CAPTION_WORDS = 2
 _SCANNED_COLUMNS = ["id", "captions", "group", "label", "width", "height"]
-_MAX_COUNTED_WORDS = 1024  # longer captions count as this length
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -321,8 +321,8 @@ class CaptionScan:
     """Hash of the group of each sample, (n,) uint64; 0 without a group."""
     label_hashes: np.ndarray
     """Hash of the label of each sample, (n,) uint64; 0 without a label."""
-    length_counts: np.ndarray
-    """Number of captions by length in words, (1025,) int64."""
+    length_counts: Counter[int]
+    """Number of captions by length in words."""
     counter: FindingCounter
     """Counts and examples of findings on single captions and samples."""
     frequent_phrases: MisraGriesCounter
@@ -344,7 +344,7 @@ def scan_dataset(dataset: CaptionDataset, config: AuditConfig, progress: Progres
     counter, frequent_phrases, length_counts = (
         FindingCounter(),
         MisraGriesCounter(),
-        np.zeros(_MAX_COUNTED_WORDS + 1, np.int64),
+        Counter[int](),
     )
     shards: list[dict[str, np.ndarray]] = []
     with progress.task("scanning", len(dataset), "images") as bar:
@@ -355,7 +355,7 @@ def scan_dataset(dataset: CaptionDataset, config: AuditConfig, progress: Progres
                 for caption in row["captions"]:
                     _scan_caption(row["id"], index, caption, arrays, counter)
                     frequent_phrases.update(extract_phrases(mask_digits(canonicalize_caption(caption))))
-                    length_counts[min(count_words(caption), _MAX_COUNTED_WORDS)] += 1
+                    length_counts[count_words(caption)] += 1
             frequent_phrases.prune()
             shards.append({name: _to_array(name, values) for name, values in vars(arrays).items()})
             bar.update(len(arrays.caption_set_hashes))

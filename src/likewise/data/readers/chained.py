@@ -68,5 +68,6 @@ class ChainedReader(Reader):
             except InvalidInputError as error:
                 errors.append(error)
         if not matching:
-            raise errors[0]
+            messages = dict.fromkeys(map(str, errors))
+            raise InvalidInputError("; ".join(messages), field=errors[0].field, path=errors[0].path)
         return matching

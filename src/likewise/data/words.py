@@ -1,0 +1,41 @@
+"""Words of captions, as lexical encoders and the audit count them."""
+
+import re
+import sys
+import unicodedata
+from functools import lru_cache
+from itertools import groupby
+
+# Han characters and kana are written without spaces; each one counts as a word.
+_KANA = "\u3041-\u3096\u309d-\u309f\u30a1-\u30fa\u30fc-\u30ff"
+_HAN = "\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\U00020000-\U0003134f"
+_UNSPACED = _KANA + _HAN
+
+
+def split_words(text: str) -> list[str]:
+    """Split a text into words, dropping spaces, punctuation and symbols.
+
+    A word is a sequence of letters, digits and combining marks, such as the vowel signs of Indic scripts.
+    Chinese and Japanese are split into characters; other scripts without spaces are not split.
+    """
+    return _word_pattern().findall(unicodedata.normalize("NFC", text))
+
+
+@lru_cache(maxsize=1)
+def _word_pattern() -> re.Pattern[str]:
+    marks = _combining_marks()
+    return re.compile(rf"[{_UNSPACED}]|[^\W{_UNSPACED}]+(?:[{marks}]+[^\W{_UNSPACED}]*)*")
+
+
+def _combining_marks() -> str:
+    r"""Return all combining marks as ranges of a character class; `\w` does not match them."""
+    code_points = [
+        code_point
+        for code_point in range(sys.maxunicode + 1)
+        if unicodedata.category(chr(code_point)).startswith("M")
+    ]
+    runs = [
+        [code_point for _, code_point in run]
+        for _, run in groupby(enumerate(code_points), lambda item: item[1] - item[0])
+    ]
+    return "".join(f"{chr(run[0])}-{chr(run[-1])}" for run in runs)
