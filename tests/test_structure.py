@@ -14,7 +14,7 @@ import likewise
 SOURCE = Path(likewise.__file__).parent
 
 # Each room may import those that stand in its set; all may import the ground floor.
-GROUND = {"errors", "artifacts", "rng", "parallel", "distributed", "progress", "run_directory"}
+GROUND = {"errors", "artifacts", "rng", "parallel", "distributed", "progress", "run_directory", "names"}
 ROOMS = {
     "data": set(),
     "models": {"data"},
@@ -34,6 +34,7 @@ GROUND_ORDER = {
     "progress": set(),
     "artifacts": {"errors"},
     "run_directory": set(),
+    "names": set(),
     "distributed": {"errors"},
 }
 MODULES = sorted(SOURCE.rglob("*.py"))

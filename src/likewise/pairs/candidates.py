@@ -13,7 +13,7 @@ import pyarrow.parquet as pq
 from scipy.special import log_ndtr
 
 from likewise.data.dataset import CaptionDataset
-from likewise.errors import InvalidInputError
+from likewise.errors import InvalidInputError, describe_error
 
 FLOAT32_TOLERANCE = 1e-6  # error of the cosine similarity of equal unit vectors in float32
 _CSLS_K = 10
@@ -241,16 +241,21 @@ def _read_table(path: Path) -> pa.Table:
     if not path.is_file():
         raise InvalidInputError(f"pairs file {path} does not exist", field="pairs_file", path=path)
     try:
-        if path.suffix == ".parquet":
+        if path.suffix.lower() == ".parquet":
             table = pq.read_table(path)
         else:
             convert_options = pa_csv.ConvertOptions(column_types=dict.fromkeys(_COLUMNS[:2], pa.string()))
-            parse_options = pa_csv.ParseOptions(delimiter="\t" if path.suffix == ".tsv" else ",")
+            parse_options = pa_csv.ParseOptions(delimiter="\t" if path.suffix.lower() == ".tsv" else ",")
             table = pa_csv.read_csv(path, parse_options=parse_options, convert_options=convert_options)
-    except pa.ArrowInvalid as error:
+    except (pa.ArrowException, ValueError, OSError) as error:  # pyarrow raises OSError for a damaged page
         raise InvalidInputError(
-            f"cannot read the pairs file {path}: {error}", field="pairs_file", path=path
+            f"cannot read the pairs file {path}: {describe_error(error)}", field="pairs_file", path=path
         ) from error
+    repeated = [name for name in _COLUMNS if table.column_names.count(name) > 1]
+    if repeated:
+        raise InvalidInputError(
+            f"{path} has several columns {repeated[0]}; rename all but one", field="pairs_file", path=path
+        )
     missing = [name for name in _COLUMNS[:2] if name not in table.column_names]
     if missing:
         column_names = ", ".join(table.column_names)
