@@ -15,6 +15,7 @@ from likewise.data.config import ImportOptions
 from likewise.data.dataset import ImageRef
 from likewise.data.readers.files import IgnoredFiles
 from likewise.errors import InvalidInputError, did_you_mean
+from likewise.names import split_unknown_names
 
 _MAX_HASHED_BYTES = 64 * 2**20  # files up to this size are fingerprinted by content
 
@@ -116,6 +117,8 @@ class ColumnMapping:
     id: str | None = None
     where: tuple[tuple[str, str], ...] = ()
     """Conditions as pairs of column and value."""
+    is_sidecar: bool = False
+    """Whether columns are keys of sidecar files, where only each file tells which names with commas exist."""
 
     def required_columns(self) -> list[str]:
         """Return the distinct columns that are read, in a fixed order."""
@@ -163,7 +166,10 @@ class ColumnMapping:
             except ValueError:
                 return SkippedSample(id=default_id, location=location, reason=f"column {column} is not text")
         try:
-            captions = tuple(text for column in self.captions for text in cell_texts(values.get(column)))
+            columns = self.captions
+            if self.is_sidecar:
+                columns = split_unknown_names(columns, values.__contains__)
+            captions = tuple(text for column in columns for text in cell_texts(values.get(column)))
         except ValueError:
             return SkippedSample(id=default_id, location=location, reason="caption is not text")
         return RawSample(
@@ -219,6 +225,7 @@ def sidecar_columns(options: ImportOptions) -> ColumnMapping:
         group=options.group_column,
         id=options.id_column,
         where=parse_where(options),
+        is_sidecar=True,
     )
 
 
@@ -243,7 +250,7 @@ def match_score(column_names: Sequence[str], embedded_columns: frozenset[str], o
     ):
         return 0
     has_captions = (
-        set(options.caption_column) <= set(column_names)
+        set(split_unknown_names(options.caption_column, column_names.__contains__)) <= set(column_names)
         if options.caption_column
         else _match_names(column_names, _CAPTION_COLUMN_NAMES)
     )
@@ -268,12 +275,13 @@ def infer_columns(
         InvalidInputError: if a requested column is missing, or there is no image column.
     """
     where = parse_where(options)
+    caption_columns = split_unknown_names(options.caption_column, column_names.__contains__)
     requested = [
         ("image_column", options.image_column),
         ("label_column", options.label_column),
         ("group_column", options.group_column),
         ("id_column", options.id_column),
-        *(("caption_column", column) for column in options.caption_column),
+        *(("caption_column", column) for column in caption_columns),
         *(("where", column) for column, _ in where),
     ]
     for field, column in requested:
@@ -284,7 +292,7 @@ def infer_columns(
                 field=field,
             )
     messages = []
-    image_column, caption_columns = options.image_column, options.caption_column
+    image_column = options.image_column
     if image_column is None:
         image_column, *_ = _match_image_columns(column_names, embedded_columns) or [None]
         if image_column is None:
