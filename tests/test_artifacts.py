@@ -3,7 +3,9 @@
 import errno
 import json
 import os
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -15,7 +17,10 @@ from likewise.artifacts import (
     atomic_write,
     config_hash,
     fingerprint,
+    load_array,
     mmap_array,
+    read_json,
+    read_jsonl,
     read_yaml,
     slugify,
     write_array,
@@ -127,7 +132,7 @@ def test_full_disk_error_names_the_file(tmp_path: Path) -> None:
 
 def test_pickled_object_arrays_raise(tmp_path: Path) -> None:
     np.save(tmp_path / "evil.npy", np.array([{"a": 1}]), allow_pickle=True)
-    with pytest.raises(ValueError, match="allow_pickle"):
+    with pytest.raises(ArtifactError, match=r"evil\.npy is damaged .*allow_pickle"):
         mmap_array(tmp_path / "evil.npy")
     write_array(tmp_path / "good.npy", np.arange(5))
     assert mmap_array(tmp_path / "good.npy").tolist() == [0, 1, 2, 3, 4]
@@ -183,3 +188,45 @@ def test_find_returns_complete_artifacts_of_one_kind(tmp_path: Path) -> None:
     Artifact.create_or_resume(tmp_path / "other", "stone", {}, {}).finish({})
     (tmp_path / "empty").mkdir()
     assert [artifact.path.name for artifact in Artifact.find(tmp_path, "thing")] == ["a", "b"]
+
+
+@pytest.mark.parametrize("content", [b"", b"\x93NUMPY", b"<html>", b"\xff" * 5000])
+def test_damaged_arrays_name_the_file(content: bytes, tmp_path: Path) -> None:
+    (tmp_path / "a.npy").write_bytes(content)
+    for read in (load_array, mmap_array):
+        with pytest.raises(ArtifactError, match=r"a\.npy is damaged") as error:
+            read(tmp_path / "a.npy")
+        assert error.value.path == tmp_path / "a.npy"
+    write_array(tmp_path / "b.npy", np.arange(5000))
+    (tmp_path / "b.npy").write_bytes((tmp_path / "b.npy").read_bytes()[:9000])
+    with pytest.raises(ArtifactError, match=r"b\.npy is damaged"):
+        mmap_array(tmp_path / "b.npy")
+
+
+@pytest.mark.parametrize("read", [read_json, read_yaml])
+def test_settings_are_read_with_a_mark_and_errors_name_the_file(
+    read: Callable[[Path], Any], tmp_path: Path
+) -> None:
+    path = tmp_path / "settings"
+    path.write_bytes('\ufeff{"größe": "ü"}'.encode())
+    assert read(path) == {"größe": "ü"}
+    invalid = [b"\xff\xfe{", "{'a': '\u00fc'}".encode("latin-1"), b"{" * 100_000, b'{"a": ]', b"\x00"]
+    for content in [*invalid, *([b"a: 2025-99-99"] if read is read_yaml else [])]:
+        path.write_bytes(content)
+        with pytest.raises(InvalidInputError, match="settings is not valid") as error:
+            read(path)
+        assert error.value.path == path
+
+
+@pytest.mark.parametrize("content", [b"", b"\xff\xfe", b"[]", b"{" * 100_000, b"null"])
+def test_damaged_manifests_are_errors(content: bytes, tmp_path: Path) -> None:
+    (tmp_path / "artifact.json").write_bytes(content)
+    with pytest.raises(ArtifactError, match="damaged"):
+        Artifact.open(tmp_path, "dataset")
+
+
+def test_json_lines_skip_a_truncated_character_and_contain_any_text(tmp_path: Path) -> None:
+    rows = [{"a": "one\u2028two\x0bthree\x85"}, {"a": "ü"}]
+    text = "\n".join(json.dumps(row, ensure_ascii=False) for row in rows)
+    (tmp_path / "a.jsonl").write_bytes((text + '\n{"a": "ü').encode()[:-1])
+    assert read_jsonl(tmp_path / "a.jsonl") == rows

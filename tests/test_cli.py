@@ -1,19 +1,26 @@
 """The command line: exit codes, one-line errors that name flags, JSON, resuming after a kill."""
 
+import csv
 import json
 import logging
 import os
+import shlex
 import shutil
 import signal
 import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
+import pyarrow
 import pytest
+import torch
+import yaml
 
 import likewise
 from likewise.cli.__main__ import main
+from likewise.cli.evaluation import parse_encoder
 from likewise.data.dataset import CaptionDataset
 from likewise.errors import InvalidInputError
 from support import MINILM, save_png
@@ -147,6 +154,128 @@ def test_errors_of_a_process_are_one_line(tmp_path: Path) -> None:
     assert result.stderr.startswith("error: ")
     assert len(result.stderr.strip().splitlines()) == 1
     assert "Traceback" in run_cli("embed", tmp_path, "--debug").stderr
+
+
+@pytest.mark.parametrize(
+    ("error", "text"),
+    [
+        (ValueError("first\nsecond"), "unexpected ValueError: first; this is a bug of likewise"),
+        (KeyError(), "unexpected KeyError; this is a bug"),
+        (yaml.YAMLError("bad"), "unexpected YAMLError: bad"),
+        (csv.Error("field larger than limit"), "unexpected Error: field larger"),
+        (UnicodeDecodeError("utf-8", b"\xff", 0, 1, "invalid start byte"), "unexpected UnicodeDecodeError"),
+        (pyarrow.ArrowInvalid("bad"), "unexpected ArrowInvalid: bad"),
+        (RecursionError("deep"), "unexpected RecursionError: deep"),
+        (OSError("Corrupt snappy compressed data."), "unexpected OSError: Corrupt snappy"),
+        (MemoryError(), "not enough memory; use smaller batches"),
+        (torch.OutOfMemoryError("CUDA out of memory"), "not enough memory"),
+        (PermissionError(13, "Permission denied", "a/b"), "Permission denied: a/b"),
+        (OSError(28, "No space left on device", "a/b"), "No space left on device: a/b"),
+        (BrokenPipeError(32, "Broken pipe"), "Broken pipe"),
+    ],
+    ids=repr,
+)
+def test_no_exception_reaches_the_user(
+    error: Exception, text: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def fail(*_: Any, **__: Any) -> None:
+        raise error
+
+    monkeypatch.setattr(CaptionDataset, "open", fail)
+    assert call("audit", "photos") == 1
+    message = capsys.readouterr().err
+    assert message.lstrip().startswith(f"error: {text}")
+    assert len(message.strip().splitlines()) == 1
+    assert ("--debug" in message) == ("unexpected" in text)
+    with pytest.raises(type(error)):
+        main(["audit", "photos", "--debug"])
+
+
+@pytest.mark.parametrize(
+    ("redirect", "exit_code", "stderr"),
+    [
+        ("| head -c 0; exit ${PIPESTATUS[0]}", {0, 1}, ""),
+        ("> /dev/full", {1}, "error: No space left on device\n"),
+        (">&-", {0}, ""),
+        ("2>&-", {0}, ""),
+    ],
+)
+def test_output_that_cannot_be_written(redirect: str, exit_code: set[int], stderr: str) -> None:
+    command = f"{shlex.quote(sys.executable)} -m likewise.cli methods --json {redirect}"
+    result = subprocess.run(["bash", "-c", command], capture_output=True, text=True, check=False)
+    assert (result.returncode in exit_code, result.stderr) == (True, stderr)
+
+
+def test_names_that_the_terminal_cannot_show_are_escaped(tmp_path: Path) -> None:
+    folder = tmp_path / "photos"
+    save_png(folder / "cat.png")
+    (folder / "cat.txt").write_text("a cat")
+    command = [sys.executable, "-m", "likewise.cli", "import", str(folder), str(tmp_path / "鳥"), "--quiet"]
+    environment = os.environ | {"LC_ALL": "C.UTF-8", "PYTHONIOENCODING": "latin-1:strict"}
+    result = subprocess.run(command, capture_output=True, check=False, env=environment)
+    assert (result.returncode, result.stderr) == (0, b"")
+    assert rb"\u9ce5" in result.stdout
+
+
+def test_columns_and_datasets_may_contain_commas(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    for split in ("train", "test"):
+        for label in ("cat", "dog"):
+            save_png(tmp_path / "birds, and cats" / split / label / "a.png")
+    shutil.copytree("birds, and cats", "plain")
+    save_png(tmp_path / "a.png")
+    Path("table.csv").write_text('image,"caption, en",de,"x,y"\na.png,one,eins,other\n')
+    columns = {
+        ("caption, en",): ("one",),
+        ("caption, en", "de"): ("one", "eins"),
+        ("de,image",): ("eins", "a.png"),
+        ("x,y", "caption, en"): ("other", "one"),
+    }
+    for i, (names, captions) in enumerate(columns.items()):
+        flags = [token for name in names for token in ("--caption-column", name)]
+        assert call("import", "table.csv", f"d{i}", *flags, "--quiet") == 0
+        assert CaptionDataset(f"d{i}")[0].captions == captions
+    capsys.readouterr()
+    assert call("import", "table.csv", "other", "--caption-column", "de,fr", "--quiet") == 1
+    assert "has no column 'fr'" in capsys.readouterr().err
+    for flags in (["--dataset", "birds, and cats"], ["--dataset", "birds, and cats", "--dataset", "plain"]):
+        arguments = ["random:resnet10t", "--image-size", "32", *flags, "--protocol", "knn", "--out", "out"]
+        assert call("evaluate", *arguments, "--quiet", "--json") == 0
+        names = [result["dataset"]["name"] for result in json.loads(capsys.readouterr().out)["results"]]
+        assert names == [flags[1], *flags[3:]]
+
+
+def test_sidecar_keys_may_contain_commas(tmp_path: Path) -> None:
+    for name, content in (
+        ("a", {"title, en": "whole", "title": "first", "en": "second"}),
+        ("b", {"title": "first", "en": "second"}),
+        ("c", {"en": "second"}),
+    ):
+        save_png(tmp_path / "photos" / f"{name}.png")
+        (tmp_path / "photos" / f"{name}.json").write_text(json.dumps(content))
+    flags = ("--caption-column", "title, en", "--quiet")
+    assert call("import", tmp_path / "photos", tmp_path / "d", *flags) == 0
+    captions = [sample.captions for sample in CaptionDataset(tmp_path / "d")]
+    assert captions == [("whole",), ("first", "second"), ("second",)]
+
+
+def test_seeds_of_encoders_may_contain_commas_and_equals_signs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    for folder in ("lr=0.1", "lr=0.2", "a, b", "plain"):
+        Path(folder).mkdir()
+    expected = {
+        "plain": (None, ("plain",)),
+        "lr=0.1": (None, ("lr=0.1",)),
+        "lr=0.1,lr=0.2": (None, ("lr=0.1", "lr=0.2")),
+        "self=lr=0.1,plain": ("self", ("lr=0.1", "plain")),
+        "self=a, b": ("self", ("a, b",)),
+        "=plain": (None, ("plain",)),
+    }
+    assert {text: parse_encoder(text) for text in expected} == expected
 
 
 def test_json_is_the_only_output(dataset: CaptionDataset) -> None:

@@ -24,6 +24,7 @@ BASE_MODULES = {
     "distributed",
     "progress",
     "run_directory",
+    "names",
 }
 ALLOWED_IMPORTS = {
     "data": set(),
@@ -46,6 +47,7 @@ ALLOWED_BASE_IMPORTS = {
     "locks": {"errors"},
     "artifacts": {"errors", "hashing", "locks"},
     "run_directory": set(),
+    "names": set(),
     "distributed": {"errors"},
 }
 MODULES = sorted(SOURCE.rglob("*.py"))

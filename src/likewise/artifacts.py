@@ -25,7 +25,7 @@ from typing import Any
 import numpy as np
 import yaml
 
-from likewise.errors import ArtifactError, InvalidInputError
+from likewise.errors import ArtifactError, InvalidInputError, describe_error
 from likewise.hashing import hash_strings
 from likewise.locks import HOST, LOCK_NAME, lock_directory
 
@@ -232,7 +232,7 @@ def installed_versions() -> dict[str, str]:
 
 def _read_manifest(path: Path) -> Manifest:
     try:
-        content = json.loads((path / MANIFEST).read_text())
+        content = json.loads((path / MANIFEST).read_bytes())
         if content.get("format", 0) > FORMAT_VERSION:
             raise ArtifactError(f"{path} was written by a newer likewise; upgrade to open it", path=path)
         if content.get("format", 0) < FORMAT_VERSION:
@@ -242,7 +242,7 @@ def _read_manifest(path: Path) -> Manifest:
                 path=path,
             )
         return Manifest(**content)
-    except (json.JSONDecodeError, TypeError, AttributeError) as error:
+    except (ValueError, TypeError, AttributeError, RecursionError) as error:
         raise ArtifactError(
             f"{path / MANIFEST} is damaged ({error}); delete the folder and create it again", path=path
         ) from error
@@ -364,6 +364,25 @@ def disk_full_as_error(path: Path) -> Iterator[None]:
         ) from error
 
 
+@contextmanager
+def damaged_as_error(path: Path) -> Iterator[None]:
+    """Turn the errors of libraries that read a file of an artifact into one that names the file.
+
+    Raises:
+        ArtifactError: if the file is damaged.
+    """
+    try:
+        yield
+    except (ValueError, TypeError, LookupError, EOFError, NotImplementedError, OSError) as error:
+        if isinstance(error, OSError) and error.errno is not None:  # of the system, not of a library
+            raise
+        raise ArtifactError(
+            f"{path} is damaged ({describe_error(error)}); delete the folder {path.parent} and create it "
+            "again",
+            path=path,
+        ) from error
+
+
 def write_text(path: Path, text: str) -> None:
     """Write a text file atomically."""
     with atomic_write(path) as tmp_path:
@@ -382,18 +401,19 @@ def read_json(path: Path) -> Any:
         InvalidInputError: if the file is not valid JSON.
     """
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        return json.loads(path.read_text(encoding="utf-8-sig"))
+    except (ValueError, RecursionError) as error:
         raise InvalidInputError(f"{path} is not valid JSON: {error}", path=path) from error
 
 
 def read_jsonl(path: Path) -> list[dict[str, Any]]:
     """Read JSON Lines; skip a line that a kill truncated, and return no rows for a missing file."""
     rows = []
-    for line in path.read_text(encoding="utf-8").splitlines() if path.is_file() else []:
+    # Bytes, because a kill may truncate a character, and a text may contain other line separators.
+    for line in path.read_bytes().split(b"\n") if path.is_file() else []:
         try:
             rows.append(json.loads(line))
-        except json.JSONDecodeError:
+        except ValueError:
             continue
     return rows
 
@@ -406,13 +426,23 @@ def write_array(path: Path, array: np.ndarray) -> None:
 
 
 def load_array(path: Path) -> np.ndarray:
-    """Read a `.npy` file into memory; pickled objects raise ValueError."""
-    return np.load(path, allow_pickle=False)
+    """Read a `.npy` file into memory.
+
+    Raises:
+        ArtifactError: if the file is damaged or holds pickled objects.
+    """
+    with damaged_as_error(path):
+        return np.load(path, allow_pickle=False)
 
 
 def mmap_array(path: Path) -> np.ndarray:
-    """Map a `.npy` file into memory, read-only; pickled objects raise ValueError."""
-    return np.load(path, mmap_mode="r" if path.stat().st_size > 4096 else None, allow_pickle=False)
+    """Map a `.npy` file into memory, read-only.
+
+    Raises:
+        ArtifactError: if the file is damaged or holds pickled objects.
+    """
+    with damaged_as_error(path):
+        return np.load(path, mmap_mode="r" if path.stat().st_size > 4096 else None, allow_pickle=False)
 
 
 def shard_name(stem: str, index: int, suffix: str) -> str:
@@ -440,8 +470,8 @@ def read_yaml(path: Path) -> dict[str, Any]:
     if not path.is_file():
         raise InvalidInputError(f"{path} does not exist", path=path)
     try:
-        values = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except yaml.YAMLError as error:
+        values = yaml.safe_load(path.read_text(encoding="utf-8-sig"))
+    except (yaml.YAMLError, ValueError, RecursionError) as error:  # ValueError: a date such as 2025-99-99
         raise InvalidInputError(
             f"{path} is not valid YAML: {' '.join(str(error).split())}", path=path
         ) from error

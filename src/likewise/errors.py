@@ -59,3 +59,9 @@ def did_you_mean(name: str, choices: list[str], n: int = 5) -> str:
 
     matches = difflib.get_close_matches(name, choices, n=n, cutoff=0.5)
     return f" Did you mean {', '.join(matches)}?" if matches else ""
+
+
+def describe_error(error: BaseException) -> str:
+    """Return the type of an exception of a library and the first line of its message."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return f"{type(error).__name__}: {lines[0][:300]}" if lines else type(error).__name__

@@ -131,36 +131,6 @@ def test_torchvision_families_return_one_vector_per_image(name: str, tmp_path: P
         assert encoder.model(images).shape == (1, encoder.feature_dim)
 
 
-def test_prefixed_weights_raise_with_a_suggestion_and_load_with_it(tmp_path: Path) -> None:
-    import timm
-
-    model = timm.create_model("resnet10t", num_classes=0)
-    prefixed = {f"module.encoder_q.{k}": v for k, v in model.state_dict().items()}
-    save_file(prefixed | {"module.queue": torch.zeros(3)}, tmp_path / "moco.safetensors")
-    with pytest.raises(ModelError, match=r"`weights_prefix` module\.encoder_q\."):
-        load_encoder(str(tmp_path / "moco.safetensors"), backbone="resnet10t")
-    encoder = load_encoder(
-        str(tmp_path / "moco.safetensors"), backbone="resnet10t", weights_prefix="module.encoder_q."
-    )
-    torch.testing.assert_close(
-        encoder.model.state_dict()["conv1.0.weight"], model.state_dict()["conv1.0.weight"]
-    )
-    extra = {"extra.weight": torch.zeros(3), **model.state_dict()}
-    save_file(extra, tmp_path / "extra.safetensors")
-    with pytest.raises(ModelError, match=r"1 unexpected \(extra.weight\)"):
-        load_encoder(str(tmp_path / "extra.safetensors"), backbone="resnet10t")
-    assert (
-        load_encoder(
-            str(tmp_path / "extra.safetensors"), backbone="resnet10t", weights_exclude=("extra.",)
-        ).feature_dim
-        == 512
-    )
-    missing = dict(list(model.state_dict().items())[1:])
-    save_file(missing, tmp_path / "missing.safetensors")
-    with pytest.raises(ModelError, match="1 missing"):
-        load_encoder(str(tmp_path / "missing.safetensors"), backbone="resnet10t")
-
-
 def test_torch_hub_entries_load_from_a_folder(tmp_path: Path) -> None:
     (tmp_path / "hubconf.py").write_text(
         "import torch\n"

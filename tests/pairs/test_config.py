@@ -50,6 +50,9 @@ def test_invalid_pair_config_raises(overrides: dict, field: str, text: str) -> N
 
 def test_pair_configs_are_parsed_from_text() -> None:
     assert parse_pair_config("default") == PairConfig()
+    config = parse_pair_config("k=3,caption_encoder=./a, b,mutual-k=5,exclude_identical_captions")
+    assert (config.k, config.caption_encoder, config.mutual_k) == (3, "./a, b", 5)
+    assert config.exclude_identical_captions
     assert parse_pair_config("k=3, mutual-k=10,hubness_correction=csls") == PairConfig(
         k=3, mutual_k=10, hubness_correction="csls"
     )

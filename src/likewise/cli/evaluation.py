@@ -1,6 +1,6 @@
 """Commands of evaluation: `analyze-pairs`, `evaluate`, `datasets`, `compare`, `report`, `demo`."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 from cyclopts import Parameter
 
 from likewise.cli.common import COMMON_OPTIONS, HELP_GROUPS, CommonOptions, app, comparison_table, make_table
-from likewise.cli.flags import INTS, STRINGS, parse_list
+from likewise.cli.flags import INTS, STRINGS
+from likewise.names import path_exists, split_unknown_names
 
 if TYPE_CHECKING:
     from likewise.evaluation.evaluate import ColumnOptions
@@ -35,18 +36,21 @@ def analyze_pairs(
 
     Args:
         dataset: A dataset with embeddings.
-        encoder: Encoders to compare, comma-separated; `image:...` for image encoders. Defaults to all whose
-            embeddings the dataset has.
+        encoder: Encoders to compare, repeatable or comma-separated; `image:...` for image encoders. Defaults
+            to all whose embeddings the dataset has.
         pair_config: Comma-separated options of `train`'s pair sampling, such as `k=3,mutual_k=10`, or
             `default` for the nearest caption; repeatable. Defaults to a selection.
         out: The HTML file; defaults to `pairs.html` in the dataset.
     """
     from likewise.data.dataset import CaptionDataset
+    from likewise.embeddings.store import embedding_names
     from likewise.pairs.analyze import analyze_pairs as analyze
     from likewise.report.pairs_report import format_analysis, write_pairs_report
 
     caption_dataset = CaptionDataset.open(dataset)
-    analysis = analyze(caption_dataset, encoder or None, pair_config, progress=common.progress())
+    known = embedding_names(caption_dataset)
+    encoders = split_unknown_names(encoder, lambda name: name in known or path_exists(name))
+    analysis = analyze(caption_dataset, encoders or None, pair_config, progress=common.progress())
     page = write_pairs_report(analysis, caption_dataset, out or caption_dataset.path / "pairs.html")
     common.print_result(
         {"page": str(page), **analysis.to_dict()}, *format_analysis(analysis), f"page: {page}"
@@ -134,7 +138,8 @@ class ImageEncoderFlags:
     backbone: str | None = None
     """Architecture of a weights file: a timm name, or `torchvision:NAME`."""
     weights_prefix: str = ""
-    """Prefix of the backbone's weights in the file, such as `module.encoder_q.`; others are ignored."""
+    """Prefix of the backbone's weights in the file, such as `module.encoder_q.`; others are ignored. Found if
+    only one fits all weights."""
     weights_exclude: Annotated[list[str] | None, Parameter(consume_multiple=True)] = None
     """Prefixes of weights to ignore; all others must match."""
     device: str | None = None
@@ -166,11 +171,13 @@ def evaluate(
     Args:
         encoder: A run; `timm:NAME`, `torchvision:NAME`, `hf:NAME`, `clip:ARCH/WEIGHTS` or
             `hub:OWNER/REPO/ENTRY` (pretrained); `random:NAME` (untrained); or a weights file.
-        dataset: Datasets, comma-separated: folders split/class/image, folders with a labels.csv, CSV files,
-            or names (see `likewise datasets`); for image-text a CSV file or a folder with a captions.csv; for
-            detection a boxes.csv, COCO, Pascal VOC or YOLO; for segmentation an index.csv or folders.
-        protocol: Protocols, comma-separated: linear, fewshot, knn, knn-grid, retrieval, clustering, finetune,
-            localization; with a text tower zeroshot and image-text; detection and segmentation.
+        dataset: Datasets, repeatable or comma-separated (a path that exists is not split): folders
+            split/class/image, folders with a labels.csv, CSV files, or names (see `likewise datasets`); for
+            image-text a CSV file or a folder with a captions.csv; for detection a boxes.csv, COCO, Pascal VOC
+            or YOLO; for segmentation an index.csv or folders.
+        protocol: Protocols, repeatable or comma-separated: linear, fewshot, knn, knn-grid, retrieval,
+            clustering, finetune, localization; with a text tower zeroshot and image-text; detection and
+            segmentation.
         out: Directory of the results; defaults to `evaluation` in the run.
     """
     from likewise.evaluation.evaluate import ProtocolFailedError
@@ -188,8 +195,8 @@ def evaluate(
     try:
         results = evaluate_encoder(
             loaded_encoder,
-            dataset,
-            protocol,
+            split_datasets(dataset),
+            split_unknown_names(protocol, lambda _: False),
             config=protocols.to_config(options.image_size),
             columns=columns.to_columns(),
             out=out,
@@ -206,6 +213,11 @@ def print_evaluation(results: "EvalResults", common: CommonOptions) -> None:
     """Print what is known of each dataset and the table of results."""
     table = (results.table(),) if len(results) else ()
     common.print_result({"results": results.raw}, *dataset_lines(results), *table)
+
+
+def split_datasets(datasets: Sequence[str]) -> tuple[str, ...]:
+    """Split datasets at commas, except paths that exist."""
+    return split_unknown_names(datasets, path_exists)
 
 
 def dataset_lines(results: "EvalResults") -> Iterator[str]:
@@ -259,14 +271,15 @@ def compare(
 
     Args:
         encoders: Runs or evaluation directories with results on the same datasets, the first of which is the
-            baseline. Seeds of one encoder are comma-separated; `NAME=` before them sets its name.
+            baseline. Seeds of one encoder are comma-separated; `NAME=` before them sets its name. A path that
+            exists is neither split at commas nor at `=`.
         out: Directory for the table as CSV, Markdown and LaTeX, and for plots.
     """
     from likewise.evaluation.results import compare as compare_encoders
     from likewise.report.comparison import LEGEND, to_rows, write_comparison
 
-    names, _, paths = zip(*(encoder.rpartition("=") for encoder in encoders), strict=True)
-    comparison = compare_encoders([parse_list(seeds) for seeds in paths], [name or None for name in names])
+    names, paths = zip(*map(parse_encoder, encoders), strict=True)
+    comparison = compare_encoders(paths, names)
     gflops = [None if flops is None else flops / 1e9 for flops in comparison.encoder_flops]
     files = [] if out is None else write_comparison(comparison, out, gflops)
     header, *rows = to_rows(comparison)
@@ -276,6 +289,15 @@ def compare(
         LEGEND,
         *(f"written: {path}" for path in files),
     )
+
+
+def parse_encoder(text: str) -> tuple[str | None, tuple[str, ...]]:
+    """Parse `NAME=PATH,PATH`, with or without the name, into the name and the paths."""
+    paths = split_datasets([text])
+    name, equals, after_name = text.partition("=")
+    if not equals or all(map(path_exists, paths)):
+        return None, paths
+    return name or None, split_datasets([after_name])
 
 
 @app.command(help_epilogue="Example: `likewise report run-language run-self --out report.html`")

@@ -13,29 +13,27 @@ from typing import Annotated, Any, TypeVar, get_type_hints
 from cyclopts import Parameter, Token
 
 from likewise.cli.common import HELP_GROUPS, app
+from likewise.names import split_at_commas
 
 Config = TypeVar("Config")
 
 
-def parse_list(text: str | None) -> tuple[str, ...]:
-    """Split a comma-separated list."""
-    return tuple(part.strip() for part in (text or "").split(",") if part.strip())
-
-
 def _convert_strings(_: Any, tokens: Sequence[Token]) -> tuple[str, ...]:
-    return parse_list(",".join(token.value for token in tokens))
+    return tuple(token.value for token in tokens)
 
 
 def _convert_ints(_: Any, tokens: Sequence[Token]) -> tuple[int, ...]:
-    return tuple(map(int, _convert_strings(_, tokens)))
+    return tuple(int(part) for token in tokens for part in split_at_commas(token.value))
 
 
 def _convert_floats(_: Any, tokens: Sequence[Token]) -> tuple[float, ...]:
-    return tuple(map(float, _convert_strings(_, tokens)))
+    return tuple(float(part) for token in tokens for part in split_at_commas(token.value))
 
 
-# Comma-separated lists, such as `--dataset eurosat,dtd`.
+# Repeatable flags, such as `--dataset eurosat --dataset dtd`. Commands split values at commas by
+# `split_unknown_names`, where it is known which names exist.
 STRINGS = Parameter(converter=_convert_strings, n_tokens=1)
+# Comma-separated integers.
 INTS = Parameter(converter=_convert_ints, n_tokens=1)
 FLOATS = Parameter(converter=_convert_floats, n_tokens=1)
 # The fields of a dataclass are flags of their own.

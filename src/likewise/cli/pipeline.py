@@ -1,6 +1,5 @@
 """The command `run`: a recipe, parsed into the configs of all stages, then import, embed, train, evaluate."""
 
-import json
 import shlex
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields
@@ -10,7 +9,7 @@ from types import UnionType
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 from likewise.cli.common import COMMON_OPTIONS, CommonOptions, app, import_summary
-from likewise.cli.evaluation import ColumnFlags, ProtocolFlags, Strings, dataset_lines
+from likewise.cli.evaluation import ColumnFlags, ProtocolFlags, Strings, dataset_lines, split_datasets
 from likewise.cli.flags import translate_fields
 from likewise.cli.training import run_summary
 from likewise.data.config import ImportOptions
@@ -29,7 +28,7 @@ DEFAULT_RECIPE = "small/lgsimclr"
 _STAGES = ("import", "embed", "train", "evaluate")
 _SECTIONS = ("about", *_STAGES)
 # Flags whose values are repeated, or follow each other; other lists are comma-separated.
-_REPEATED, _CONSECUTIVE = ("where",), ("projector_dims", "prompt")
+_REPEATED, _CONSECUTIVE = ("where", "caption_column"), ("projector_dims", "prompt")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -86,18 +85,18 @@ def run(
         source: Captioned images in any format that `import` reads, or a dataset.
         out: Directory of all results: `dataset`, and `run` with the evaluation and the report.
         recipe: Name of a recipe of the package, such as small/simclr or lgssl/lgsimclr, or a YAML file.
-        dataset: Datasets to evaluate on, comma-separated; without any, the encoder is only trained.
+        dataset: Datasets to evaluate on, as in `evaluate`; without any, the encoder is only trained.
         set_: SECTION.KEY=VALUE, such as train.seed=1, in place of the recipe's value; repeatable.
         dry_run: Print the equivalent commands instead of running them.
     """
-    config = read_recipe(recipe, set_ or [])
+    config, datasets = read_recipe(recipe, set_ or []), split_datasets(dataset)
     if dry_run:
         commands = [
-            shlex.join(["likewise", *command]) for command in to_commands(config, source, out, dataset)
+            shlex.join(["likewise", *command]) for command in to_commands(config, source, out, datasets)
         ]
         common.print_result({"commands": commands}, *commands)
     else:
-        _run_stages(config, source, out, dataset, common)
+        _run_stages(config, source, out, datasets, common)
 
 
 def _run_stages(
@@ -199,7 +198,7 @@ def _parse_override(override: str) -> tuple[str, str, Any]:
         raise InvalidInputError(f"`set_` must be SECTION.KEY=VALUE, such as train.seed=1, got {override!r}")
     try:
         return stage, key.replace("-", "_"), yaml.safe_load(value)
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, ValueError) as error:  # ValueError: a date such as 2025-99-99
         raise InvalidInputError(f"the value of {override!r} is not valid YAML") from error
 
 
@@ -331,7 +330,8 @@ def to_commands(
             *_to_flags(vars(config.columns), vars(ColumnFlags())),
             *_to_flags(vars(config.protocol_flags), vars(ProtocolFlags())),
         ]
-        yield ["evaluate", run_dir, "--dataset", ",".join(datasets), *flags]
+        repeated = [token for dataset_name in datasets for token in ("--dataset", dataset_name)]
+        yield ["evaluate", run_dir, *repeated, *flags]
     yield ["report", run_dir]
 
 
@@ -355,7 +355,9 @@ def _to_flags(values: Mapping[str, Any], defaults: Mapping[str, Any]) -> list[st
 
 
 def _is_dataset(source: str) -> bool:
+    from likewise.artifacts import MANIFEST, read_json
     from likewise.data.dataset import ARTIFACT_KIND
 
-    manifest_path = Path(source) / "artifact.json"
-    return manifest_path.is_file() and json.loads(manifest_path.read_text()).get("kind") == ARTIFACT_KIND
+    manifest_path = Path(source) / MANIFEST
+    manifest = read_json(manifest_path) if manifest_path.is_file() else None
+    return isinstance(manifest, dict) and manifest.get("kind") == ARTIFACT_KIND

@@ -55,7 +55,8 @@ class ImportOptions:
     """Column of image paths or images; inferred from common names by default. For tar archives, the part of a
     member name between the first dot and the file type, such as `left` for `0.left.jpg`."""
     caption_column: tuple[str, ...] = ()
-    """Columns of captions; inferred from common names by default."""
+    """Columns of captions, repeatable or comma-separated (a column that exists is not split); inferred from
+    common names by default."""
     label_column: str | None = None
     """Column of class labels, used for evaluation only, unless pairs are sampled by label."""
     group_column: str | None = None

@@ -12,7 +12,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from likewise.artifacts import Artifact, atomic_write, shard_name
+from likewise.artifacts import Artifact, atomic_write, damaged_as_error, shard_name
 from likewise.data.config import BandSelection, select_bands
 from likewise.errors import ArtifactError
 
@@ -166,16 +166,19 @@ class CaptionDataset:
         """Index of the first sample of each shard, followed by the number of samples."""
         offsets = [0]
         for path in self.shard_paths:
-            offsets.append(offsets[-1] + pq.read_metadata(path).num_rows)
+            with damaged_as_error(path):
+                offsets.append(offsets[-1] + pq.read_metadata(path).num_rows)
         return offsets
 
     def read_columns(self, shard: int, names: list[str]) -> dict[str, list[Any]]:
         """Read columns of one shard as lists of Python values."""
-        return pq.read_table(self.shard_paths[shard], columns=names).to_pydict()
+        with damaged_as_error(self.shard_paths[shard]):
+            return pq.read_table(self.shard_paths[shard], columns=names).to_pydict()
 
     def samples(self, shard: int) -> list[Sample]:
         """Read all samples of one shard."""
-        return [_to_sample(row, self.bands) for row in pq.read_table(self.shard_paths[shard]).to_pylist()]
+        with damaged_as_error(self.shard_paths[shard]):
+            return [_to_sample(row, self.bands) for row in pq.read_table(self.shard_paths[shard]).to_pylist()]
 
     def __iter__(self) -> Iterator[Sample]:
         for shard in range(len(self.shard_paths)):
@@ -203,7 +206,7 @@ class CaptionDataset:
 def read_skipped_entries(path: Path) -> Iterator[dict[str, str]]:
     """Yield the skipped entries of a dataset, complete or not."""
     for file in sorted(path.glob("skipped-*.jsonl")):
-        with file.open(encoding="utf-8") as lines:
+        with damaged_as_error(file), file.open(encoding="utf-8") as lines:
             yield from map(json.loads, lines)
 
 
@@ -214,4 +217,6 @@ def _to_sample(row: dict[str, Any], bands: BandSelection | None) -> Sample:
 
 @lru_cache(maxsize=4)  # small, because rows may contain image bytes
 def _read_row_group(path: str, _key: str, row_group: int, bands: BandSelection | None) -> list[Sample]:
-    return [_to_sample(row, bands) for row in pq.ParquetFile(path).read_row_group(row_group).to_pylist()]
+    with damaged_as_error(Path(path)):
+        rows = pq.ParquetFile(path).read_row_group(row_group).to_pylist()
+    return [_to_sample(row, bands) for row in rows]

@@ -322,6 +322,6 @@ def _check_finite(vectors: np.ndarray, spec: EncoderSpec) -> None:
     num_nonfinite = int((~np.isfinite(vectors.sum(axis=1, dtype=np.float32))).sum())
     if num_nonfinite:
         raise ArtifactError(
-            f"{spec.name} returned non-finite embeddings for {num_nonfinite:,} of {len(vectors):,} "
-            f"{spec.modality} of a shard, which was not saved; is the model damaged?"
+            f"the encoder {spec.name} returns NaN or infinity for {num_nonfinite:,} of {len(vectors):,} "
+            f"{spec.modality} of a shard, which was not saved; its weights are damaged"
         )

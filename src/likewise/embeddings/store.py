@@ -120,6 +120,16 @@ def find_embeddings(
     return matches[0]
 
 
+def embedding_names(dataset: CaptionDataset) -> set[str]:
+    """Return the encoder names and folder names of the embeddings of a dataset."""
+    artifacts = Artifact.find(dataset.path / "embeddings", ARTIFACT_KIND)
+    return {
+        name
+        for item in map(Embeddings, (a.path for a in artifacts))
+        for name in (item.encoder_name, item.path.name)
+    }
+
+
 def _filter_by_encoder(available: list[Embeddings], encoder: str) -> list[Embeddings]:
     """Return the embeddings with the same weights; if several options were used, those of the same name."""
     try:

@@ -61,6 +61,9 @@ def extract_features(
         batch_size: Images per forward pass; defaults to a fast one for the device and image size.
         num_workers: Threads that read images; defaults to the number of cores.
         progress: Progress reporter.
+
+    Raises:
+        ModelError: if the encoder returns NaN or infinity for a readable image; nothing of it is cached.
     """
     settings = encoder.to_dict() | {
         "dataset": dataset.name,

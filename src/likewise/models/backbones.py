@@ -11,7 +11,7 @@ from timm.models.resnet import ResNet
 from timm.models.vision_transformer import VisionTransformer
 from torch import nn
 
-from likewise.errors import ModelError, did_you_mean
+from likewise.errors import ModelError, describe_error, did_you_mean
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
@@ -56,11 +56,18 @@ def build_backbone(config: BackboneConfig, *, pretrained: bool = False) -> tuple
         model = timm.create_model(config.name, pretrained=pretrained, num_classes=0, **_timm_options(config))
     except Exception as error:  # timm and the hub raise a dozen types
         raise ModelError(
-            f"cannot build the backbone {config.name!r} at {config.image_size} px: {error}"
+            f"cannot build the backbone {config.name!r} at {config.image_size} px: {describe_error(error)}"
         ) from error
     if config.stem == "cifar" and isinstance(model, ResNet):
         _use_cifar_stem(model, is_tiny=config.image_size <= _TINY_IMAGE)
     return model, _feature_dim(model, config)
+
+
+def classifier_names(name: str) -> tuple[str, ...]:
+    """Return the names of the classifier of a timm model, which a backbone lacks."""
+    pretrained_cfg = timm.get_pretrained_cfg(name)
+    names = pretrained_cfg.classifier if pretrained_cfg is not None else "fc"
+    return (names,) if isinstance(names, str) else tuple(names or ())
 
 
 def _timm_options(config: BackboneConfig) -> dict[str, Any]:
@@ -99,7 +106,7 @@ def check_input_size(model: nn.Module, name: str, image_size: int) -> None:
         model.eval()(torch.zeros(1, 3, image_size, image_size))
     except Exception as error:  # shape errors deep in the model's own forward
         raise ModelError(
-            f"the backbone {name!r} does not accept {image_size}x{image_size} images: {error}"
+            f"the backbone {name!r} does not accept {image_size}x{image_size} images: {describe_error(error)}"
         ) from error
 
 

@@ -1,4 +1,4 @@
-"""Weight files: written atomically, loaded strictly, never unpickled beyond tensors."""
+"""Weight files of the package: written atomically as safetensors, loaded strictly."""
 
 import json
 import os
@@ -14,8 +14,9 @@ from torch import Tensor, nn
 
 from likewise.artifacts import atomic_write
 from likewise.data.config import BandSelection, select_bands
-from likewise.errors import ArtifactError, ModelError
+from likewise.errors import ArtifactError, ModelError, describe_error
 from likewise.models.backbones import BackboneConfig, build_backbone
+from likewise.models.weight_files import check_weights_file, is_safetensors
 
 TEXT_TOWER_PREFIX = "text_tower."
 IMAGE_PROJECTION_PREFIX = "image_projection."
@@ -42,34 +43,72 @@ def load_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     Raises:
         ModelError: if the file is missing or damaged.
     """
+    check_weights_file(path)
     try:
         with safe_open(path, framework="pt") as file:
             metadata = json.loads((file.metadata() or {}).get(_METADATA_KEY, "{}"))
-            return {name: file.get_tensor(name) for name in file.keys()}, metadata  # noqa: SIM118  # no mapping
-    except FileNotFoundError as error:
-        raise ModelError(f"there are no weights at {path}", path=path) from error
-    except (SafetensorError, OSError, json.JSONDecodeError) as error:
-        raise ModelError(f"{path} is not an intact safetensors file: {error}", path=path) from error
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  # no mapping
+    except (SafetensorError, ValueError, KeyError) as error:
+        raise ModelError(
+            f"{path} is not an intact safetensors file ({describe_error(error)}); copy or download it again",
+            path=path,
+        ) from error
+    return tensors, metadata if isinstance(metadata, dict) else {}
 
 
 def load_state_dict_strict(model: nn.Module, state_dict: dict[str, Tensor], location: str) -> None:
     """Load tensors whose names and shapes must all match those of the model.
 
     Raises:
-        ModelError: naming the first keys that are missing, unexpected, or of another shape.
+        ModelError: naming the first keys that are missing, unexpected, of another shape or not finite.
     """
-    expected = model.state_dict()
-    mismatches = {
-        "missing": [k for k in expected if k not in state_dict],
-        "unexpected": [k for k in state_dict if k not in expected],
-        "with another shape": [
-            k for k in expected if k in state_dict and state_dict[k].shape != expected[k].shape
-        ],
-    }
-    messages = [f"{len(keys)} {kind} ({', '.join(keys[:3])})" for kind, keys in mismatches.items() if keys]
-    if messages:
-        raise ModelError(f"the weights in {location} do not fit this model: {'; '.join(messages)}")
+    mismatch = describe_mismatch(model, state_dict)
+    if mismatch:
+        raise ModelError(f"the weights in {location} do not fit this model: {mismatch}")
+    _check_values(model.state_dict(), state_dict, location)
     model.load_state_dict(state_dict)
+
+
+def describe_mismatch(model: nn.Module, state_dict: dict[str, Tensor]) -> str:
+    """Return the number and first names of tensors that differ from those of a model; empty if none does."""
+    expected = model.state_dict()
+    shapes = {
+        key: f"{key} {tuple(state_dict[key].shape)}, not {tuple(tensor.shape)}"
+        for key, tensor in expected.items()
+        if key in state_dict and state_dict[key].shape != tensor.shape
+    }
+    mismatches = {
+        "missing": [key for key in expected if key not in state_dict],
+        "unexpected": [key for key in state_dict if key not in expected],
+        "with another shape": list(shapes.values()),
+    }
+    return "; ".join(
+        f"{len(keys)} {kind} ({', '.join(keys[:3])})" for kind, keys in mismatches.items() if keys
+    )
+
+
+def _check_values(expected: dict[str, Tensor], state_dict: dict[str, Tensor], location: str) -> None:
+    """Raise ModelError for weights that are not stored as numbers of the model's kind, or are not finite."""
+    for name, tensor in state_dict.items():
+        is_stored_as_float = tensor.is_floating_point() and tensor.layout == torch.strided
+        if tensor.is_meta or (expected[name].is_floating_point() and not is_stored_as_float):
+            raise ModelError(
+                f"{name} in {location} is stored as {tensor.dtype}{' without values' * tensor.is_meta}, "
+                "not as floating-point numbers; save the weights in float32 or half precision"
+            )
+    nonfinite = {
+        name: int((~tensor.isfinite()).sum())
+        for name, tensor in state_dict.items()
+        # A model's own buffers may be infinite, such as the mask of causal attention.
+        if not tensor.isfinite().all() and expected[name].isfinite().all()
+    }
+    if nonfinite:
+        first = next(iter(nonfinite))
+        raise ModelError(
+            f"the weights in {location} hold NaN or infinity in {len(nonfinite)} of {len(state_dict)} "
+            f"tensors, the first {first} ({nonfinite[first]:,} of {state_dict[first].numel():,} values); the "
+            "training diverged, or the file is damaged"
+        )
 
 
 def save_encoder(
@@ -112,10 +151,15 @@ def load_backbone(path: Path, image_size: int | None = None) -> tuple[nn.Module,
     Raises:
         ModelError: if the file is missing, damaged, or not written by `save_encoder`.
     """
-    tensors, metadata = load_tensors(path)
+    tensors, metadata = load_tensors(path) if is_safetensors(check_weights_file(path)) else ({}, {})
     if metadata.get("kind") != "encoder":
         raise ModelError(f"{path} does not name its backbone; pass `backbone`", field="backbone", path=path)
-    config = BackboneConfig(**metadata["backbone"])
+    try:
+        config = BackboneConfig(**metadata["backbone"])
+    except (KeyError, TypeError) as error:
+        raise ModelError(
+            f"{path} was written by another version of likewise ({describe_error(error)})", path=path
+        ) from error
     config = config if image_size is None else replace(config, image_size=image_size)
     model, feature_dim = build_backbone(config)
     load_state_dict_strict(
@@ -134,29 +178,3 @@ def load_bands(path: Path) -> BandSelection | None:
     """
     bands = load_tensors(path)[1].get("bands")
     return None if bands is None else select_bands(tuple(bands["bands"]), tuple(bands["percentiles"]))
-
-
-def load_state_dict(path: Path) -> dict[str, Tensor]:
-    """Read a plain state dict from `.safetensors`, `.pt` or `.pth`, tensors only.
-
-    A state dict nested under `state_dict` or `model`, as many training scripts write it, is used.
-
-    Raises:
-        ModelError: if the file is missing, damaged, or holds more than tensors.
-    """
-    if path.suffix == ".safetensors":
-        return load_tensors(path)[0]
-    if not path.is_file():
-        raise ModelError(f"there are no weights at {path}", path=path)
-    try:
-        state_dict = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # unpickling raises many types
-        raise ModelError(
-            f"{path} holds no plain tensors that are safe to load ({type(error).__name__})", path=path
-        ) from error
-    for key in ("state_dict", "model"):
-        if isinstance(state_dict, dict) and isinstance(state_dict.get(key), dict):
-            state_dict = state_dict[key]
-    if not isinstance(state_dict, dict) or not all(isinstance(v, Tensor) for v in state_dict.values()):
-        raise ModelError(f"{path} holds no state dict (a mapping of names to tensors)", path=path)
-    return state_dict

@@ -15,7 +15,7 @@ from jaxtyping import Float
 from PIL import Image
 from torch import Tensor, nn
 
-from likewise.artifacts import Artifact
+from likewise.artifacts import MANIFEST, Artifact
 from likewise.data.config import BandSelection
 from likewise.data.dataset import CaptionDataset, ImageRef
 from likewise.data.images import (
@@ -24,17 +24,26 @@ from likewise.data.images import (
     convert_image,
     read_image,
 )
-from likewise.errors import DependencyError, InvalidInputError, ModelError, did_you_mean
-from likewise.models.backbones import BackboneConfig, build_backbone, default_stem
-from likewise.models.checkpoints import (
-    load_backbone,
-    load_bands,
-    load_state_dict,
-    load_state_dict_strict,
+from likewise.errors import (
+    DependencyError,
+    InvalidInputError,
+    ModelError,
+    describe_error,
+    did_you_mean,
 )
+from likewise.models.backbones import (
+    BackboneConfig,
+    build_backbone,
+    check_input_size,
+    classifier_names,
+    default_stem,
+)
+from likewise.models.checkpoints import load_backbone, load_bands
 from likewise.models.external import load_huggingface_model, load_torch_hub_model, load_torchvision_model
 from likewise.models.text_tower import TextAlignment, encode_captions, load_text_alignment
 from likewise.models.transforms import EvalTransform
+from likewise.models.weight_files import check_weights_file
+from likewise.models.weights import load_weights
 from likewise.parallel import default_num_workers, prefetch_map, resolve_device
 from likewise.progress import NULL_PROGRESS, Progress
 from likewise.run_directory import RunDirectory
@@ -144,6 +153,9 @@ class ImageEncoder:
 
         Yields:
             Features (b, d) float32, NaN for unreadable images; and for each image its error or None.
+
+        Raises:
+            ModelError: if the encoder returns NaN or infinity for a readable image.
         """
         torch_device = self.device if device is None else torch.device(resolve_device(device))
         self.model.to(torch_device).to(memory_format=torch.channels_last)
@@ -153,7 +165,16 @@ class ImageEncoder:
             lambda batch: self._load_crops(batch, root), _batched(images, batch_size), num_workers
         ):
             features = self._forward(crops, torch_device)
-            features[[error is not None for error in errors]] = np.nan
+            is_readable = np.array([error is None for error in errors])
+            num_nonfinite = int((~np.isfinite(features[is_readable]).all(axis=1)).sum())
+            if num_nonfinite:
+                precision = " in half precision" if torch_device.type == "cuda" else ""
+                raise ModelError(
+                    f"the encoder {self.name} returns NaN or infinity{precision} for {num_nonfinite} of "
+                    f"{is_readable.sum()} readable images of a batch; its weights are damaged, or too large "
+                    "for this precision"
+                )
+            features[~is_readable] = np.nan
             yield features, errors
 
     def inference_batch_size(self, device: torch.device) -> int:
@@ -262,7 +283,7 @@ def load_encoder(
             `hf:FOLDER` (a vision model of Hugging Face).
         backbone: The timm model, or `torchvision:NAME`, of a weight file that does not name it itself.
         weights_prefix: Prefix of the backbone's weights in such a file, such as `module.encoder_q.`; weights
-            without it are ignored.
+            without it are ignored. By default it is found, if only one prefix fits all weights.
         weights_exclude: Prefixes of weights to ignore in such a file; all others must fit.
         image_size: Side of the input in pixels; defaults to that of training.
         device: Device of the model; defaults to a GPU if there is one.
@@ -298,6 +319,8 @@ def _load(
         return _LOADERS[scheme](name, image_size)
     path = Path(name_or_path)
     if path.is_dir():
+        if (path / "config.json").is_file() and not (path / MANIFEST).is_file():
+            raise ModelError(f"{path} is not a run; for a model of Hugging Face, give hf:{path}", path=path)
         Artifact.open(path, "run")
         return _load_saved_encoder(RunDirectory(path).encoder, path.resolve().name, image_size)
     if not path.is_file():
@@ -320,51 +343,23 @@ def _load_saved_encoder(path: Path, name: str, image_size: int | None) -> ImageE
 def _load_weights(
     path: Path, backbone: str, prefix: str, exclude: tuple[str, ...], image_size: int | None
 ) -> ImageEncoder:
-    tensors = load_state_dict(path)
-    state_dict = {
-        name.removeprefix(prefix): tensor
-        for name, tensor in tensors.items()
-        if name.startswith(prefix) and not name.startswith(exclude)
-    }
     scheme, _, name = backbone.partition(":")
     if scheme == "torchvision":
         model, transform, head_name = load_torchvision_model(name, image_size, pretrained=False)
-        head_names = (head_name,)
+        head_names: tuple[str, ...] = (head_name,)
     else:
         model, _ = build_backbone(
             BackboneConfig(name=backbone, image_size=224 if image_size is None else image_size)
         )
-        transform = _timm_transform(model, image_size)
-        pretrained_cfg = timm.get_pretrained_cfg(backbone)
-        classifier = pretrained_cfg.classifier if pretrained_cfg is not None else "fc"
-        head_names = (classifier,) if isinstance(classifier, str) else tuple(classifier or ())
-    # The classifier is not part of the encoder; all other weights must fit.
-    state_dict = {
-        k: v
-        for k, v in state_dict.items()
-        if not k.startswith(tuple(f"{head_name}." for head_name in head_names))
-    }
-    try:
-        load_state_dict_strict(model, state_dict, str(path))
-    except ModelError as error:
-        raise ModelError(f"{error}{_suggest_prefix(model, tensors, prefix)}", path=path) from error
+        transform, head_names = _timm_transform(model, image_size), classifier_names(backbone)
+    load_weights(model, path, prefix=prefix, exclude=exclude, head_names=head_names)
     return _build_encoder(path.stem, model, transform, _feature_dim(model, transform.image_size))
 
 
-def _suggest_prefix(model: nn.Module, tensors: dict[str, Tensor], prefix: str) -> str:
-    """Return a hint at the prefix that the names in a file have before those of the model, if any."""
-    first_key = next(iter(model.state_dict()))
-    prefixes = [
-        key.removesuffix(first_key)
-        for key in tensors
-        if key.endswith(first_key) and key.removesuffix(first_key) != prefix
-    ]
-    return f"; try `weights_prefix` {prefixes[0]}" if prefixes and prefixes[0] else ""
-
-
 def _feature_dim(model: nn.Module, image_size: int) -> int:
+    check_input_size(model, type(model).__name__, image_size)
     with torch.no_grad():
-        features = model.eval()(torch.zeros(1, 3, image_size, image_size))
+        features = model(torch.zeros(1, 3, image_size, image_size))
     if not isinstance(features, Tensor) or features.ndim != 2:
         raise ModelError("this model does not return one feature vector per image")
     return features.shape[1]
@@ -453,10 +448,12 @@ def load_clip(name: str, image_size: int | None = None) -> nn.Module:
     tags = open_clip.list_pretrained_tags_by_model(arch)
     if weights not in tags and not Path(weights).is_file():
         raise ModelError(f"{weights!r} is neither a file nor a tag of {arch}; its tags: {', '.join(tags)}")
+    if weights not in tags:
+        check_weights_file(Path(weights))
     try:
         model = open_clip.create_model(arch, pretrained=weights, force_image_size=image_size)
     except Exception as error:  # open_clip and the hub raise a dozen types
-        raise ModelError(f"cannot load the CLIP model {name}: {error}") from error
+        raise ModelError(f"cannot load the CLIP model {name}: {describe_error(error)}") from error
     return model.eval().requires_grad_(False)
 
 

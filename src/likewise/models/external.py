@@ -8,7 +8,7 @@ import torch
 import torchvision
 from torch import Tensor, nn
 
-from likewise.errors import ModelError, did_you_mean
+from likewise.errors import ModelError, describe_error, did_you_mean
 from likewise.models.text_tower import TextAlignment, encode_captions
 from likewise.models.transforms import EvalTransform
 
@@ -36,7 +36,7 @@ def load_torchvision_model(
     try:
         model = torchvision.models.get_model(name, weights=weights if pretrained else None)
     except Exception as error:  # the download raises a dozen types
-        raise ModelError(f"cannot load torchvision:{name}: {error}") from error
+        raise ModelError(f"cannot load torchvision:{name}: {describe_error(error)}") from error
     preset: Any = weights.transforms()
     image_size = preset.crop_size[0] if image_size is None else image_size
     transform = EvalTransform(
@@ -52,13 +52,14 @@ def load_torchvision_model(
 def _remove_classifier(model: nn.Module, name: str) -> str:
     """Replace the last layer of a classifier by the identity, and return the name of that layer."""
     for head_name in _HEAD_NAMES:
-        module = getattr(model, head_name, None)
+        module: Any = getattr(model, head_name, None)
         if isinstance(module, nn.Linear):
             setattr(model, head_name, nn.Identity())
             return head_name
-        if isinstance(module, nn.Sequential):
-            last_linear = max(i for i, layer in enumerate(module) if isinstance(layer, nn.Linear))
-            layer_name = [key for key, _ in module.named_children()][last_linear]
+        layers = list(module.named_children()) if isinstance(module, nn.Sequential) else []
+        linear_names = [key for key, layer in layers if isinstance(layer, nn.Linear)]
+        if linear_names:
+            layer_name = linear_names[-1]
             module.add_module(layer_name, nn.Identity())
             return f"{head_name}.{layer_name}"
     raise ModelError(f"torchvision:{name} is not an image classifier with a removable last layer")
@@ -78,7 +79,9 @@ def load_torch_hub_model(name: str, image_size: int | None) -> tuple[nn.Module, 
     try:
         model: Any = torch.hub.load(repo, entry_point, source=source, trust_repo=True)
     except Exception as error:  # the repository's own code
-        raise ModelError(f"cannot load {entry_point!r} from {repo!r} by torch.hub: {error}") from error
+        raise ModelError(
+            f"cannot load {entry_point!r} from {repo!r} by torch.hub: {describe_error(error)}"
+        ) from error
     if not isinstance(model, nn.Module):
         raise ModelError(f"{entry_point!r} of {repo!r} returns {type(model).__name__}, not a torch module")
     image_size = 224 if image_size is None else image_size
@@ -123,7 +126,7 @@ def load_huggingface_model(
         model: Any
         model, loading_info = AutoModel.from_pretrained(name, output_loading_info=True)
     except Exception as error:  # the hub raises a dozen types
-        raise ModelError(f"cannot load hf:{name}: {str(error).splitlines()[0]}") from error
+        raise ModelError(f"cannot load hf:{name}: {describe_error(error)}") from error
     # transformers initializes missing weights at random, without an error; only a pooling layer is optional.
     missing_keys = [key for key in loading_info["missing_keys"] if not key.startswith("pooler.")]
     if missing_keys:
@@ -144,8 +147,10 @@ def _huggingface_transform(name: str, image_size: int | None) -> EvalTransform:
 
     try:
         processor_config, _ = ImageProcessingMixin.get_image_processor_dict(name)
-    except OSError as error:
-        raise ModelError(f"hf:{name} has no preprocessor_config.json") from error
+    except Exception as error:  # the hub raises a dozen types
+        raise ModelError(
+            f"hf:{name} has no readable preprocessor_config.json: {describe_error(error)}"
+        ) from error
     short_side = _parse_size(processor_config.get("size"), 224)
     crop_size = (
         _parse_size(processor_config.get("crop_size"), short_side)
@@ -172,7 +177,10 @@ def _parse_size(size: int | dict[str, int] | None, default: int) -> int:
 def _build_text_alignment(model: Any, name: str) -> TextAlignment:
     from transformers import AutoTokenizer
 
-    tokenizer: Any = AutoTokenizer.from_pretrained(name)
+    try:
+        tokenizer: Any = AutoTokenizer.from_pretrained(name)
+    except Exception as error:  # the hub raises a dozen types
+        raise ModelError(f"cannot load the tokenizer of hf:{name}: {describe_error(error)}") from error
 
     def encode_tokens(tokens: Any) -> Tensor:
         features = model.get_text_features(**tokens.to(model.device))

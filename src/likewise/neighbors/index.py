@@ -13,6 +13,7 @@ from likewise.artifacts import (
     Artifact,
     atomic_write,
     config_hash,
+    damaged_as_error,
     shard_name,
     slugify,
 )
@@ -98,7 +99,9 @@ class Neighbors:
         similarity = np.full((len(self), width), -np.inf, np.float32)
         row_start = 0
         for shard in range(self.artifact.manifest.counts["shards"]):
-            table = pq.read_table(self.path / shard_name("neighbors", shard, "parquet"))
+            path = self.path / shard_name("neighbors", shard, "parquet")
+            with damaged_as_error(path):
+                table = pq.read_table(path)
             neighbor_lists = table["neighbors"].combine_chunks()
             lengths = neighbor_lists.value_lengths().to_numpy()
             rank = _ranks_in_lists(lengths)

@@ -208,7 +208,7 @@ def parse_pair_config(text: str) -> PairConfig:
         InvalidInputError: if a field is unknown or repeated, or a value has another type.
     """
     hints, overrides = get_type_hints(PairConfig), {}
-    for part in (part.strip() for part in text.split(",") if part.strip() not in ("", "default")):
+    for part in _split_fields(text, hints):
         name, _, value = part.partition("=")
         name = name.strip().replace("-", "_")
         if name not in hints:
@@ -221,6 +221,19 @@ def parse_pair_config(text: str) -> PairConfig:
             raise InvalidInputError(f"`{name}` is given twice in the pair config {text!r}", field=name)
         overrides[name] = _parse_value(hints[name], value.strip(), text)
     return PairConfig(**overrides)
+
+
+def _split_fields(text: str, hints: dict[str, Any]) -> list[str]:
+    """Split at commas, except those in a path or a name, after which no field follows."""
+    parts: list[str] = []
+    for part in text.split(","):
+        previous = hints.get(parts[-1].partition("=")[0].strip().replace("-", "_")) if parts else None
+        is_field = "=" in part or part.strip().replace("-", "_") in hints
+        if previous in (str | None, Path | None) and not is_field:
+            parts[-1] += f",{part}"
+        elif part.strip() not in ("", "default"):
+            parts.append(part.strip())
+    return parts
 
 
 def _parse_value(hint: Any, value: str, config_text: str) -> Any:

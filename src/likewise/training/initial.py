@@ -6,8 +6,9 @@ import torch
 from torch import nn
 
 from likewise.errors import ModelError
-from likewise.models.backbones import BackboneConfig, build_backbone, default_stem
-from likewise.models.checkpoints import load_state_dict, load_state_dict_strict, save_encoder
+from likewise.models.backbones import BackboneConfig, build_backbone, classifier_names, default_stem
+from likewise.models.checkpoints import save_encoder
+from likewise.models.weights import load_weights
 from likewise.run_directory import RunDirectory
 from likewise.training.config import TrainConfig
 
@@ -29,7 +30,8 @@ def init_backbone(config: TrainConfig, backbone_config: BackboneConfig) -> tuple
         backbone, feature_dim = build_backbone(backbone_config, pretrained=config.init == "pretrained")
     weights_path = resolve_init_weights(config.init)
     if weights_path is not None:
-        load_state_dict_strict(backbone, load_state_dict(weights_path), str(weights_path))
+        head_names = classifier_names(config.backbone)
+        load_weights(backbone, weights_path, head_names=head_names, field="init")
     return backbone, feature_dim
 
 

@@ -10,6 +10,7 @@ from likewise.data.readers.base import ColumnMapping, parse_where
 from likewise.data.readers.paths import find_image_root, resolve_image_path
 from likewise.data.readers.tables import Table, TableRow, cell_image
 from likewise.errors import InvalidInputError, did_you_mean
+from likewise.names import split_unknown_names
 
 # Common column names in lower case, in order of preference.
 _IMAGE_COLUMN_NAMES = (
@@ -31,7 +32,7 @@ def match_score(table: Table, options: ImportOptions) -> int:
     if not has_images:
         return 0
     has_captions = (
-        set(options.caption_column) <= set(column_names)
+        set(split_unknown_names(options.caption_column, column_names.__contains__)) <= set(column_names)
         if options.caption_column
         else _match_names(column_names, _CAPTION_COLUMN_NAMES)
     )
@@ -54,7 +55,8 @@ def infer_columns(table: Table, options: ImportOptions) -> tuple[ColumnMapping, 
     """
     column_names = _list_columns(table, options)
     messages = []
-    image_column, caption_columns = options.image_column, options.caption_column
+    image_column = options.image_column
+    caption_columns = split_unknown_names(options.caption_column, column_names.__contains__)
     if image_column is None:
         image_column = _infer_image_column(table, column_names, options)
         messages.append(f"{table.name}: image column is {image_column!r}")
@@ -83,19 +85,12 @@ def _list_columns(table: Table, options: ImportOptions) -> list[str]:
     Raises:
         InvalidInputError: if no row has a requested column.
     """
-    requested = [
-        ("image_column", options.image_column),
-        ("label_column", options.label_column),
-        ("group_column", options.group_column),
-        ("id_column", options.id_column),
-        *(("caption_column", column) for column in options.caption_column),
-        *(("where", column) for column, _ in parse_where(options)),
-    ]
     column_names = table.column_names()
+    requested = _requested_columns(options, column_names)
     is_complete = all(column is None or column in column_names for _, column in requested)
     if not is_complete or match_score(table, options) < 2:
         column_names = table.all_column_names
-    for field, column in requested:
+    for field, column in _requested_columns(options, column_names):
         if column is not None and column not in column_names:
             suggestion = did_you_mean(column, list(column_names))
             raise InvalidInputError(
@@ -103,6 +98,19 @@ def _list_columns(table: Table, options: ImportOptions) -> list[str]:
                 field=field,
             )
     return column_names
+
+
+def _requested_columns(options: ImportOptions, column_names: Sequence[str]) -> list[tuple[str, str | None]]:
+    """Return the columns that options name, with the name of the option."""
+    caption_columns = split_unknown_names(options.caption_column, column_names.__contains__)
+    return [
+        ("image_column", options.image_column),
+        ("label_column", options.label_column),
+        ("group_column", options.group_column),
+        ("id_column", options.id_column),
+        *(("caption_column", column) for column in caption_columns),
+        *(("where", column) for column, _ in parse_where(options)),
+    ]
 
 
 def _infer_image_column(table: Table, column_names: Sequence[str], options: ImportOptions) -> str:

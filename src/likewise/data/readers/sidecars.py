@@ -4,7 +4,7 @@ import json
 import os
 from abc import abstractmethod
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Container, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import pairwise
@@ -23,6 +23,7 @@ from likewise.data.readers.cells import cell_texts
 from likewise.data.readers.columns import match_caption_columns
 from likewise.data.readers.files import IgnoredFiles
 from likewise.errors import InvalidInputError, did_you_mean
+from likewise.names import split_unknown_names
 
 MAX_SIDECAR_BYTES = 16 * 2**20  # larger caption files are errors, and would exhaust the memory
 SIDECAR_SUFFIXES = (".json", ".txt", ".caption")  # in order of precedence
@@ -337,9 +338,8 @@ class SidecarReader(Reader):
         Raises:
             InvalidInputError: if no caption file has a key, or lines have two possible meanings.
         """
-        requested = sidecar_keys(self.options)
-        missing = {key for _, key in requested}
         keys: dict[str, None] = {}
+        missing = sidecar_keys(self.options, keys)
         multiline_texts: list[list[str]] = []
         image_files = self.iter_image_files(IgnoredFiles(), Counter())
         for index, image_file in enumerate(image_files):
@@ -352,17 +352,17 @@ class SidecarReader(Reader):
             except SidecarError:
                 continue
             keys.update(dict.fromkeys([*values, *([_TEXT_KEY] if lines else [])]))
-            missing -= keys.keys()
+            if missing:
+                missing = [item for item in sidecar_keys(self.options, keys) if item[1] not in keys]
             if len(lines) > 1 and index < _NUM_PROBED_IMAGES:
                 multiline_texts.append(lines)
-        for field, key in requested:
-            if key in missing:
-                raise InvalidInputError(_missing_key_message(self.name, field, key, list(keys)), field=field)
+        for field, key in missing:
+            raise InvalidInputError(_missing_key_message(self.name, field, key, list(keys)), field=field)
         columns, message = self._infer_columns(list(keys))
         return _Inferred(columns=columns, separate_lines=self._infer_lines(multiline_texts), message=message)
 
     def _infer_columns(self, keys: list[str]) -> tuple[ColumnMapping, str]:
-        columns = sidecar_columns(self.options)
+        columns = sidecar_columns(self.options, keys)
         inferred = (
             []
             if self.options.caption_column or set(_DEFAULT_KEYS) & set(keys)
@@ -417,10 +417,10 @@ def _condition_values(columns: ColumnMapping, values: dict[str, Any]) -> list[st
     return [f"{name}={text}" for name, _ in columns.where for text in _texts_or_none(values.get(name))]
 
 
-def sidecar_keys(options: ImportOptions) -> list[tuple[str, str]]:
-    """Return the keys that options name, with the name of the option."""
+def sidecar_keys(options: ImportOptions, keys: Container[str]) -> list[tuple[str, str]]:
+    """Return the keys that options name, with the name of the option; names in `keys` keep their commas."""
     named = [
-        *(("caption_column", key) for key in options.caption_column),
+        *(("caption_column", key) for key in split_unknown_names(options.caption_column, keys.__contains__)),
         ("label_column", options.label_column),
         ("group_column", options.group_column),
         ("id_column", options.id_column),
@@ -438,10 +438,10 @@ def _missing_key_message(name: str, field: str, key: str, keys: list[str]) -> st
     )
 
 
-def sidecar_columns(options: ImportOptions) -> ColumnMapping:
-    """Return the keys to read from the JSON file of an image, without inferring any."""
+def sidecar_columns(options: ImportOptions, keys: Container[str]) -> ColumnMapping:
+    """Return the keys to read from the JSON file of an image; names in `keys` keep their commas."""
     return ColumnMapping(
-        captions=options.caption_column or _DEFAULT_KEYS,
+        captions=split_unknown_names(options.caption_column, keys.__contains__) or _DEFAULT_KEYS,
         label=options.label_column,
         group=options.group_column,
         id=options.id_column,
