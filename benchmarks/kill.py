@@ -177,8 +177,7 @@ def start(step: str, folders: Folders, log_path: Path) -> int:
         exit_code = 1
     except BaseException:  # noqa: BLE001  # it must not return into the code of the parent
         traceback.print_exc()
-    finally:
-        os._exit(exit_code)
+    os._exit(exit_code)
 
 
 def wait_for(child: int) -> int:
