@@ -50,12 +50,12 @@ def run_cli(*arguments: str | Path, cwd: Path | None = None) -> subprocess.Compl
 
 def call(*arguments: str | Path) -> int:
     """Run a command in this process and return its exit code."""
-    with pytest.raises(SystemExit) as exit_info:
+    with pytest.raises(SystemExit) as excinfo:
         main([*map(str, arguments)])
-    return int(exit_info.value.code or 0)
+    return int(excinfo.value.code or 0)
 
 
-def test_import_embed_neighbors(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_import_embed_and_neighbors_commands(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for name in ("cat", "dog", "car"):
         save_png(tmp_path / "photos" / f"{name}.png")
         (tmp_path / "photos" / f"{name}.txt").write_text(f"a {name} on a road")
@@ -123,7 +123,7 @@ def test_help_groups_flags_and_shows_defaults_and_choices(capsys: pytest.Capture
         (["report", "nowhere"], 1, "nowhere"),
     ],
 )
-def test_invalid_usage_is_one_line(
+def test_invalid_usage_is_a_one_line_error(
     arguments: list[str],
     exit_code: int,
     text: str,
@@ -285,15 +285,15 @@ def test_json_is_the_only_output(dataset: CaptionDataset) -> None:
 
 
 def test_library_errors_name_fields_not_flags() -> None:
-    # In a process of its own: here, type checks would reject the value first.
+    # In a subprocess, because the type checks of the tests would raise first.
     code = "import likewise; likewise.PairConfig(source='langage')"
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert "self, language, vision" in result.stderr
     assert "Did you mean language" in result.stderr
-    with pytest.raises(InvalidInputError) as error_info:
+    with pytest.raises(InvalidInputError) as excinfo:
         likewise.TrainConfig(batch_size=1)
-    assert error_info.value.field == "batch_size"
-    assert "`batch_size`" in str(error_info.value)
+    assert excinfo.value.field == "batch_size"
+    assert "`batch_size`" in str(excinfo.value)
 
 
 def test_messages_go_to_stderr_for_the_duration_of_a_command(
@@ -313,7 +313,9 @@ def test_messages_go_to_stderr_for_the_duration_of_a_command(
     assert (logger.level, logger.handlers) == state
 
 
-def test_unknown_encoder_is_one_line(dataset: CaptionDataset, capsys: pytest.CaptureFixture[str]) -> None:
+def test_unknown_encoder_is_a_one_line_error(
+    dataset: CaptionDataset, capsys: pytest.CaptureFixture[str]
+) -> None:
     assert call("embed", dataset.path, "--encoder", "./no-such-model", "--quiet") == 1
     error = capsys.readouterr().err
     assert error.startswith("error: ")
@@ -337,7 +339,7 @@ def test_dataset_without_captions_trains_with_self_pairs(tmp_path: Path) -> None
 def test_existing_folders_are_not_overwritten(
     dataset: CaptionDataset, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    (tmp_path / "precious.txt").write_text("mine")
+    (tmp_path / "precious.txt").write_text("data")
     assert call("train", dataset.path, "--out", tmp_path, *TINY) == 1
     assert "not empty" in capsys.readouterr().err
     assert [path.name for path in tmp_path.iterdir()] == ["precious.txt"]
@@ -366,7 +368,7 @@ def test_killed_command_resumes_to_the_same_bytes(
     arguments = [sys.executable, "-m", "likewise.cli", command[0], str(copy), *command[1:], "--quiet"]
     process = subprocess.Popen(arguments, cwd=tmp_path)
     deadline = time.monotonic() + 90
-    # Killed as soon as the stage has begun: its manifest is the first file that it writes.
+    # Killed when the stage has started: the manifest is the first file that it writes.
     while not list((copy / stage).glob("*/artifact.json")) and time.monotonic() < deadline:
         time.sleep(0.002)
     process.send_signal(signal.SIGKILL)
@@ -374,12 +376,14 @@ def test_killed_command_resumes_to_the_same_bytes(
     resumed = subprocess.run(arguments, cwd=tmp_path, capture_output=True, text=True, check=False)
     assert resumed.returncode == 0, resumed.stderr
     (artifact,) = (copy / stage).glob("*")
-    uninterrupted = tmp_path / "whole"
+    uninterrupted = tmp_path / "uninterrupted"
     shutil.copytree(dataset.path, uninterrupted)
     shutil.rmtree(uninterrupted / stage, ignore_errors=True)
-    whole = [str(uninterrupted) if argument == str(copy) else argument for argument in arguments]
-    whole = ["run2" if argument == "run" else argument for argument in whole]
-    subprocess.run(whole, cwd=tmp_path, check=True, capture_output=True)
+    uninterrupted_command = [
+        str(uninterrupted) if argument == str(copy) else argument for argument in arguments
+    ]
+    uninterrupted_command = ["run2" if argument == "run" else argument for argument in uninterrupted_command]
+    subprocess.run(uninterrupted_command, cwd=tmp_path, check=True, capture_output=True)
     assert read_files(artifact) == read_files(uninterrupted / stage / artifact.name)
 
 
@@ -392,6 +396,6 @@ def test_killed_evaluation_resumes_to_the_same_bytes(emoji: Path, tmp_path: Path
         time.sleep(0.002)
     process.send_signal(signal.SIGKILL)
     process.wait()
-    for out in ("killed", "whole"):
+    for out in ("killed", "uninterrupted"):
         subprocess.run([*command, str(tmp_path / out)], check=True, capture_output=True)
-    assert read_files(tmp_path / "killed") == read_files(tmp_path / "whole")
+    assert read_files(tmp_path / "killed") == read_files(tmp_path / "uninterrupted")

@@ -1,4 +1,4 @@
-"""The documentation site builds without warnings and covers the public API."""
+"""The documentation site builds without warnings and lists the public API."""
 
 import re
 import subprocess

@@ -1,4 +1,4 @@
-"""The wheel holds everything that an installed package needs."""
+"""The wheel contains all files of the package and runs when installed."""
 
 import shutil
 import subprocess
@@ -14,7 +14,7 @@ SOURCE = ROOT / "src" / "likewise"
 
 @pytest.fixture(scope="module")
 def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A wheel, built from a copy of the sources without network access."""
+    """Build a wheel from a copy of the sources, without network access."""
     copy, out = tmp_path_factory.mktemp("sources"), tmp_path_factory.mktemp("wheel")
     for name in ("pyproject.toml", "README.md", "LICENSE"):
         shutil.copy(ROOT / name, copy)

@@ -42,7 +42,7 @@ def test_readme_commands_run_as_written(workdir: Path) -> None:
     ]
     path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
     for command in commands:
-        # The paper's encoder is on the hub, and 20 epochs take too long for a test.
+        # A small encoder that needs no download, and two steps, because 20 epochs take too long.
         small = command.replace("--epochs 20", "--max-steps 2").replace(
             "resnet18 --image-size 64", "resnet10t --image-size 32"
         )

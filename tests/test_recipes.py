@@ -38,9 +38,9 @@ evaluate:
 
 
 def call(*command: str | Path) -> int:
-    with pytest.raises(SystemExit) as exit_info:
+    with pytest.raises(SystemExit) as excinfo:
         main([*map(str, command), "--quiet"])
-    return int(exit_info.value.code or 0)
+    return int(excinfo.value.code or 0)
 
 
 @pytest.fixture
@@ -69,18 +69,18 @@ def test_every_recipe_is_valid_and_contains_its_command(
     command = ("run", "photos", "--recipe", name, "--out", "out", "--dataset", "labeled", "--dry-run")
     assert call(*command) == 0
     assert capsys.readouterr().out.splitlines()[-1] == "likewise report out/run"
-    about = (RECIPES_DIR / f"{name}.yaml").read_text()
-    assert f"likewise run IMAGES --recipe {name} --out" in about
+    text = (RECIPES_DIR / f"{name}.yaml").read_text()
+    assert f"likewise run IMAGES --recipe {name} --out" in text
     for key in ("what:", "cost:", "score:"):
-        assert key in about
+        assert key in text
 
 
-def test_recipes_of_the_package() -> None:
+def test_package_has_full_and_small_recipes() -> None:
     assert {name.split("/")[0] for name in RECIPES} == {"lgssl", "small"}
     assert DEFAULT_RECIPE in RECIPES
 
 
-def test_default_recipe(capsys: pytest.CaptureFixture[str]) -> None:
+def test_default_recipe_is_small_lgsimclr(capsys: pytest.CaptureFixture[str]) -> None:
     assert call("run", "photos", "--out", "out", "--dry-run") == 0
     default = capsys.readouterr().out
     assert call("run", "photos", "--out", "out", "--recipe", "small/lgsimclr", "--dry-run") == 0
@@ -88,7 +88,7 @@ def test_default_recipe(capsys: pytest.CaptureFixture[str]) -> None:
     assert "likewise import photos out/dataset" in default
 
 
-def test_a_run_has_all_stages_and_is_reused(
+def test_run_command_writes_all_stages_and_reuses_them(
     recipe: Path, emoji: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     out = tmp_path / "out"
@@ -112,21 +112,21 @@ def test_a_run_has_all_stages_and_is_reused(
 def test_printed_commands_give_the_same_run(
     recipe: Path, emoji: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    whole, steps = tmp_path / "whole", tmp_path / "steps"
+    single, steps = tmp_path / "single", tmp_path / "steps"
     flags = ("--recipe", recipe, "--set", "train.seed=3", "--set", "train.max-steps=1")
-    assert call("run", emoji, "--out", whole, *flags) == 0
+    assert call("run", emoji, "--out", single, *flags) == 0
     capsys.readouterr()
     assert call("run", emoji, "--out", steps, *flags, "--dry-run") == 0
     lines = capsys.readouterr().out.splitlines()
     assert not steps.exists()
     for line in lines:
         assert call(*shlex.split(line)[1:]) == 0
-    manifests = [Run(out / "run").artifact.manifest for out in (whole, steps)]
+    manifests = [Run(out / "run").artifact.manifest for out in (single, steps)]
     assert manifests[0].key == manifests[1].key
     assert manifests[0].settings["seed"] == 3
 
 
-def test_the_source_can_be_a_dataset(
+def test_run_command_accepts_an_imported_dataset(
     dataset: CaptionDataset, recipe: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert call("run", dataset.path, "--recipe", recipe, "--out", tmp_path / "o", "--dry-run") == 0
@@ -157,7 +157,7 @@ def test_the_source_can_be_a_dataset(
         ("train:\n  method: supcon\n  num_positives: 3", "section train: `k` must be at least"),
     ],
 )
-def test_an_invalid_recipe_is_one_line_and_creates_nothing(
+def test_invalid_recipe_is_a_one_line_error_and_writes_no_files(
     text: str, pattern: str, emoji: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     path, out = tmp_path / "bad.yaml", tmp_path / "o"
@@ -179,12 +179,12 @@ def test_an_invalid_recipe_is_one_line_and_creates_nothing(
         (["--set", "train.batch_size=1"], 1, "batch_size"),
     ],
 )
-def test_invalid_flags_of_run(
+def test_invalid_run_flags_are_errors(
     flags: list[str], exit_code: int, text: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert call("run", "x", "--out", tmp_path / "o", *flags) == exit_code
     assert text in " ".join(capsys.readouterr().err.split())
 
 
-def test_run_needs_out() -> None:
+def test_run_without_out_is_a_usage_error() -> None:
     assert call("run", "x") == 2
