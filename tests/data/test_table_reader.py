@@ -202,8 +202,8 @@ def test_parquet_structs_without_bytes_use_the_path(tmp_path: Path, pictures: li
     pq.write_table(pa.Table.from_pylist(rows, schema=schema), tmp_path / "t.parquet")
     dataset = import_dataset(tmp_path / "t.parquet", tmp_path / "out")
     assert samples_by_id(dataset) == {f"{name}.jpg": (data, ("a", "b"))}
-    table_rows = open_parquet_table(tmp_path / "t.parquet").iter_rows(["text"])
-    assert [row.values for row in table_rows if isinstance(row, TableRow)] == [{"text": "a"}, {"text": "b"}]
+    parquet_rows = open_parquet_table(tmp_path / "t.parquet").iter_rows(["text"])
+    assert [row.values for row in parquet_rows if isinstance(row, TableRow)] == [{"text": "a"}, {"text": "b"}]
 
 
 def test_folder_of_parquet_shards_is_ambiguous(tmp_path: Path) -> None:

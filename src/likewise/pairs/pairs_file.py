@@ -57,18 +57,20 @@ def read_pairs_file(path: Path, dataset: CaptionDataset) -> Candidates:
             partners.
     """
     skipped = _SkippedRows()
-    columns: tuple[array[Any], ...] = (array("q"), array("q"), array("d"))
-    for pair in _iter_pairs(_open_table(path), dataset, skipped):
-        for column, value in zip(columns, pair, strict=True):
-            column.append(value)
-    if not columns[0]:
+    anchor_values, partner_values, similarity_values = array("q"), array("q"), array("d")
+    for anchor, partner, value in _iter_pairs(_open_table(path), dataset, skipped):
+        anchor_values.append(anchor)
+        partner_values.append(partner)
+        similarity_values.append(value)
+    if not anchor_values:
         reasons = f": {skipped.summary()}" if skipped.counts else ""
         raise InvalidInputError(
             f"{path} contains no pairs of {dataset.path}{reasons}", field="pairs_file", path=path
         )
     if skipped.counts:
         logger.warning(f"{path}: skipped {skipped.counts.total():,} rows: {skipped.summary()}")
-    anchors, partners, similarity = map(np.array, columns)
+    anchors, partners = np.array(anchor_values, np.int64), np.array(partner_values, np.int64)
+    similarity = np.array(similarity_values)
     order = np.lexsort((np.arange(len(anchors)), -similarity, anchors))
     anchors, partners, similarity = anchors[order], partners[order], similarity[order]
     rank = np.arange(len(anchors)) - np.searchsorted(anchors, anchors)
