@@ -14,6 +14,7 @@ import pytest
 
 import likewise
 from likewise.cli.__main__ import main
+from likewise.cli.flags import format_list, parse_list
 from likewise.data.dataset import CaptionDataset
 from likewise.errors import InvalidInputError
 from support import MINILM, save_png
@@ -203,6 +204,42 @@ def test_dataset_without_captions_trains_with_self_pairs(tmp_path: Path) -> None
     flags = [flag if flag != "8" else "4" for flag in TINY]
     trained = run_cli("train", tmp_path / "c", "--out", tmp_path / "run", "--pairs", "self", *flags)
     assert trained.returncode == 0, trained.stderr
+
+
+def test_import_reports_skipped_and_ignored_files(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for name in ("cat", "dog"):
+        save_png(tmp_path / "photos" / f"{name}.png")
+        (tmp_path / "photos" / f"{name}.txt").write_text(f"a {name}")
+    assert call("import", tmp_path / "photos", tmp_path / "good", "--strict", "--quiet") == 0
+    assert capsys.readouterr().out == f"2 images, 2 captions: {tmp_path / 'good'}\n"
+    (tmp_path / "photos" / "bad.png").write_text("<html>")
+    (tmp_path / "photos" / "notes.docx").write_text("x")
+    assert call("import", tmp_path / "photos", tmp_path / "all", "--strict", "--quiet") == 1
+    output = capsys.readouterr()
+    assert "skipped: 1 (1 not an image)" in output.out
+    assert "ignored: 1 of 6 files: file type .docx (1, such as notes.docx)" in output.out
+    assert "--strict: 1 entries were skipped (not an image)" in output.err
+    # The dataset is complete nevertheless; ignored files are no reason to fail.
+    assert call("import", tmp_path / "photos", tmp_path / "all", "--json", "--quiet") == 0
+    summary = json.loads(capsys.readouterr().out)
+    assert (summary["images"], summary["files"], summary["caption_files"]) == (2, 6, 2)
+    assert (summary["skipped"], summary["ignored"]) == ({"not an image": 1}, {"file type .docx": 1})
+    assert summary["ignored_examples"] == {"file type .docx": "notes.docx"}
+
+
+@pytest.mark.parametrize(
+    ("text", "parts"),
+    [
+        ("eurosat, dtd", ("eurosat", "dtd")),
+        ('"birds, and cats",dtd', ("birds, and cats", "dtd")),
+        ('"a ""b"", c"', ('a "b", c',)),
+        ('7" disc', ('7" disc',)),
+        (",", ()),
+    ],
+)
+def test_quotes_enclose_commas(text: str, parts: tuple[str, ...]) -> None:
+    assert parse_list(text) == parts
+    assert parse_list(format_list(parts)) == parts
 
 
 def test_existing_folders_are_not_overwritten(

@@ -1,7 +1,9 @@
 """Command-line flags made from config dataclasses: one flag per field, with the field's docstring as help."""
 
 import ast
+import csv
 import inspect
+import io
 import re
 import sys
 from collections.abc import Mapping, Sequence
@@ -18,8 +20,16 @@ Config = TypeVar("Config")
 
 
 def parse_list(text: str | None) -> tuple[str, ...]:
-    """Split a comma-separated list."""
-    return tuple(part.strip() for part in (text or "").split(",") if part.strip())
+    """Split a comma-separated list; double quotes enclose a part with commas, as in CSV."""
+    rows = csv.reader(io.StringIO(text or "", newline=""), skipinitialspace=True)
+    return tuple(part.strip() for row in rows for part in row if part.strip())
+
+
+def format_list(parts: Sequence[str]) -> str:
+    """Return the text that `parse_list` splits into these parts."""
+    output = io.StringIO(newline="")
+    csv.writer(output, lineterminator="").writerow(parts)
+    return output.getvalue()
 
 
 def _convert_strings(_: Any, tokens: Sequence[Token]) -> tuple[str, ...]:
@@ -30,7 +40,7 @@ def _convert_ints(_: Any, tokens: Sequence[Token]) -> tuple[int, ...]:
     return tuple(map(int, _convert_strings(_, tokens)))
 
 
-# Comma-separated lists, such as `--dataset eurosat,dtd`.
+# Comma-separated lists, such as `--dataset eurosat,dtd` or `--dataset '"birds, and cats",dtd'`.
 STRINGS = Parameter(converter=_convert_strings, n_tokens=1)
 INTS = Parameter(converter=_convert_ints, n_tokens=1)
 # The fields of a dataclass are flags of their own.

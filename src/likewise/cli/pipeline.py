@@ -11,7 +11,7 @@ from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 from likewise.cli.common import COMMON_OPTIONS, CommonOptions, app, import_summary
 from likewise.cli.evaluation import ColumnFlags, ProtocolFlags, Strings, dataset_lines
-from likewise.cli.flags import translate_fields
+from likewise.cli.flags import format_list, translate_fields
 from likewise.cli.training import run_summary
 from likewise.data.config import ImportOptions
 from likewise.embeddings.config import EncoderOptions
@@ -331,7 +331,7 @@ def to_commands(
             *_to_flags(vars(config.columns), vars(ColumnFlags())),
             *_to_flags(vars(config.protocol_flags), vars(ProtocolFlags())),
         ]
-        yield ["evaluate", run_dir, "--dataset", ",".join(datasets), *flags]
+        yield ["evaluate", run_dir, "--dataset", format_list(datasets), *flags]
     yield ["report", run_dir]
 
 
@@ -350,7 +350,7 @@ def _to_flags(values: Mapping[str, Any], defaults: Mapping[str, Any]) -> list[st
         elif name in _CONSECUTIVE:
             tokens += [flag, *items]
         else:
-            tokens += [flag, ",".join(items)]
+            tokens += [flag, format_list(items) if isinstance(value, list | tuple) else items[0]]
     return tokens
 
 
