@@ -336,6 +336,27 @@ def test_dataset_without_captions_trains_with_self_pairs(tmp_path: Path) -> None
     assert trained.returncode == 0, trained.stderr
 
 
+def test_import_reports_skipped_and_ignored_files(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for name in ("cat", "dog"):
+        save_png(tmp_path / "photos" / f"{name}.png")
+        (tmp_path / "photos" / f"{name}.txt").write_text(f"a {name}")
+    assert call("import", tmp_path / "photos", tmp_path / "good", "--strict", "--quiet") == 0
+    assert capsys.readouterr().out == f"2 images, 2 captions: {tmp_path / 'good'}\n"
+    (tmp_path / "photos" / "bad.png").write_text("<html>")
+    (tmp_path / "photos" / "notes.docx").write_text("x")
+    assert call("import", tmp_path / "photos", tmp_path / "all", "--strict", "--quiet") == 1
+    output = capsys.readouterr()
+    assert "skipped: 1 (1 not an image)" in output.out
+    assert "ignored: 1 of 6 files: file type .docx (1, such as notes.docx)" in output.out
+    assert "--strict: 1 entries were skipped (not an image)" in output.err
+    # The dataset is complete nevertheless; ignored files are no reason to fail.
+    assert call("import", tmp_path / "photos", tmp_path / "all", "--json", "--quiet") == 0
+    summary = json.loads(capsys.readouterr().out)
+    assert (summary["images"], summary["files"], summary["caption_files"]) == (2, 6, 2)
+    assert (summary["skipped"], summary["ignored"]) == ({"not an image": 1}, {"file type .docx": 1})
+    assert summary["ignored_examples"] == {"file type .docx": "notes.docx"}
+
+
 def test_existing_folders_are_not_overwritten(
     dataset: CaptionDataset, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
