@@ -248,17 +248,24 @@ def test_columns_and_datasets_may_contain_commas(
 
 
 def test_sidecar_keys_may_contain_commas(tmp_path: Path) -> None:
-    for name, content in (
-        ("a", {"title, en": "whole", "title": "first", "en": "second"}),
-        ("b", {"title": "first", "en": "second"}),
-        ("c", {"en": "second"}),
-    ):
-        save_png(tmp_path / "photos" / f"{name}.png")
-        (tmp_path / "photos" / f"{name}.json").write_text(json.dumps(content))
+    contents = {
+        "a": {"title": "first", "en": "second"},
+        "b": {"en": "second"},
+        "c": {"title, en": "whole", "title": "first", "en": "second"},
+    }
     flags = ("--caption-column", "title, en", "--quiet")
-    assert call("import", tmp_path / "photos", tmp_path / "d", *flags) == 0
-    captions = [sample.captions for sample in CaptionDataset(tmp_path / "d")]
-    assert captions == [("whole",), ("first", "second"), ("second",)]
+
+    def import_captions(names: str) -> list[tuple[str, ...]]:
+        folder = tmp_path / names
+        for name in names:
+            save_png(folder / f"{name}.png")
+            (folder / f"{name}.json").write_text(json.dumps(contents[name]))
+        assert call("import", folder, tmp_path / f"{names}-dataset", *flags) == 0
+        return [sample.captions for sample in CaptionDataset(tmp_path / f"{names}-dataset")]
+
+    assert import_captions("ab") == [("first", "second"), ("second",)]
+    # A key that exists is not split.
+    assert import_captions("abc") == [(), (), ("whole",)]
 
 
 def test_seeds_of_encoders_may_contain_commas_and_equals_signs(

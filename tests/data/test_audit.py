@@ -143,7 +143,7 @@ def test_each_planted_problem_is_counted(audited: AuditReport, problem_dataset: 
         # Guarantees of five lengths, the title, the praise, `Dog.`, and the pink bird.
         "shared": 4 * 24 + 2,
         "repeated_within": 1,
-        "short": 24 + 7,
+        "short": 24 + 5,
         "long": 1,
         "near_duplicates": counts["near_duplicates"],
         "uniform": 1,

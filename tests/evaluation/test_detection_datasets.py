@@ -75,7 +75,7 @@ def write_coco(
 
 
 @pytest.mark.parametrize("orientation", range(1, 9))
-def test_boxes_lie_on_their_object_in_the_image_as_shown(orientation: int, tmp_path: Path) -> None:
+def test_boxes_lie_on_their_object_in_the_image_as_displayed(orientation: int, tmp_path: Path) -> None:
     dataset = open_detection(write_coco(tmp_path / "shown", orientation=orientation))
     assert red_share(dataset) == pytest.approx(1)
     assert dataset.skipped == {}
@@ -97,7 +97,7 @@ def test_boxes_lie_on_their_object_in_the_image_as_shown(orientation: int, tmp_p
         assert dataset.skipped == {}
 
 
-def test_pixels_in_a_table_are_those_of_the_image_as_shown(tmp_path: Path) -> None:
+def test_pixels_in_a_table_are_those_of_the_image_as_displayed(tmp_path: Path) -> None:
     lines = ["image;split;label;x0;y0;x1;y1"]
     for i, split in enumerate(SPLITS):
         draw(tmp_path / f"images/{i}.jpg", orientation=6)

@@ -110,7 +110,7 @@ def as_stored(image: Image.Image) -> Image.Image:
 
 
 @pytest.mark.parametrize("frame", ["shown", "stored"])
-def test_masks_of_rotated_images_are_those_as_shown(frame: str, tmp_path: Path) -> None:
+def test_masks_of_rotated_images_are_those_as_displayed(frame: str, tmp_path: Path) -> None:
     mask = Image.fromarray(MASK)
     write_masks(tmp_path, [mask if frame == "shown" else as_stored(mask)])
     exif = Image.Exif()

@@ -393,7 +393,7 @@ def test_files_that_do_not_name_their_backbone_ask_for_it(state: State, tmp_path
         assert error.value.field == "backbone"
 
 
-def test_initial_weights_are_read_alike(state: State, tmp_path: Path) -> None:
+def test_initial_weights_are_read_by_the_same_rules(state: State, tmp_path: Path) -> None:
     torch.save(
         {"state_dict": add("module.", state) | {"module.fc.weight": torch.ones(3, 96)}}, tmp_path / "w.pth"
     )

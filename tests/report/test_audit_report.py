@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from helpers.html import ACTIVE_TAGS, EVIL_CAPTION, Page, check_self_contained
+from helpers.pages import ACTIVE_TAGS, EVIL_CAPTION, Page, check_self_contained
 from likewise.data.audit.audit import AuditReport, audit_dataset
 from likewise.data.config import ImportOptions
 from likewise.data.dataset import CaptionDataset

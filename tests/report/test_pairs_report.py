@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from helpers.html import EVIL_CAPTION, Page, check_escaped, check_self_contained
+from helpers.pages import EVIL_CAPTION, Page, check_escaped, check_self_contained
 from likewise.data.config import ImportOptions
 from likewise.data.dataset import CaptionDataset
 from likewise.data.importing import import_dataset

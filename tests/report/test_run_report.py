@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from helpers.html import EVIL_CAPTION, Page, check_escaped, check_self_contained
+from helpers.pages import EVIL_CAPTION, Page, check_escaped, check_self_contained
 from likewise.data.config import ImportOptions
 from likewise.data.importing import import_dataset
 from likewise.embeddings.embed import embed

@@ -22,8 +22,8 @@ class ChainedReader(Reader):
     """Paths of the tables relative to the root."""
 
     def inferred_settings(self) -> list[str]:
-        """Return the messages of all tables, each once."""
-        messages = [message for reader in self.readers for message in reader.inferred_settings()]
+        """Return the messages of all tables with matching rows, each once."""
+        messages = [message for _, reader in self._matching for message in reader.inferred_settings()]
         return [f"{self.root.name}: reading table {', '.join(self.names)}", *dict.fromkeys(messages)]
 
     def count(self) -> int:
