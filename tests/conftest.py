@@ -44,12 +44,6 @@ def dataset(emoji: Path, tmp_path_factory: pytest.TempPathFactory) -> CaptionDat
     return dataset
 
 
-@pytest.fixture(scope="session")
-def collection(dataset: CaptionDataset) -> CaptionDataset:
-    """Return `dataset`. Alias for the tests in tests/data."""
-    return dataset
-
-
 @pytest.fixture
 def workdir(emoji: Path, tmp_path: Path) -> Path:
     """Return a folder with the captioned photos, labeled dataset and two images of the documentation."""

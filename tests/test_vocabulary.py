@@ -14,13 +14,10 @@ FOLDERS = (Path(likewise.__file__).parent, ROOT / "tests", ROOT / "benchmarks")
 DENYLIST = {"told", "shown", "among", "aloud", "alike", "unlike", "looks", "fault", "faults", "chosen"}
 DENYLIST |= {"kept", "held", "place", "besides", "usual", "chance"}
 ALLOWED_PHRASES = re.compile(r"(?<![a-z0-9])(held_out|in_place)(?![a-z0-9])")
-# Files that are not renamed yet, relative to the root of the repository; remove each when it passes.
-PENDING = {"tests/report", "tests/data", "tests/test_demo.py"}
 FILES = {
     path.relative_to(folder.parent).as_posix(): path
     for folder in FOLDERS
     for path in sorted(folder.rglob("*.py"))
-    if not any(path.is_relative_to(ROOT / pending) for pending in PENDING)
 }
 
 

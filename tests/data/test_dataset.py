@@ -27,10 +27,10 @@ def test_import_and_read_a_dataset(tmp_path: Path, pictures: list[Picture]) -> N
     assert [s.id for s in CaptionDataset(tmp_path / "photos.likewise")] == sorted(n for n, _, _ in pictures)
 
 
-def test_samples_are_read_by_index(collection: CaptionDataset) -> None:
-    samples = list(collection)
-    assert len(samples) == len(collection)
-    for index in (0, 63, 64, len(collection) - 1):
-        assert collection[index] == samples[index]
+def test_samples_are_read_by_index(dataset: CaptionDataset) -> None:
+    samples = list(dataset)
+    assert len(samples) == len(dataset)
+    for index in (0, 63, 64, len(dataset) - 1):
+        assert dataset[index] == samples[index]
     with pytest.raises(IndexError):
-        collection[len(collection)]
+        dataset[len(dataset)]

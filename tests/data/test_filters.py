@@ -118,22 +118,20 @@ def test_filter_without_rows_excludes_nothing(small: CaptionDataset, tmp_path: P
     assert dataset_filter.reason_counts == {}
 
 
-def test_caption_mask_is_aligned_with_embeddings(collection: CaptionDataset, tmp_path: Path) -> None:
-    sample = next(sample for sample in collection if len(sample.captions) > 1)
-    dataset_filter = read_filter(
-        write(tmp_path / "f.csv", (sample.id, sample.captions[1], "test")), collection
-    )
-    embeddings = find_embeddings(collection, None)
+def test_caption_mask_is_aligned_with_embeddings(dataset: CaptionDataset, tmp_path: Path) -> None:
+    sample = next(sample for sample in dataset if len(sample.captions) > 1)
+    dataset_filter = read_filter(write(tmp_path / "f.csv", (sample.id, sample.captions[1], "test")), dataset)
+    embeddings = find_embeddings(dataset, None)
     num_excluded = start = 0
-    masks = caption_mask(collection, dataset_filter)
+    masks = caption_mask(dataset, dataset_filter)
     for shard in range(embeddings.num_shards):
         vectors, ids = embeddings.load_shard(shard)
         mask = masks[start : start + len(vectors)]
         start += len(vectors)
         assert mask.shape == (len(vectors),)
-        texts = [c for sample in collection.samples(shard) for c in sample.captions]
+        texts = [c for sample in dataset.samples(shard) for c in sample.captions]
         expected = [
-            not (collection[int(i)].id == sample.id and text == sample.captions[1])
+            not (dataset[int(i)].id == sample.id and text == sample.captions[1])
             for i, text in zip(ids, texts, strict=True)
         ]
         assert mask.tolist() == expected

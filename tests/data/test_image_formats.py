@@ -60,7 +60,7 @@ def encode_tiff(values: np.ndarray, **options: object) -> bytes:
 
 @pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP", "TIFF", "AVIF"])
 @pytest.mark.parametrize("orientation", range(1, 9))
-def test_images_are_decoded_as_shown(kind: str, orientation: int, tmp_path: Path) -> None:
+def test_images_are_decoded_as_displayed(kind: str, orientation: int, tmp_path: Path) -> None:
     data = encode_oriented(orientation, kind)
     (tmp_path / "image").write_bytes(data)
     expected = np.asarray(ImageOps.exif_transpose(Image.open(io.BytesIO(data))).convert("RGB")).astype(int)
@@ -107,7 +107,7 @@ def test_orientation_behind_the_pixels_and_in_damaged_metadata() -> None:
     assert decode_image(encode(blocks(), "JPEG", exif=ImageExif(9))).shape == (96, 144, 3)
 
 
-def test_the_dataset_and_the_cache_hold_images_as_shown(tmp_path: Path) -> None:
+def test_the_dataset_and_the_cache_hold_images_as_displayed(tmp_path: Path) -> None:
     (tmp_path / "in").mkdir()
     (tmp_path / "in" / "a.jpg").write_bytes(encode_oriented(6, "JPEG"))
     dataset = import_dataset(tmp_path / "in", tmp_path / "out")
@@ -241,7 +241,7 @@ def test_lazy_pillow_images_that_are_damaged_have_a_reason() -> None:
 
 
 @pytest.mark.parametrize("layout", ["contiguous", "planar", "pages"])
-def test_chosen_bands_are_scaled_between_percentiles(layout: str) -> None:
+def test_selected_bands_are_scaled_between_percentiles(layout: str) -> None:
     values = np.random.default_rng(1).integers(0, 9000, (40, 50, 6)).astype(np.uint16)
     planes = np.ascontiguousarray(values.transpose(2, 0, 1))
     data = {
@@ -249,9 +249,9 @@ def test_chosen_bands_are_scaled_between_percentiles(layout: str) -> None:
         "planar": lambda: encode_tiff(planes, photometric="minisblack", planarconfig="separate"),
         "pages": lambda: encode_tiff(planes),
     }[layout]()
-    chosen = values[:, :, [3, 2, 1]].astype(float)
-    low, high = np.percentile(chosen, (2, 98), axis=(0, 1))
-    expected = np.rint(((chosen - low) / (high - low)).clip(0, 1) * 255)
+    selected = values[:, :, [3, 2, 1]].astype(float)
+    low, high = np.percentile(selected, (2, 98), axis=(0, 1))
+    expected = np.rint(((selected - low) / (high - low)).clip(0, 1) * 255)
     assert abs(decode_image(data, bands=BANDS) - expected).max() <= 1
     if layout != "pages":
         with pytest.raises(
@@ -293,7 +293,7 @@ def test_invalid_bands_name_their_field() -> None:
         assert error.value.field == field
 
 
-def test_heif_is_read_as_shown() -> None:
+def test_heif_is_read_as_displayed() -> None:
     pytest.importorskip("pillow_heif")
     assert image_formats.register_heif()
     data = encode(blocks(), "HEIF")

@@ -116,10 +116,10 @@ def test_image_bytes_from_files_ranges_and_references(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(("short_side", "budget"), [(40, 0), (200, 0), (200, 2**30)])
 def test_cached_pixels_equal_downscaled_images(
-    collection: CaptionDataset, tmp_path: Path, short_side: int, budget: int, monkeypatch: pytest.MonkeyPatch
+    dataset: CaptionDataset, tmp_path: Path, short_side: int, budget: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("likewise.data.image_cache.RAW_BYTES", budget)
-    copy = CaptionDataset(shutil.copytree(collection.path, tmp_path / "c"))
+    copy = CaptionDataset(shutil.copytree(dataset.path, tmp_path / "c"))
     cache = build_image_cache(copy, short_side)
     assert len(cache) == len(copy)
     assert cache.is_raw == (short_side == 40 or budget > 0)
@@ -133,10 +133,10 @@ def test_cached_pixels_equal_downscaled_images(
 
 
 def test_resumed_cache_equals_uninterrupted(
-    collection: CaptionDataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    dataset: CaptionDataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("likewise.data.image_cache._SHARD_BYTES", 50 * 4 * 32**2)
-    copy = CaptionDataset(shutil.copytree(collection.path, tmp_path / "c"))
+    copy = CaptionDataset(shutil.copytree(dataset.path, tmp_path / "c"))
     path = build_image_cache(copy, 32).path
     whole = {p.name: p.read_bytes() for p in path.iterdir()}
     assert len(whole) > 8

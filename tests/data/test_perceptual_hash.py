@@ -27,12 +27,10 @@ from likewise.data.perceptual_hash import (
 from likewise.errors import ArtifactError, InvalidInputError
 
 
-def copy_dataset(collection: CaptionDataset, folder: Path) -> CaptionDataset:
-    """The same collection elsewhere, so that what a test writes into it stays there."""
+def copy_dataset(dataset: CaptionDataset, folder: Path) -> CaptionDataset:
+    """The same dataset elsewhere, so that what a test writes into it stays there."""
     names = ("image_cache", "embeddings", "neighbors", "hashes", "audit")
-    return CaptionDataset(
-        shutil.copytree(collection.path, folder / "c", ignore=shutil.ignore_patterns(*names))
-    )
+    return CaptionDataset(shutil.copytree(dataset.path, folder / "c", ignore=shutil.ignore_patterns(*names)))
 
 
 @pytest.fixture(scope="module")
@@ -180,8 +178,8 @@ def test_similar_outlines_in_other_colors_are_not_near_duplicates(tmp_path: Path
     assert find_near_duplicate_clusters(hashes).tolist() == [0, -1, 0]
 
 
-def test_interrupted_hashing_resumes(collection: CaptionDataset, tmp_path: Path) -> None:
-    dataset = copy_dataset(collection, tmp_path)
+def test_interrupted_hashing_resumes(dataset: CaptionDataset, tmp_path: Path) -> None:
+    dataset = copy_dataset(dataset, tmp_path)
     compute_perceptual_hashes(dataset, num_workers=0)
     folder = dataset.path / "hashes"
     expected = {file.name: file.read_bytes() for file in folder.iterdir()}
