@@ -73,7 +73,3 @@ def test_identifiers_avoid_the_denylist(name: str) -> None:
         if words(identifier) & DENYLIST
     ]
     assert not denied, "\n".join(denied)
-
-
-def test_pending_files_exist() -> None:
-    assert all((ROOT / path).exists() for path in PENDING)

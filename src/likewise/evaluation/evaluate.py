@@ -125,13 +125,13 @@ def evaluate(
     if not isinstance(encoder, ImageEncoder):
         encoder = load_encoder(encoder)
     out_dir = _default_out_dir(encoder) if out is None else Path(out)
-    header = _describe_encoder(encoder)
+    encoder_info = _describe_encoder(encoder)
     result_files: list[Path] = []
     failures: list[LikewiseError] = []
     for annotation_type, dataset in opened_datasets:
         try:
             context = _build_context(encoder, dataset, out_dir / "features", num_workers, progress)
-        except InvalidInputError as error:
+        except LikewiseError as error:
             failures.append(error)
             continue
         dataset_config = _config_for(dataset, config)
@@ -142,7 +142,7 @@ def evaluate(
         ]
         with _open_artifact(encoder, dataset, dataset_config, out_dir) as artifact:
             result_files.append(
-                _run_protocols(context, protocol_names, dataset_config, artifact, header, failures)
+                _run_protocols(context, protocol_names, dataset_config, artifact, encoder_info, failures)
             )
     results = load_results(out_dir, result_files)
     if failures:
@@ -176,7 +176,7 @@ def open_dataset(
     if name in DATASETS and not path.exists():
         labeled_dataset = open_labeled(download_dataset(name, progress=progress))
         check_complete(name, labeled_dataset)
-        return replace(labeled_dataset, name=name)
+        return replace(labeled_dataset, name=name, is_registered=True)
     return open_labeled(path, label_column=columns.label, split_column=columns.split)
 
 
@@ -207,10 +207,10 @@ def _build_context(
 
 def _config_for(dataset: EvalDataset, config: ProtocolConfig) -> ProtocolConfig:
     """Return the options with the metric that a named dataset is reported with."""
-    info = DATASETS.get(dataset.name)
-    if info is None or info.metric != MEAN_CLASS_ACCURACY:
-        return config
-    return config.with_mean_class_accuracy()
+    is_registered = isinstance(dataset, LabeledDataset) and dataset.is_registered
+    if is_registered and DATASETS[dataset.name].metric == MEAN_CLASS_ACCURACY:
+        return config.with_mean_class_accuracy()
+    return config
 
 
 def _check_readable(dataset: LabeledDataset | CaptionedDataset, features: Features) -> None:
@@ -267,7 +267,7 @@ def _run_protocols(
     protocols: Sequence[str],
     config: ProtocolConfig,
     artifact: Artifact,
-    header: dict[str, Any],
+    encoder_info: dict[str, Any],
     failures: list[LikewiseError],
 ) -> Path:
     """Run the protocols that have no results yet; write the results after each, and return their file.
@@ -275,7 +275,7 @@ def _run_protocols(
     Failures are appended to `failures`, and their messages stored under `failures` in the file.
     """
     path = artifact.path / RESULTS_FILE
-    stored = read_json(path) if path.is_file() else header | {"protocols": {}}
+    stored = read_json(path) if path.is_file() else encoder_info | {"protocols": {}}
     # Counts of what was skipped may change without a change of the data.
     result = stored | {"dataset": _describe_dataset(context)}
     if artifact.is_complete and all(name in result["protocols"] for name in protocols):

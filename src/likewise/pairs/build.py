@@ -32,6 +32,8 @@ from likewise.pairs.sampling import CandidateSampler, LabelSampler, NullSampler,
 from likewise.progress import NULL_PROGRESS, Progress
 
 T = TypeVar("T")
+# Paths and names, and how neighbors are searched: what they refer to, or result in, is hashed.
+_NON_HASHED = ("filter", "pairs_file", "caption_encoder", "image_encoder", "index", "target_recall")
 
 
 @dataclass(frozen=True)
@@ -144,7 +146,9 @@ def find_candidates(
     by_caption = by_image = None
     if source in ("language", "hybrid"):
         by_caption = _find_neighbors(view, pair_config, "captions", device, progress)
-    if source in ("vision", "hybrid") or (by_caption is not None and _needs_images(by_caption, pair_config)):
+    if source in ("vision", "hybrid") or (
+        by_caption is not None and _needs_image_neighbors(by_caption, pair_config)
+    ):
         by_image = _find_neighbors(view, pair_config, "images", device, progress)
     return CandidateSet(view, by_caption=by_caption, by_image=by_image)
 
@@ -167,7 +171,7 @@ def _find_neighbors(
     return NeighborTable(neighbors, Candidates(*neighbors.topk()), vectors)
 
 
-def _needs_images(by_caption: NeighborTable, pair_config: PairConfig) -> bool:
+def _needs_image_neighbors(by_caption: NeighborTable, pair_config: PairConfig) -> bool:
     """Return whether images without a caption are to be paired by image embeddings."""
     has_uncaptioned = bool((by_caption.vectors.captions_per_image == 0).any())
     return pair_config.missing_caption in ("visual", "borrow") and has_uncaptioned
@@ -189,7 +193,7 @@ def select_partners(
     """
     view = candidates.view
     allowed = view.image_mask if allowed is None else view.image_mask & allowed
-    selection = _SELECT[pair_config.source](candidates, pair_config, allowed)
+    selection = _SELECTORS[pair_config.source](candidates, pair_config, allowed)
     has_partner = selection.sampler.has_partner & allowed
     if pair_config.source != "self" and not has_partner.any():
         raise InvalidInputError(
@@ -211,11 +215,7 @@ def select_partners(
 
 
 def _pairs_key(pair_config: PairConfig, selection: _Selection, view: DatasetView) -> str:
-    settings = {
-        name: value
-        for name, value in asdict(pair_config).items()
-        if name not in ("filter", "pairs_file", "caption_encoder", "image_encoder")
-    }
+    settings = {name: value for name, value in asdict(pair_config).items() if name not in _NON_HASHED}
     inputs = selection.inputs if view.filter is None else selection.inputs | {"filter": view.filter.key}
     return config_hash("pairs", settings, inputs)
 
@@ -243,11 +243,11 @@ def _collect_messages(
     return tuple(messages)
 
 
-def _self_pairs(_: CandidateSet, __: PairConfig, allowed: np.ndarray) -> _Selection:
+def _select_self(_: CandidateSet, __: PairConfig, allowed: np.ndarray) -> _Selection:
     return _Selection(NullSampler(len(allowed)), {}, np.zeros(len(allowed), bool))
 
 
-def _label_pairs(candidates: CandidateSet, _: PairConfig, allowed: np.ndarray) -> _Selection:
+def _select_by_label(candidates: CandidateSet, _: PairConfig, allowed: np.ndarray) -> _Selection:
     label_ids = _require(candidates.label_ids)
     allowed_labels = np.where(allowed, label_ids, -1)
     inputs = {"labels": candidates.view.dataset.key, "allowed": _mask_key(allowed)}
@@ -256,18 +256,18 @@ def _label_pairs(candidates: CandidateSet, _: PairConfig, allowed: np.ndarray) -
     return _Selection(LabelSampler(allowed_labels), inputs, np.zeros(len(allowed), bool), messages=messages)
 
 
-def _file_pairs(candidates: CandidateSet, pair_config: PairConfig, allowed: np.ndarray) -> _Selection:
+def _select_from_file(candidates: CandidateSet, pair_config: PairConfig, allowed: np.ndarray) -> _Selection:
     inputs = {"pairs": fingerprint(_require(pair_config.pairs_file)), "allowed": _mask_key(allowed)}
     base = restrict_to(_require(candidates.from_file), allowed)
-    selected = _apply_limits(_apply_thresholds(base, pair_config), base, pair_config)
+    selected = _select_topk(_apply_thresholds(base, pair_config), base, pair_config)
     sampler = CandidateSampler(selected, pair_config.sampling_temperature)
     return _Selection(sampler, inputs, np.zeros(len(allowed), bool))
 
 
-def _language_pairs(candidates: CandidateSet, pair_config: PairConfig, allowed: np.ndarray) -> _Selection:
-    table, by_image = _require(candidates.by_caption), None
-    is_uncaptioned = table.vectors.captions_per_image == 0
-    if _needs_images(table, pair_config):
+def _select_by_caption(candidates: CandidateSet, pair_config: PairConfig, allowed: np.ndarray) -> _Selection:
+    caption_neighbors, by_image = _require(candidates.by_caption), None
+    is_uncaptioned = caption_neighbors.vectors.captions_per_image == 0
+    if _needs_image_neighbors(caption_neighbors, pair_config):
         by_image = candidates.by_image
     if by_image is not None and pair_config.caption_pooling == "sample":
         raise InvalidInputError(
@@ -275,51 +275,55 @@ def _language_pairs(candidates: CandidateSet, pair_config: PairConfig, allowed: 
             "which has no row for an image without a caption",
             field="missing_caption",
         )
-    row_starts = None
+    caption_offsets = None
     if pair_config.caption_pooling == "sample":
-        row_starts = np.concatenate([[0], np.cumsum(table.vectors.captions_per_image)])
-    base = _nearest(table, pair_config, allowed)
-    inputs = {"neighbors": table.neighbors.order_key, "allowed": _mask_key(allowed)}
+        caption_offsets = np.concatenate([[0], np.cumsum(caption_neighbors.vectors.captions_per_image)])
+    base = _nearest(caption_neighbors, pair_config, allowed)
+    inputs = {"neighbors": caption_neighbors.neighbors.order_key, "allowed": _mask_key(allowed)}
     visual_candidates = None
     if by_image is not None:
         inputs["image_neighbors"] = by_image.neighbors.order_key
         visual_candidates = restrict_to(by_image.candidates, allowed)
     if visual_candidates is not None and pair_config.missing_caption == "borrow":
         base = _borrow_captions(base, visual_candidates, is_uncaptioned)
-    selected = _apply_limits(_correct_hubness(base, pair_config, table.vectors), base, pair_config)
+    selected = _select_topk(
+        _filter_and_rerank(base, pair_config, caption_neighbors.vectors), base, pair_config
+    )
     if visual_candidates is not None and pair_config.missing_caption == "visual":
         selected = _fill_visual(selected, visual_candidates, is_uncaptioned)
-    if row_starts is None:
+    if caption_offsets is None:
         is_uncaptioned = is_uncaptioned & ~selected.mask.any(axis=1)
     return _Selection(
-        CandidateSampler(selected, pair_config.sampling_temperature, row_starts),
+        CandidateSampler(selected, pair_config.sampling_temperature, caption_offsets),
         inputs,
         is_uncaptioned,
-        (table.neighbors,) if by_image is None else (table.neighbors, by_image.neighbors),
+        (caption_neighbors.neighbors,)
+        if by_image is None
+        else (caption_neighbors.neighbors, by_image.neighbors),
     )
 
 
-def _vision_pairs(candidates: CandidateSet, pair_config: PairConfig, allowed: np.ndarray) -> _Selection:
-    table = _require(candidates.by_image)
-    base = _nearest(table, pair_config, allowed)
-    selected = _apply_limits(_correct_hubness(base, pair_config, table.vectors), base, pair_config)
-    inputs = {"neighbors": table.neighbors.order_key, "allowed": _mask_key(allowed)}
+def _select_by_image(candidates: CandidateSet, pair_config: PairConfig, allowed: np.ndarray) -> _Selection:
+    image_neighbors = _require(candidates.by_image)
+    base = _nearest(image_neighbors, pair_config, allowed)
+    selected = _select_topk(_filter_and_rerank(base, pair_config, image_neighbors.vectors), base, pair_config)
+    inputs = {"neighbors": image_neighbors.neighbors.order_key, "allowed": _mask_key(allowed)}
     sampler = CandidateSampler(selected, pair_config.sampling_temperature)
-    return _Selection(sampler, inputs, np.zeros(len(allowed), bool), (table.neighbors,))
+    return _Selection(sampler, inputs, np.zeros(len(allowed), bool), (image_neighbors.neighbors,))
 
 
-def _hybrid_pairs(candidates: CandidateSet, pair_config: PairConfig, allowed: np.ndarray) -> _Selection:
-    """Fuse neighbors by caption and by image; an image without a caption has those by image alone."""
+def _select_by_both(candidates: CandidateSet, pair_config: PairConfig, allowed: np.ndarray) -> _Selection:
+    """Fuse the neighbors by caption and by image; images without a caption use image neighbors only."""
     by_caption, by_image = _require(candidates.by_caption), _require(candidates.by_image)
-    tables = _nearest(by_caption, pair_config, allowed), _nearest(by_image, pair_config, allowed)
+    candidate_sets = _nearest(by_caption, pair_config, allowed), _nearest(by_image, pair_config, allowed)
     anchors = np.arange(len(allowed))
     is_uncaptioned = by_caption.vectors.captions_per_image == 0
-    # If one of two images has no caption, their similarity is that of the images.
+    # If either image has no caption, only the image similarity counts.
     image_weight = np.where(is_uncaptioned[:, None], 1.0, pair_config.image_weight)
     if pair_config.fusion == "rrf":
-        positions, _ = reciprocal_rank_fusion(*tables, image_weight, 2 * pair_config.num_candidates)
+        positions, _ = reciprocal_rank_fusion(*candidate_sets, image_weight, 2 * pair_config.num_candidates)
     else:
-        positions = union(*(table.positions for table in tables))
+        positions = union(*(candidates.positions for candidates in candidate_sets))
     # With either fusion, thresholds and sampling use the weighted similarity.
     image_weight = np.where(np.append(is_uncaptioned, False)[positions], 1.0, image_weight)
     similarity = (1 - image_weight) * by_caption.vectors.similarity(
@@ -327,23 +331,24 @@ def _hybrid_pairs(candidates: CandidateSet, pair_config: PairConfig, allowed: np
     ) + image_weight * by_image.vectors.similarity(anchors, positions)
     fused = Candidates(positions, np.where(positions < 0, -np.inf, similarity).astype(np.float32))
     base = fused if pair_config.fusion == "rrf" else fused.rerank(fused.similarity)
-    selected = _apply_limits(_correct_hubness(base, pair_config, by_caption.vectors), base, pair_config)
+    selected = _select_topk(_filter_and_rerank(base, pair_config, by_caption.vectors), base, pair_config)
     inputs = {
         "caption_neighbors": by_caption.neighbors.order_key,
         "image_neighbors": by_image.neighbors.order_key,
         "allowed": _mask_key(allowed),
     }
     sampler = CandidateSampler(selected, pair_config.sampling_temperature)
-    return _Selection(sampler, inputs, is_uncaptioned, (by_caption.neighbors, by_image.neighbors))
+    neighbors = (by_caption.neighbors, by_image.neighbors)
+    return _Selection(sampler, inputs, np.zeros(len(allowed), bool), neighbors)
 
 
-_SELECT: dict[str, Callable[[CandidateSet, PairConfig, np.ndarray], _Selection]] = {
-    "self": _self_pairs,
-    "language": _language_pairs,
-    "vision": _vision_pairs,
-    "hybrid": _hybrid_pairs,
-    "label": _label_pairs,
-    "file": _file_pairs,
+_SELECTORS: dict[str, Callable[[CandidateSet, PairConfig, np.ndarray], _Selection]] = {
+    "self": _select_self,
+    "language": _select_by_caption,
+    "vision": _select_by_image,
+    "hybrid": _select_by_both,
+    "label": _select_by_label,
+    "file": _select_from_file,
 }
 
 
@@ -360,16 +365,16 @@ def _nearest(table: NeighborTable, pair_config: PairConfig, allowed: np.ndarray)
 
 
 def _mask_key(allowed: np.ndarray) -> str:
-    """Return a fingerprint of the allowed images, because a run must not resume with other partners."""
+    """Return a hash of `allowed`, part of the key: a run does not resume with other partners."""
     return config_hash("images", {}, {"allowed": np.packbits(allowed).tobytes().hex()})
 
 
 def _borrow_captions(
     base: Candidates, visual_candidates: Candidates, is_uncaptioned: np.ndarray
 ) -> Candidates:
-    """Give images without a caption the caption of their visual neighbor that has one.
+    """Give each image without a caption the partners of its nearest image that has a caption.
 
-    That neighbor is then the nearest, with a similarity of 1, followed by its own partners.
+    That image comes first, with a similarity of 1.
     """
     can_lend = np.append(~is_uncaptioned & base.mask.any(axis=1), False)
     lender_candidates = visual_candidates.filter(can_lend[visual_candidates.positions])
@@ -406,7 +411,7 @@ def _apply_thresholds(base: Candidates, pair_config: PairConfig) -> Candidates:
     )
 
 
-def _correct_hubness(base: Candidates, pair_config: PairConfig, vectors: ImageVectors) -> Candidates:
+def _filter_and_rerank(base: Candidates, pair_config: PairConfig, vectors: ImageVectors) -> Candidates:
     """Apply the similarity thresholds and rank the rest by the hubness correction."""
     filtered = _apply_thresholds(base, pair_config)
     if pair_config.hubness_correction == "csls":
@@ -416,14 +421,13 @@ def _correct_hubness(base: Candidates, pair_config: PairConfig, vectors: ImageVe
     return filtered
 
 
-def _apply_limits(candidates: Candidates, base: Candidates, pair_config: PairConfig) -> Candidates:
+def _select_topk(candidates: Candidates, base: Candidates, pair_config: PairConfig) -> Candidates:
     """Apply `mutual_k`, `k` and the fallback to the nearest."""
     limited = candidates if pair_config.mutual_k is None else filter_mutual(candidates, pair_config.mutual_k)
-    limited = limited.topk(
-        1
-        if pair_config.k is None and pair_config.source != "file"
-        else pair_config.k or limited.positions.shape[1]
-    )
+    k = pair_config.k
+    if k is None:
+        k = limited.positions.shape[1] if pair_config.source == "file" else 1
+    limited = limited.topk(k)
     if pair_config.fallback != "nearest":
         return limited
     is_empty = ~limited.mask.any(axis=1)

@@ -80,7 +80,8 @@ def train(
         pair_config: The pair config; defaults to `PairConfig()`. Missing neighbors are searched for.
         num_workers: Threads that make batches; defaults to half of the cores. They do not change the result.
         device: `cpu`, `cuda`, …; defaults to `cuda` if it is available.
-        checkpoint_minutes: Minutes between checkpoints; 0 writes one after every step, None writes none.
+        checkpoint_minutes: Minutes between checkpoints; 0 writes one after every step, None only
+            one after a signal.
         progress: Progress bars.
 
     Raises:

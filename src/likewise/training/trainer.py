@@ -90,8 +90,8 @@ class Trainer:
         backbone_config: The config of the backbone.
         optimizer: The optimizer.
         device: The device.
-        dtype: The dtype of matrix products.
-        dist: The process.
+        dtype: The dtype of autocast; float32 disables it.
+        dist: Rank and number of the processes.
         progress: Progress bars.
     """
 
@@ -210,7 +210,8 @@ class Trainer:
         """Train from the last checkpoint, or from the start, to the last step.
 
         Args:
-            checkpoint_minutes: Minutes between checkpoints; 0 writes one after every step, None writes none.
+            checkpoint_minutes: Minutes between checkpoints; 0 writes one after every step, None only one
+                after a signal.
 
         Raises:
             InterruptedRunError: after SIGINT or SIGTERM, with a checkpoint written.
@@ -227,7 +228,7 @@ class Trainer:
             logger.info("resuming from step %s of %s", f"{self.step:,}", f"{self.schedule.steps:,}")
         with ExitStack() as stack:
             stop_event = stack.enter_context(_catch_stop_signals())
-            stack.enter_context(_fork_generators(self.device))
+            stack.enter_context(_preserve_rng_state(self.device))
             stack.enter_context(self._open_loggers())
             progress_bar = stack.enter_context(
                 self.progress.task("training", self.schedule.steps, "steps", self.step)
@@ -238,8 +239,8 @@ class Trainer:
         self, stop_event: threading.Event, progress_bar: ProgressBar, checkpoint_minutes: float | None
     ) -> None:
         self.method.train()
-        self.window, saved_at = _LogWindow(), time.monotonic()
-        (early_stop,) = self.dist.any_rank(self._early_stop())
+        self.window, last_checkpoint_time = _LogWindow(), time.monotonic()
+        (early_stop,) = self.dist.any_rank(self._should_stop_early())
         batches = self.loader.iterate(self.step, self.schedule.steps)
         while self.step < self.schedule.steps and not early_stop:
             wait_started = time.monotonic()
@@ -250,17 +251,18 @@ class Trainer:
             self._log(output, progress_bar)
             self._validate(progress_bar)
             checkpoint_due = (
-                checkpoint_minutes is not None and time.monotonic() - saved_at >= 60 * checkpoint_minutes
+                checkpoint_minutes is not None
+                and time.monotonic() - last_checkpoint_time >= 60 * checkpoint_minutes
             )
             interrupted, checkpoint_due, early_stop = self.dist.any_rank(
-                stop_event.is_set(), checkpoint_due, self._early_stop()
+                stop_event.is_set(), checkpoint_due, self._should_stop_early()
             )
             is_last = early_stop or self.step == self.schedule.steps
             if is_last or checkpoint_due or interrupted:
                 self._check_finite()
-                if self.dist.is_main_process and checkpoint_minutes is not None:
+                if self.dist.is_main_process and (checkpoint_minutes is not None or interrupted):
                     self._save_checkpoint()
-                saved_at = time.monotonic()
+                last_checkpoint_time = time.monotonic()
             if interrupted and not is_last:
                 raise InterruptedRunError(
                     f"stopped after step {self.step:,} of {self.schedule.steps:,}; the same call resumes "
@@ -276,7 +278,7 @@ class Trainer:
 
     def _train_step(self, host_batch: HostBatch) -> StepOutput:
         """Take one optimizer step; the random numbers within it are a function of seed and step."""
-        _seed_generators(_derive_seed(self.config.seed, Stream.TRAIN_STEP, self.step), self.device)
+        _seed_rng(_derive_seed(self.config.seed, Stream.TRAIN_STEP, self.step), self.device)
         for group in self.optimizer.param_groups:
             group["lr"] = self._lr(self.step)
         batch = host_batch.to_device(
@@ -291,8 +293,11 @@ class Trainer:
             if output.skip_update is not None:
                 skip_update = torch.maximum(skip_update, output.skip_update)
             skip_update_where(self.optimizer, skip_update)
-        self.scaler.step(self.optimizer)
-        self.scaler.update()
+        # Without a GradScaler the update is skipped on the device; with one the host must know.
+        is_skipped = self.scaler.is_enabled() and output.skip_update is not None and bool(output.skip_update)
+        if not is_skipped:
+            self.scaler.step(self.optimizer)
+            self.scaler.update()
         self.totals = self.totals.add(output.loss.detach(), output.skip_update, self.step + 1)
         return output
 
@@ -352,7 +357,7 @@ class Trainer:
             self._save_encoder(self.run_dir.best_encoder)
         progress_bar.update(0, postfix=f"validation {PRIMARY_METRIC} {metrics[PRIMARY_METRIC]:.3f}")
 
-    def _early_stop(self) -> bool:
+    def _should_stop_early(self) -> bool:
         return self.validation_logger is not None and should_stop(
             self.validation_logger.rows, self.config.early_stopping_patience
         )
@@ -364,8 +369,9 @@ class Trainer:
             return
         anchors = self.loader.batch_at(step - 1).anchors
         ids = ", ".join(self.dataset[position].id for position in anchors[:5].tolist())
+        others = f" and {len(anchors) - 5:,} more" if len(anchors) > 5 else ""
         raise TrainingError(
-            f"non-finite loss at step {step:,} (images {ids} and {len(anchors) - 5:,} more). "
+            f"non-finite loss at step {step:,} (images {ids}{others}). "
             f"{describe_last_checkpoint(self.run_dir)} Try a lower `base_lr` or precision 'fp32'.",
             path=self.run_dir.path,
         )
@@ -483,7 +489,7 @@ def _derive_seed(*key: int) -> int:
     return int(np.random.SeedSequence(key).generate_state(1)[0])
 
 
-def _seed_generators(seed: int, device: torch.device) -> None:
+def _seed_rng(seed: int, device: torch.device) -> None:
     """Seed the generators of the CPU and of a device, and of no other device."""
     torch.default_generator.manual_seed(seed)
     if device.type == "cuda":
@@ -492,7 +498,7 @@ def _seed_generators(seed: int, device: torch.device) -> None:
 
 
 @contextmanager
-def _fork_generators(device: torch.device) -> Iterator[None]:
+def _preserve_rng_state(device: torch.device) -> Iterator[None]:
     """Restore the generators of the CPU and of a device afterwards."""
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
         yield
@@ -500,7 +506,7 @@ def _fork_generators(device: torch.device) -> Iterator[None]:
 
 @contextmanager
 def _catch_stop_signals() -> Iterator[threading.Event]:
-    """Set an event on the first SIGINT or SIGTERM; a second one has its default effect."""
+    """Set an event on the first SIGINT or SIGTERM; the previous handler then applies again."""
     stop_event = threading.Event()
     if threading.current_thread() is not threading.main_thread():
         yield stop_event

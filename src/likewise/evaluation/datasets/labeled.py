@@ -53,6 +53,8 @@ class LabeledDataset(ImageDataset):
     """(n,) object instance of each image, for retrieval, or None."""
     domains: np.ndarray | None
     """(n,) domain of each image, for cross-domain retrieval, or None."""
+    is_registered: bool = False
+    """Whether it is a dataset of the registry, which defines its metric."""
     boxes: np.ndarray | None
     """(n, 4) float64, box of each subject as x0 y0 x1 y1 in fractions of the image, in [0, 1], or NaN; or
     None."""
