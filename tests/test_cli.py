@@ -26,6 +26,7 @@ from likewise.errors import InvalidInputError
 from support import MINILM, save_png
 
 COMMANDS = [
+    "adapt",
     "analyze-pairs",
     "audit",
     "compare",
@@ -362,6 +363,19 @@ def test_import_reports_skipped_and_ignored_files(tmp_path: Path, capsys: pytest
     assert (summary["images"], summary["files"], summary["caption_files"]) == (2, 6, 2)
     assert (summary["skipped"], summary["ignored"]) == ({"not an image": 1}, {"file type .docx": 1})
     assert summary["ignored_examples"] == {"file type .docx": "notes.docx"}
+
+
+def test_adapt_compares_start_and_adapted_encoder(
+    dataset: CaptionDataset, workdir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    options = ["--image-size", "32", "--batch-size", "32", "--max-steps", "3", "--num-val-pairs", "20"]
+    command = ["adapt", dataset.path, "--encoder", "random:resnet10t", "--out", tmp_path / "run", *options]
+    assert call(*command, "--eval-dataset", workdir / "labeled", "--quiet", "--json") == 0
+    result = json.loads(capsys.readouterr().out)
+    assert result["comparison"]["encoder_names"] == ["start", "adapted"]
+    assert result["adaptation"]["blend"] in (0, 0.25, 0.5, 0.75, 1)
+    assert call(*command, "--quiet") == 0
+    assert "(chosen)" in capsys.readouterr().out
 
 
 def test_existing_folders_are_not_overwritten(

@@ -46,7 +46,8 @@ if TYPE_CHECKING:
     from likewise.progress import Progress, RichProgress
     from likewise.report.run_report import write_report
     from likewise.training import losses
-    from likewise.training.config import TrainConfig
+    from likewise.training.adaptation import AdaptOutcome, BlendScore, adapt
+    from likewise.training.config import AdaptConfig, TrainConfig
     from likewise.training.loader import PairDataset, PairLoader
     from likewise.training.methods.options import (
         BarlowTwinsOptions,
@@ -71,11 +72,14 @@ if TYPE_CHECKING:
 
 __version__ = "0.1.0"
 __all__ = [
+    "AdaptConfig",
+    "AdaptOutcome",
     "ArtifactError",
     "AuditConfig",
     "AuditReport",
     "BYOLOptions",
     "BarlowTwinsOptions",
+    "BlendScore",
     "CLIPOptions",
     "CaptionDataset",
     "CaptionedDataset",
@@ -123,6 +127,7 @@ __all__ = [
     "TrainingError",
     "UnreadableImageError",
     "VICRegOptions",
+    "adapt",
     "analyze_pairs",
     "audit_dataset",
     "build_pairs",
@@ -144,6 +149,10 @@ __all__ = [
 
 # Public names are imported on first use: `import likewise` and `likewise --help` do not import torch.
 _MODULES = {
+    "AdaptConfig": "likewise.training.config",
+    "AdaptOutcome": "likewise.training.adaptation",
+    "BlendScore": "likewise.training.adaptation",
+    "adapt": "likewise.training.adaptation",
     "ArtifactError": "likewise.errors",
     "AuditConfig": "likewise.data.config",
     "AuditReport": "likewise.data.audit.audit",

@@ -50,6 +50,11 @@ class RunDirectory:
         return self.path / "encoder-last.safetensors"
 
     @property
+    def adaptation(self) -> Path:
+        """The validation of all blends of an adapter, and the chosen one (JSON)."""
+        return self.path / "adaptation.json"
+
+    @property
     def preview_views(self) -> Path:
         """The views of the first pairs, (pairs, views, size, size, 3) uint8 (NumPy)."""
         return self.path / "preview.npy"

@@ -15,11 +15,11 @@ import likewise
 from likewise.errors import ArtifactError, InvalidInputError, LikewiseError
 from likewise.evaluation.datasets.labeled import open_labeled
 from likewise.evaluation.evaluate import evaluate
-from likewise.evaluation.features import extract_features
 from likewise.evaluation.protocols import ProtocolConfig
 from likewise.evaluation.protocols.fewshot import FewShotConfig
 from likewise.evaluation.results import compare_metrics, read_results
 from likewise.models.encoders import ImageEncoder, load_encoder
+from likewise.models.features import extract_features
 
 CONFIG = ProtocolConfig(fewshot=FewShotConfig(ways=2, shots=2, episodes=50))
 

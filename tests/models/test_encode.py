@@ -10,8 +10,8 @@ from PIL import Image
 import likewise
 from likewise.data.dataset import CaptionDataset
 from likewise.evaluation.datasets.labeled import open_labeled
-from likewise.evaluation.features import extract_features
 from likewise.models.encoders import ImageEncoder, load_encoder
+from likewise.models.features import extract_features
 from likewise.training.train import train
 from support import save_png
 

@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from likewise.evaluation.evaluate import ColumnOptions
     from likewise.evaluation.protocols import ProtocolConfig
     from likewise.evaluation.results import EvalResults
+    from likewise.models.encoders import ImageEncoder
 
 Strings = Annotated[tuple[str, ...], STRINGS]
 
@@ -147,8 +148,22 @@ class ImageEncoderFlags:
     num_workers: int | None = None
     """Threads that read images; defaults to the number of CPU cores."""
 
+    def load(self, encoder: str) -> "ImageEncoder":
+        """Load an encoder."""
+        from likewise.models.encoders import load_encoder
 
-_DEFAULT_COLUMNS, _DEFAULT_PROTOCOLS, _DEFAULT_ENCODER = ColumnFlags(), ProtocolFlags(), ImageEncoderFlags()
+        return load_encoder(
+            encoder,
+            backbone=self.backbone,
+            weights_prefix=self.weights_prefix,
+            weights_exclude=self.weights_exclude or (),
+            image_size=self.image_size,
+            device=self.device,
+        )
+
+
+_DEFAULT_COLUMNS, _DEFAULT_PROTOCOLS = ColumnFlags(), ProtocolFlags()
+DEFAULT_ENCODER_FLAGS = ImageEncoderFlags()
 
 
 @app.command(
@@ -162,7 +177,7 @@ def evaluate(
     protocol: Strings = ("linear", "fewshot", "knn"),
     columns: ColumnFlags = _DEFAULT_COLUMNS,
     protocols: ProtocolFlags = _DEFAULT_PROTOCOLS,
-    options: ImageEncoderFlags = _DEFAULT_ENCODER,
+    options: ImageEncoderFlags = DEFAULT_ENCODER_FLAGS,
     out: Path | None = None,
     common: CommonOptions = COMMON_OPTIONS,
 ) -> None:
@@ -182,16 +197,8 @@ def evaluate(
     """
     from likewise.evaluation.evaluate import ProtocolFailedError
     from likewise.evaluation.evaluate import evaluate as evaluate_encoder
-    from likewise.models.encoders import load_encoder
 
-    loaded_encoder = load_encoder(
-        encoder,
-        backbone=options.backbone,
-        weights_prefix=options.weights_prefix,
-        weights_exclude=options.weights_exclude or (),
-        image_size=options.image_size,
-        device=options.device,
-    )
+    loaded_encoder = options.load(encoder)
     try:
         results = evaluate_encoder(
             loaded_encoder,

@@ -125,6 +125,11 @@ class CaptionDataset:
         return f"CaptionDataset({str(self.path)!r}, {len(self):,} images)"
 
     @property
+    def name(self) -> str:
+        """Name of the folder."""
+        return self.path.resolve().name
+
+    @property
     def key(self) -> str:
         """Fingerprint of the source and of the import settings."""
         return self.artifact.manifest.key
@@ -191,6 +196,10 @@ class CaptionDataset:
         shard = bisect_right(self.shard_offsets, index) - 1
         row_group, row = divmod(index - self.shard_offsets[shard], _ROW_GROUP_SIZE)
         return _read_row_group(str(self.shard_paths[shard]), self.key, row_group, self.bands)[row]
+
+    def image_refs(self, start: int, stop: int) -> list[ImageRef]:
+        """Return the locations of the images from `start` to `stop`, or their bytes if they are embedded."""
+        return [self[index].image for index in range(start, stop)]
 
     def skipped_entries(self) -> Iterator[dict[str, str]]:
         """Yield each skipped entry of the source with its `id`, `location` and `reason`."""

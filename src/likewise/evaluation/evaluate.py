@@ -29,11 +29,11 @@ from likewise.evaluation.datasets.segmentation import (
     SegmentationDataset,
     open_segmentation,
 )
-from likewise.evaluation.features import Features, extract_features
 from likewise.evaluation.protocols import AnnotationType, ProtocolConfig, build_protocol
 from likewise.evaluation.protocols.base import EvalContext, EvalDataset, Protocol, Score
 from likewise.evaluation.results import RESULTS_FILE, EvalResults, load_results
 from likewise.models.encoders import ImageEncoder, count_flops, load_encoder
+from likewise.models.features import Features, extract_features
 from likewise.progress import NULL_PROGRESS, Progress
 
 logger = logging.getLogger(__name__)
@@ -131,7 +131,7 @@ def evaluate(
     for annotation_type, dataset in opened_datasets:
         try:
             context = _build_context(encoder, dataset, out_dir / "features", num_workers, progress)
-        except LikewiseError as error:
+        except InvalidInputError as error:  # of this dataset; an encoder that fails ends the evaluation
             failures.append(error)
             continue
         dataset_config = _config_for(dataset, config)

@@ -20,6 +20,7 @@ from likewise.models.weight_files import check_weights_file, is_safetensors
 
 TEXT_TOWER_PREFIX = "text_tower."
 IMAGE_PROJECTION_PREFIX = "image_projection."
+ADAPTER_PREFIX = "adapter."
 _METADATA_KEY = "likewise"
 
 
@@ -138,6 +139,18 @@ def save_encoder(
     save_tensors(path, backbone.state_dict() | tensors, metadata)
 
 
+def load_encoder_file(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Read the tensors and the metadata of an encoder that this package wrote.
+
+    Raises:
+        ModelError: if the file is missing, damaged, or of another program.
+    """
+    tensors, metadata = load_tensors(path) if is_safetensors(check_weights_file(path)) else ({}, {})
+    if metadata.get("kind") != "encoder":
+        raise ModelError(f"{path} does not name its backbone; pass `backbone`", field="backbone", path=path)
+    return tensors, metadata
+
+
 def load_backbone(path: Path, image_size: int | None = None) -> tuple[nn.Module, BackboneConfig, int]:
     """Read a backbone from a file of `save_encoder`.
 
@@ -151,9 +164,7 @@ def load_backbone(path: Path, image_size: int | None = None) -> tuple[nn.Module,
     Raises:
         ModelError: if the file is missing, damaged, or not written by `save_encoder`.
     """
-    tensors, metadata = load_tensors(path) if is_safetensors(check_weights_file(path)) else ({}, {})
-    if metadata.get("kind") != "encoder":
-        raise ModelError(f"{path} does not name its backbone; pass `backbone`", field="backbone", path=path)
+    tensors, metadata = load_encoder_file(path)
     try:
         config = BackboneConfig(**metadata["backbone"])
     except (KeyError, TypeError) as error:
@@ -162,11 +173,9 @@ def load_backbone(path: Path, image_size: int | None = None) -> tuple[nn.Module,
         ) from error
     config = config if image_size is None else replace(config, image_size=image_size)
     model, feature_dim = build_backbone(config)
-    load_state_dict_strict(
-        model,
-        {k: v for k, v in tensors.items() if not k.startswith((TEXT_TOWER_PREFIX, IMAGE_PROJECTION_PREFIX))},
-        str(path),
-    )
+    other_prefixes = (TEXT_TOWER_PREFIX, IMAGE_PROJECTION_PREFIX, ADAPTER_PREFIX)
+    state_dict = {name: tensor for name, tensor in tensors.items() if not name.startswith(other_prefixes)}
+    load_state_dict_strict(model, state_dict, str(path))
     return model, config, feature_dim
 
 

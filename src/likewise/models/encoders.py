@@ -31,6 +31,7 @@ from likewise.errors import (
     describe_error,
     did_you_mean,
 )
+from likewise.models.adapter import AdaptedModel, FeatureAdapter, load_adapter
 from likewise.models.backbones import (
     BackboneConfig,
     build_backbone,
@@ -38,7 +39,7 @@ from likewise.models.backbones import (
     classifier_names,
     default_stem,
 )
-from likewise.models.checkpoints import load_backbone, load_bands
+from likewise.models.checkpoints import load_backbone, load_bands, load_encoder_file
 from likewise.models.external import load_huggingface_model, load_torch_hub_model, load_torchvision_model
 from likewise.models.text_tower import TextAlignment, encode_captions, load_text_alignment
 from likewise.models.transforms import EvalTransform
@@ -76,6 +77,8 @@ class ImageEncoder:
     """Hash of the weights and the structure of the model."""
     text_alignment: TextAlignment | None = None
     """Text tower and projections into the joint space; None for encoders without a text tower."""
+    backbone_config: BackboneConfig | None = None
+    """Configuration that builds the model without weights; None for models that timm does not build alone."""
     load_args: Mapping[str, Any] = field(default_factory=dict)
     """Arguments of `load_encoder` that load this encoder again."""
 
@@ -333,11 +336,38 @@ def _load(
 
 
 def _load_saved_encoder(path: Path, name: str, image_size: int | None) -> ImageEncoder:
+    tensors, metadata = load_encoder_file(path)
+    adapter = load_adapter(tensors, metadata, path)
+    if metadata.get("start") is not None:
+        return _with_adapter(name, _load_start(metadata["start"], path), adapter)
     model, config, feature_dim = load_backbone(path, image_size)
     transform = EvalTransform(
         image_size=config.image_size, resize_size=config.image_size, bands=load_bands(path)
     )
-    return _build_encoder(name, model, transform, feature_dim, load_text_alignment(path))
+    if metadata.get("transform") is not None:
+        transform = EvalTransform.from_dict(metadata["transform"]).resize_to(config.image_size)
+    encoder = _build_encoder(name, model, transform, feature_dim, load_text_alignment(path))
+    return _with_adapter(name, replace(encoder, backbone_config=config), adapter)
+
+
+def _load_start(start: Mapping[str, Any], path: Path) -> ImageEncoder:
+    """Load the encoder that an adapter belongs to.
+
+    Raises:
+        ModelError: if it is no longer the one that was adapted.
+    """
+    encoder = load_encoder(**start["load_args"])
+    if encoder.fingerprint != start["fingerprint"]:
+        raise ModelError(
+            f"{path} adapts {start['load_args']['encoder']}, whose weights have changed since", path=path
+        )
+    return encoder
+
+
+def _with_adapter(name: str, start: ImageEncoder, adapter: FeatureAdapter | None) -> ImageEncoder:
+    if adapter is None:
+        return start
+    return _build_encoder(name, AdaptedModel(start.model, adapter), start.transform, start.feature_dim)
 
 
 def _load_weights(
@@ -347,13 +377,14 @@ def _load_weights(
     if scheme == "torchvision":
         model, transform, head_name = load_torchvision_model(name, image_size, pretrained=False)
         head_names: tuple[str, ...] = (head_name,)
+        config = None
     else:
-        model, _ = build_backbone(
-            BackboneConfig(name=backbone, image_size=224 if image_size is None else image_size)
-        )
+        config = BackboneConfig(name=backbone, image_size=224 if image_size is None else image_size)
+        model, _ = build_backbone(config)
         transform, head_names = _timm_transform(model, image_size), classifier_names(backbone)
     load_weights(model, path, prefix=prefix, exclude=exclude, head_names=head_names)
-    return _build_encoder(path.stem, model, transform, _feature_dim(model, transform.image_size))
+    encoder = _build_encoder(path.stem, model, transform, _feature_dim(model, transform.image_size))
+    return replace(encoder, backbone_config=config)
 
 
 def _feature_dim(model: nn.Module, image_size: int) -> int:
@@ -366,10 +397,10 @@ def _feature_dim(model: nn.Module, image_size: int) -> int:
 
 
 def _load_timm(name: str, image_size: int | None) -> ImageEncoder:
-    model, feature_dim = build_backbone(
-        BackboneConfig(name=name, image_size=_timm_image_size(name, image_size)), pretrained=True
-    )
-    return _build_encoder(f"timm:{name}", model, _timm_transform(model, image_size), feature_dim)
+    config = BackboneConfig(name=name, image_size=_timm_image_size(name, image_size))
+    model, feature_dim = build_backbone(config, pretrained=True)
+    encoder = _build_encoder(f"timm:{name}", model, _timm_transform(model, image_size), feature_dim)
+    return replace(encoder, backbone_config=config)
 
 
 def _load_random(name: str, image_size: int | None) -> ImageEncoder:
@@ -379,7 +410,8 @@ def _load_random(name: str, image_size: int | None) -> ImageEncoder:
         torch.default_generator.manual_seed(0)
         model, feature_dim = build_backbone(config)
     transform = EvalTransform(image_size=image_size, resize_size=image_size)
-    return _build_encoder(f"random:{name}", model, transform, feature_dim)
+    encoder = _build_encoder(f"random:{name}", model, transform, feature_dim)
+    return replace(encoder, backbone_config=config)
 
 
 def _load_clip_encoder(name: str, image_size: int | None) -> ImageEncoder:

@@ -1,13 +1,15 @@
 """Preprocessing of images for a frozen encoder."""
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
 
-from likewise.data.config import BandSelection
+from likewise.data.config import BandSelection, select_bands
 from likewise.models.backbones import IMAGENET_MEAN, IMAGENET_STD
 
 
@@ -27,6 +29,20 @@ class EvalTransform:
     """Standard deviation of each channel."""
     bands: BandSelection | None = None
     """Choice of the bands of TIFF images of several bands: that of the images of training."""
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> "EvalTransform":
+        """Return the transform that `dataclasses.asdict` wrote to JSON."""
+        options: dict[str, Any] = dict(values)
+        options["mean"], options["std"] = tuple(values["mean"]), tuple(values["std"])
+        if values["bands"] is not None:
+            options["bands"] = select_bands(*map(tuple, values["bands"].values()))
+        return cls(**options)
+
+    def resize_to(self, image_size: int) -> "EvalTransform":
+        """Return the transform for another image size, with the same ratio of crop and short side."""
+        resize_size = round(image_size * self.resize_size / self.image_size)
+        return replace(self, image_size=image_size, resize_size=resize_size)
 
     def center_crop(self, pixels: np.ndarray) -> np.ndarray:
         """Resize and crop the center: (h, w, 3) uint8 -> (image_size, image_size, 3) uint8."""

@@ -61,7 +61,7 @@ def build_loader(
     evaluator = None
     if config.num_val_pairs:
         split = split_validation(pairs, config.num_val_pairs, seed=config.seed)
-        labels = _label_ids(dataset, split.anchors)
+        labels = label_indices(dataset, split.anchors)
         evaluator = PairRetrievalEvaluator(image_cache, pairs, split, view_specs[0], labels, seed=config.seed)
         training_mask = split.training_mask(image_cache.readable_mask)
         pairs = select_partners(candidates, pair_config, training_mask)
@@ -134,7 +134,7 @@ def _open_caption_inputs(
     )
 
 
-def _label_ids(dataset: CaptionDataset, positions: np.ndarray) -> np.ndarray | None:
+def label_indices(dataset: CaptionDataset, positions: np.ndarray) -> np.ndarray | None:
     """Return the label of images as integers, -1 without one; None with fewer than two labels."""
     names = [dataset[int(position)].label for position in positions]
     label_ids = {name: i for i, name in enumerate(sorted({n for n in names if n is not None}))}

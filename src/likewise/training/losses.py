@@ -102,6 +102,28 @@ def info_nce_loss(
     return cross_entropy(_l2_normalize(queries) @ _l2_normalize(keys).T / temperature, labels)
 
 
+def soft_target_loss(
+    queries: Float[Tensor, "b d"],
+    keys: Float[Tensor, "b d"],
+    temperature: float,
+    target_temperature: float,
+) -> Float[Tensor, ""]:
+    """Cross-entropy of each query's similarities to all keys against the similarities of the keys themselves.
+
+    The target of query i is softmax(k_i . k_j / target_temperature) over j, so that queries match the keys of
+    all similar samples instead of their own alone (X-CLR, Sobal et al. 2024, arXiv 2407.18134).
+
+    Args:
+        queries: Projections of the images.
+        keys: Embeddings of their captions; they receive no gradient.
+        temperature: Softmax temperature of the similarities of queries and keys.
+        target_temperature: Softmax temperature of the similarities of the keys.
+    """
+    keys = _l2_normalize(keys.detach())
+    target_probs = (keys @ keys.T / target_temperature).softmax(dim=1)
+    return cross_entropy(_l2_normalize(queries) @ keys.T / temperature, target_probs)
+
+
 def moco_loss(
     queries: Float[Tensor, "b d"],
     keys: Float[Tensor, "b d"],

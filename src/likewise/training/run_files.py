@@ -91,7 +91,7 @@ def non_default_settings(config: TrainConfig, pair_config: PairConfig) -> dict[s
 
 def write_config(
     run_dir: RunDirectory,
-    config: TrainConfig,
+    settings: dict[str, Any],
     pairs: Pairs,
     dataset: CaptionDataset,
     derived: dict[str, Any],
@@ -100,7 +100,7 @@ def write_config(
 
     Args:
         run_dir: The run.
-        config: The training config.
+        settings: The settings as given, such as those of `run_settings`.
         pairs: The pairs.
         dataset: The dataset.
         derived: Further derived values, such as the schedule.
@@ -112,9 +112,8 @@ def write_config(
             {"path": str(neighbors.path.resolve()), "key": neighbors.manifest.key}
             for neighbors in pairs.neighbors
         ],
-        "non_default": non_default_settings(config, pairs.pair_config),
     }
-    write_yaml(run_dir.config, run_settings(config, pairs.pair_config) | {"derived": derived})
+    write_yaml(run_dir.config, settings | {"derived": derived})
 
 
 def warn_precision_change(run_dir: RunDirectory, dtype: torch.dtype) -> None:

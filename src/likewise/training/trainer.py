@@ -51,6 +51,7 @@ from likewise.training.optim import build_optimizer, skip_update_where, warmup_c
 from likewise.training.run_files import (
     DTYPES,
     MetricsLogger,
+    non_default_settings,
     precision_name,
     run_settings,
     warn_precision_change,
@@ -398,7 +399,9 @@ class Trainer:
             "precision": precision_name(self.dtype),
             "world_size": self.dist.world_size,
         }
-        write_config(self.run_dir, self.config, pairs, self.dataset, derived)
+        settings = run_settings(self.config, pairs.pair_config)
+        non_default = non_default_settings(self.config, pairs.pair_config)
+        write_config(self.run_dir, settings, pairs, self.dataset, derived | {"non_default": non_default})
 
     @contextmanager
     def _open_loggers(self) -> Iterator[None]:

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from likewise.data.config import ImportOptions
+from likewise.data.dataset import ImageRef
 from likewise.data.images import IMAGE_SUFFIXES
 from likewise.data.readers.base import SkippedSample
 from likewise.data.readers.cells import cell_text
@@ -55,6 +56,10 @@ class ImageDataset:
 
     def __len__(self) -> int:
         return len(self.files)
+
+    def image_refs(self, start: int, stop: int) -> list[ImageRef]:
+        """Return the locations of the images from `start` to `stop`."""
+        return [ImageRef(path=file) for file in self.files[start:stop]]
 
 
 class SkippedEntries:

@@ -17,10 +17,10 @@ from likewise.evaluation.datasets.detection import DetectionDataset
 from likewise.evaluation.datasets.labeled import LabeledDataset
 from likewise.evaluation.datasets.registry import MEAN_CLASS_ACCURACY
 from likewise.evaluation.datasets.segmentation import SegmentationDataset
-from likewise.evaluation.features import Features
 from likewise.evaluation.results import ResultRow
 from likewise.evaluation.statistics import Estimate, bootstrap, mean_per_class
 from likewise.models.encoders import ImageEncoder
+from likewise.models.features import Features
 from likewise.models.text_tower import TextAlignment
 from likewise.parallel import default_num_workers
 from likewise.progress import Progress

@@ -1,9 +1,10 @@
-"""Features of an evaluation dataset under a frozen encoder, computed once and cached on disk."""
+"""Features of many images under a frozen encoder, computed once and cached on disk."""
 
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Protocol, runtime_checkable
 
 import numpy as np
 
@@ -19,13 +20,38 @@ from likewise.artifacts import (
     write_json,
 )
 from likewise.data.dataset import ImageRef
-from likewise.evaluation.datasets.base import ImageDataset
 from likewise.models.encoders import ImageEncoder
 from likewise.progress import NULL_PROGRESS, Progress, ProgressBar
 
 ARTIFACT_KIND = "features"
 FEATURES_FILE = "features.npy"
 _SHARD_SIZE = 2048
+
+
+@runtime_checkable
+class ImageSource(Protocol):
+    """Images in a fixed order, such as an evaluation dataset or a `CaptionDataset`."""
+
+    @property
+    def name(self) -> str:
+        """Name in messages."""
+        ...
+
+    @property
+    def key(self) -> str:
+        """Fingerprint of the images."""
+        ...
+
+    @property
+    def root(self) -> Path:
+        """Folder that paths are relative to."""
+        ...
+
+    def __len__(self) -> int: ...
+
+    def image_refs(self, start: int, stop: int) -> Sequence[ImageRef]:
+        """Return the locations of the images from `start` to `stop`."""
+        ...
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,7 +68,7 @@ class Features:
 
 def extract_features(
     encoder: ImageEncoder,
-    dataset: ImageDataset,
+    dataset: ImageSource,
     cache_dir: Path,
     *,
     batch_size: int | None = None,
@@ -91,7 +117,7 @@ def extract_features(
 
 def _extract_missing(
     encoder: ImageEncoder,
-    dataset: ImageDataset,
+    dataset: ImageSource,
     artifact: Artifact,
     batch_size: int | None,
     num_workers: int | None,
@@ -109,8 +135,8 @@ def _extract_missing(
         for index, (start, path) in enumerate(zip(starts, paths, strict=True)):
             reasons_path = artifact.path / shard_name("skipped", index, "json")
             if not path.is_file():
-                files = dataset.files[start : start + _SHARD_SIZE]
-                vectors, reasons = _extract_shard(encoder, files, dataset.root, batch_size, num_workers, bar)
+                refs = dataset.image_refs(start, min(start + _SHARD_SIZE, len(dataset)))
+                vectors, reasons = _extract_shard(encoder, refs, dataset.root, batch_size, num_workers, bar)
                 write_json(reasons_path, reasons)
                 write_array(path, vectors)
             skipped.update(reason for reason in read_json(reasons_path) if reason)
@@ -120,7 +146,7 @@ def _extract_missing(
 
 def _extract_shard(
     encoder: ImageEncoder,
-    files: Sequence[str],
+    refs: Sequence[ImageRef],
     root: Path,
     batch_size: int | None,
     num_workers: int | None,
@@ -129,7 +155,7 @@ def _extract_shard(
     """Return features (s, d), NaN for unreadable images, and per image the reason or an empty string."""
     vectors, reasons = [], []
     for features, errors in encoder.encode_batches(
-        (ImageRef(path=file) for file in files), root=root, batch_size=batch_size, num_workers=num_workers
+        refs, root=root, batch_size=batch_size, num_workers=num_workers
     ):
         vectors.append(features)
         is_finite = np.all(np.isfinite(features), axis=1)
