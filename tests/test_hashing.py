@@ -63,3 +63,18 @@ def test_hash_of_files_depends_on_names_and_order_of_many_files(tmp_path: Path) 
     assert hash_files(tmp_path, names[:-1]) != before
     (tmp_path / names[150]).unlink()
     assert hash_files(tmp_path, names) != before
+
+
+@pytest.mark.parametrize(
+    ("suffix", "is_whole"), [("bmp", True), ("tif", True), ("txt", True), ("jpg", False)]
+)
+def test_files_that_are_no_compressed_images_are_hashed_completely(
+    tmp_path: Path, suffix: str, is_whole: bool
+) -> None:
+    file = tmp_path / f"a.{suffix}"
+    content = bytearray(4 * SAMPLED_BYTES)
+    file.write_bytes(content)
+    before = content_fingerprint(file)
+    content[SAMPLED_BYTES // 2 + 50_000] = 1  # between the sampled blocks
+    file.write_bytes(content)
+    assert (content_fingerprint(file) != before) == is_whole

@@ -3,6 +3,7 @@
 import hashlib
 import os
 import stat
+import sys
 from collections.abc import Iterable, Iterator
 from itertools import islice
 from pathlib import Path
@@ -15,6 +16,9 @@ SAMPLED_BYTES = _NUM_BLOCKS * _BLOCK_BYTES
 """Bytes that are read of a large image: 256 KiB."""
 WHOLE_BYTES = 64 * 2**20
 """Size up to which annotations and tables are read completely: 64 MiB."""
+_COMPRESSED_SUFFIXES = frozenset(
+    {".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".avif", ".heic", ".heif", ".jp2", ".j2k", ".gif"}
+)
 _FILES_PER_TASK = 64
 _CHUNK_BYTES = 2**20
 
@@ -27,16 +31,19 @@ def hash_strings(strings: Iterable[str]) -> str:
     return digest.hexdigest()
 
 
-def content_fingerprint(path: Path | str, whole_bytes: int = SAMPLED_BYTES) -> str:
+def content_fingerprint(path: Path | str, whole_bytes: int | None = None) -> str:
     """Return the size and a hash of the content of a file, or `missing` if it cannot be read.
 
     A larger file is hashed in four blocks of 64 KiB: its head, its tail, and two evenly spaced between them.
 
     Args:
         path: The file.
-        whole_bytes: Size up to which the file is read completely, in bytes; use `WHOLE_BYTES` for
-            annotations and tables, in which a small change matters.
+        whole_bytes: Size up to which the file is read completely, in bytes; defaults to 256 KiB for
+            compressed images, in which a change of pixels moves the bytes behind it, and else to any size.
     """
+    if whole_bytes is None:
+        is_compressed = os.path.splitext(path)[1].lower() in _COMPRESSED_SUFFIXES  # noqa: PTH122
+        whole_bytes = SAMPLED_BYTES if is_compressed else sys.maxsize
     try:
         # Without O_NONBLOCK, opening a named pipe waits for a writer.
         descriptor = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0))
@@ -68,7 +75,7 @@ def _byte_ranges(size: int, whole_bytes: int) -> list[tuple[int, int]]:
     return [(last_offset * i // (_NUM_BLOCKS - 1), _BLOCK_BYTES) for i in range(_NUM_BLOCKS)]
 
 
-def hash_files(root: Path, names: Iterable[str], whole_bytes: int = SAMPLED_BYTES) -> str:
+def hash_files(root: Path, names: Iterable[str], whole_bytes: int | None = None) -> str:
     """Hash the names and the content fingerprints of files: 16 hexadecimal digits of BLAKE2b.
 
     Files are read by several threads, and the names are consumed while the files are read.
@@ -76,7 +83,7 @@ def hash_files(root: Path, names: Iterable[str], whole_bytes: int = SAMPLED_BYTE
     Args:
         root: Folder that the names are relative to.
         names: Paths of the files; missing files count as such.
-        whole_bytes: Size up to which a file is read completely, in bytes.
+        whole_bytes: Size up to which a file is read completely, as in `content_fingerprint`.
     """
 
     def fingerprint_batch(batch: list[str]) -> list[str]:

@@ -76,6 +76,14 @@ def test_images_are_decoded_as_displayed(kind: str, orientation: int, tmp_path: 
     assert abs(orient_pixels(stored, orientation) - expected).mean() < 8
 
 
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_tiff_files_opened_by_path_are_oriented(orientation: int, tmp_path: Path) -> None:
+    path = tmp_path / "a.tif"
+    path.write_bytes(encode_oriented(orientation, "TIFF"))
+    with Image.open(path) as image:
+        np.testing.assert_array_equal(convert_image(image), decode_image(path.read_bytes()))
+
+
 def test_reduced_jpegs_are_oriented() -> None:
     big = encode(blocks().resize((576, 384)), "JPEG", exif=ImageExif(6))
     small = decode_image(big, 48)

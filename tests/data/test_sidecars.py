@@ -177,3 +177,15 @@ def test_names_without_caption_files_raise(tmp_path: Path, pictures: list[Pictur
     write_images(tmp_path / "src", pictures)
     with pytest.raises(InvalidInputError, match="no image of src has a caption file"):
         import_dataset(tmp_path / "src", tmp_path / "out", ImportOptions(label_column="label"))
+
+
+@pytest.mark.parametrize("encoding", ["utf-8-sig", "utf-16", "utf-32"])
+def test_encodings_and_written_numbers(tmp_path: Path, pictures: list[Picture], encoding: str) -> None:
+    write_images(tmp_path / "in", pictures[:2])
+    names = [name for name, _, _ in pictures[:2]]
+    (tmp_path / "in" / f"{names[0]}.txt").write_text("ein großer Käfer", encoding=encoding)
+    (tmp_path / "in" / f"{names[1]}.json").write_text('{"caption": "ü", "size": 1.10}', encoding=encoding)
+    dataset = import_dataset(tmp_path / "in", tmp_path / "out", ImportOptions(label_column="size"))
+    by_id = {sample.id: sample for sample in dataset}
+    assert by_id[names[0]].captions == ("ein großer Käfer",)
+    assert (by_id[names[1]].captions, by_id[names[1]].label) == (("ü",), "1.10")

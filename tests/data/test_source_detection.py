@@ -4,6 +4,8 @@ import json
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
 from helpers.pictures import (
@@ -132,3 +134,33 @@ def test_the_folder_of_a_table_precedes_others(tmp_path: Path, pictures: list[Pi
         write_images(tmp_path / "src" / folder, pictures)
     table = write_file(tmp_path / "src" / "t.csv", format_csv(pictures, ""))
     assert read(table).root == tmp_path / "src"
+
+
+def test_a_damaged_table_in_a_subfolder_is_skipped_and_counted(
+    tmp_path: Path, pictures: list[Picture]
+) -> None:
+    """Damage behind the header of one table must not hide its images, nor end the import of the other."""
+    for split in ("train", "test"):
+        rows = [
+            {"image": data, "text": f"{caption} {i}"} for i in range(300) for _, data, caption in pictures
+        ]
+        (tmp_path / "src" / split).mkdir(parents=True)
+        pq.write_table(pa.Table.from_pylist(rows), tmp_path / "src" / split / "data.parquet")
+    damaged = tmp_path / "src/test/data.parquet"
+    content = bytearray(damaged.read_bytes())
+    content[100 : len(content) * 3 // 4] = b"\0" * (len(content) * 3 // 4 - 100)
+    damaged.write_bytes(content)
+    dataset = read(tmp_path / "src")
+    assert len(dataset) == 300 * len(pictures)
+    manifest = dataset.artifact.manifest
+    assert manifest.skipped | manifest.ignored in (
+        {"table cannot be read": 1},
+        {"table that is not used": 1},
+    )
+
+
+def test_other_tables_of_a_folder_are_counted(tmp_path: Path, pictures: list[Picture]) -> None:
+    write_images(tmp_path / "src", pictures)
+    write_file(tmp_path / "src/captions.csv", format_csv(pictures, ""))
+    write_file(tmp_path / "src/notes.csv", "date,price\n2020,3\n")
+    assert read(tmp_path / "src").artifact.manifest.ignored == {"table that is not used": 1}

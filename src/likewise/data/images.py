@@ -280,6 +280,9 @@ def convert_image(image: Image.Image) -> np.ndarray:
     Raises:
         UnreadableImageError: if the image is damaged, or `check_image_size` refuses it.
     """
+    if image.format == "TIFF" and getattr(image, "tile", ()) and getattr(image, "filename", ""):
+        # Pillow maps the pixels of TIFF files opened by path with the width after the rotation.
+        image = Image.open(io.BytesIO(Path(str(getattr(image, "filename", ""))).read_bytes()))
     check_image_size(*image.size)
     with _pillow_errors_as_reasons():
         pixels = _to_rgb(image)

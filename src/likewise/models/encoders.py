@@ -321,12 +321,12 @@ def _load(
     if scheme in _LOADERS and name:
         return _LOADERS[scheme](name, image_size)
     path = Path(name_or_path)
-    if path.is_dir():
+    if os.path.isdir(path):  # noqa: PTH112  # `Path.is_dir` raises OSError for long names
         if (path / "config.json").is_file() and not (path / MANIFEST).is_file():
             raise ModelError(f"{path} is not a run; for a model of Hugging Face, give hf:{path}", path=path)
         Artifact.open(path, "run")
         return _load_saved_encoder(RunDirectory(path).encoder, path.resolve().name, image_size)
-    if not path.is_file():
+    if not os.path.isfile(path):  # noqa: PTH113
         raise ModelError(
             f"{name_or_path} is not a run, not a file of weights, and not {ENCODER_FORMATS}", path=path
         )

@@ -52,6 +52,12 @@ def read_weights(path: Path) -> WeightsFile:
         content = _read_shards(path)
     elif is_safetensors(check_weights_file(path)):
         content, metadata = load_tensors(path)
+        if metadata.get("adapter") is not None:
+            raise ModelError(
+                f"{path} is an adapted encoder, whose adapter is not part of a backbone; use its start, or "
+                "adapt it again",
+                path=path,
+            )
         if metadata.get("kind") == "encoder":  # a file of `save_encoder`
             towers = (TEXT_TOWER_PREFIX, IMAGE_PROJECTION_PREFIX)
             content = {name: tensor for name, tensor in content.items() if not name.startswith(towers)}
@@ -127,7 +133,7 @@ def _read_shards(path: Path) -> dict[str, Tensor]:
         raise ModelError(f"{path} lists no shards: it has no weight_map", path=path)
     tensors: dict[str, Tensor] = {}
     for name in sorted({str(file) for file in weight_map.values()}):
-        if Path(name).name != name:
+        if Path(name).name != name or name.endswith(INDEX_SUFFIX):
             raise ModelError(f"{path} lists {name!r}, which is not a file beside it", path=path)
         tensors |= read_weights(path.with_name(name)).tensors
     absent = [name for name in weight_map if name not in tensors]

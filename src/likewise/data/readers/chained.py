@@ -1,5 +1,6 @@
 """Reader of several tables in subfolders, such as `train/metadata.jsonl` and `test/metadata.jsonl`."""
 
+import logging
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
@@ -10,6 +11,8 @@ from likewise.data.readers.base import Entry, Reader, SkippedSample
 from likewise.data.readers.table_reader import TableReader
 from likewise.errors import InvalidInputError
 from likewise.hashing import hash_strings
+
+logger = logging.getLogger(__name__)
 
 
 @final
@@ -36,6 +39,9 @@ class ChainedReader(Reader):
 
     def iter_samples(self) -> Iterator[Entry]:
         """Yield the samples of all tables."""
+        for name, error in self._errors.items():
+            if error.field != "where":
+                yield SkippedSample(id=name, location=name, reason="table cannot be read")
         for name, reader in self._matching:
             prefix = os.path.relpath(reader.root, self.root)
             table_stem = os.path.splitext(name)[0]  # noqa: PTH122
@@ -60,14 +66,26 @@ class ChainedReader(Reader):
         Raises:
             InvalidInputError: if no table has such a row.
         """
-        matching, errors = [], []
+        matching = [
+            (name, reader)
+            for name, reader in zip(self.names, self.readers, strict=True)
+            if name not in self._errors
+        ]
+        if not matching:
+            first, *_ = self._errors.values()
+            messages = dict.fromkeys(map(str, self._errors.values()))
+            raise InvalidInputError("; ".join(messages), field=first.field, path=first.path)
+        return matching
+
+    @cached_property
+    def _errors(self) -> dict[str, InvalidInputError]:
+        """The errors of tables without a row that matches `where`, and of tables that cannot be read."""
+        errors = {}
         for name, reader in zip(self.names, self.readers, strict=True):
             try:
                 reader.count()
-                matching.append((name, reader))
             except InvalidInputError as error:
-                errors.append(error)
-        if not matching:
-            messages = dict.fromkeys(map(str, errors))
-            raise InvalidInputError("; ".join(messages), field=errors[0].field, path=errors[0].path)
-        return matching
+                errors[name] = error
+                if error.field != "where":
+                    logger.warning("skipped a table: %s", error)
+        return errors

@@ -254,6 +254,9 @@ def _open_tables(path: Path, names: list[str], contents: FolderContents, options
             field="source_format",
             path=path,
         )
+    for name in contents.tables:
+        if name not in names:
+            unlisted.add("table that is not used", name)
     if len(readers) == 1 and os.path.dirname(names[0]) == "":  # noqa: PTH120
         reader = replace(readers[0], notes=(message, *readers[0].notes))
         reader.ignored.update(unlisted)
@@ -287,4 +290,4 @@ def _unlisted_images(path: Path, readers: tuple[TableReader, ...]) -> tuple[Igno
 
 
 def _path_hash(path: str) -> int:
-    return hash(os.path.normpath(path)) % 2**64
+    return hash(os.path.realpath(path)) % 2**64

@@ -1,6 +1,5 @@
 """Caption files beside images (sidecars): which belong to which image, what they contain, and their keys."""
 
-import json
 import os
 from abc import abstractmethod
 from collections import Counter
@@ -19,8 +18,9 @@ from likewise.data.readers.base import (
     SkippedSample,
     parse_where,
 )
-from likewise.data.readers.cells import cell_texts
+from likewise.data.readers.cells import JSON_DECODER, DuplicateKeyError, cell_texts
 from likewise.data.readers.columns import match_caption_columns
+from likewise.data.readers.encodings import decode_text
 from likewise.data.readers.files import IgnoredFiles
 from likewise.errors import InvalidInputError, did_you_mean
 from likewise.names import split_unknown_names
@@ -135,7 +135,9 @@ def parse_json_sidecar(data: bytes) -> dict[str, Any]:
         SidecarError: if the file is not valid JSON, or neither an object nor texts.
     """
     try:
-        values = json.loads(data)
+        values = JSON_DECODER.decode(decode_text(data))
+    except DuplicateKeyError as error:
+        raise SidecarError("caption file has a key twice") from error
     except (ValueError, RecursionError) as error:
         raise SidecarError("caption file is not valid JSON") from error
     if _is_text(values):
@@ -153,12 +155,12 @@ def parse_text_sidecar(data: bytes) -> list[str]:
     """Return the lines of a text file without surrounding space; blank ones occur only between others.
 
     Raises:
-        SidecarError: if it is not UTF-8.
+        SidecarError: if it is not UTF-8, UTF-16 or UTF-32.
     """
     try:
-        text = data.decode("utf-8-sig")
+        text = decode_text(data)
     except UnicodeDecodeError as error:
-        raise SidecarError("caption file is not UTF-8") from error
+        raise SidecarError("caption file is not UTF-8, UTF-16 or UTF-32") from error
     return [line.strip() for line in text.strip().splitlines()]
 
 
