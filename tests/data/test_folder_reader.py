@@ -68,7 +68,7 @@ def test_invalid_caption_files_are_skipped(tmp_path: Path, pictures: list[Pictur
     assert {entry["id"]: entry["reason"] for entry in dataset.skipped_entries()} == {
         names[0]: "caption file is not valid JSON",
         names[1]: "caption file is neither a JSON object nor a list of texts",
-        names[2]: "caption file is not UTF-8",
+        names[2]: "caption file is not UTF-8, UTF-16 or UTF-32",
     }
 
 
