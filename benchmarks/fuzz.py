@@ -9,7 +9,9 @@ child; the next child continues after the case. The files of a failing case and 
 """
 
 import argparse
+import contextlib
 import faulthandler
+import importlib
 import json
 import logging
 import os
@@ -36,6 +38,7 @@ from likewise.errors import LikewiseError
 _CASE_SECONDS = 10
 _BATCH_SIZE = 2000
 _ADDRESS_SPACE = 16 * 2**30
+_IMPORTED_LATER = ("filelock", "pandas", "safetensors.torch", "sklearn.feature_extraction.text", "tifffile", "timm")
 _MEMORY_DISK = Path("/dev/shm")  # noqa: S108  # the many small files of the cases need no disk
 
 
@@ -87,7 +90,8 @@ def make_case(test: ReaderTest, sources: Sequence[Source], seed: int, index: int
 
 def run_case(test: ReaderTest, source: Source, files: Files, folder: Path) -> str:
     """Read the files of a case; return `read`, or the type of the error of likewise."""
-    shutil.rmtree(folder, ignore_errors=True)
+    for old in (folder, folder.parent / "out"):
+        shutil.rmtree(old, ignore_errors=True)
     for name, data in files.items():
         path = folder / name
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -133,6 +137,8 @@ def _run_child(test: ReaderTest, seed: int, indices: range, stream: IO[str], wor
     with (work / "stderr").open("w+b") as stderr_file, (work / "crash").open("w") as crash_file:
         os.dup2(stderr_file.fileno(), 2)
         faulthandler.enable(crash_file)
+        for source in sources:
+            run_case(test, source, source.files, work / "case")
         for index in indices:
             faulthandler.dump_traceback_later(_CASE_SECONDS, exit=True, file=crash_file)
             source, files = make_case(test, sources, seed, index)
@@ -211,6 +217,9 @@ def fuzz(
         failures: Folder that receives the failing cases.
         seconds: Time after which no further case is run.
     """
+    for module in _IMPORTED_LATER:  # the time of a case is that of its reader
+        with contextlib.suppress(ImportError):
+            importlib.import_module(module)
     test, report, started = READERS[name], Report(name), time.monotonic()
     with work_folder() as work:
         for outcome in iter_outcomes(test, seed, range(num_cases), work):

@@ -25,7 +25,7 @@ from typing import Any
 import numpy as np
 import yaml
 
-from likewise.errors import ArtifactError, InvalidInputError, describe_error
+from likewise.errors import ArtifactError, InvalidInputError, LikewiseError, describe_error
 from likewise.hashing import hash_strings
 from likewise.locks import HOST, LOCK_NAME, lock_directory
 
@@ -373,7 +373,9 @@ def damaged_as_error(path: Path) -> Iterator[None]:
     """
     try:
         yield
-    except (ValueError, TypeError, LookupError, EOFError, NotImplementedError, OSError) as error:
+    except LikewiseError:
+        raise
+    except Exception as error:  # libraries raise many types of errors on damaged input
         if isinstance(error, OSError) and error.errno is not None:  # of the system, not of a library
             raise
         raise ArtifactError(
