@@ -195,7 +195,7 @@ def write_failure(test: ReaderTest, seed: int, outcome: Outcome, failures: Path,
         path = folder / "files" / name
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_bytes(data)
-    (folder / "error.txt").write_text(f"{outcome.error}\n")
+    (folder / "error.txt").write_text(f"{outcome.error}\n", encoding="utf-8", errors="backslashreplace")
 
 
 @contextmanager

@@ -144,7 +144,7 @@ def import_source(name: str, options: ImportOptions | None = None) -> Callable[[
     def check(folder: Path, files: Files) -> None:
         path = folder / name
         reader = open_reader(str(path), options)
-        dataset = import_dataset(path, folder.parent / "out", options, shard_rows=4, num_workers=1)
+        dataset = import_dataset(path, folder.parent / "out", options, shard_rows=4, num_workers=0)
         try:
             check_dataset(dataset)
             if isinstance(reader, TableReader):
@@ -257,7 +257,7 @@ def import_only(name: str, options: ImportOptions) -> Callable[[Path, Files], No
 
     def check(folder: Path, files: Files) -> None:
         try:
-            check_dataset(import_dataset(folder / name, folder.parent / "out", options, num_workers=1))
+            check_dataset(import_dataset(folder / name, folder.parent / "out", options, num_workers=0))
         finally:
             shutil.rmtree(folder.parent / "out", ignore_errors=True)
 
@@ -579,7 +579,7 @@ def make_artifact_sources(folder: Path) -> list[Source]:
     (folder / "a.parquet").write_bytes(_parquet({"image": images, "caption": captions}))
     target = folder / "dataset"
     if not target.exists():
-        dataset = import_dataset(folder / "a.parquet", target, shard_rows=8, num_workers=1)
+        dataset = import_dataset(folder / "a.parquet", target, shard_rows=8, num_workers=0)
         embed(dataset, "tfidf")
         find_neighbors(dataset, k=3, device="cpu")
     files = {path.relative_to(target).as_posix(): path.read_bytes() for path in sorted(target.rglob("*")) if path.is_file()}
