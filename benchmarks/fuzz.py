@@ -38,7 +38,14 @@ from likewise.errors import LikewiseError
 _CASE_SECONDS = 10
 _BATCH_SIZE = 2000
 _ADDRESS_SPACE = 16 * 2**30
-_IMPORTED_LATER = ("filelock", "pandas", "safetensors.torch", "sklearn.feature_extraction.text", "tifffile", "timm")
+_IMPORTED_LATER = (
+    "filelock",
+    "pandas",
+    "safetensors.torch",
+    "sklearn.feature_extraction.text",
+    "tifffile",
+    "timm",
+)
 _MEMORY_DISK = Path("/dev/shm")  # noqa: S108  # the many small files of the cases need no disk
 
 

@@ -218,7 +218,13 @@ def _pictures(count: int = 4) -> Files:
 
 _ROWS = [
     {"image": f"{index}.png", "caption": caption, "label": "a" if index else "b", "id": str(7 + index)}
-    for index, caption in [(0, "a red, round thing"), (0, 'a "quoted" one'), (1, "größer"), (2, "1.10"), (3, "x")]
+    for index, caption in [
+        (0, "a red, round thing"),
+        (0, 'a "quoted" one'),
+        (1, "größer"),
+        (2, "1.10"),
+        (3, "x"),
+    ]
 ]
 
 
@@ -338,7 +344,10 @@ def make_tar_sources(folder: Path) -> list[Source]:
     archives = [_tar(files), _tar(long_names, tarfile.GNU_FORMAT), _tar(long_names, tarfile.PAX_FORMAT)]
     shards = {"0.tar": archives[0], "1.tar": archives[2]}
     return [
-        *(Source(files={"a.tar": each}, mutable=("a.tar",), check=import_source("a.tar")) for each in archives),
+        *(
+            Source(files={"a.tar": each}, mutable=("a.tar",), check=import_source("a.tar"))
+            for each in archives
+        ),
         Source(files=shards, mutable=tuple(shards), check=import_source("")),
     ]
 
@@ -419,21 +428,30 @@ def check_detection(name: str) -> Callable[[Path, Files], None]:
         if name == "boxes.csv":
             table_rows = _count_rows(folder / name)
             merged = {reason: n for reason, n in dataset.skipped.items() if not reason.startswith("boxes")}
-            assert num_images <= table_rows <= sum(map(len, dataset.boxes)) + sum(dataset.skipped.values()) + sum(
-                not len(boxes) for boxes in dataset.boxes
-            ) + len(merged)
+            assert (
+                num_images
+                <= table_rows
+                <= sum(map(len, dataset.boxes))
+                + sum(dataset.skipped.values())
+                + sum(not len(boxes) for boxes in dataset.boxes)
+                + len(merged)
+            )
 
     return check
 
 
 def _coco_boxes(first: int) -> bytes:
     content = {
-        "images": [
-            {"id": i, "file_name": f"{first + i}.png", "width": 20, "height": 14} for i in range(2)
-        ],
+        "images": [{"id": i, "file_name": f"{first + i}.png", "width": 20, "height": 14} for i in range(2)],
         "categories": [{"id": 1, "name": "cat"}, {"id": 3, "name": "dog"}],
         "annotations": [
-            {"id": i, "image_id": i // 2, "category_id": 1 + 2 * (i % 2), "bbox": [1, 2, 5.5, 6], "iscrowd": 0}
+            {
+                "id": i,
+                "image_id": i // 2,
+                "category_id": 1 + 2 * (i % 2),
+                "bbox": [1, 2, 5.5, 6],
+                "iscrowd": 0,
+            }
             for i in range(4)
         ],
     }
@@ -449,18 +467,29 @@ _VOC = """<annotation><filename>{0}.png</filename><size><width>20</width><height
 def make_detection_sources(folder: Path) -> list[Source]:
     """Return boxes in a table, and in the formats of COCO, VOC and YOLO."""
     images = list(_pictures().items())
-    coco = {f"train/{name}": data for name, data in images[:2]} | {f"val/{name}": data for name, data in images[2:]}
-    coco_texts = {f"annotations/instances_{split}.json": _coco_boxes(first) for split, first in [("train", 0), ("val", 2)]}
+    coco = {f"train/{name}": data for name, data in images[:2]} | {
+        f"val/{name}": data for name, data in images[2:]
+    }
+    coco_texts = {
+        f"annotations/instances_{split}.json": _coco_boxes(first)
+        for split, first in [("train", 0), ("val", 2)]
+    }
     voc = {f"JPEGImages/{name}": data for name, data in images}
     voc_texts = {f"Annotations/{index}.xml": _VOC.format(index).encode() for index in range(4)}
     voc_texts |= {"ImageSets/Main/train.txt": b"0\n1\n", "ImageSets/Main/val.txt": b"2\n3\n"}
-    yolo = {f"images/{'train' if index < 2 else 'val'}/{name}": data for index, (name, data) in enumerate(images)}
+    yolo = {
+        f"images/{'train' if index < 2 else 'val'}/{name}": data for index, (name, data) in enumerate(images)
+    }
     yolo_texts = {
-        name.replace("images", "labels").replace(".png", ".txt"): b"0 0.5 0.5 0.2 0.2\n1 0.1 0.1 0.5 0.1 0.5 0.6\n"
+        name.replace("images", "labels").replace(
+            ".png", ".txt"
+        ): b"0 0.5 0.5 0.2 0.2\n1 0.1 0.1 0.5 0.1 0.5 0.6\n"
         for name in yolo
     }
     yolo_texts["data.yaml"] = b"path: .\ntrain: images/train\nval: images/val\nnames:\n  0: cat\n  1: dog\n"
-    counted = yolo_texts | {"data.yaml": b"train: images/train\nval: [images/val]\nnc: 2\nnames: [cat, dog]\n"}
+    counted = yolo_texts | {
+        "data.yaml": b"train: images/train\nval: [images/val]\nnc: 2\nnames: [cat, dog]\n"
+    }
     table = {"boxes.csv": _write_csv(",", _split_rows(("2", "3", "12", "13")))}
     return [
         Source(files=files | texts, mutable=tuple(texts), check=check_detection("boxes.csv" if texts is table else ""))
@@ -582,9 +611,16 @@ def make_artifact_sources(folder: Path) -> list[Source]:
         dataset = import_dataset(folder / "a.parquet", target, shard_rows=8, num_workers=0)
         embed(dataset, "tfidf")
         find_neighbors(dataset, k=3, device="cpu")
-    files = {path.relative_to(target).as_posix(): path.read_bytes() for path in sorted(target.rglob("*")) if path.is_file()}
+    files = {
+        path.relative_to(target).as_posix(): path.read_bytes()
+        for path in sorted(target.rglob("*"))
+        if path.is_file()
+    }
     # Names of folders that differ from run to run would move the mutations.
-    files = {name: data.replace(os.fsencode(folder), b"/source") if name.endswith(".json") else data for name, data in files.items()}
+    files = {
+        name: data.replace(os.fsencode(folder), b"/source") if name.endswith(".json") else data
+        for name, data in files.items()
+    }
     files = {name: data for name, data in files.items() if not Path(name).name.startswith(".")}
     names = tuple(sorted(files))
     manifests = tuple(name for name in names if name.endswith(".json"))

@@ -67,7 +67,8 @@ class ManifestValues(dict[str, Any]):
 
     def __missing__(self, name: str) -> Any:
         raise ArtifactError(
-            f"{self.path} is damaged: it lacks {name!r}; delete the folder and create it again", path=self.path
+            f"{self.path} is damaged: it lacks {name!r}; delete the folder and create it again",
+            path=self.path,
         )
 
 

@@ -9,7 +9,7 @@ from typing import Any
 # Texts that other programs write for missing values. In a table they are text all the same, and are counted.
 MISSING_VALUE_WORDS = frozenset({"nan", "NaN", "NAN", "null", "NULL", "None", "N/A", "n/a", "NA", "<NA>"})
 # Keys of the text in a mapping, as in the sentences of Karpathy's splits.
-_MAX_DEPTH = 16  # of lists and mappings in a cell; deeper ones would exhaust the stack
+MAX_DEPTH = 16  # of lists and mappings in a cell; deeper ones would exhaust the stack
 _TEXT_KEYS = ("raw", "caption", "text")
 
 
@@ -57,7 +57,7 @@ def cell_texts(value: Any, depth: int = 0) -> tuple[str, ...]:
     Raises:
         ValueError: if a value is another mapping, bytes that are not UTF-8, or nested too deeply.
     """
-    if depth > _MAX_DEPTH:
+    if depth > MAX_DEPTH:
         raise ValueError("not text")
     if value is None or (isinstance(value, float | Decimal) and not math.isfinite(value)):
         return ()
