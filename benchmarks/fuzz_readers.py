@@ -492,7 +492,11 @@ def make_detection_sources(folder: Path) -> list[Source]:
     }
     table = {"boxes.csv": _write_csv(",", _split_rows(("2", "3", "12", "13")))}
     return [
-        Source(files=files | texts, mutable=tuple(texts), check=check_detection("boxes.csv" if texts is table else ""))
+        Source(
+            files=files | texts,
+            mutable=tuple(texts),
+            check=check_detection("boxes.csv" if texts is table else ""),
+        )
         for files, texts in (
             (coco, coco_texts), (voc, voc_texts), (yolo, yolo_texts), (yolo, counted), (_pictures(), table)
         )

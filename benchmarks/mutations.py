@@ -148,7 +148,9 @@ def set_integer(data: bytes, rng: random.Random) -> bytes:
     start = rng.randrange(max(1, len(data) - width + 1)) // 2 * 2
     bits = 8 * width
     value = rng.choice((0, 1, 2 ** (bits - 1) - 1, 2 ** (bits - 1), 2**bits - 1, 2 ** (bits // 2), 65_535))
-    return data[:start] + value.to_bytes(width, rng.choice(("big", "little"))) + data[start + width :]
+    encoded = value.to_bytes(width, "big")
+    encoded = encoded[::-1] if rng.random() < 0.5 else encoded
+    return data[:start] + encoded + data[start + width :]
 
 
 def replace_number(data: bytes, rng: random.Random) -> bytes:

@@ -418,7 +418,8 @@ def damaged_as_error(path: Path) -> Iterator[None]:
     except LikewiseError:
         raise
     except Exception as error:  # libraries raise many types of errors on damaged input
-        if isinstance(error, OSError) and error.errno is not None:  # of the system, not of a library
+        is_missing = isinstance(error, FileNotFoundError)
+        if isinstance(error, OSError) and error.errno is not None and not is_missing:  # of the system
             raise
         raise ArtifactError(
             f"{path} is damaged ({describe_error(error)}); delete the folder {path.parent} and create it "

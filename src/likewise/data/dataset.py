@@ -148,7 +148,7 @@ class CaptionDataset:
         Raises:
             ArtifactError: if the folder is missing.
         """
-        if not self.root.is_dir() and self[0].image.bytes is None:
+        if not self.root.is_dir() and not (len(self) and self[0].image.bytes is not None):
             raise ArtifactError(
                 f"{self.root}, the image folder of {self.path}, does not exist", path=self.root
             )

@@ -124,8 +124,8 @@ class Neighbors:
                 num_rows += pq.read_metadata(path).num_rows
         if num_rows != len(self):
             raise ArtifactError(
-                f"{self.path} is damaged: it has {num_rows:,} rows instead of {len(self):,}; delete the folder "
-                "and search again",
+                f"{self.path} is damaged: it has {num_rows:,} rows instead of {len(self):,}; delete the "
+                "folder and search again",
                 path=self.path,
             )
 
