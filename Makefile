@@ -2,7 +2,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test lint docs bench
+.PHONY: help install demo test lint docs bench fuzz
 
 help:  ## Show the targets
 	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -37,3 +37,6 @@ docs: install  ## Build the documentation into docs/_build/html
 
 bench: install  ## Measure speed against named peers
 	$(BIN)/python -m benchmarks
+
+fuzz: install  ## Read mutated files with every reader (about 15 minutes)
+	$(BIN)/python -m benchmarks.fuzz

@@ -25,11 +25,20 @@ from typing import Any
 import numpy as np
 import yaml
 
-from likewise.errors import ArtifactError, InvalidInputError, describe_error
+from likewise.errors import ArtifactError, InvalidInputError, LikewiseError, describe_error
 from likewise.hashing import hash_strings
 from likewise.locks import HOST, LOCK_NAME, lock_directory
 
 FORMAT_VERSION = 3
+_SECTION_TYPES: dict[str, Any] = {
+    "settings": object,
+    "inputs": str,
+    "counts": int,
+    "skipped": int,
+    "ignored": int,
+    "ignored_examples": str,
+    "versions": str,
+}
 MANIFEST = "artifact.json"
 _TMP_NAME = re.compile(r"\..+\.(?P<host>[A-Za-z0-9-]+)\.(?P<pid>[0-9]+)\.tmp", re.DOTALL)
 _DISK_FULL = {
@@ -49,6 +58,18 @@ _RECORDED_PACKAGES = (
     "simplejpeg",
     "pyarrow",
 )
+
+
+class ManifestValues(dict[str, Any]):
+    """Values of a manifest by name; a name that a damaged file lacks is an ArtifactError."""
+
+    path: Path | None = None
+
+    def __missing__(self, name: str) -> Any:
+        raise ArtifactError(
+            f"{self.path} is damaged: it lacks {name!r}; delete the folder and create it again",
+            path=self.path,
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -241,11 +262,32 @@ def _read_manifest(path: Path) -> Manifest:
                 "delete the folder and create it again",
                 path=path,
             )
-        return Manifest(**content)
+        return _parse_manifest(path / MANIFEST, content)
     except (ValueError, TypeError, AttributeError, RecursionError) as error:
         raise ArtifactError(
             f"{path / MANIFEST} is damaged ({error}); delete the folder and create it again", path=path
         ) from error
+
+
+def _parse_manifest(file: Path, content: dict[str, Any]) -> Manifest:
+    """Return the manifest of a file.
+
+    Raises:
+        TypeError: if a field is missing, unknown or of another type.
+    """
+    manifest = Manifest(**content)
+    sections: dict[str, Any] = {}
+    for name, types in _SECTION_TYPES.items():
+        values = getattr(manifest, name)
+        if not isinstance(values, dict) or not all(isinstance(value, types) for value in values.values()):
+            raise TypeError(f"{name!r} has values of another type")
+        sections[name] = ManifestValues(values)
+        sections[name].path = file
+    if not (isinstance(manifest.kind, str) and isinstance(manifest.key, str)):
+        raise TypeError("'kind' and 'key' must be texts")
+    if min([*manifest.counts.values(), 0]) < 0:
+        raise ValueError("a count is below 0")
+    return replace(manifest, complete=manifest.complete is True, **sections)
 
 
 def _describe_mismatch(existing: Manifest, settings: Mapping[str, Any], inputs: Mapping[str, str]) -> str:
@@ -373,8 +415,11 @@ def damaged_as_error(path: Path) -> Iterator[None]:
     """
     try:
         yield
-    except (ValueError, TypeError, LookupError, EOFError, NotImplementedError, OSError) as error:
-        if isinstance(error, OSError) and error.errno is not None:  # of the system, not of a library
+    except LikewiseError:
+        raise
+    except Exception as error:  # libraries raise many types of errors on damaged input
+        is_missing = isinstance(error, FileNotFoundError)
+        if isinstance(error, OSError) and error.errno is not None and not is_missing:  # of the system
             raise
         raise ArtifactError(
             f"{path} is damaged ({describe_error(error)}); delete the folder {path.parent} and create it "

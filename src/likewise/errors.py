@@ -24,7 +24,8 @@ class LikewiseError(Exception):
 
     def __init__(self, message: str, *, field: str | None = None, path: str | Path | None = None) -> None:
         """Set the message and, if known, the responsible field or path."""
-        super().__init__(message)
+        # A lone surrogate, of a name that is not UTF-8 or of a damaged text, could not be printed.
+        super().__init__(message.encode("utf-8", "backslashreplace").decode())
         self.field = field
         self.path = None if path is None else Path(path)
 

@@ -12,7 +12,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from likewise.artifacts import Artifact, atomic_write, damaged_as_error, shard_name
+from likewise.artifacts import MANIFEST, Artifact, atomic_write, damaged_as_error, shard_name
 from likewise.data.config import BandSelection, select_bands
 from likewise.errors import ArtifactError
 
@@ -137,13 +137,15 @@ class CaptionDataset:
     @property
     def root(self) -> Path:
         """Folder that image paths are relative to."""
-        return Path(self.artifact.manifest.settings["root"])
+        with damaged_as_error(self.path / MANIFEST):
+            return Path(self.artifact.manifest.settings["root"])
 
     @cached_property
     def bands(self) -> BandSelection | None:
         """Choice of the bands of TIFF images of several bands, as imported."""
         settings = self.artifact.manifest.settings
-        return select_bands(tuple(settings["bands"]), tuple(settings["band_percentiles"]))
+        with damaged_as_error(self.path / MANIFEST):
+            return select_bands(tuple(settings["bands"]), tuple(settings["band_percentiles"]))
 
     def require_images(self) -> None:
         """Check that the folder of the images still exists, unless the images are in the dataset itself.
@@ -151,7 +153,7 @@ class CaptionDataset:
         Raises:
             ArtifactError: if the folder is missing.
         """
-        if not self.root.is_dir() and self[0].image.bytes is None:
+        if not self.root.is_dir() and not (len(self) and self[0].image.bytes is not None):
             raise ArtifactError(
                 f"{self.root}, the image folder of {self.path}, does not exist", path=self.root
             )
@@ -160,10 +162,11 @@ class CaptionDataset:
     def shard_paths(self) -> list[Path]:
         """Parquet files in order."""
         num_shards = self.artifact.manifest.counts["shards"]
-        paths = [self.path / shard_name("samples", i, "parquet") for i in range(num_shards)]
-        for path in paths:
-            if not path.is_file():
-                raise ArtifactError(f"{path} is missing; import the dataset again", path=path)
+        paths = []
+        for index in range(num_shards):  # a damaged number must not fill the memory
+            paths.append(self.path / shard_name("samples", index, "parquet"))
+            if not paths[-1].is_file():
+                raise ArtifactError(f"{paths[-1]} is missing; import the dataset again", path=paths[-1])
         return paths
 
     @cached_property
@@ -228,4 +231,4 @@ def _to_sample(row: dict[str, Any], bands: BandSelection | None) -> Sample:
 def _read_row_group(path: str, _key: str, row_group: int, bands: BandSelection | None) -> list[Sample]:
     with damaged_as_error(Path(path)):
         rows = pq.ParquetFile(path).read_row_group(row_group).to_pylist()
-    return [_to_sample(row, bands) for row in rows]
+        return [_to_sample(row, bands) for row in rows]

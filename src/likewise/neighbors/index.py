@@ -95,6 +95,7 @@ class Neighbors:
                 field="k",
                 path=self.path,
             )
+        self._check_rows()
         positions = np.full((len(self), width), -1, np.int64)
         similarity = np.full((len(self), width), -np.inf, np.float32)
         row_start = 0
@@ -102,17 +103,31 @@ class Neighbors:
             path = self.path / shard_name("neighbors", shard, "parquet")
             with damaged_as_error(path):
                 table = pq.read_table(path)
-            neighbor_lists = table["neighbors"].combine_chunks()
-            lengths = neighbor_lists.value_lengths().to_numpy()
-            rank = _ranks_in_lists(lengths)
-            mask = rank < width
-            row_index = row_start + np.repeat(np.arange(len(lengths)), lengths)[mask]
-            positions[row_index, rank[mask]] = neighbor_lists.flatten().to_numpy()[mask]
-            similarity[row_index, rank[mask]] = (
-                table["similarity"].combine_chunks().flatten().to_numpy()[mask]
-            )
+                neighbor_lists = table["neighbors"].combine_chunks()
+                lengths = neighbor_lists.value_lengths().to_numpy()
+                rank = _ranks_in_lists(lengths)
+                mask = rank < width
+                row_index = row_start + np.repeat(np.arange(len(lengths)), lengths)[mask]
+                positions[row_index, rank[mask]] = neighbor_lists.flatten().to_numpy()[mask]
+                similarity[row_index, rank[mask]] = (
+                    table["similarity"].combine_chunks().flatten().to_numpy()[mask]
+                )
             row_start += len(lengths)
         return positions, similarity
+
+    def _check_rows(self) -> None:
+        """Raise ArtifactError if the shards do not hold the rows of the manifest."""
+        num_rows = 0
+        for shard in range(self.artifact.manifest.counts["shards"]):
+            path = self.path / shard_name("neighbors", shard, "parquet")
+            with damaged_as_error(path):
+                num_rows += pq.read_metadata(path).num_rows
+        if num_rows != len(self):
+            raise ArtifactError(
+                f"{self.path} is damaged: it has {num_rows:,} rows instead of {len(self):,}; delete the "
+                "folder and search again",
+                path=self.path,
+            )
 
 
 def _ranks_in_lists(lengths: np.ndarray) -> np.ndarray:

@@ -9,6 +9,7 @@ from typing import Any
 # Texts that other programs write for missing values. In a table they are text all the same, and are counted.
 MISSING_VALUE_WORDS = frozenset({"nan", "NaN", "NAN", "null", "NULL", "None", "N/A", "n/a", "NA", "<NA>"})
 # Keys of the text in a mapping, as in the sentences of Karpathy's splits.
+MAX_DEPTH = 16  # of lists and mappings in a cell; deeper ones would exhaust the stack
 _TEXT_KEYS = ("raw", "caption", "text")
 
 
@@ -43,15 +44,21 @@ JSON_DECODER = json.JSONDecoder(object_pairs_hook=_build_object, parse_float=Jso
 """Decoder of table rows; duplicate keys raise DuplicateKeyError."""
 
 
-def cell_texts(value: Any) -> tuple[str, ...]:
+def cell_texts(value: Any, depth: int = 0) -> tuple[str, ...]:
     """Return the texts in a cell: none for an absent value, several for a list.
 
     Absent are None and numbers that are not finite. Booleans are `true` and `false`; other numbers keep their
     written form. A mapping stands for its value of `raw`, `caption` or `text`, and bytes for UTF-8 text.
 
+    Args:
+        value: The value.
+        depth: Number of lists and mappings around it.
+
     Raises:
-        ValueError: if a value is another mapping, or bytes that are not UTF-8.
+        ValueError: if a value is another mapping, bytes that are not UTF-8, or nested too deeply.
     """
+    if depth > MAX_DEPTH:
+        raise ValueError("not text")
     if value is None or (isinstance(value, float | Decimal) and not math.isfinite(value)):
         return ()
     if isinstance(value, str):
@@ -59,12 +66,12 @@ def cell_texts(value: Any) -> tuple[str, ...]:
     if isinstance(value, bool):
         return ("true" if value else "false",)
     if isinstance(value, list | tuple):
-        return tuple(text for item in value for text in cell_texts(item))
+        return tuple(text for item in value for text in cell_texts(item, depth + 1))
     if isinstance(value, Mapping):
         keys = [key for key in _TEXT_KEYS if key in value]
         if len(keys) != 1:
             raise ValueError("not text")
-        return cell_texts(value[keys[0]])
+        return cell_texts(value[keys[0]], depth + 1)
     return (value.decode() if isinstance(value, bytes) else str(value),)
 
 
@@ -86,9 +93,9 @@ def equals_text(value: Any, expected: str) -> bool:
     Raises:
         ValueError: if the value is not text (see `cell_texts`).
     """
+    texts = [text.strip() for text in cell_texts(value)] or [""]
     if isinstance(value, list | tuple) and value:
         return any(equals_text(item, expected) for item in value)
-    texts = [text.strip() for text in cell_texts(value)] or [""]
     if isinstance(value, bool):
         texts += [str(value)]
     elif isinstance(value, float) and value.is_integer():

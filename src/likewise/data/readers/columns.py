@@ -7,6 +7,7 @@ from pathlib import Path
 
 from likewise.data.config import ImportOptions
 from likewise.data.readers.base import ColumnMapping, parse_where
+from likewise.data.readers.cells import MAX_DEPTH
 from likewise.data.readers.paths import find_image_root, resolve_image_path
 from likewise.data.readers.tables import Table, TableRow, cell_image
 from likewise.errors import InvalidInputError, did_you_mean
@@ -197,9 +198,9 @@ def _contains_text(table: Table, column: str) -> bool:
     return not values or any(_is_textual(value) for value in values)
 
 
-def _is_textual(value: object) -> bool:
+def _is_textual(value: object, depth: int = 0) -> bool:
     if isinstance(value, list | tuple):
-        return any(map(_is_textual, value))
+        return depth < MAX_DEPTH and any(_is_textual(item, depth + 1) for item in value)
     return isinstance(value, str | bytes | dict)
 
 

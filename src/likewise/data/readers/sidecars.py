@@ -136,11 +136,12 @@ def parse_json_sidecar(data: bytes) -> dict[str, Any]:
     """
     try:
         values = JSON_DECODER.decode(decode_text(data))
+        is_text = _is_text(values)
     except DuplicateKeyError as error:
         raise SidecarError("caption file has a key twice") from error
     except (ValueError, RecursionError) as error:
         raise SidecarError("caption file is not valid JSON") from error
-    if _is_text(values):
+    if is_text:
         return {_TEXT_KEY: values}
     if not isinstance(values, dict):
         raise SidecarError("caption file is neither a JSON object nor a list of texts")

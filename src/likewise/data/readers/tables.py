@@ -98,12 +98,13 @@ def cell_image(cell: Any, *, is_embedded: bool = False) -> ImageRef | None:
         cell: The value; a list must have one item.
         is_embedded: Whether the column holds images. In other columns, bytes in UTF-8 are paths.
     """
-    if isinstance(cell, list | tuple):
-        return cell_image(cell[0], is_embedded=is_embedded) if len(cell) == 1 else None
-    if isinstance(cell, dict):
-        if cell.get("bytes") is not None:
+    while isinstance(cell, list | tuple | dict):  # without recursion: JSON may be nested deeply
+        if isinstance(cell, list | tuple):
+            cell = cell[0] if len(cell) == 1 else None
+        elif isinstance(cell.get("bytes"), bytes):
             return ImageRef(bytes=cell["bytes"])
-        return cell_image(cell.get("path"))
+        else:
+            cell, is_embedded = cell.get("path"), False
     if isinstance(cell, bytes):
         path = None if is_embedded else _decode_path(cell)
         return ImageRef(bytes=cell) if path is None else cell_image(path)

@@ -41,7 +41,7 @@ def parse_numbers(values: object, count: int) -> tuple[float, ...] | None:
         return None
     try:
         numbers = tuple(float(value) for value in values)
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):  # an integer of JSON may exceed all floats
         return None
     return numbers if np.isfinite(numbers).all() else None
 
@@ -52,14 +52,19 @@ def parse_size(width: object, height: object) -> tuple[float, float] | None:
     return None if numbers is None or min(numbers) <= 0 else (numbers[0], numbers[1])
 
 
+def parse_class_number(text: str) -> int | None:
+    """Return a class number of at most nine digits, or None for any other text."""
+    return int(text) if re.fullmatch(r"\s*[0-9]{1,9}\s*", text) else None
+
+
 def is_true(value: object) -> bool:
     """Return whether a flag such as `1`, `"1"` or `true` is set."""
-    return str(value).strip().lower() in {"1", "1.0", "true", "yes"}
+    return isinstance(value, str | int | float) and str(value).strip().lower() in {"1", "1.0", "true", "yes"}
 
 
 def clean_label(value: object) -> str:
-    """Return the name of a class in one line; empty if it is absent."""
-    return "" if value is None else re.sub(r"\s+", " ", str(value)).strip()
+    """Return the name of a class in one line; empty if it is absent, a list or a mapping."""
+    return "" if value is None or isinstance(value, dict | list) else re.sub(r"\s+", " ", str(value)).strip()
 
 
 def add_box(image: AnnotatedImage, box: AnnotatedBox, skipped: SkippedEntries) -> None:

@@ -1,6 +1,7 @@
 """Boxes in the format of COCO."""
 
 import json
+import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -173,7 +174,7 @@ def _image_folder(path: Path, file: Path, split: str, names: list[str]) -> str:
     folders = (stem, f"images/{stem}", *aliases, *(f"images/{alias}" for alias in aliases), "images", ".")
     probed = names[:: max(1, len(names) // _NUM_PROBED_FILES)][:_NUM_PROBED_FILES]
     hits = {
-        folder: sum((path / folder / name).is_file() for name in probed)
+        folder: sum(os.path.isfile(path / folder / name) for name in probed)  # noqa: PTH113  # False for too long names
         for folder in folders
         if (path / folder).is_dir()
     }

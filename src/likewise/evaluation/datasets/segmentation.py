@@ -291,7 +291,7 @@ def _read_class_names(path: Path) -> dict[int, str]:
         return {}
     text = path.read_text(encoding="utf-8-sig", errors="replace")
     lines = [line.strip() for line in text.splitlines() if line.strip()]
-    numbered = [re.fullmatch(r"(\d+)[\s:,;]+(.+)", line) for line in lines]
+    numbered = [re.fullmatch(r"([0-9]{1,9})[\s:,;]+(.+)", line) for line in lines]
     if all(numbered) and len({match[1] for match in numbered if match}) == len(lines):
         return {int(match[1]): match[2] for match in numbered if match}
     return dict(enumerate(lines))

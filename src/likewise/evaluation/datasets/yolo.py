@@ -15,10 +15,12 @@ from likewise.evaluation.datasets.annotations import (
     AnnotatedImage,
     add_box,
     clean_label,
+    parse_class_number,
     parse_numbers,
 )
 from likewise.evaluation.datasets.base import SkippedEntries, ignore_file_type, is_image_name
 
+_MAX_CLASSES = 100_000  # of a file that says only how many there are
 _SPLIT_KEYS = {"train": ("train",), "val": ("val", "valid", "validation"), "test": ("test",)}
 
 
@@ -76,7 +78,9 @@ def _read_config(file: Path) -> YoloConfig | None:
     try:
         # Without YAML's types: `no`, `007` and `1.10` are names of classes.
         values = yaml.load(file.read_text(encoding="utf-8-sig"), Loader=yaml.BaseLoader)  # noqa: S506  # builds text, lists and mappings only
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+    except OSError as error:
+        raise InvalidInputError(f"cannot read {file}: {error.strerror}", path=file) from error
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
         message = " ".join(str(error).split())
         raise InvalidInputError(f"{file} is not valid YAML: {message}", path=file) from error
     if not isinstance(values, dict):
@@ -107,15 +111,17 @@ def _source_list(value: Any) -> tuple[str, ...]:
 def _read_class_names(file: Path, values: Mapping[str, Any]) -> dict[int, str]:
     names = values.get("names")
     if names is None:
-        names = [str(index) for index in range(int(values["nc"]))] if str(values["nc"]).isdigit() else None
+        count = parse_class_number(str(values["nc"])) if isinstance(values["nc"], str) else None
+        names = None if count is None or count > _MAX_CLASSES else list(map(str, range(count)))
     if isinstance(names, list):
         names = {str(index): name for index, name in enumerate(names)}
-    if not isinstance(names, dict) or not all(str(index).strip().isdigit() for index in names):
+    numbers = [parse_class_number(str(key)) for key in names] if isinstance(names, dict) else [None]
+    if not isinstance(names, dict) or None in numbers:
         raise InvalidInputError(
             f"{file}: `names` must be a list of class names, or a mapping of class numbers to names",
             path=file,
         )
-    return {int(index): clean_label(name) for index, name in names.items()}
+    return {int(index): clean_label(name) for index, name in names.items()}  # all keys are class numbers
 
 
 def read_yolo(
@@ -179,7 +185,7 @@ def _locate(config: YoloConfig, split: str, source: str) -> Path:
     if source.startswith("../"):
         candidates += [folder / source.removeprefix("../") for folder in config.folders]
     for candidate in candidates:
-        if candidate.is_dir() or (candidate.is_file() and candidate.suffix.lower() == ".txt"):
+        if _is_dir(candidate) or (_is_file(candidate) and candidate.suffix.lower() == ".txt"):
             return _normalize(candidate)
     tried = " and ".join(str(path) for path in dict.fromkeys(map(_normalize, candidates)))
     raise InvalidInputError(
@@ -193,11 +199,12 @@ def _normalize(path: Path) -> Path:
     return Path(os.path.normpath(path))
 
 
+def _is_dir(path: Path) -> bool:
+    return os.path.isdir(path)  # noqa: PTH112  # False for a name that is too long
+
+
 def _is_file(path: Path) -> bool:
-    try:
-        return path.is_file()
-    except OSError:  # such as a name that is too long
-        return False
+    return os.path.isfile(path)  # noqa: PTH113  # False for a name that is too long
 
 
 @dataclass
