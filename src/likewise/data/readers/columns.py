@@ -138,10 +138,19 @@ def _infer_image_column(table: Table, column_names: Sequence[str], options: Impo
 
 
 def find_path_column(table: Table, options: ImportOptions) -> str | None:
-    """Return the column of image paths with a common name whose files exist; None if there is none."""
-    _, candidates = _match_image_columns(table, table.column_names())
+    """Return the column of image paths with a common name whose files exist; None if there is none.
+
+    Raises:
+        InvalidInputError: if there are several, of different files.
+    """
+    _, candidates = _match_image_columns(table, table.all_column_names)
     if len(candidates) > 1:
         candidates, _ = _select_existing(table, candidates, options)
+    if len(candidates) > 1:
+        names = " and ".join(map(repr, candidates))
+        raise InvalidInputError(
+            f"{table.name} has several image columns: {names}; rename or remove the others"
+        )
     return next(iter(candidates), None)
 
 

@@ -3,7 +3,7 @@
 import os
 import re
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -14,9 +14,10 @@ from likewise.data.images import IMAGE_SUFFIXES
 from likewise.data.readers.base import SkippedSample
 from likewise.data.readers.cells import cell_text
 from likewise.data.readers.columns import find_path_column
+from likewise.data.readers.encodings import decode_text
 from likewise.data.readers.files import IgnoredFiles
-from likewise.data.readers.paths import find_image_root
-from likewise.data.readers.table_files import open_table_file
+from likewise.data.readers.paths import find_image_root, resolve_image_path
+from likewise.data.readers.table_files import TABLE_SUFFIXES, open_table_file
 from likewise.data.readers.tables import Table
 from likewise.errors import InvalidInputError, did_you_mean
 from likewise.hashing import SAMPLED_BYTES, WHOLE_BYTES, content_fingerprint, hash_strings
@@ -28,8 +29,6 @@ SPLIT_ALIASES = {
     "test": ("test", "testing", "eval"),
 }
 _SPLIT_OF_ALIAS = {alias: split for split, aliases in SPLIT_ALIASES.items() for alias in aliases}
-# `.txt` files may be tables, too, but `labels.txt` is usually a list of class names.
-_TABLE_SUFFIXES = (".csv", ".tsv", ".tab", ".jsonl", ".ndjson", ".parquet", ".pq")
 _NUM_PROBED_FILES = 40
 # A change of pixels may leave the head and the tail of these formats as they are: hashed as a whole.
 _UNCOMPRESSED_SUFFIXES = frozenset({".bmp", ".pgm", ".ppm", ".pnm", ".tif", ".tiff"})
@@ -118,14 +117,26 @@ def find_table(folder: Path, stem: str) -> Path | None:
         InvalidInputError: if there are several.
     """
     tables = sorted(
-        path
-        for path in folder.iterdir()
-        if path.stem.lower() == stem and path.suffix.lower() in _TABLE_SUFFIXES and path.is_file()
+        path for path in folder.iterdir() if path.stem.lower() == stem and _is_dataset_table(path)
     )
     if len(tables) > 1:
         names = " and ".join(path.name for path in tables)
         raise InvalidInputError(f"{folder} holds {names}; give the path of one of them", path=folder)
     return tables[0] if tables else None
+
+
+def _is_dataset_table(path: Path) -> bool:
+    """Return whether a file of a folder is a table by its suffix, and, for `.json`, by its columns."""
+    suffix = path.suffix.lower()
+    # `labels.txt` is usually a list of class names, and `labels.json` may be one.
+    if suffix == ".txt" or suffix not in TABLE_SUFFIXES or not path.is_file():
+        return False
+    if suffix != ".json":
+        return True
+    try:
+        return find_path_column(open_table_file(path), ImportOptions()) is not None
+    except InvalidInputError:
+        return False
 
 
 class CellRow(NamedTuple):
@@ -147,6 +158,8 @@ class DatasetTable:
     table: Table
     column_names: list[str]
     file_column: str
+    root: Path
+    """Folder that the image files are relative to."""
 
     def find_column(self, name: str) -> str | None:
         """Return the column of this name, or else the only one that differs from it in case, or None."""
@@ -172,10 +185,16 @@ class DatasetTable:
             )
         return column
 
+    def find_root(self, column: str) -> Path:
+        """Return the folder that the files of a column are relative to."""
+        return _find_column_root(self.path, self.table, column)
+
     def iter_rows(
         self, columns: Mapping[str, str | None], skipped: SkippedEntries, *, missing_reason: str
     ) -> Iterator[CellRow]:
-        """Yield the rows that name an image file; the others are counted as skipped.
+        """Yield the rows that name an image file, with its path as `import` resolves it.
+
+        The other rows are counted as skipped.
 
         Args:
             columns: The column of each field; None for an absent column.
@@ -199,10 +218,12 @@ class DatasetTable:
                 skipped.add(missing_reason)
             elif "\0" in cells["file"]:
                 skipped.add("file name contains a NUL character", row.location)
-            elif "://" in cells["file"]:
-                skipped.add("file is a web address", row.location)
             else:
-                yield CellRow(row.location, cells, row.values)
+                cells["file"], is_found, _ = resolve_image_path(self.root, cells["file"])
+                if is_found or "://" not in cells["file"]:
+                    yield CellRow(row.location, cells, row.values)
+                else:
+                    skipped.add("file is a web address", row.location)
 
 
 def open_dataset_table(path: Path) -> DatasetTable:
@@ -211,13 +232,12 @@ def open_dataset_table(path: Path) -> DatasetTable:
     Raises:
         InvalidInputError: if it is no table, or has no column of image files.
     """
-    suffix = path.suffix.lower()
-    if suffix not in (*_TABLE_SUFFIXES, ".txt"):
+    if path.suffix.lower() not in TABLE_SUFFIXES:
         raise InvalidInputError(
-            f"{path} is neither a folder nor a table ({', '.join(_TABLE_SUFFIXES)}, .txt)", path=path
+            f"{path} is neither a folder nor a table ({', '.join(sorted(TABLE_SUFFIXES))})", path=path
         )
     table = open_table_file(path)
-    names, embedded = list(table.column_names()), table.embedded_columns()
+    names, embedded = list(table.all_column_names), table.embedded_columns()
     path_columns = [name for name in names if name not in embedded]
     file_column = find_path_column(table, ImportOptions())
     if file_column is None:
@@ -231,14 +251,45 @@ def open_dataset_table(path: Path) -> DatasetTable:
             ),
             path=path,
         )
-    return DatasetTable(path=path, table=table, column_names=path_columns, file_column=file_column)
+    return DatasetTable(
+        path=path,
+        table=table,
+        column_names=path_columns,
+        file_column=file_column,
+        root=_find_column_root(path, table, file_column),
+    )
 
 
-def find_root(table: Path, files: Sequence[str]) -> Path:
-    """Return the folder near a table that the image files are relative to, as `import` finds it."""
-    unique_files = list(dict.fromkeys(files))
-    step = max(1, len(unique_files) // _NUM_PROBED_FILES)
-    return find_image_root(unique_files[::step][:_NUM_PROBED_FILES], table.parent)[0]
+def _find_column_root(path: Path, table: Table, column: str) -> Path:
+    """Return the folder near a table that the files of a column are relative to, as `import` finds it."""
+    files: dict[str, None] = {}
+    for row in table.iter_rows([column]):
+        try:
+            file = None if isinstance(row, SkippedSample) else row.text(column)
+        except ValueError:
+            continue  # counted when the rows are read
+        if file:
+            files[file] = None
+    step = max(1, len(files) // _NUM_PROBED_FILES)
+    return find_image_root(list(files)[::step][:_NUM_PROBED_FILES], path.parent)[0]
+
+
+def read_text(path: Path) -> str:
+    """Return the text of a file in UTF-8, UTF-16 or UTF-32.
+
+    Raises:
+        InvalidInputError: if the file cannot be read or decoded.
+    """
+    try:
+        return decode_text(path.read_bytes())
+    except OSError as error:
+        raise InvalidInputError(f"cannot read {path}: {error.strerror}", path=path) from error
+    except UnicodeDecodeError as error:
+        raise InvalidInputError(
+            f"{path} is not text in UTF-8, UTF-16 or UTF-32: {error.reason} at byte {error.start:,}; "
+            "convert it to UTF-8",
+            path=path,
+        ) from error
 
 
 def is_image_name(path: str | Path) -> bool:

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from likewise.data.readers.cells import cell_texts
-from likewise.data.readers.columns import find_caption_column
+from likewise.data.readers.columns import find_caption_column, match_caption_columns
 from likewise.errors import InvalidInputError
 from likewise.evaluation.datasets.base import (
     DatasetTable,
@@ -13,10 +13,10 @@ from likewise.evaluation.datasets.base import (
     SkippedEntries,
     content_key,
     dataset_name,
-    find_root,
     find_table,
     open_dataset_table,
     parse_split,
+    same_file_id,
     unknown_split_reason,
 )
 
@@ -66,7 +66,7 @@ def open_captioned(path: str | Path, *, caption_column: str | None = None) -> Ca
             f"{table_path} has no caption of a test image in its column {column!r}{skipped.summary()}",
             path=table_path,
         )
-    files, root = tuple(captions), find_root(table_path, list(captions))
+    files, root = tuple(captions), table.root
     return CaptionedDataset(
         name=f"{dataset_name(table_path)}-captions",
         path=path,
@@ -83,6 +83,10 @@ def _find_caption_column(table: DatasetTable, column: str | None) -> str:
     if column is not None:
         return table.require_column(column, "caption_column")
     caption_column = find_caption_column(table.table)
+    if caption_column is None:  # columns that only later rows have
+        first_columns = table.table.column_names()
+        later_columns = [name for name in table.column_names if name not in first_columns]
+        caption_column = next(iter(match_caption_columns(later_columns)), None)
     if caption_column is None or caption_column == table.file_column:
         raise InvalidInputError(
             f"`caption_column`: {table.path} has no column of captions; it has "
@@ -98,6 +102,7 @@ def _read_captions(
 ) -> dict[str, dict[str, list[str]]]:
     """Return the captions of each image by split; all rows are of `test` without a column of splits."""
     captions: dict[str, dict[str, list[str]]] = {"train": {}, "val": {}, "test": {}}
+    first_spellings: dict[str, str] = {}
     split_column = table.find_column("split")
     fields = {"split": split_column, "caption": column}
     for location, cells, values in table.iter_rows(fields, skipped, missing_reason=_NO_FILE_OR_CAPTION):
@@ -108,5 +113,7 @@ def _read_captions(
         elif split is None:
             skipped.add(unknown_split_reason(cells["split"]), location)
         else:
-            captions[split].setdefault(cells["file"], []).extend(texts)
+            file_id = same_file_id(table.root, cells["file"])
+            file = first_spellings.setdefault(file_id, cells["file"])
+            captions[split].setdefault(file, []).extend(texts)
     return captions

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from likewise.data.readers.files import IgnoredFiles
+from likewise.data.readers.paths import resolve_image_path
 from likewise.errors import InvalidInputError
 from likewise.evaluation.datasets.annotations import (
     AnnotatedBox,
@@ -17,7 +18,13 @@ from likewise.evaluation.datasets.annotations import (
     parse_numbers,
     parse_size,
 )
-from likewise.evaluation.datasets.base import SPLIT_ALIASES, SkippedEntries, find_split, parse_split
+from likewise.evaluation.datasets.base import (
+    SPLIT_ALIASES,
+    SkippedEntries,
+    find_split,
+    parse_split,
+    same_file_id,
+)
 
 _NUM_PROBED_FILES = 20
 _ROBOFLOW_NAME = "_annotations.coco.json"
@@ -96,6 +103,8 @@ def _load(file: Path) -> dict[str, Any]:
     """Return the content of an annotation file; byte order marks and UTF-16 are recognized."""
     try:
         coco = json.loads(file.read_bytes())
+    except OSError as error:
+        raise InvalidInputError(f"cannot read {file}: {error.strerror}", path=file) from error
     except (ValueError, RecursionError) as error:
         raise InvalidInputError(f"{file} is not valid JSON: {error}", path=file) from error
     keys = ("images", "annotations", "categories")
@@ -126,16 +135,18 @@ def _read_images(
         if key in images:
             skipped.add("images with the id of another image", location)
             continue
-        if file_name in by_file:
+        image_file = str(folder / resolve_image_path(path / folder, file_name)[0])
+        file_id = same_file_id(path, image_file)
+        if file_id in by_file:
             skipped.add("images listed twice", location)
         else:
-            by_file[file_name] = AnnotatedImage(
-                file=f"{folder}{file_name}",
+            by_file[file_id] = AnnotatedImage(
+                file=image_file,
                 split=split,
                 unit="pixels",
                 declared_size=parse_size(entry.get("width"), entry.get("height")),
             )
-        images[key] = by_file[file_name]
+        images[key] = by_file[file_id]
     return images
 
 
@@ -165,18 +176,30 @@ def _id_key(value: object) -> str:
     return str(value).strip()
 
 
-def _image_folder(path: Path, file: Path, split: str, names: list[str]) -> str:
-    """Return the folder, with a trailing slash, that contains most of the images, or an empty string."""
+def _image_folder(path: Path, file: Path, split: str, names: list[str]) -> Path:
+    """Return the folder that contains most of the images, relative to `path`.
+
+    Raises:
+        InvalidInputError: if several folders contain as many, which are different files.
+    """
     # Roboflow's annotation file is among the images.
     is_roboflow = file.name == _ROBOFLOW_NAME
     stem = file.parent.name if is_roboflow else file.stem.removeprefix("instances_")
     aliases = SPLIT_ALIASES[split]
     folders = (stem, f"images/{stem}", *aliases, *(f"images/{alias}" for alias in aliases), "images", ".")
     probed = names[:: max(1, len(names) // _NUM_PROBED_FILES)][:_NUM_PROBED_FILES]
-    hits = {
-        folder: sum(os.path.isfile(path / folder / name) for name in probed)  # noqa: PTH113  # False for too long names
-        for folder in folders
-        if (path / folder).is_dir()
-    }
-    best = max(hits, key=lambda folder: hits[folder])
-    return "" if best == "." else f"{best}/"
+    found: dict[str, list[str]] = {}
+    for folder in dict.fromkeys(folders):
+        if (path / folder).is_dir():
+            resolved = [resolve_image_path(path / folder, name) for name in probed]
+            found[folder] = [
+                os.path.realpath(path / folder / name) for name, is_found, _ in resolved if is_found
+            ]
+    most = max(map(len, found.values()))
+    best = [folder for folder, images in found.items() if len(images) == most]
+    if most and any(found[folder] != found[best[0]] for folder in best):
+        raise InvalidInputError(
+            f"the images of {file} are in several folders: {' and '.join(best)}; move all but one away",
+            path=file,
+        )
+    return Path(best[0])

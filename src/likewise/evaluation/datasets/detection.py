@@ -16,7 +16,6 @@ from likewise.evaluation.datasets.base import (
     SkippedEntries,
     content_key,
     dataset_name,
-    find_root,
     find_table,
     missing_split,
     open_dataset_table,
@@ -142,7 +141,7 @@ def _read_table(path: Path, skipped: SkippedEntries) -> tuple[Path, list[Annotat
                 if not valid[box.location]:
                     skipped.add(f"boxes that are not in {unit}, excluded", box.location)
             image.boxes = [box for box in image.boxes if valid[box.location]]
-    return find_root(path, [image.file for image in images]), images
+    return table.root, images
 
 
 def _merge_images(root: Path, images: list[AnnotatedImage], skipped: SkippedEntries) -> list[AnnotatedImage]:

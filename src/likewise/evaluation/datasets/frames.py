@@ -8,16 +8,14 @@ from pathlib import Path
 from typing import Literal
 
 import numpy as np
-from jaxtyping import Bool, Float, Shaped
-from PIL import Image
+from jaxtyping import Bool, Float
 
-from likewise.data.images import UnreadableImageError, read_image_size
+from likewise.data.images import UnreadableImageError, orient_size, read_image_size, read_orientation
+from likewise.data.orientation import UPRIGHT
 from likewise.errors import InvalidInputError
 from likewise.evaluation.datasets.base import SkippedEntries
 
 BoxUnit = Literal["fractions", "pixels"]
-_ORIENTATION_TAG = 0x0112
-_ROTATED = (5, 6, 7, 8)  # EXIF orientations that exchange width and height
 # A box of fractions may reach beyond the image by at most its size.
 _MIN_FRACTION, _MAX_FRACTION = -1.0, 2.0
 # Rows in the other unit are mistakes if they are at most this part of a table.
@@ -33,7 +31,7 @@ class ImageFrame:
     stored_size: tuple[int, int]
     """Width and height of the stored pixels, before the EXIF orientation is applied."""
     orientation: int
-    """EXIF orientation that leads from the stored to the shown image; 1 if both have the same size."""
+    """EXIF orientation, 1 to 8, that leads from the stored to the shown image."""
 
 
 def read_frame(path: Path) -> ImageFrame:
@@ -42,17 +40,8 @@ def read_frame(path: Path) -> ImageFrame:
     Raises:
         UnreadableImageError: if it is missing or no image.
     """
-    size = read_image_size(path)
-    try:
-        with Image.open(path) as image:
-            # Pillow gives TIFF files the size as shown, and all others the stored size.
-            stored_size = size if image.format == "TIFF" else image.size
-            orientation = image.getexif().get(_ORIENTATION_TAG, 1)
-    except Exception:  # noqa: BLE001  # a format that only `read_image_size` reads, or a damaged EXIF block
-        return ImageFrame(size, size, 1)
-    if orientation not in _ROTATED:
-        return ImageFrame(size, size, 1)
-    return ImageFrame(size, size[::-1] if stored_size == size else stored_size, orientation)
+    size, orientation = read_image_size(path), read_orientation(path)
+    return ImageFrame(size, orient_size(size, orientation), orientation)
 
 
 def rotate_boxes(
@@ -76,17 +65,6 @@ def rotate_boxes(
     return np.stack(columns, axis=1)
 
 
-def rotate_mask(mask: Shaped[np.ndarray, "h w"], orientation: int) -> Shaped[np.ndarray, "h2 w2"]:
-    """Return a mask of the stored image in the frame of the image as shown; 1 leaves it as it is."""
-    if orientation == 6:
-        return np.rot90(mask, -1)
-    if orientation == 8:
-        return np.rot90(mask)
-    if orientation == 7:
-        return np.rot90(mask, 2).T
-    return mask.T if orientation == 5 else mask
-
-
 def pixels_to_fractions(
     boxes: Float[np.ndarray, "k 4"],
     path: Path,
@@ -98,7 +76,8 @@ def pixels_to_fractions(
     A declared size equal to that of the image as shown, or none, means pixels of the image as shown; one
     equal to the stored size means pixels of the stored image, whose boxes are rotated. If width and height
     are merely exchanged, the size of the image is used and counted. Any other declared size excludes the
-    image, because its boxes could be in either of two frames.
+    image, because its boxes could be in either of two frames. If no size tells the frames apart, an image
+    with an EXIF orientation is counted, and its boxes are read as displayed.
 
     Args:
         boxes: (k, 4) x0 y0 x1 y1.
@@ -118,6 +97,8 @@ def pixels_to_fractions(
         skipped.add("declared width and height exchanged, size of the image used", str(path))
     elif declared_size is not None and declared_size != frame.size:
         boxes = rotate_boxes(boxes, frame.stored_size, frame.orientation)
+    elif frame.orientation != UPRIGHT and (declared_size is None or frame.size == frame.stored_size):
+        skipped.add(f"EXIF orientation {frame.orientation}, annotation read as displayed", str(path))
     return boxes / np.tile(np.array(frame.size, np.float64), 2)
 
 

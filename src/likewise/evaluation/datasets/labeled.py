@@ -16,7 +16,6 @@ from likewise.evaluation.datasets.base import (
     SkippedEntries,
     content_key,
     dataset_name,
-    find_root,
     find_table,
     ignore_file_type,
     is_image_name,
@@ -205,7 +204,7 @@ def _read_table(
                     box_location=location,
                 )
             )
-    return find_root(path, [image.file for image in images]), images
+    return table.root, images
 
 
 def parse_box(cells: dict[str, str], location: str, skipped: SkippedEntries) -> Box | None:

@@ -1,36 +1,42 @@
 """Images with masks of class numbers, read from a table or from folders."""
 
+import io
 import re
+import unicodedata
 from collections import defaultdict
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 from jaxtyping import Int, UInt8
-from PIL import Image, ImageOps
+from PIL import Image
+from PIL.ImageFile import ImageFile
 
-from likewise.data.images import UnreadableImageError
+from likewise.data.images import UnreadableImageError, read_orientation
+from likewise.data.orientation import UPRIGHT, exif_orientation, orient_pixels
 from likewise.data.readers.files import IgnoredFiles, walk_files
+from likewise.data.readers.paths import resolve_image_path
 from likewise.errors import InvalidInputError
 from likewise.evaluation.datasets.base import (
     ImageDataset,
     SkippedEntries,
     content_key,
     dataset_name,
-    find_root,
     find_table,
     ignore_file_type,
     is_image_name,
     open_dataset_table,
     parse_split,
+    read_text,
     same_file_id,
     unknown_split_reason,
 )
 from likewise.evaluation.datasets.detection import merge_val
-from likewise.evaluation.datasets.frames import read_frame, rotate_mask
+from likewise.evaluation.datasets.frames import read_frame
 
 DEFAULT_IGNORE_INDEX = 255
 _MASK_MODES = ("1", "L", "P")
+_GRAY_SCALES = {"L;2": 85, "L;4": 17}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,7 +58,8 @@ class SegmentationDataset(ImageDataset):
 
     def load_mask(self, index: int) -> Int[np.ndarray, "h w"]:
         """Return the mask of an image as shown: the index of each pixel's class, int64, -1 if ignored."""
-        values = rotate_mask(_read_mask(self.root / self.mask_files[index]), self.mask_orientations[index])
+        with _open_mask(self.root / self.mask_files[index]) as image:
+            values = orient_pixels(_class_numbers(image), self.mask_orientations[index])
         lookup = np.full(256, -1)
         lookup[list(self.class_ids)] = np.arange(len(self.class_ids))
         return lookup[values]
@@ -153,12 +160,12 @@ def _read_table(path: Path, skipped: SkippedEntries) -> tuple[Path, list[_Masked
             skipped.add(unknown_split_reason(cells["split"]), location)
         else:
             images.append(_MaskedImage(file=cells["file"], mask=cells["mask"], split=split))
-    root = find_root(path, [image.file for image in images])
-    mask_root = find_root(path, [image.mask for image in images])
-    if mask_root.resolve() != root.resolve():
-        for image in images:
-            image.mask = str(mask_root / image.mask)
-    return root, images
+    mask_root = table.find_root(fields["mask"])
+    is_same_root = mask_root.resolve() == table.root.resolve()
+    for image in images:
+        mask = resolve_image_path(mask_root, image.mask)[0]
+        image.mask = mask if is_same_root else str(mask_root / mask)
+    return table.root, images
 
 
 def _read_folders(path: Path, skipped: SkippedEntries, ignored: IgnoredFiles) -> list[_MaskedImage]:
@@ -175,7 +182,7 @@ def _read_folders(path: Path, skipped: SkippedEntries, ignored: IgnoredFiles) ->
             skipped.add("images outside of the folders images and masks of train, val and test", file)
         else:
             name = "/".join((parts[0], *parts[2:]))
-            stem = name.rpartition(".")[0]
+            stem = unicodedata.normalize("NFC", name.rpartition(".")[0])
             if kind == "images":
                 image_files.append((file, stem, parse_split(parts[0]) or ""))
             else:
@@ -216,10 +223,38 @@ def _unique_images(root: Path, images: list[_MaskedImage], skipped: SkippedEntri
     return list(first_entries.values())
 
 
-def _read_mask(path: Path) -> UInt8[np.ndarray, "h w"]:
-    """Return the class numbers of a mask as shown."""
-    with Image.open(path) as image:
-        return np.asarray(ImageOps.exif_transpose(image)).astype(np.uint8)
+def _open_mask(path: Path) -> Image.Image:
+    # Pillow maps uncompressed TIFF files that are opened by path with the width as shown: garbage if rotated.
+    return Image.open(io.BytesIO(path.read_bytes()))
+
+
+def _raw_mode(image: Image.Image) -> str:
+    """Return how the file of an image that is not loaded stores values, such as `L;4` for 4-bit gray."""
+    args = image.tile[0].args if isinstance(image, ImageFile) and image.tile else None
+    first = args[0] if isinstance(args, tuple) and args else args
+    return first if isinstance(first, str) else image.mode
+
+
+def _mask_problem(image: Image.Image) -> str | None:
+    """Return why the class numbers in an opened mask are unknown, or None."""
+    if image.mode not in _MASK_MODES:
+        return f"masks of mode {image.mode}, not 1-bit, 8-bit gray or palette"
+    if image.format == "JPEG":
+        return "masks in JPEG, whose values are not exact"
+    if image.mode == "L" and "I" in _raw_mode(image).partition(";")[2]:
+        return "masks whose gray values are inverted (white is 0)"
+    # The decoders of PGM scale values to 255 unless their maximum is 255.
+    if image.format == "PPM" and image.mode == "L" and image.tile[0].args not in ("L", ("L", 255)):
+        return "masks in PGM whose maximum is not 255"
+    return None
+
+
+def _class_numbers(image: Image.Image) -> UInt8[np.ndarray, "h w"]:
+    """Return the class numbers of an opened mask as shown, as they are stored."""
+    # Pillow multiplies gray values of 2 and 4 bits.
+    scale = next((factor for mode, factor in _GRAY_SCALES.items() if _raw_mode(image).startswith(mode)), 1)
+    image.load()
+    return orient_pixels(np.asarray(image), exif_orientation(image)).astype(np.uint8) // scale
 
 
 def _check_mask(root: Path, image: _MaskedImage, skipped: SkippedEntries) -> set[int] | None:
@@ -230,15 +265,14 @@ def _check_mask(root: Path, image: _MaskedImage, skipped: SkippedEntries) -> set
         skipped.add(f"missing or damaged images ({error})", image.file)
         return None
     try:
-        with Image.open(root / image.mask) as mask_image:
-            mode, suffix = mask_image.mode, mask_image.format
-        if mode not in _MASK_MODES:
-            skipped.add(f"masks of mode {mode}, not 1-bit, 8-bit gray or palette", image.mask)
-            return None
-        if suffix == "JPEG":
-            skipped.add("masks in JPEG, whose values are not exact", image.mask)
-            return None
-        mask = _read_mask(root / image.mask)
+        with _open_mask(root / image.mask) as mask_image:
+            problem = _mask_problem(mask_image)
+            if problem is not None:
+                skipped.add(problem, image.mask)
+                return None
+            mask = _class_numbers(mask_image)
+        is_upright = frame.orientation == UPRIGHT
+        mask_orientation = UPRIGHT if is_upright else read_orientation(root / image.mask)
     except Exception:  # noqa: BLE001  # decoders of Pillow raise many types of errors on damaged input
         skipped.add("missing or damaged masks", image.mask)
         return None
@@ -246,7 +280,9 @@ def _check_mask(root: Path, image: _MaskedImage, skipped: SkippedEntries) -> set
     if size not in (frame.size, frame.stored_size):
         skipped.add("masks whose size differs from their image", image.mask)
         return None
-    image.orientation = 1 if size == frame.size else frame.orientation
+    if frame.size == frame.stored_size and frame.orientation not in (UPRIGHT, mask_orientation):
+        skipped.add(f"EXIF orientation {frame.orientation}, mask read as displayed", image.file)
+    image.orientation = UPRIGHT if size == frame.size else frame.orientation
     return set(np.flatnonzero(np.bincount(mask.ravel())).tolist())
 
 
@@ -289,8 +325,7 @@ def _read_class_names(path: Path) -> dict[int, str]:
     """Return the names in `classes.txt` by value; every line may have the value before the name."""
     if not path.is_file():
         return {}
-    text = path.read_text(encoding="utf-8-sig", errors="replace")
-    lines = [line.strip() for line in text.splitlines() if line.strip()]
+    lines = [line.strip() for line in read_text(path).splitlines() if line.strip()]
     numbered = [re.fullmatch(r"([0-9]{1,9})[\s:,;]+(.+)", line) for line in lines]
     if all(numbered) and len({match[1] for match in numbered if match}) == len(lines):
         return {int(match[1]): match[2] for match in numbered if match}

@@ -1,11 +1,14 @@
 """Boxes in the format of Pascal VOC."""
 
+import unicodedata
 from collections import defaultdict
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from xml.etree import ElementTree
 
+from likewise.data.readers.encodings import iter_lines
 from likewise.data.readers.files import IgnoredFiles
+from likewise.data.readers.paths import resolve_image_path
 from likewise.errors import InvalidInputError
 from likewise.evaluation.datasets.annotations import (
     AnnotatedBox,
@@ -39,22 +42,30 @@ def read_voc(path: Path, skipped: SkippedEntries, ignored: IgnoredFiles) -> Iter
     by_stem: dict[str, list[str]] = defaultdict(list)
     for file in sorted((path / image_folder).iterdir()):
         if is_image_name(file) and not file.name.startswith("."):
-            by_stem[file.stem].append(f"{image_folder}/{file.name}")
+            by_stem[_composed(file.stem)].append(f"{image_folder}/{file.name}")
     listed = set()
     for split, list_file in lists:
-        for line in list_file.read_text(encoding="utf-8-sig", errors="replace").splitlines():
-            if not line.strip():
+        for line in iter_lines(list_file):
+            if not line.text.strip():
                 continue
-            name = line.split()[0]
+            if line.error is not None:
+                skipped.add("lines of a list that cannot be decoded", f"{list_file.name}, line {line.number}")
+                continue
+            name = line.text.split()[0]
             stem = name.rpartition(".")[0] if is_image_name(name) or name.endswith(".xml") else name
-            listed.add(stem)
-            xml_path = path / "Annotations" / f"{stem}.xml"
+            listed.add(_composed(stem))
+            xml_path = path / "Annotations" / resolve_image_path(path / "Annotations", f"{stem}.xml")[0]
             image = _read_annotation(xml_path, split, image_folder, by_stem, skipped)
             if image is not None:
                 yield image
     for xml_path in sorted((path / "Annotations").glob("*.xml")):
-        if xml_path.stem not in listed and not xml_path.name.startswith("."):
+        if _composed(xml_path.stem) not in listed and not xml_path.name.startswith("."):
             skipped.add(f"annotations that no list in {_LISTS} names", xml_path.name)
+
+
+def _composed(stem: str) -> str:
+    """Return a name in the composed Unicode form, so that names of file systems and texts are equal."""
+    return unicodedata.normalize("NFC", stem)
 
 
 def _split_lists(path: Path, ignored: IgnoredFiles) -> list[tuple[str, Path]]:
@@ -90,7 +101,7 @@ def _read_annotation(
         skipped.add("annotation files that are damaged", xml_path.name)
         return None
     file_name = Path((tree.findtext("filename") or "").strip().replace("\\", "/")).name
-    files = by_stem.get(xml_path.stem) or by_stem.get(Path(file_name).stem, [])
+    files = by_stem.get(_composed(xml_path.stem)) or by_stem.get(_composed(Path(file_name).stem), [])
     if len(files) > 1:
         named = [file for file in files if Path(file).name == file_name]
         if not named:

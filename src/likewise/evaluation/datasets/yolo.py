@@ -8,7 +8,9 @@ from typing import Any
 
 import yaml
 
+from likewise.data.readers.encodings import decode_text, iter_lines
 from likewise.data.readers.files import IgnoredFiles, walk_files
+from likewise.data.readers.paths import resolve_image_path
 from likewise.errors import InvalidInputError
 from likewise.evaluation.datasets.annotations import (
     AnnotatedBox,
@@ -18,7 +20,7 @@ from likewise.evaluation.datasets.annotations import (
     parse_class_number,
     parse_numbers,
 )
-from likewise.evaluation.datasets.base import SkippedEntries, ignore_file_type, is_image_name
+from likewise.evaluation.datasets.base import SkippedEntries, ignore_file_type, is_image_name, read_text
 
 _MAX_CLASSES = 100_000  # of a file that says only how many there are
 _SPLIT_KEYS = {"train": ("train",), "val": ("val", "valid", "validation"), "test": ("test",)}
@@ -50,7 +52,10 @@ def find_yolo_config(path: Path, ignored: IgnoredFiles) -> YoloConfig | None:
     Raises:
         InvalidInputError: if there are several, or the only YAML file is damaged.
     """
-    files = [path] if path.is_file() else sorted(file for file in path.iterdir() if is_yolo_file(file))
+    if path.is_dir():
+        files = sorted(file for file in path.iterdir() if is_yolo_file(file) and not file.is_dir())
+    else:
+        files = [path]
     configs, errors = [], []
     for file in files:
         try:
@@ -77,9 +82,7 @@ def find_yolo_config(path: Path, ignored: IgnoredFiles) -> YoloConfig | None:
 def _read_config(file: Path) -> YoloConfig | None:
     try:
         # Without YAML's types: `no`, `007` and `1.10` are names of classes.
-        values = yaml.load(file.read_text(encoding="utf-8-sig"), Loader=yaml.BaseLoader)  # noqa: S506  # builds text, lists and mappings only
-    except OSError as error:
-        raise InvalidInputError(f"cannot read {file}: {error.strerror}", path=file) from error
+        values = yaml.load(read_text(file), Loader=yaml.BaseLoader)  # noqa: S506  # builds text, lists and mappings only
     except (yaml.YAMLError, ValueError, RecursionError) as error:
         message = " ".join(str(error).split())
         raise InvalidInputError(f"{file} is not valid YAML: {message}", path=file) from error
@@ -168,15 +171,20 @@ def _iter_images(
             elif not file.lower().endswith(".txt"):
                 ignore_file_type(ignored, file)
         return
-    for line in location.read_text(encoding="utf-8-sig", errors="replace").splitlines():
-        name = line.strip()
+    for line in iter_lines(location):
+        name = line.text.strip()
         if not name:
             continue
-        if not is_image_name(name) or "\0" in name or "://" in name:
-            skipped.add("lines that name no image file", f"{location.name}, {name[:80]}")
+        if line.error is not None:
+            skipped.add("lines of a list that cannot be decoded", f"{location.name}, line {line.number}")
             continue
-        candidates = [folder / name for folder in (location.parent, *config.folders)]
-        yield _normalize(next((path for path in candidates if _is_file(path)), candidates[0]))
+        folders = (location.parent, *config.folders)
+        candidates = [(folder, *resolve_image_path(folder, name)[:2]) for folder in folders]
+        folder, file, is_found = next((entry for entry in candidates if entry[2]), candidates[0])
+        if not is_image_name(file) or "\0" in file or ("://" in file and not is_found):
+            skipped.add("lines that name no image file", f"{location.name}, {name[:80]}")
+        else:
+            yield _normalize(folder / file)
 
 
 def _locate(config: YoloConfig, split: str, source: str) -> Path:
@@ -218,15 +226,16 @@ class _LabelReader:
 
     def read(self, image: AnnotatedImage, image_path: Path) -> None:
         """Add the boxes in the label file of an image."""
-        label_path = _label_path(image_path)
-        self.used.setdefault(label_path.parent, set()).add(label_path.name)
+        folder, written_name = _label_path(image_path).parent, _label_path(image_path).name
+        label_path = folder / resolve_image_path(folder, written_name)[0]
+        self.used.setdefault(folder, set()).add(label_path.name)
         try:
-            text = label_path.read_text(encoding="utf-8-sig", errors="replace")
+            text = decode_text(label_path.read_bytes())
         except FileNotFoundError:
             self.skipped.add("images without a label file, used without boxes", image.file)
             return
-        except OSError:
-            self.skipped.add("label files that cannot be read", label_path.name)
+        except (OSError, UnicodeDecodeError):
+            self.skipped.add("label files that cannot be read or decoded", label_path.name)
             return
         for number, line in enumerate(text.splitlines(), start=1):
             if line.strip():
