@@ -244,7 +244,7 @@ def _mask_problem(image: Image.Image) -> str | None:
     if image.mode == "L" and "I" in _raw_mode(image).partition(";")[2]:
         return "masks whose gray values are inverted (white is 0)"
     # The decoders of PGM scale values to 255 unless their maximum is 255.
-    if image.format == "PPM" and image.mode == "L" and image.tile[0].args not in ("L", ("L", 255)):
+    if image.format == "PPM" and image.mode == "L" and image.tile[0].args not in ("L", ("L", 255)):  # pyrefly: ignore[missing-attribute]
         return "masks in PGM whose maximum is not 255"
     return None
 
