@@ -88,7 +88,7 @@ def test_bad_readers_fail(
     source = Source(files={"a.txt": b"abc"}, mutable=("a.txt",), check=check_mutated)
     test = ReaderTest(name="bad", make_sources=lambda _: [source], max_mib=1024, is_silent=True)
     monkeypatch.setitem(READERS, "bad", test)
-    monkeypatch.setattr(fuzzer, "_CASE_SECONDS", 1 if check is _hang else 30)
+    monkeypatch.setattr(fuzzer, "_CASE_SECONDS", 1 if check is _hang else 20)
     report = fuzzer.fuzz("bad", 3, failures=tmp_path)
     assert report.num_cases == 3
     assert report.failures

@@ -2,6 +2,7 @@
 
 import logging
 from dataclasses import fields
+from operator import index
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from likewise.artifacts import (
+    MANIFEST,
     Artifact,
     atomic_write,
     config_hash,
@@ -61,7 +63,8 @@ class Neighbors:
         """
         self.artifact = Artifact.open(Path(path), ARTIFACT_KIND)
         self.path = self.artifact.path
-        self.k: int = self.artifact.manifest.settings["k"]
+        with damaged_as_error(self.path / MANIFEST):
+            self.k: int = index(self.artifact.manifest.settings["k"])
         self.encoder: str = self.artifact.manifest.settings["encoder"]
         self.embeddings_key: str = self.artifact.manifest.inputs["embeddings"]
 
@@ -96,8 +99,9 @@ class Neighbors:
                 path=self.path,
             )
         self._check_rows()
-        positions = np.full((len(self), width), -1, np.int64)
-        similarity = np.full((len(self), width), -np.inf, np.float32)
+        with damaged_as_error(self.path / MANIFEST):  # a damaged `k` may exceed the memory
+            positions = np.full((len(self), width), -1, np.int64)
+            similarity = np.full((len(self), width), -np.inf, np.float32)
         row_start = 0
         for shard in range(self.artifact.manifest.counts["shards"]):
             path = self.path / shard_name("neighbors", shard, "parquet")
