@@ -11,6 +11,7 @@ from PIL import Image, ImageDraw, ImageOps
 
 from likewise.errors import InvalidInputError
 from likewise.evaluation.datasets.detection import DetectionDataset, open_detection
+from likewise.evaluation.datasets.frames import read_frame
 
 SIZE, BOX = (120, 80), (10, 8, 50, 32)
 SPLITS = ("train", "train", "val", "val")
@@ -340,3 +341,99 @@ def test_key_follows_boxes_and_images(tmp_path: Path) -> None:
     assert open_detection(write_yolo(tmp_path / "b", "path: ROOT\ntrain: images/train\nval: images/val\n"
                                      "names: [thing]\n")).key == key  # fmt: skip
     assert open_detection(write_yolo(tmp_path / "c", line=POLYGON)).key != key
+
+
+@pytest.mark.parametrize("spelling", [r".\{}", "%C3%BC0.png", "u\u03080.png", "./{}"])
+def test_coco_file_names_are_found_as_import_finds_them(spelling: str, tmp_path: Path) -> None:
+    name = spelling.format("ü0.png")
+    dataset = open_detection(write_coco(tmp_path, lambda c: c["images"][0].update(file_name=name)))
+    assert len(dataset) == 4
+    assert [red_share(dataset, i) for i in range(4)] == pytest.approx([1] * 4)
+    assert dataset.skipped == {}
+
+
+def test_coco_images_in_two_folders_raise_unless_they_are_the_same(tmp_path: Path) -> None:
+    root = write_coco(tmp_path)
+    (root / "images").symlink_to(root / "train")
+    assert len(open_detection(root)) == 4
+    (root / "images").unlink()
+    for name in ("ü0.png", "1.png"):
+        draw(root / "images" / name)
+    with pytest.raises(InvalidInputError, match="train and images"):
+        open_detection(root)
+
+
+def test_coco_counts_a_name_that_is_too_long(tmp_path: Path) -> None:
+    root = write_coco(tmp_path, lambda c: c["images"][0].update(file_name="x" * 300 + ".png"))
+    dataset = open_detection(root)
+    assert (len(dataset), list(dataset.skipped.values())) == (2, [2])
+
+
+@pytest.mark.parametrize("encoding", ["utf-16", "utf-32", "utf-8-sig"])
+def test_texts_of_yolo_and_voc_in_other_encodings(encoding: str, tmp_path: Path) -> None:
+    root = write_yolo(tmp_path / "yolo", "train: train.txt\nval: val.txt\nnames: [Käfer]\n")
+    for split in ("train", "val"):
+        names = "".join(rf".\images\{split}\{p.name}" + "\r\n" for p in (root / f"images/{split}").iterdir())
+        (root / f"{split}.txt").write_text(names)
+    voc = write_voc(tmp_path / "voc")
+    texts = [*root.rglob("*.txt"), root / "data.yaml", *voc.rglob("*.txt")]
+    for path in texts:
+        path.write_text(path.read_text(), encoding=encoding)
+    for folder, classes in ((root, ("Käfer",)), (voc, ("thing",))):
+        dataset = open_detection(folder)
+        assert (len(dataset), dataset.classes, dataset.skipped) == (4, classes, {})
+    for path in (root / "labels/train/0.txt", voc / "ImageSets/Main/train.txt"):
+        path.write_bytes(path.read_text(encoding=encoding).encode() + b"\nK\xe4fer\n")
+    assert list(open_detection(root).skipped.values()) == [1]
+    assert list(open_detection(voc).skipped.values()) == [1]
+    (root / "data.yaml").write_bytes("train: train.txt\nval: val.txt\nnames: [Käfer]".encode("latin-1"))
+    with pytest.raises(InvalidInputError, match=r"data\.yaml is not text"):
+        open_detection(root)
+
+
+BAD_YAML = {
+    "broken link": lambda path: path.symlink_to(path.parent / "gone"),
+    "nested": lambda path: path.write_text("[" * 20_000),
+    "nc": lambda path: path.write_text("train: images/train\nval: images/val\nnc: '²'\n"),
+    "many": lambda path: path.write_text(f"train: images/train\nval: images/val\nnc: {10**12}\n"),
+    "key": lambda path: path.write_text("train: images/train\nval: images/val\nnames: {²: a}\n"),
+    "long": lambda path: path.write_text(f"train: {'x' * 300}\nval: images/val\nnames: [a]\n"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", BAD_YAML)
+def test_unreadable_data_files_of_yolo_raise_an_error_with_their_path(name: str, tmp_path: Path) -> None:
+    root = write_yolo(tmp_path)
+    (root / "data.yaml").unlink()
+    BAD_YAML[name](root / "data.yaml")
+    with pytest.raises(InvalidInputError, match=r"data\.yaml") as error:
+        open_detection(root)
+    assert error.value.path == root / "data.yaml"
+
+
+def test_folders_and_broken_links_in_the_place_of_files_raise_no_other_error(tmp_path: Path) -> None:
+    root = write_yolo(tmp_path / "yolo")
+    (root / "more.yaml").mkdir()
+    (root / "gone.yaml").symlink_to(root / "gone")
+    dataset = open_detection(root)
+    assert (len(dataset), dataset.ignored) == (4, {"YAML file that is damaged": 1})
+    root = write_voc(tmp_path / "voc")
+    (root / "ImageSets/Main/train.txt").unlink()
+    (root / "ImageSets/Main/train.txt").mkdir()
+    with pytest.raises(InvalidInputError, match=r"cannot read .*train\.txt"):
+        open_detection(root)
+    root = write_coco(tmp_path / "coco")
+    (root / "annotations/instances_val.json").unlink()
+    (root / "annotations/instances_val.json").symlink_to(root / "gone")
+    with pytest.raises(InvalidInputError, match=r"cannot read .*instances_val\.json"):
+        open_detection(root)
+
+
+def test_boxes_of_rotated_tiffs_that_only_tifffile_reads(tmp_path: Path) -> None:
+    tifffile = pytest.importorskip("tifffile")
+    pixels = np.zeros((80, 120, 5), np.float64)
+    for i in range(4):
+        tag = [(274, "H", 1, 6, True)]
+        tifffile.imwrite(tmp_path / f"{i}.tif", pixels, planarconfig="contig", extratags=tag)
+    frame = read_frame(tmp_path / "0.tif")
+    assert (frame.size, frame.stored_size, frame.orientation) == ((80, 120), (120, 80), 6)

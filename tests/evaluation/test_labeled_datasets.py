@@ -194,3 +194,64 @@ def test_captions_count_short_rows_and_use_val_without_test(
     table.unlink()
     (tmp_path / "captions.jsonl").write_text(json.dumps({"file": "0.png", "caption": ["a cat", "b"]}) + "\n")
     assert open_captioned(tmp_path).captions == (("a cat", "b"),)
+
+
+@pytest.mark.parametrize(
+    "spelling",
+    [r"sub dir\ü{}.png", "sub%20dir/%C3%BC{}.png", "sub dir/u\u0308{}.png", "file://ROOT/sub%20dir/ü{}.png"],
+)
+def test_paths_are_found_as_import_finds_them(spelling: str, tmp_path: Path) -> None:
+    rows = write_images(tmp_path / "sub dir")
+    for name, _, _ in rows:
+        (tmp_path / "sub dir" / name).rename(tmp_path / "sub dir" / f"ü{name}")
+    spelling = spelling.replace("ROOT", tmp_path.as_posix())
+    rows = [(spelling.format(name.removesuffix(".png")), label, split) for name, label, split in rows]
+    again = ("./sub dir/ü0.png", rows[0][1], "train")
+    (tmp_path / "labels.csv").write_text(csv_text([*rows, again]), encoding="utf-8")
+    dataset = open_labeled(tmp_path)
+    assert len(dataset) == len(rows)
+    assert all((dataset.root / file).is_file() for file in dataset.files)
+    assert list(dataset.skipped.values()) == [1]  # the second spelling of one image
+
+
+def test_two_columns_of_different_existing_files_raise(tmp_path: Path) -> None:
+    rows = write_images(tmp_path)
+    both = [(name, f"{11 - i}.png", label, split) for i, (name, label, split) in enumerate(rows)]
+    table = tmp_path / "labels.csv"
+    table.write_text(csv_text(both, "image,path,label,split"))
+    with pytest.raises(InvalidInputError, match="'image' and 'path'"):
+        open_labeled(tmp_path)
+    table.write_text(csv_text([(a, a, *rest) for a, _, *rest in both], "image,path,label,split"))
+    assert len(open_labeled(tmp_path)) == len(rows)
+
+
+@pytest.mark.parametrize("name", ["labels.json", "labels.jsonl"])
+def test_json_tables_are_found_with_columns_that_begin_late(name: str, tmp_path: Path) -> None:
+    rows = write_images(tmp_path)
+    entries = [{"file": file, "label": label, "split": split} for file, label, split in rows]
+    entries[:0] = [{"file": "0.png"}] * 150
+    lines = [json.dumps(entry) for entry in entries]
+    (tmp_path / name).write_text(f"[{','.join(lines)}]" if name.endswith("json") else "\n".join(lines))
+    dataset = open_labeled(tmp_path)
+    assert (len(dataset), sum(dataset.skipped.values())) == (len(rows), 150)
+
+
+def test_class_names_in_json_beside_class_folders_are_no_table(tmp_path: Path) -> None:
+    for split in ("train", "test"):
+        for label in ("cat", "dog"):
+            write_images(tmp_path / split / label)
+    (tmp_path / "labels.json").write_text('{"0": "cat", "1": "dog"}')
+    dataset = open_labeled(tmp_path)
+    assert (len(dataset), dataset.ignored) == (48, {"file type .json": 1})
+
+
+def test_two_spellings_of_an_image_are_one_captioned_image(tmp_path: Path) -> None:
+    write_images(tmp_path)
+    rows = [("0.png", "a cat"), ("./0.png", "one cat"), (r".\0.png", "cat"), ("1.png", "a dog")]
+    (tmp_path / "captions.csv").write_text(csv_text(rows, "file,caption"))
+    dataset = open_captioned(tmp_path)
+    assert dataset.files == ("0.png", "1.png")
+    assert dataset.captions == (("a cat", "one cat", "cat"), ("a dog",))
+    late = [{"file": "0.png"}] * 150 + [{"file": "1.png", "caption": "a dog"}]
+    (tmp_path / "late.jsonl").write_text("\n".join(map(json.dumps, late)))
+    assert open_captioned(tmp_path / "late.jsonl").captions == (("a dog",),)

@@ -1,12 +1,15 @@
 """Masks: which pixels count, which masks are excluded, and when nothing can be measured."""
 
 import shutil
+import struct
+import zlib
 from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import Image
 
+from likewise.data.orientation import orient_pixels
 from likewise.errors import InvalidInputError
 from likewise.evaluation.datasets.segmentation import SegmentationDataset, open_segmentation
 from likewise.evaluation.protocols.average_precision import (
@@ -178,3 +181,82 @@ def test_no_figure_where_nothing_can_be_measured() -> None:
     assert (score.estimate.low, score.estimate.high) == (1, 1)
     with pytest.raises(InvalidInputError, match="cannot be measured"):
         bootstrap_score("AP", float("nan"), resampled, 2, {})
+
+
+def encode_gray(values: np.ndarray, bits: int) -> bytes:
+    """Return a gray PNG of 2 or 4 bits."""
+
+    def chunk(kind: bytes, data: bytes) -> bytes:
+        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+
+    per_byte = 8 // bits
+    packed = sum(values[:, i::per_byte] << (8 - bits * (i + 1)) for i in range(per_byte)).astype(np.uint8)
+    height, width = values.shape
+    header = struct.pack(">IIBBBBB", width, height, bits, 0, 0, 0, 0)
+    rows = zlib.compress(b"".join(b"\0" + row.tobytes() for row in packed))
+    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", rows) + chunk(b"IEND", b"")
+
+
+@pytest.mark.parametrize("bits", [2, 4])
+def test_class_numbers_of_few_bits_are_read_as_stored(bits: int, tmp_path: Path) -> None:
+    write_masks(tmp_path, [Image.fromarray(MASK)])
+    mask = MASK * (2**bits - 1)
+    for path in tmp_path.glob("*/masks/*.png"):
+        path.write_bytes(encode_gray(mask, bits))
+    dataset = open_segmentation(tmp_path)
+    assert dataset.class_ids == (0, 2**bits - 1)
+    np.testing.assert_array_equal(dataset.load_mask(0), MASK)
+
+
+@pytest.mark.parametrize("maximum", [1, 20, 255])
+@pytest.mark.parametrize("kind", ["P2", "P5"])
+def test_pgm_masks_are_read_only_without_scaling(kind: str, maximum: int, tmp_path: Path) -> None:
+    write_masks(tmp_path, [Image.fromarray(MASK)])
+    pixels = MASK.tobytes() if kind == "P5" else " ".join(map(str, MASK.ravel())).encode()
+    (tmp_path / "train/masks/0.png").write_bytes(f"{kind}\n40 30\n{maximum}\n".encode() + pixels)
+    dataset = open_segmentation(tmp_path)
+    assert len(dataset) == (4 if maximum == 255 else 3)
+    assert dataset.classes == ("0", "1")
+
+
+@pytest.mark.parametrize("suffix", ["png", "tif"])
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_masks_with_an_orientation_of_their_own(orientation: int, suffix: str, tmp_path: Path) -> None:
+    write_masks(tmp_path, [Image.fromarray(MASK)], suffix)
+    # The inverse of every orientation is itself, except of 6 and 8.
+    stored = orient_pixels(MASK, {6: 8, 8: 6}.get(orientation, orientation))
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    for path in tmp_path.glob(f"*/masks/*.{suffix}"):
+        Image.fromarray(stored).save(path, exif=exif)
+    dataset = open_segmentation(tmp_path)
+    assert dataset.skipped == {}
+    np.testing.assert_array_equal(dataset.load_mask(0), MASK)
+
+
+@pytest.mark.parametrize("orientation", [2, 3, 4, 7])
+def test_undecidable_orientations_are_counted(orientation: int, tmp_path: Path) -> None:
+    mask = MASK[:, :30]
+    write_masks(tmp_path, [Image.fromarray(mask)])
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    for path in tmp_path.glob("*/images/*.jpg"):
+        Image.new("RGB", (30, 30)).save(path, exif=exif)
+    dataset = open_segmentation(tmp_path)
+    assert list(dataset.skipped.values()) == [4]
+    assert f"EXIF orientation {orientation}, mask read as displayed" in next(iter(dataset.skipped))
+
+
+def test_masks_are_found_as_import_finds_files_and_class_names_in_utf16(tmp_path: Path) -> None:
+    write_masks(tmp_path, [Image.fromarray(MASK)])
+    lines = ["file;mask;split"]
+    for i, split in enumerate(("train", "train", "test", "test")):
+        lines.append(rf"{split}\images\{i}.jpg;{split}%2Fmasks%2F{i}.png;{split}")
+    (tmp_path / "index.csv").write_text("\n".join(lines))
+    classes = tmp_path / "classes.txt"
+    classes.write_text("Straße\nTür\n", encoding="utf-16")
+    dataset = open_segmentation(tmp_path)
+    assert (len(dataset), dataset.classes) == (4, ("Straße", "Tür"))
+    classes.write_bytes("Straße\nTür\n".encode("latin-1"))
+    with pytest.raises(InvalidInputError, match=r"classes\.txt is not text"):
+        open_segmentation(tmp_path)

@@ -149,7 +149,7 @@ def find_path_column(table: Table, options: ImportOptions) -> str | None:
     if len(candidates) > 1:
         names = " and ".join(map(repr, candidates))
         raise InvalidInputError(
-            f"{table.name} has several image columns: {names}; rename or remove the others"
+            f"{table.name} has several image columns of different files: {names}; rename all but one"
         )
     return next(iter(candidates), None)
 
