@@ -358,8 +358,8 @@ def test_coco_images_in_two_folders_raise_unless_they_are_the_same(tmp_path: Pat
     assert len(open_detection(root)) == 4
     (root / "images").unlink()
     for name in ("ü0.png", "1.png"):
-        draw(root / "images" / name)
-    with pytest.raises(InvalidInputError, match="train and images"):
+        draw(root / "images" / "train" / name)
+    with pytest.raises(InvalidInputError, match="train and images/train"):
         open_detection(root)
 
 

@@ -190,7 +190,8 @@ def encode_gray(values: np.ndarray, bits: int) -> bytes:
         return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
 
     per_byte = 8 // bits
-    packed = sum(values[:, i::per_byte] << (8 - bits * (i + 1)) for i in range(per_byte)).astype(np.uint8)
+    shifted = [values[:, i::per_byte] << (8 - bits * (i + 1)) for i in range(per_byte)]
+    packed = np.sum(shifted, axis=0).astype(np.uint8)
     height, width = values.shape
     header = struct.pack(">IIBBBBB", width, height, bits, 0, 0, 0, 0)
     rows = zlib.compress(b"".join(b"\0" + row.tobytes() for row in packed))

@@ -196,7 +196,9 @@ def _image_folder(path: Path, file: Path, split: str, names: list[str]) -> Path:
                 os.path.realpath(path / folder / name) for name, is_found, _ in resolved if is_found
             ]
     most = max(map(len, found.values()))
-    best = [folder for folder, images in found.items() if len(images) == most]
+    complete = [folder for folder, images in found.items() if len(images) == most]
+    # A folder with the name of the annotation file comes before others, as in COCO itself.
+    best = [folder for folder in complete if folder in folders[:2]] or complete
     if most and any(found[folder] != found[best[0]] for folder in best):
         raise InvalidInputError(
             f"the images of {file} are in several folders: {' and '.join(best)}; move all but one away",
