@@ -1,5 +1,6 @@
 """Tables: columns, merging of rows, image paths, Parquet and COCO."""
 
+import base64
 import json
 import tempfile
 import tracemalloc
@@ -523,3 +524,26 @@ def test_each_row_is_used_or_skipped(rows: list[tuple[Any, Any, Any]], suffix: s
         entries = list(open_reader(str(path), options).iter_samples())
     num_used = sum(len(entry.captions) for entry in entries if isinstance(entry, RawSample))
     assert num_used + sum(isinstance(entry, SkippedSample) for entry in entries) == len(rows)
+
+
+def test_base64_images_have_a_reason(tmp_path: Path, pictures: list[Picture]) -> None:
+    name, data, caption = pictures[0]
+    write_images(tmp_path, pictures[:1])
+    rows = [
+        (f"{name}.jpg", caption),
+        (base64.b64encode(data).decode(), "a"),
+        ("data:image/png;base64,AAAA", "b"),
+    ]
+    pd.DataFrame(rows, columns=["image", "caption"]).to_json(
+        tmp_path / "t.jsonl", orient="records", lines=True
+    )
+    dataset = import_dataset(tmp_path / "t.jsonl", tmp_path / "out")
+    assert dataset.artifact.manifest.skipped == {"image is base64 text, not a file": 2}
+
+
+def test_column_names_may_end_with_a_note(tmp_path: Path, pictures: list[Picture]) -> None:
+    write_images(tmp_path, pictures)
+    rows = [(f"{name}.jpg", caption) for name, _, caption in pictures]
+    pd.DataFrame(rows, columns=["Image [path]", "Caption (English)"]).to_csv(tmp_path / "t.csv", index=False)
+    dataset = import_dataset(tmp_path / "t.csv", tmp_path / "out")
+    assert [sample.captions for sample in dataset] == [(caption,) for _, _, caption in pictures]

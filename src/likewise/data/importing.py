@@ -72,6 +72,8 @@ def _reject_reason(entry: RawSample) -> str | None:
     path = entry.image.path or ""
     if "\0" in path:
         return "file name contains a NUL character"
+    if path.startswith("data:image/") or (len(path) > 255 and path.startswith(_BASE64_STARTS)):
+        return "image is base64 text, not a file"
     if "://" in path:
         return "image is a URL, not a file"
     names = (entry.id, path, entry.group or "", entry.label or "")
@@ -107,6 +109,7 @@ def shard_chunks(entries: Iterable[Entry], shard_rows: int) -> Iterator[list[Ent
 _DECODE_BATCH_SIZE = 16  # images per task of a worker thread
 _NUM_EXAMPLES = 3
 _MAX_PATH_CHARS = 300
+_BASE64_STARTS = ("/9j/", "iVBORw0KGgo", "R0lGOD", "UklGR")  # of JPEG, PNG, GIF and WebP files
 _DEFAULT_OPTIONS = ImportOptions()
 # Counts of a reader that a user may have to act on.
 COUNT_MESSAGES = {

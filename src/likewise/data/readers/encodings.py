@@ -84,7 +84,8 @@ def iter_lines(path: Path) -> Iterator[Line]:
         with path.open("rb") as raw:
             raw.seek(mark_size)
             errors = "surrogateescape" if encoding == "utf-8" else "replace"
-            yield from _split_lines(io.TextIOWrapper(raw, encoding, errors, newline=None), encoding)
+            with io.TextIOWrapper(raw, encoding, errors, newline=None) as stream:
+                yield from _split_lines(stream, encoding)
     except OSError as error:
         raise InvalidInputError(f"cannot read {path}: {error.strerror}", path=path) from error
 
