@@ -411,7 +411,7 @@ def test_unreadable_data_files_of_yolo_raise_an_error_with_their_path(name: str,
     assert error.value.path == root / "data.yaml"
 
 
-def test_folders_and_broken_links_in_the_place_of_files_raise_no_other_error(tmp_path: Path) -> None:
+def test_folders_and_broken_links_instead_of_files_raise_no_other_error(tmp_path: Path) -> None:
     root = write_yolo(tmp_path / "yolo")
     (root / "more.yaml").mkdir()
     (root / "gone.yaml").symlink_to(root / "gone")
