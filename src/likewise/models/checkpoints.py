@@ -179,11 +179,7 @@ def load_backbone(path: Path, image_size: int | None = None) -> tuple[nn.Module,
     return model, config, feature_dim
 
 
-def load_bands(path: Path) -> BandSelection | None:
-    """Read the choice of bands from a file of `save_encoder`.
-
-    Raises:
-        ModelError: if the file is missing or damaged.
-    """
-    bands = load_tensors(path)[1].get("bands")
+def parse_bands(metadata: dict[str, Any]) -> BandSelection | None:
+    """Return the choice of bands in the metadata of an encoder file; None if it has none."""
+    bands = metadata.get("bands")
     return None if bands is None else select_bands(tuple(bands["bands"]), tuple(bands["percentiles"]))

@@ -39,7 +39,7 @@ from likewise.models.backbones import (
     classifier_names,
     default_stem,
 )
-from likewise.models.checkpoints import load_backbone, load_bands, load_encoder_file
+from likewise.models.checkpoints import load_backbone, load_encoder_file, parse_bands
 from likewise.models.external import load_huggingface_model, load_torch_hub_model, load_torchvision_model
 from likewise.models.text_tower import TextAlignment, encode_captions, load_text_alignment
 from likewise.models.transforms import EvalTransform
@@ -342,7 +342,7 @@ def _load_saved_encoder(path: Path, name: str, image_size: int | None) -> ImageE
         return _with_adapter(name, _load_start(metadata["start"], path), adapter)
     model, config, feature_dim = load_backbone(path, image_size)
     transform = EvalTransform(
-        image_size=config.image_size, resize_size=config.image_size, bands=load_bands(path)
+        image_size=config.image_size, resize_size=config.image_size, bands=parse_bands(metadata)
     )
     if metadata.get("transform") is not None:
         transform = EvalTransform.from_dict(metadata["transform"]).resize_to(config.image_size)

@@ -8,11 +8,12 @@ from pathlib import Path, PurePosixPath
 
 from likewise.artifacts import MANIFEST
 from likewise.data.config import ImportOptions
+from likewise.data.images import is_image_name
 from likewise.data.readers.base import Reader, UInt64Set
 from likewise.data.readers.chained import ChainedReader
 from likewise.data.readers.columns import match_score
 from likewise.data.readers.files import Folder, IgnoredFiles, walk_files, walk_folders
-from likewise.data.readers.folder import is_image, open_image_folder
+from likewise.data.readers.folder import open_image_folder
 from likewise.data.readers.huggingface import HUB_PREFIX
 from likewise.data.readers.paths import resolve_image_path
 from likewise.data.readers.sidecars import is_sidecar, pair_sidecars, split_suffix
@@ -50,7 +51,7 @@ def inspect_folder(path: Path) -> FolderContents:
     """Walk a folder and list what it may contain."""
     contents = FolderContents()
     for folder in walk_folders(path, IgnoredFiles()):
-        images = [name for name in folder.files if is_image(name)]
+        images = [name for name in folder.files if is_image_name(name)]
         contents.num_images += len(images)
         if contents.captioned_image is None:
             assigned, _ = pair_sidecars(images, filter(is_sidecar, folder.files))
@@ -284,7 +285,7 @@ def _unlisted_images(path: Path, readers: tuple[TableReader, ...]) -> tuple[Igno
     root = str(path.resolve())
     for name in walk_files(path, IgnoredFiles()):
         # `add` tells whether a value is new; unlisted images are never asked for again.
-        if is_image(name) and listed.add(_path_hash(f"{root}/{name}")):
+        if is_image_name(name) and listed.add(_path_hash(f"{root}/{name}")):
             unlisted.add("image that the table does not list", name)
     return unlisted, num_listed
 

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import final
 
 from likewise.data.dataset import ImageRef
-from likewise.data.images import IMAGE_SUFFIXES
+from likewise.data.images import is_image_name
 from likewise.data.readers.base import (
     ImportOptions,
     SkippedSample,
@@ -28,11 +28,6 @@ from likewise.data.readers.sidecars import (
     unused_reason,
 )
 from likewise.hashing import hash_files
-
-
-def is_image(name: str) -> bool:
-    """Return whether a file is an image by its suffix."""
-    return split_suffix(name)[1] in IMAGE_SUFFIXES
 
 
 def image_ids(names: list[str]) -> dict[str, str]:
@@ -70,7 +65,7 @@ class FolderReader(SidecarReader):
     ) -> Iterator[ImageFile | SkippedSample]:
         """Yield the images, folder by folder, sorted by name; links to nothing are skipped images."""
         for folder in walk_folders(self.root, ignored):
-            images = [name for name in folder.files if is_image(name)]
+            images = [name for name in folder.files if is_image_name(name)]
             sidecars = [name for name in folder.files if is_sidecar(name)]
             assigned, unused = pair_sidecars(images, sidecars)
             counts["caption_files"] += len(sidecars) - len(unused)
@@ -129,7 +124,7 @@ class FolderReader(SidecarReader):
 def _skip_broken_links(folder: Folder, ignored: IgnoredFiles) -> Iterator[SkippedSample]:
     for name in folder.broken:
         path = folder.prefix + name
-        if is_image(name):
+        if is_image_name(name):
             yield SkippedSample(id=path, location=path, reason="broken link or special file")
         else:
             ignored.add("broken link or special file", path)

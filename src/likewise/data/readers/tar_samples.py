@@ -4,7 +4,8 @@ from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
 
-from likewise.data.readers.folder import image_ids, is_image
+from likewise.data.images import is_image_name
+from likewise.data.readers.folder import image_ids
 from likewise.data.readers.sidecars import first_of_each_kind, pair_sidecars, split_suffix, unused_reason
 from likewise.data.readers.tar_members import TarMember
 
@@ -112,7 +113,9 @@ def _split_repeated(group: _Group) -> tuple[list[list[TarMember]], str | None]:
         by_run.setdefault(run, []).append(member)
     counts = Counter(member.name for member in group.members)
     is_repeated = max(counts.values()) > 1
-    num_captioned = sum(_has_image(run) and not all(is_image(m.name) for m in run) for run in by_run.values())
+    num_captioned = sum(
+        _has_image(run) and not all(is_image_name(m.name) for m in run) for run in by_run.values()
+    )
     if (is_repeated or num_captioned > 1) and all(_is_complete(run) for run in by_run.values()):
         return list(by_run.values()), None
     if not is_repeated:
@@ -127,7 +130,7 @@ def _split_repeated(group: _Group) -> tuple[list[list[TarMember]], str | None]:
 
 
 def _has_image(members: list[TarMember]) -> bool:
-    return any(is_image(member.name) for member in members)
+    return any(is_image_name(member.name) for member in members)
 
 
 def _is_complete(members: list[TarMember]) -> bool:
@@ -138,7 +141,7 @@ def _is_complete(members: list[TarMember]) -> bool:
 def _pair(key: str, members: list[TarMember], image_column: str | None, unused: Unused) -> list[TarSample]:
     """Return the samples of the members of one key, whose names are distinct."""
     by_name = {member.name: member for member in members}
-    images = [name for name in by_name if is_image(name)]
+    images = [name for name in by_name if is_image_name(name)]
     assigned, remaining = pair_sidecars(images, [name for name in by_name if name not in images])
     selected = _select_images(key, images, assigned, image_column)
     reasons = {name: "another image of a sample" for name in images if name not in selected}

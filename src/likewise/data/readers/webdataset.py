@@ -9,13 +9,13 @@ from pathlib import Path
 from typing import final
 
 from likewise.data.dataset import ImageRef
+from likewise.data.images import is_image_name
 from likewise.data.readers.base import (
     ImportOptions,
     SkippedSample,
     reject_table_options,
 )
 from likewise.data.readers.files import IgnoredFiles, file_type_reason, walk_files
-from likewise.data.readers.folder import is_image
 from likewise.data.readers.sidecars import (
     MAX_SIDECAR_BYTES,
     ImageFile,
@@ -79,7 +79,7 @@ class TarReader(SidecarReader):
         if self.is_folder:
             for path in walk_files(self.root, ignored):
                 if not is_tar(path):
-                    reason = "image outside the archives" if is_image(path) else file_type_reason(path)
+                    reason = "image outside the archives" if is_image_name(path) else file_type_reason(path)
                     ignored.add(reason, path)
             ignored.num_seen -= len(self.archives)  # their members count instead
         for name in self.archives:
@@ -95,7 +95,7 @@ class TarReader(SidecarReader):
         candidates = []
         for member in members:
             reason = member.ignored_reason
-            if reason is None and not (is_image(member.name) or is_sidecar(member.name)):
+            if reason is None and not (is_image_name(member.name) or is_sidecar(member.name)):
                 reason = file_type_reason(member.name)
             if reason is None:
                 candidates.append(member)
@@ -104,8 +104,8 @@ class TarReader(SidecarReader):
         samples, unused = group_members(candidates, self.options.image_column)
         for member, reason in unused:
             ignored.add(reason, f"{archive}: {member.name}")
-        counts["caption_files"] += sum(not is_image(member.name) for member in candidates) - sum(
-            not is_image(member.name) for member, _ in unused
+        counts["caption_files"] += sum(not is_image_name(member.name) for member in candidates) - sum(
+            not is_image_name(member.name) for member, _ in unused
         )
         counts["repeated_keys"] += sum(sample.is_repeated for sample in samples)
         for sample in samples:

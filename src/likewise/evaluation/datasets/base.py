@@ -10,7 +10,6 @@ from typing import Any, NamedTuple
 
 from likewise.data.config import ImportOptions
 from likewise.data.dataset import ImageRef
-from likewise.data.images import IMAGE_SUFFIXES
 from likewise.data.readers.base import SkippedSample
 from likewise.data.readers.cells import cell_text
 from likewise.data.readers.columns import find_path_column
@@ -290,11 +289,6 @@ def read_text(path: Path) -> str:
             "convert it to UTF-8",
             path=path,
         ) from error
-
-
-def is_image_name(path: str | Path) -> bool:
-    """Return whether a file is an image by its suffix."""
-    return os.path.splitext(path)[1].lower() in IMAGE_SUFFIXES  # noqa: PTH122  # called once per file
 
 
 def ignore_file_type(ignored: IgnoredFiles, path: str) -> None:

@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from likewise.data.images import is_image_name
 from likewise.data.readers.files import IgnoredFiles, walk_files
 from likewise.errors import InvalidInputError
 from likewise.evaluation.datasets.base import (
@@ -18,7 +19,6 @@ from likewise.evaluation.datasets.base import (
     dataset_name,
     find_table,
     ignore_file_type,
-    is_image_name,
     missing_split,
     open_dataset_table,
     parse_split,

@@ -12,7 +12,7 @@ from jaxtyping import Int, UInt8
 from PIL import Image
 from PIL.ImageFile import ImageFile
 
-from likewise.data.images import UnreadableImageError, read_orientation
+from likewise.data.images import UnreadableImageError, is_image_name, read_orientation
 from likewise.data.orientation import UPRIGHT, exif_orientation, orient_pixels
 from likewise.data.readers.files import IgnoredFiles, walk_files
 from likewise.data.readers.paths import resolve_image_path
@@ -24,7 +24,6 @@ from likewise.evaluation.datasets.base import (
     dataset_name,
     find_table,
     ignore_file_type,
-    is_image_name,
     open_dataset_table,
     parse_split,
     read_text,

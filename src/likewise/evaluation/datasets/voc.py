@@ -6,6 +6,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from xml.etree import ElementTree
 
+from likewise.data.images import is_image_name
 from likewise.data.readers.encodings import iter_lines
 from likewise.data.readers.files import IgnoredFiles
 from likewise.data.readers.paths import resolve_image_path
@@ -19,7 +20,7 @@ from likewise.evaluation.datasets.annotations import (
     parse_numbers,
     parse_size,
 )
-from likewise.evaluation.datasets.base import SkippedEntries, is_image_name, parse_split
+from likewise.evaluation.datasets.base import SkippedEntries, parse_split
 
 _LISTS = "ImageSets/Main"
 

@@ -8,6 +8,7 @@ from typing import Any
 
 import yaml
 
+from likewise.data.images import is_image_name
 from likewise.data.readers.encodings import decode_text, iter_lines
 from likewise.data.readers.files import IgnoredFiles, walk_files
 from likewise.data.readers.paths import resolve_image_path
@@ -20,7 +21,7 @@ from likewise.evaluation.datasets.annotations import (
     parse_class_number,
     parse_numbers,
 )
-from likewise.evaluation.datasets.base import SkippedEntries, ignore_file_type, is_image_name, read_text
+from likewise.evaluation.datasets.base import SkippedEntries, ignore_file_type, read_text
 
 _MAX_CLASSES = 100_000  # of a file that says only how many there are
 _SPLIT_KEYS = {"train": ("train",), "val": ("val", "valid", "validation"), "test": ("test",)}
