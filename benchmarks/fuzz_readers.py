@@ -24,7 +24,7 @@ from likewise.data.images import read_image, read_image_size
 from likewise.data.readers import open_reader
 from likewise.data.readers.base import RawSample, SkippedSample
 from likewise.data.readers.cells import cell_texts
-from likewise.data.readers.table_files import open_table_file
+from likewise.data.readers.formats import open_table_file
 from likewise.data.readers.table_reader import TableReader
 from likewise.data.readers.tables import TableRow, cell_image
 from likewise.embeddings.store import Embeddings

@@ -24,7 +24,7 @@ BASE_MODULES = {
     "distributed",
     "progress",
     "run_directory",
-    "names",
+    "strings",
 }
 ALLOWED_IMPORTS = {
     "data": set(),
@@ -47,7 +47,7 @@ ALLOWED_BASE_IMPORTS = {
     "locks": {"errors"},
     "artifacts": {"errors", "hashing", "locks"},
     "run_directory": set(),
-    "names": set(),
+    "strings": set(),
     "distributed": {"errors"},
 }
 MODULES = sorted(SOURCE.rglob("*.py"))

@@ -13,7 +13,6 @@ from PIL import Image, ImageOps
 from PIL.PngImagePlugin import PngInfo
 
 from likewise.data import image_formats
-from likewise.data.bit_depth import scale_to_uint8
 from likewise.data.config import BandSelection, ImportOptions
 from likewise.data.dataset import CaptionDataset
 from likewise.data.image_cache import build_image_cache
@@ -28,6 +27,7 @@ from likewise.data.images import (
     read_orientation,
 )
 from likewise.data.importing import import_dataset
+from likewise.data.pixels import scale_to_uint8
 from likewise.errors import InvalidInputError
 
 RAMP = np.linspace(0, 1, 64 * 48).reshape(48, 64)

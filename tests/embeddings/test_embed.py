@@ -17,8 +17,8 @@ from likewise.data.importing import import_dataset
 from likewise.embeddings.base import l2_normalize
 from likewise.embeddings.config import EncoderOptions
 from likewise.embeddings.embed import embed
-from likewise.embeddings.offline import offline_model_path
 from likewise.embeddings.store import Embeddings, find_embeddings
+from likewise.embeddings.text_encoders import offline_model_path
 from likewise.errors import ArtifactError, InvalidInputError, ModelError
 from likewise.models.encoders import load_encoder
 from support import MINILM

@@ -12,15 +12,15 @@ import torch
 from safetensors.torch import load_file
 
 from likewise.data.dataset import CaptionDataset
-from likewise.data.words import split_words
 from likewise.demo import load_emoji
 from likewise.embeddings.base import TextEncoder, l2_normalize
 from likewise.embeddings.config import EncoderOptions
 from likewise.embeddings.embed import embed
 from likewise.embeddings.lexical import NUM_COLUMNS, BagOfWordsEncoder, count_hashed_words
-from likewise.embeddings.offline import offline_model_path
 from likewise.embeddings.registry import load_text_encoder, resolve_encoder
+from likewise.embeddings.text_encoders import offline_model_path
 from likewise.errors import InvalidInputError, ModelError
+from likewise.strings import split_words
 from support import MINILM
 
 CAPTIONS = [

@@ -9,8 +9,13 @@ from typing import Any
 import numpy as np
 import pytest
 
-from likewise.embeddings.offline import OFFLINE_MODELS, OfflineModel, extract_split_zip, offline_model_path
 from likewise.embeddings.registry import DEFAULT_ENCODER, load_text_encoder, resolve_encoder
+from likewise.embeddings.text_encoders import (
+    OFFLINE_MODELS,
+    OfflineModel,
+    extract_split_zip,
+    offline_model_path,
+)
 from likewise.errors import ModelError
 from likewise.locks import HOST
 from support import MINILM

@@ -9,7 +9,7 @@ import pytest
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
-from likewise.evaluation.protocols.average_precision import (
+from likewise.evaluation.protocols.detection import (
     Boxes,
     average_precision,
     bootstrap_average_precision,

@@ -10,8 +10,8 @@ import pytest
 from PIL import Image, ImageDraw, ImageOps
 
 from likewise.errors import InvalidInputError
+from likewise.evaluation.datasets.annotations import read_frame
 from likewise.evaluation.datasets.detection import DetectionDataset, open_detection
-from likewise.evaluation.datasets.frames import read_frame
 
 SIZE, BOX = (120, 80), (10, 8, 50, 32)
 SPLITS = ("train", "train", "val", "val")

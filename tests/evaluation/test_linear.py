@@ -10,11 +10,11 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy
 
 from likewise.errors import InvalidInputError
-from likewise.evaluation.protocols._lbfgs import fit_logistic
 from likewise.evaluation.protocols.base import Split, accuracy_score, stratified_split
 from likewise.evaluation.protocols.linear import (
     LinearProbe,
     LinearProbeConfig,
+    fit_logistic,
     search_grid,
 )
 
@@ -105,7 +105,7 @@ def test_shifted_features_give_the_same_weights() -> None:
 
 def test_blocks_do_not_change_the_fit(monkeypatch: pytest.MonkeyPatch) -> None:
     whole = fit_logistic(FEATURES[:300], LABELS[:300], 1.0, 10, tolerance=1e-9)
-    monkeypatch.setattr("likewise.evaluation.protocols._lbfgs._BLOCK_ELEMENTS", 700)
+    monkeypatch.setattr("likewise.evaluation.protocols.linear._BLOCK_ELEMENTS", 700)
     torch.testing.assert_close(fit_logistic(FEATURES[:300], LABELS[:300], 1.0, 10, tolerance=1e-9), whole)
 
 

@@ -9,16 +9,16 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from likewise.data.orientation import orient_pixels
+from likewise.data.pixels import orient_pixels
 from likewise.errors import InvalidInputError
 from likewise.evaluation.datasets.segmentation import SegmentationDataset, open_segmentation
-from likewise.evaluation.protocols.average_precision import (
+from likewise.evaluation.protocols.dense import bootstrap_score
+from likewise.evaluation.protocols.detection import (
     Boxes,
     average_precision,
     bootstrap_average_precision,
     match_detections,
 )
-from likewise.evaluation.protocols.dense import bootstrap_score
 from likewise.evaluation.protocols.segmentation import segmentation_metrics
 
 MASK = np.zeros((30, 40), np.uint8)

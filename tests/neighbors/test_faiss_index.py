@@ -7,9 +7,9 @@ import numpy as np
 import pytest
 
 from likewise.errors import DependencyError
-from likewise.neighbors.constraints import SearchConstraints
 from likewise.neighbors.faiss_index import IVFIndex
 from likewise.neighbors.search import ExactIndex
+from likewise.neighbors.vectors import SearchConstraints
 
 
 def clustered(n: int, d: int, seed: int) -> np.ndarray:

@@ -18,8 +18,8 @@ from likewise.neighbors._bf16_scan import (
     score_interval,
     to_sparse_if_sparse,
 )
-from likewise.neighbors.constraints import SearchConstraints
 from likewise.neighbors.search import ExactIndex, deduplicate_rows, exact_topk
+from likewise.neighbors.vectors import SearchConstraints
 
 PRECISIONS = {
     "float32": MatmulPrecision("cpu", torch.float32, 0.0, 0.0),

@@ -15,9 +15,8 @@ from likewise.embeddings.embed import embed
 from likewise.embeddings.store import find_embeddings
 from likewise.errors import ArtifactError, InvalidInputError
 from likewise.neighbors.config import SearchConfig
-from likewise.neighbors.constraints import normalize_text
 from likewise.neighbors.index import find_neighbors
-from likewise.neighbors.vectors import ImageVectors
+from likewise.neighbors.vectors import ImageVectors, normalize_text
 from likewise.pairs.build import build_pairs
 from likewise.pairs.config import MissingCaption, PairConfig
 from likewise.pairs.sampling import CandidateSampler, Pairs

@@ -10,7 +10,7 @@ from typing import Any
 from cyclopts import CycloptsError
 
 # Importing a module registers its commands.
-from likewise.cli import adaptation, data, evaluation, pipeline, training  # noqa: F401
+from likewise.cli import data, evaluation, pipeline, training  # noqa: F401
 from likewise.cli.common import app, log_to_console, print_error
 from likewise.cli.flags import flag_names, translate_fields
 from likewise.errors import InterruptedRunError, LikewiseError, describe_error

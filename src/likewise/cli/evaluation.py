@@ -9,7 +9,7 @@ from cyclopts import Parameter
 
 from likewise.cli.common import COMMON_OPTIONS, HELP_GROUPS, CommonOptions, app, comparison_table, make_table
 from likewise.cli.flags import INTS, STRINGS
-from likewise.names import path_exists, split_unknown_names
+from likewise.strings import path_exists, split_unknown_names
 
 if TYPE_CHECKING:
     from likewise.evaluation.evaluate import ColumnOptions

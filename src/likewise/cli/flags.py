@@ -13,7 +13,7 @@ from typing import Annotated, Any, TypeVar, get_type_hints
 from cyclopts import Parameter, Token
 
 from likewise.cli.common import HELP_GROUPS, app
-from likewise.names import split_at_commas
+from likewise.strings import split_at_commas
 
 Config = TypeVar("Config")
 

@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING
 import numpy as np
 from jaxtyping import UInt8
 
-from likewise.data.bit_depth import scale_to_uint8, stretch
 from likewise.data.image_formats import (
     UnreadableImageError,
     check_image_size,
@@ -16,6 +15,7 @@ from likewise.data.image_formats import (
     missing_extra,
     quiet_libraries,
 )
+from likewise.data.pixels import scale_to_uint8, stretch
 
 if TYPE_CHECKING:
     from pydicom import Dataset

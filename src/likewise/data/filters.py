@@ -14,7 +14,7 @@ from likewise.artifacts import atomic_write
 from likewise.data.dataset import CaptionDataset
 from likewise.data.readers.base import SkippedSample
 from likewise.data.readers.cells import cell_texts
-from likewise.data.readers.table_files import open_table_file
+from likewise.data.readers.formats import open_table_file
 from likewise.errors import InvalidInputError
 
 FILTER_COLUMNS = ("id", "caption", "reason")

@@ -11,13 +11,6 @@ import numpy as np
 import simplejpeg
 from PIL import Image, UnidentifiedImageError
 
-from likewise.data.bit_depth import (
-    gray_to_uint8,
-    has_lost_bits,
-    is_deep_color,
-    is_deep_gray,
-    scale_to_uint8,
-)
 from likewise.data.config import BandSelection
 from likewise.data.dataset import ImageRef
 from likewise.data.dicom import decode_dicom, read_dicom_size
@@ -38,7 +31,17 @@ from likewise.data.image_formats import (
     register_heif,
     remove_png_metadata,
 )
-from likewise.data.orientation import UPRIGHT, exif_orientation, orient_pixels, orient_size
+from likewise.data.pixels import (
+    UPRIGHT,
+    exif_orientation,
+    gray_to_uint8,
+    has_lost_bits,
+    is_deep_color,
+    is_deep_gray,
+    orient_pixels,
+    orient_size,
+    scale_to_uint8,
+)
 from likewise.data.tiff_bands import decode_bands, decode_tiff, has_tiff_header, read_tiff_header
 
 __all__ = [
@@ -110,7 +113,7 @@ def decode_image(
 ) -> np.ndarray:
     """Decode an image to RGB as it is shown: with its EXIF orientation, and transparency composited on white.
 
-    Values of more than 8 bits are scaled by the rule of `likewise.data.bit_depth`.
+    Values of more than 8 bits are scaled by the rule of `likewise.data.pixels`.
 
     Args:
         data: Encoded image.

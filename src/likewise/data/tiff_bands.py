@@ -9,7 +9,6 @@ import numpy as np
 from jaxtyping import UInt8
 from PIL.TiffImagePlugin import ImageFileDirectory_v2
 
-from likewise.data.bit_depth import scale_to_uint8, stretch
 from likewise.data.config import MAX_BANDS, BandSelection
 from likewise.data.image_formats import (
     MAX_PIXELS,
@@ -19,7 +18,7 @@ from likewise.data.image_formats import (
     missing_extra,
     quiet_libraries,
 )
-from likewise.data.orientation import UPRIGHT, check_orientation, orient_pixels
+from likewise.data.pixels import UPRIGHT, check_orientation, orient_pixels, scale_to_uint8, stretch
 
 if TYPE_CHECKING:
     from tifffile import TiffFile, TiffPage, TiffPageSeries
@@ -32,7 +31,7 @@ _MAX_BYTES = 4 * MAX_PIXELS  # those of the largest RGBA image
 def decode_tiff(data: bytes) -> UInt8[np.ndarray, "h w 3"]:
     """Decode the first page of a gray or RGB TIFF image of any type of numbers to RGB, as it is shown.
 
-    Values are scaled by the rule of `likewise.data.bit_depth`.
+    Values are scaled by the rule of `likewise.data.pixels`.
 
     Raises:
         UnreadableImageError: if tifffile is not installed, the image has other bands, exceeds the limits, or

@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING, Any, final
 
 import numpy as np
 
-from likewise.data.words import split_words
 from likewise.embeddings.base import Corpus, EncoderSpec, TextEncoder, l2_normalize
 from likewise.errors import ModelError
+from likewise.strings import split_words
 
 
 @final

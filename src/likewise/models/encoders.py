@@ -39,11 +39,10 @@ from likewise.models.backbones import (
     classifier_names,
     default_stem,
 )
-from likewise.models.checkpoints import load_backbone, load_encoder_file, parse_bands
+from likewise.models.checkpoints import check_weights_file, load_backbone, load_encoder_file, parse_bands
 from likewise.models.external import load_huggingface_model, load_torch_hub_model, load_torchvision_model
 from likewise.models.text_tower import TextAlignment, encode_captions, load_text_alignment
 from likewise.models.transforms import EvalTransform
-from likewise.models.weight_files import check_weights_file
 from likewise.models.weights import load_weights
 from likewise.parallel import default_num_workers, prefetch_map, resolve_device
 from likewise.progress import NULL_PROGRESS, Progress

@@ -16,11 +16,13 @@ from likewise.errors import ModelError
 from likewise.models.checkpoints import (
     IMAGE_PROJECTION_PREFIX,
     TEXT_TOWER_PREFIX,
+    check_weights_file,
     describe_mismatch,
+    is_safetensors,
     load_state_dict_strict,
     load_tensors,
+    read_pickled,
 )
-from likewise.models.weight_files import check_weights_file, is_safetensors, read_pickled
 
 logger = logging.getLogger(__name__)
 

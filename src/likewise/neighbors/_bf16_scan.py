@@ -15,7 +15,7 @@ import torch
 from scipy.sparse import csr_array, vstack
 from torch import Tensor
 
-from likewise.neighbors.constraints import SearchConstraints
+from likewise.neighbors.vectors import SearchConstraints
 
 # (n, d): a float32 array or a float64 scipy csr_array, whose annotations lack indexing.
 Vectors = Any

@@ -10,7 +10,6 @@ import numpy as np
 
 from likewise.errors import DependencyError
 from likewise.neighbors._bf16_scan import exact_scores
-from likewise.neighbors.constraints import SearchConstraints
 from likewise.neighbors.search import (
     DEFAULT_MEMORY_BYTES,
     UNCONSTRAINED,
@@ -20,6 +19,7 @@ from likewise.neighbors.search import (
     expand_duplicates,
     topk_per_image,
 )
+from likewise.neighbors.vectors import SearchConstraints
 
 DEFAULT_TARGET_RECALL = 0.95
 _RECALL_K = 10

@@ -21,7 +21,7 @@ from likewise.neighbors._bf16_scan import (
     to_sparse_if_sparse,
     topk_columns,
 )
-from likewise.neighbors.constraints import SearchConstraints
+from likewise.neighbors.vectors import SearchConstraints
 
 UNCONSTRAINED = SearchConstraints()
 _HASH_CHUNK_BYTES = 2**19

@@ -17,9 +17,8 @@ from likewise.embeddings.store import ARTIFACT_KIND as EMBEDDINGS_KIND
 from likewise.embeddings.store import Embeddings, find_embeddings
 from likewise.errors import ArtifactError, InvalidInputError
 from likewise.neighbors.config import SearchConfig
-from likewise.neighbors.constraints import caption_hashes, encode_column
 from likewise.neighbors.index import find_or_compute_neighbors
-from likewise.neighbors.vectors import ImageVectors
+from likewise.neighbors.vectors import ImageVectors, caption_hashes, encode_column
 from likewise.pairs.build import find_candidates, select_partners
 from likewise.pairs.config import NEIGHBOR_SOURCES, PairConfig, parse_pair_config
 from likewise.pairs.sampling import Pairs

@@ -12,9 +12,8 @@ from likewise.data.dataset import CaptionDataset
 from likewise.data.filters import DatasetView, open_view
 from likewise.embeddings.store import find_embeddings
 from likewise.errors import InvalidInputError
-from likewise.neighbors.constraints import encode_column
 from likewise.neighbors.index import Neighbors, find_or_compute_neighbors
-from likewise.neighbors.vectors import ImageVectors
+from likewise.neighbors.vectors import ImageVectors, encode_column
 from likewise.pairs.candidates import (
     Candidates,
     csls_scores,
@@ -22,12 +21,12 @@ from likewise.pairs.candidates import (
     filter_mutual,
     mutual_proximity_scores,
     ratio_test,
+    read_pairs_file,
     reciprocal_rank_fusion,
     restrict_to,
     union,
 )
 from likewise.pairs.config import PairConfig
-from likewise.pairs.pairs_file import read_pairs_file
 from likewise.pairs.sampling import CandidateSampler, LabelSampler, NullSampler, Pairs, PartnerSampler
 from likewise.progress import NULL_PROGRESS, Progress
 

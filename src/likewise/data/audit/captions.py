@@ -25,9 +25,9 @@ from likewise.data.audit.scan import (
 )
 from likewise.data.dataset import CaptionDataset
 from likewise.data.perceptual_hash import PerceptualHashes
-from likewise.data.words import split_words
 from likewise.errors import DependencyError
 from likewise.progress import Progress
+from likewise.strings import split_words
 
 MIN_TEMPLATE_IMAGES = 20
 MIN_TEMPLATE_FRACTION = 0.001

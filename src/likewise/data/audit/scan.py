@@ -12,8 +12,8 @@ import numpy as np
 
 from likewise.data.config import AuditConfig
 from likewise.data.dataset import CaptionDataset
-from likewise.data.words import split_words
 from likewise.progress import Progress
+from likewise.strings import split_words
 
 MAX_EXAMPLES = 6
 

@@ -8,10 +8,12 @@ from likewise.artifacts import MANIFEST
 from likewise.data.config import ImportOptions
 from likewise.data.images import IMAGE_SUFFIXES
 from likewise.data.readers.base import RawSample, Reader, SkippedSample
-from likewise.data.readers.detection import (
+from likewise.data.readers.formats import (
     COMPRESSED_SUFFIXES,
     SUPPORTED_FORMATS,
+    TABLE_SUFFIXES,
     open_folder,
+    open_table_file,
     open_table_reader,
 )
 from likewise.data.readers.huggingface import (
@@ -20,7 +22,6 @@ from likewise.data.readers.huggingface import (
     open_hub_dataset,
     open_saved_dataset,
 )
-from likewise.data.readers.table_files import TABLE_SUFFIXES, open_table_file
 from likewise.data.readers.table_reader import TableReader, open_table
 from likewise.data.readers.tables import Table
 from likewise.data.readers.webdataset import open_tar_archives

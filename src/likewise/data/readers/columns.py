@@ -9,10 +9,10 @@ from pathlib import Path
 from likewise.data.config import ImportOptions
 from likewise.data.readers.base import ColumnMapping, parse_where
 from likewise.data.readers.cells import MAX_DEPTH
-from likewise.data.readers.paths import find_image_root, resolve_image_path
+from likewise.data.readers.files import find_image_root, resolve_image_path
 from likewise.data.readers.tables import Table, TableRow, cell_image
 from likewise.errors import InvalidInputError, did_you_mean
-from likewise.names import split_unknown_names
+from likewise.strings import split_unknown_names
 
 # Common column names in lower case, in order of preference.
 _IMAGE_COLUMN_NAMES = (

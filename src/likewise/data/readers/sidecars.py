@@ -23,7 +23,7 @@ from likewise.data.readers.columns import match_caption_columns
 from likewise.data.readers.encodings import decode_text
 from likewise.data.readers.files import IgnoredFiles
 from likewise.errors import InvalidInputError, did_you_mean
-from likewise.names import split_unknown_names
+from likewise.strings import split_unknown_names
 
 MAX_SIDECAR_BYTES = 16 * 2**20  # larger caption files are errors, and would exhaust the memory
 SIDECAR_SUFFIXES = (".json", ".txt", ".caption")  # in order of precedence

@@ -14,9 +14,8 @@ from likewise.data.readers.base import SkippedSample
 from likewise.data.readers.cells import cell_text
 from likewise.data.readers.columns import find_path_column
 from likewise.data.readers.encodings import decode_text
-from likewise.data.readers.files import IgnoredFiles
-from likewise.data.readers.paths import find_image_root, resolve_image_path
-from likewise.data.readers.table_files import TABLE_SUFFIXES, open_table_file
+from likewise.data.readers.files import IgnoredFiles, find_image_root, resolve_image_path
+from likewise.data.readers.formats import TABLE_SUFFIXES, open_table_file
 from likewise.data.readers.tables import Table
 from likewise.errors import InvalidInputError, did_you_mean
 from likewise.hashing import SAMPLED_BYTES, WHOLE_BYTES, content_fingerprint, hash_strings

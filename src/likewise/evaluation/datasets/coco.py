@@ -6,8 +6,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from likewise.data.readers.files import IgnoredFiles
-from likewise.data.readers.paths import resolve_image_path
+from likewise.data.readers.files import IgnoredFiles, resolve_image_path
 from likewise.errors import InvalidInputError
 from likewise.evaluation.datasets.annotations import (
     AnnotatedBox,

@@ -10,7 +10,13 @@ import numpy as np
 
 from likewise.data.readers.files import IgnoredFiles
 from likewise.errors import InvalidInputError
-from likewise.evaluation.datasets.annotations import AnnotatedBox, AnnotatedImage, clean_label
+from likewise.evaluation.datasets.annotations import (
+    AnnotatedBox,
+    AnnotatedImage,
+    clean_label,
+    infer_box_unit,
+    pixels_to_fractions,
+)
 from likewise.evaluation.datasets.base import (
     ImageDataset,
     SkippedEntries,
@@ -24,7 +30,6 @@ from likewise.evaluation.datasets.base import (
     unknown_split_reason,
 )
 from likewise.evaluation.datasets.coco import find_coco_files, read_coco
-from likewise.evaluation.datasets.frames import infer_box_unit, pixels_to_fractions
 from likewise.evaluation.datasets.labeled import BOX_COLUMNS, clip_box, parse_box
 from likewise.evaluation.datasets.voc import is_voc, read_voc
 from likewise.evaluation.datasets.yolo import YoloConfig, find_yolo_config, is_yolo_file, read_yolo

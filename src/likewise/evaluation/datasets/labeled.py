@@ -11,6 +11,7 @@ import numpy as np
 from likewise.data.images import is_image_name
 from likewise.data.readers.files import IgnoredFiles, walk_files
 from likewise.errors import InvalidInputError
+from likewise.evaluation.datasets.annotations import infer_box_unit, pixels_to_fractions
 from likewise.evaluation.datasets.base import (
     SPLIT_ALIASES,
     ImageDataset,
@@ -25,7 +26,6 @@ from likewise.evaluation.datasets.base import (
     same_file_id,
     unknown_split_reason,
 )
-from likewise.evaluation.datasets.frames import infer_box_unit, pixels_to_fractions
 
 logger = logging.getLogger(__name__)
 

@@ -13,10 +13,10 @@ from PIL import Image
 from PIL.ImageFile import ImageFile
 
 from likewise.data.images import UnreadableImageError, is_image_name, read_orientation
-from likewise.data.orientation import UPRIGHT, exif_orientation, orient_pixels
-from likewise.data.readers.files import IgnoredFiles, walk_files
-from likewise.data.readers.paths import resolve_image_path
+from likewise.data.pixels import UPRIGHT, exif_orientation, orient_pixels
+from likewise.data.readers.files import IgnoredFiles, resolve_image_path, walk_files
 from likewise.errors import InvalidInputError
+from likewise.evaluation.datasets.annotations import read_frame
 from likewise.evaluation.datasets.base import (
     ImageDataset,
     SkippedEntries,
@@ -31,7 +31,6 @@ from likewise.evaluation.datasets.base import (
     unknown_split_reason,
 )
 from likewise.evaluation.datasets.detection import merge_val
-from likewise.evaluation.datasets.frames import read_frame
 
 DEFAULT_IGNORE_INDEX = 255
 _MASK_MODES = ("1", "L", "P")

@@ -8,8 +8,7 @@ from xml.etree import ElementTree
 
 from likewise.data.images import is_image_name
 from likewise.data.readers.encodings import iter_lines
-from likewise.data.readers.files import IgnoredFiles
-from likewise.data.readers.paths import resolve_image_path
+from likewise.data.readers.files import IgnoredFiles, resolve_image_path
 from likewise.errors import InvalidInputError
 from likewise.evaluation.datasets.annotations import (
     AnnotatedBox,

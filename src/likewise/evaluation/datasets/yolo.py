@@ -10,8 +10,7 @@ import yaml
 
 from likewise.data.images import is_image_name
 from likewise.data.readers.encodings import decode_text, iter_lines
-from likewise.data.readers.files import IgnoredFiles, walk_files
-from likewise.data.readers.paths import resolve_image_path
+from likewise.data.readers.files import IgnoredFiles, resolve_image_path, walk_files
 from likewise.errors import InvalidInputError
 from likewise.evaluation.datasets.annotations import (
     AnnotatedBox,

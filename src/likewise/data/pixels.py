@@ -1,6 +1,6 @@
-"""Conversion of gray values of any depth to 8 bits, by one rule.
+"""Pixels as a viewer shows them: the EXIF orientation, and gray values of any depth as 8 bits.
 
-Values are never clipped: the range [low, high] is mapped linearly to [0, 255] and rounded. The range is
+Gray values are never clipped: the range [low, high] is mapped linearly to [0, 255] and rounded. The range is
 1. [0, 2^b - 1] for unsigned integers of up to 16 bits: b is the depth that the file declares if that is not
    8 or 16, and otherwise the smallest of 8, 10, 12, 14 and 16 bits that holds the largest value, because most
    files of 10 to 14 bits are stored in 16 bits without a mark;
@@ -13,19 +13,58 @@ to their high byte, which differs by at most 1.
 NaN and infinite values have no place in a range, and such an image is unreadable.
 """
 
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 from jaxtyping import UInt8
-from PIL import Image
+from PIL import ExifTags, Image
 
 from likewise.data.image_formats import UnreadableImageError
 
+UPRIGHT = 1
+_ORIENTATIONS = range(1, 9)
+_FIRST_TRANSPOSED = 5  # orientations from 5 on exchange width and height
+_FLIPPED_ROWS, _FLIPPED_COLUMNS = {3, 4, 7, 8}, {2, 3, 6, 7}
+_Pixels = TypeVar("_Pixels", bound=np.ndarray)
 _TIFF_BITS_PER_SAMPLE, _TIFF_PHOTOMETRIC, _TIFF_SAMPLE_FORMAT = 258, 262, 339
 _SIGNED = 2  # value of SampleFormat
 _WHITE_IS_ZERO = 0  # value of PhotometricInterpretation
 _MIN_HIGH_BYTE = 2 ** (14 - 8)  # of an image that uses more than 14 of 16 bits
 _BLOCK_SIZE = 2**20  # values in double precision at a time
+
+
+def exif_orientation(image: Image.Image) -> int:
+    """Return the EXIF orientation of a Pillow image, 1 to 8; 1 if there is none, or EXIF data are damaged."""
+    try:
+        return check_orientation(image.getexif().get(ExifTags.Base.Orientation))
+    except Exception:  # damaged EXIF data raise many types of errors; the pixels may be sound  # noqa: BLE001
+        return UPRIGHT
+
+
+def check_orientation(value: Any) -> int:
+    """Return an orientation from 1 to 8 as it is, and 1 for any other value."""
+    return value if isinstance(value, int) and value in _ORIENTATIONS else UPRIGHT
+
+
+def orient_pixels(pixels: _Pixels, orientation: int) -> _Pixels:
+    """Turn stored pixels or a stored mask as shown: (h, w, ...) -> (h, w, ...) or (w, h, ...), contiguous.
+
+    Args:
+        pixels: Stored values.
+        orientation: EXIF orientation, 1 to 8.
+    """
+    if orientation == UPRIGHT:
+        return pixels
+    oriented = pixels.swapaxes(0, 1) if orientation >= _FIRST_TRANSPOSED else pixels
+    oriented = oriented[::-1] if orientation in _FLIPPED_ROWS else oriented
+    oriented = oriented[:, ::-1] if orientation in _FLIPPED_COLUMNS else oriented
+    return np.ascontiguousarray(oriented)  # pyrefly: ignore[bad-return]
+
+
+def orient_size(size: tuple[int, int], orientation: int) -> tuple[int, int]:
+    """Return the shown (width, height) of a stored size, or the reverse."""
+    width, height = size
+    return (height, width) if orientation >= _FIRST_TRANSPOSED else (width, height)
 
 
 def scale_to_uint8(values: np.ndarray, num_bits: int | None = None) -> UInt8[np.ndarray, "..."]:

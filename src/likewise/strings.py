@@ -1,8 +1,10 @@
-"""Words of captions, as lexical encoders and the audit count them."""
+"""Strings: lists of names separated by commas, and the words of captions."""
 
+import os
 import re
 import sys
 import unicodedata
+from collections.abc import Callable, Iterable
 from functools import lru_cache
 from itertools import groupby
 
@@ -10,6 +12,21 @@ from itertools import groupby
 _KANA = "\u3041-\u3096\u309d-\u309f\u30a1-\u30fa\u30fc-\u30ff"
 _HAN = "\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\U00020000-\U0003134f"
 _UNSPACED = _KANA + _HAN
+
+
+def split_at_commas(text: str) -> tuple[str, ...]:
+    """Split a comma-separated list."""
+    return tuple(part.strip() for part in text.split(",") if part.strip())
+
+
+def split_unknown_names(names: Iterable[str], is_known: Callable[[str], bool]) -> tuple[str, ...]:
+    """Split names at their commas, except those known as a whole, such as the column `caption, en`."""
+    return tuple(part for name in names for part in ((name,) if is_known(name) else split_at_commas(name)))
+
+
+def path_exists(name: str) -> bool:
+    """Return whether a name is a path that exists; long lists of names are no paths."""
+    return os.path.exists(name)  # noqa: PTH110  # `Path.exists` raises OSError for long names
 
 
 def split_words(text: str) -> list[str]:

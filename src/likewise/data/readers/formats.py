@@ -1,4 +1,4 @@
-"""Detection of what a folder contains: tables, images with caption files, or tar archives."""
+"""Formats: what a file or a folder contains, and which reader or table opens it."""
 
 import os
 from collections import Counter
@@ -10,19 +10,25 @@ from likewise.artifacts import MANIFEST
 from likewise.data.config import ImportOptions
 from likewise.data.images import is_image_name
 from likewise.data.readers.base import Reader, UInt64Set
-from likewise.data.readers.chained import ChainedReader
 from likewise.data.readers.columns import match_score
-from likewise.data.readers.files import Folder, IgnoredFiles, walk_files, walk_folders
+from likewise.data.readers.encodings import decode_text, read_head
+from likewise.data.readers.files import Folder, IgnoredFiles, resolve_image_path, walk_files, walk_folders
 from likewise.data.readers.folder import open_image_folder
 from likewise.data.readers.huggingface import HUB_PREFIX
-from likewise.data.readers.paths import resolve_image_path
+from likewise.data.readers.json_tables import LINES_SUFFIXES, open_json_table
+from likewise.data.readers.parquet import open_parquet_table
 from likewise.data.readers.sidecars import is_sidecar, pair_sidecars, split_suffix
-from likewise.data.readers.table_files import PARQUET_SUFFIXES, TABLE_SUFFIXES, open_table_file
-from likewise.data.readers.table_reader import TableReader, open_table
-from likewise.data.readers.tables import TableRow, cell_image
+from likewise.data.readers.table_reader import ChainedReader, TableReader, open_table
+from likewise.data.readers.tables import Table, TableRow, cell_image
+from likewise.data.readers.text import open_text_table
 from likewise.data.readers.webdataset import is_tar, open_tar_archives
 from likewise.errors import InvalidInputError
 
+TEXT_SUFFIXES = frozenset({".csv", ".tsv", ".txt", ".token", ".tab"})
+JSON_SUFFIXES = LINES_SUFFIXES | {".json"}
+PARQUET_SUFFIXES = frozenset({".parquet", ".pq"})
+TABLE_SUFFIXES = TEXT_SUFFIXES | JSON_SUFFIXES | PARQUET_SUFFIXES
+_PARQUET_MAGIC = b"PAR1"
 COMPRESSED_SUFFIXES = frozenset(
     {".gz", ".tgz", ".bz2", ".tbz2", ".xz", ".txz", ".zst", ".zip", ".7z", ".rar"}
 )
@@ -32,6 +38,34 @@ SUPPORTED_FORMATS = (
 )
 _NUM_PROBED_ROWS = 100  # rows whose images decide whether a table belongs to the folder
 _MAX_LISTED_TABLES = 6
+
+
+def open_table_file(path: Path) -> Table:
+    """Open a table: CSV and other delimited text, JSON, COCO captions, a Flickr token file, or Parquet.
+
+    The format is that of the suffix; files with another suffix are opened by their content.
+
+    Raises:
+        InvalidInputError: if the file cannot be read or is not a table.
+    """
+    suffix = path.suffix.lower()
+    if suffix in PARQUET_SUFFIXES:
+        return open_parquet_table(path)
+    if suffix in JSON_SUFFIXES:
+        return open_json_table(path)
+    if suffix in TEXT_SUFFIXES:
+        return open_text_table(path)
+    head = read_head(path, 64)
+    if head.startswith(_PARQUET_MAGIC):
+        return open_parquet_table(path)
+    return open_json_table(path) if _starts_as_json(head) else open_text_table(path)
+
+
+def _starts_as_json(head: bytes) -> bool:
+    try:
+        return decode_text(head).lstrip().startswith(("{", "["))
+    except UnicodeDecodeError:
+        return head.lstrip().startswith((b"{", b"["))
 
 
 @dataclass
