@@ -65,7 +65,7 @@ def make_trainer(
         out,
         config,
         PairConfig(source="self"),
-        dist=DistributedContext(),
+        dist_context=DistributedContext(),
         device=device,
         num_workers=num_workers,
     )
@@ -79,7 +79,7 @@ def train(trainer: Trainer) -> list[dict[str, int | float]]:
     Checkpoints are disabled: the one after the last step would dominate a short run.
     """
     trainer.fit(checkpoint_minutes=None)
-    return read_jsonl(trainer.run_dir.metrics)
+    return read_jsonl(trainer.run_dir.metrics_path)
 
 
 def bare_steps(trainer: Trainer, batch: Batch, steps: int) -> None:

@@ -2,7 +2,7 @@
 
 import os
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import TypeVar
 
@@ -36,7 +36,9 @@ def resolve_device(device: str | None) -> str:
     return device
 
 
-def prefetch_map(fn: Callable[[Item], Result], items: Iterable[Item], num_workers: int) -> Iterator[Result]:
+def prefetch_map(
+    fn: Callable[[Item], Result], items: Iterable[Item], num_workers: int
+) -> Generator[Result, None, None]:
     """Yield `fn(item)` in the order of the items, computing up to `2 * num_workers` results ahead in threads.
 
     Threads suffice because decoding, resizing and matrix products release the interpreter lock.

@@ -35,6 +35,11 @@ def test_default_is_the_nearest_caption() -> None:
             "one vector",
         ),
         ({"source": "hybrid", "caption_pooling": "max"}, "caption_pooling", "one vector"),
+        (
+            {"source": "hybrid", "hubness_correction": "mutual-proximity"},
+            "hubness_correction",
+            "does not apply to `source` 'hybrid'",
+        ),
         ({"source": "label", "group_scope": "different"}, "group_scope", "does not apply"),
         ({"source": "self", "k": 3}, "k", "does not apply to `source` 'self'"),
         ({"source": "label", "fallback": "nearest"}, "fallback", "no nearest"),

@@ -88,7 +88,7 @@ def test_run_interrupted_within_an_epoch_resumes_to_the_same_weights(
     progress = InterruptAfter(3)
     with pytest.raises(InterruptedTrainingError):
         train(dataset, tmp_path / "run", TINY, checkpoint_minutes=0.0, num_workers=2, progress=progress)
-    checkpoints = RunDirectory(tmp_path / "run").checkpoints()
+    checkpoints = RunDirectory(tmp_path / "run").list_checkpoints()
     assert [path.name for path in checkpoints] == ["checkpoint-00000003.safetensors"]
     with pytest.raises(ArtifactError, match="unfinished|incomplete"):
         Run(tmp_path / "run")
@@ -104,7 +104,7 @@ def test_training_restores_the_global_rng_and_checkpoints_are_optional(
     generator_state = torch.get_rng_state()
     train(dataset, tmp_path / "run", TINY, checkpoint_minutes=None)
     assert torch.equal(torch.get_rng_state(), generator_state)
-    assert RunDirectory(tmp_path / "run").checkpoints() == []
+    assert RunDirectory(tmp_path / "run").list_checkpoints() == []
     assert_equal_runs(tmp_path / "run", finished_run)
 
 
@@ -129,7 +129,7 @@ def test_killed_run_resumes_to_the_same_weights(
     ]
     process = subprocess.Popen([*command, "--checkpoint-minutes", "0"], stderr=subprocess.PIPE, text=True)
     deadline = time.monotonic() + 120
-    while not RunDirectory(run).checkpoints() and process.poll() is None and time.monotonic() < deadline:
+    while not RunDirectory(run).list_checkpoints() and process.poll() is None and time.monotonic() < deadline:
         time.sleep(0.005)
     process.send_signal(signum)
     _, stderr = process.communicate(timeout=60)
@@ -201,7 +201,7 @@ def test_non_finite_loss_raises_and_does_not_overwrite_the_last_checkpoint(
     monkeypatch.setattr(contrastive, "nt_xent_loss", break_fourth_step)
     with pytest.raises(TrainingError, match=r"step 4 \(images .*27 more\).*checkpoint-00000003"):
         train(dataset, tmp_path / "run", TINY, checkpoint_minutes=0.0)
-    tensors = load_tensors(RunDirectory(tmp_path / "run").checkpoints()[-1])[0]
+    tensors = load_tensors(RunDirectory(tmp_path / "run").list_checkpoints()[-1])[0]
     assert all(torch.isfinite(t).all() for t in tensors.values() if t.is_floating_point())
 
 

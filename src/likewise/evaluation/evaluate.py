@@ -34,6 +34,7 @@ from likewise.evaluation.protocols.base import EvalContext, EvalDataset, Protoco
 from likewise.evaluation.results import RESULTS_FILE, EvalResults, load_results
 from likewise.models.encoders import ImageEncoder, count_flops, load_encoder
 from likewise.models.features import Features, extract_features
+from likewise.parallel import default_num_workers
 from likewise.progress import NULL_PROGRESS, Progress
 
 logger = logging.getLogger(__name__)
@@ -200,7 +201,7 @@ def _build_context(
         dataset=dataset,
         precomputed_features=features,
         device=encoder.device,
-        requested_workers=num_workers,
+        num_workers=default_num_workers() if num_workers is None else num_workers,
         progress=progress,
     )
 

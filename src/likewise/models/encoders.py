@@ -324,7 +324,7 @@ def _load(
         if (path / "config.json").is_file() and not (path / MANIFEST).is_file():
             raise ModelError(f"{path} is not a run; for a model of Hugging Face, give hf:{path}", path=path)
         Artifact.open(path, "run")
-        return _load_saved_encoder(RunDirectory(path).encoder, path.resolve().name, image_size)
+        return _load_saved_encoder(RunDirectory(path).encoder_path, path.resolve().name, image_size)
     if not os.path.isfile(path):  # noqa: PTH113
         raise ModelError(
             f"{name_or_path} is not a run, not a file of weights, and not {ENCODER_FORMATS}", path=path

@@ -173,7 +173,15 @@ def _find_neighbors(
 def _needs_image_neighbors(by_caption: NeighborTable, pair_config: PairConfig) -> bool:
     """Return whether images without a caption are to be paired by image embeddings."""
     has_uncaptioned = bool((by_caption.vectors.captions_per_image == 0).any())
-    return pair_config.missing_caption in ("visual", "borrow") and has_uncaptioned
+    if pair_config.missing_caption not in ("visual", "borrow") or not has_uncaptioned:
+        return False
+    if pair_config.caption_pooling == "sample":
+        raise InvalidInputError(
+            "`missing_caption` must be 'self' or 'drop' with `caption_pooling` 'sample', "
+            "which has no row for an image without a caption",
+            field="missing_caption",
+        )
+    return True
 
 
 def select_partners(
@@ -268,12 +276,6 @@ def _select_by_caption(candidates: CandidateSet, pair_config: PairConfig, allowe
     is_uncaptioned = caption_neighbors.vectors.captions_per_image == 0
     if _needs_image_neighbors(caption_neighbors, pair_config):
         by_image = candidates.by_image
-    if by_image is not None and pair_config.caption_pooling == "sample":
-        raise InvalidInputError(
-            "`missing_caption` must be 'self' or 'drop' with `caption_pooling` 'sample', "
-            "which has no row for an image without a caption",
-            field="missing_caption",
-        )
     caption_offsets = None
     if pair_config.caption_pooling == "sample":
         caption_offsets = np.concatenate([[0], np.cumsum(caption_neighbors.vectors.captions_per_image)])

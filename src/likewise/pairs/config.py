@@ -128,6 +128,12 @@ class PairConfig(SearchConfig):
                 "which compare one vector per image",
                 field="caption_pooling",
             )
+        if self.source == "hybrid" and self.hubness_correction == "mutual-proximity":
+            raise InvalidInputError(
+                "`hubness_correction` 'mutual-proximity' does not apply to `source` 'hybrid', whose "
+                "similarity is that of no single embedding; 'csls' does",
+                field="hubness_correction",
+            )
         if self.caption_pooling == "sample" and (self.hubness_correction != "none" or self.mutual_k):
             raise InvalidInputError(
                 "`caption_pooling` 'sample' compares single captions and excludes `mutual_k` and "

@@ -118,13 +118,13 @@ def _is_evaluation_only(path: Path) -> bool:
 
 def _read_run(path: Path) -> ReportEntry:
     manifest = Artifact.open(path, "run").manifest
-    config = read_yaml(RunDirectory(path).config)
+    config = read_yaml(RunDirectory(path).config_path)
     derived = config.pop("derived", None) or {}
     run = RunInfo(
         manifest=manifest,
         config=config,
         derived=derived,
-        metrics=read_jsonl(RunDirectory(path).metrics),
+        metrics=read_jsonl(RunDirectory(path).metrics_path),
         preview=_read_preview(path),
     )
     entry = ReportEntry(
@@ -167,7 +167,7 @@ def _add_results(entry: ReportEntry, paths: list[Path]) -> ReportEntry:
 def _read_preview(path: Path) -> PairPreview | None:
     try:
         run_dir = RunDirectory(path)
-        views, pairs = mmap_array(run_dir.preview_views), read_json(run_dir.preview_pairs)
+        views, pairs = mmap_array(run_dir.preview_views_path), read_json(run_dir.preview_pairs_path)
     except READ_ERRORS:
         return None
     is_valid = (

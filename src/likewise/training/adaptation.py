@@ -188,9 +188,9 @@ def _adapt(
     )
     adapter = _train_adapter(data, encoder, config, artifact.path, progress)
     outcome = _choose_blend(data, adapter, config)
-    write_json(run_dir.adaptation, asdict(outcome))
+    write_json(run_dir.adaptation_path, asdict(outcome))
     adapter.scale_residual_(outcome.blend)
-    save_adapted_encoder(run_dir.encoder, encoder, adapter)
+    save_adapted_encoder(run_dir.encoder_path, encoder, adapter)
     logger.info(outcome.summary())
     artifact.finish({"steps": config.max_steps, "images": len(data.pairs.anchors)}, data.features.skipped)
 
@@ -335,7 +335,7 @@ def _train_adapter(
         objective = _AdapterObjective(adapter, config, captions_dim).to(device).train()
         optimizer = build_optimizer("adamw", objective, lr=config.lr, weight_decay=config.weight_decay)
         log_every = max(1, config.max_steps // _NUM_LOGGED_ROWS)
-        metrics_logger = MetricsLogger(run_dir.metrics, run_dir.tensorboard, 0)
+        metrics_logger = MetricsLogger(run_dir.metrics_path, run_dir.tensorboard_dir, 0)
         with progress.task("adapting", config.max_steps, "steps") as bar:
             for step in range(config.max_steps):
                 anchors, partners, captions = _batch(data, config, step, device)

@@ -23,13 +23,13 @@ class RunningTotals:
         loss: Sum of the losses since the last row of metrics.
         num_updates: Optimizer updates since the last row of metrics.
         num_skipped: Skipped updates since the start of the run.
-        first_nonfinite: The first step, counted from 1, with a non-finite loss; 0 if there is none.
+        first_nonfinite_step: The first step, counted from 1, with a non-finite loss; 0 if there is none.
     """
 
     loss: Tensor
     num_updates: Tensor
     num_skipped: Tensor
-    first_nonfinite: Tensor
+    first_nonfinite_step: Tensor
 
     @classmethod
     def zeros(cls, device: torch.device) -> "RunningTotals":
@@ -39,13 +39,15 @@ class RunningTotals:
     def add(self, loss: Tensor, skip_update: Tensor | None, step: int) -> "RunningTotals":
         """Add a step, counted from 1."""
         skipped = torch.zeros_like(self.num_skipped) if skip_update is None else skip_update
-        is_first_nonfinite = (self.first_nonfinite == 0) & ~torch.isfinite(loss)
+        is_first_nonfinite_step = (self.first_nonfinite_step == 0) & ~torch.isfinite(loss)
         return RunningTotals(
             self.loss + loss,
             self.num_updates + 1 - skipped,
             self.num_skipped + skipped,
             torch.where(
-                is_first_nonfinite, torch.full_like(self.first_nonfinite, step), self.first_nonfinite
+                is_first_nonfinite_step,
+                torch.full_like(self.first_nonfinite_step, step),
+                self.first_nonfinite_step,
             ),
         )
 
@@ -74,14 +76,14 @@ def save_checkpoint(
             "Try a lower `base_lr` or precision 'fp32'.",
             path=run_dir.path,
         )
-    previous = run_dir.checkpoints()
+    previous = run_dir.list_checkpoints()
     tensors = {f"model.{name}": value for name, value in method.state_dict().items()}
     for index, param_state in optimizer.state_dict()["state"].items():
         tensors |= {
             f"optimizer.{index}.{name}": torch.as_tensor(value) for name, value in param_state.items()
         }
     tensors |= {f"totals.{name}": value for name, value in vars(totals).items()}
-    path = run_dir.checkpoint(step)
+    path = run_dir.checkpoint_path(step)
     save_tensors(path, tensors, {"kind": "checkpoint", "step": step, "scaler": scaler.state_dict()})
     for stale in previous:
         if stale != path:
@@ -90,7 +92,7 @@ def save_checkpoint(
 
 def describe_last_checkpoint(run_dir: RunDirectory) -> str:
     """Return a sentence on the last checkpoint, for error messages."""
-    paths = run_dir.checkpoints()
+    paths = run_dir.list_checkpoints()
     return f"Last good checkpoint: {paths[-1]}." if paths else "No checkpoint has been written yet."
 
 
@@ -109,7 +111,7 @@ def load_checkpoint(
     Raises:
         ModelError: if its tensors do not fit the method.
     """
-    paths = run_dir.checkpoints()
+    paths = run_dir.list_checkpoints()
     if not paths:
         return 0, RunningTotals.zeros(device)
     tensors, metadata = load_tensors(paths[-1])

@@ -30,7 +30,7 @@ def build_loader(
     config: TrainConfig,
     pair_config: PairConfig,
     *,
-    dist: DistributedContext,
+    dist_context: DistributedContext,
     device: torch.device,
     num_workers: int | None,
     progress: Progress,
@@ -43,7 +43,7 @@ def build_loader(
         dataset: The dataset.
         config: The training config.
         pair_config: The pair config.
-        dist: The process.
+        dist_context: The process.
         device: The device that searches for neighbors.
         num_workers: Threads; defaults to all cores for the image cache, half of them for the loader.
         progress: Progress bars.
@@ -69,8 +69,10 @@ def build_loader(
         image_cache, pairs, seed=config.seed, view_specs=view_specs, caption_inputs=caption_inputs
     )
     if num_workers is None:
-        num_workers = max(1, default_num_workers() // (2 * dist.local_world_size))
-    loader = PairLoader(pair_dataset, batch_size=config.batch_size, num_workers=num_workers, dist=dist)
+        num_workers = max(1, default_num_workers() // (2 * dist_context.local_world_size))
+    loader = PairLoader(
+        pair_dataset, batch_size=config.batch_size, num_workers=num_workers, dist_context=dist_context
+    )
     return loader, evaluator
 
 

@@ -44,7 +44,7 @@ def resolve_init_weights(init: str) -> Path | None:
     if init in ("scratch", "pretrained"):
         return None
     path = Path(init)
-    weights_path = RunDirectory(path).encoder if path.is_dir() else path
+    weights_path = RunDirectory(path).encoder_path if path.is_dir() else path
     if not weights_path.is_file():
         raise ModelError(
             f"`init` is {init!r}, which has no weights; give 'scratch', 'pretrained', a weights file or a "

@@ -3,7 +3,7 @@
 Every batch is a function of the seed and the step alone, so that a run can stop and resume at any step.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -288,7 +288,7 @@ class PairDataset(Dataset[tuple[Any, ...]]):
         anchors: np.ndarray,
         partners: Sequence[np.ndarray],
         epoch: int,
-        dist: DistributedContext = SINGLE_PROCESS,
+        dist_context: DistributedContext = SINGLE_PROCESS,
     ) -> HostBatch:
         """Make a batch of pairs.
 
@@ -296,9 +296,9 @@ class PairDataset(Dataset[tuple[Any, ...]]):
             anchors: (b,) int64, positions of the anchors.
             partners: Positions of each partner, (b,) int64 per partner.
             epoch: The epoch that decides the augmentation.
-            dist: The process, which crops the views of its part only.
+            dist_context: The process, which crops the views of its part only.
         """
-        local = dist.local_slice(len(anchors))
+        local = dist_context.local_slice(len(anchors))
         sources = [positions[local] for positions in (anchors, *partners)]
         # Parameters belong to the anchor: anchors with the same partner get different views of it.
         view_params = [
@@ -309,7 +309,7 @@ class PairDataset(Dataset[tuple[Any, ...]]):
         return HostBatch(
             anchors,
             partners,
-            dist.shard_sizes(len(anchors)),
+            dist_context.shard_sizes(len(anchors)),
             self._crop_views(sources, view_params),
             [params.color for params in view_params],
             self._caption_embeddings(anchors, partners),
@@ -380,7 +380,7 @@ class PairLoader:
         batch_size: int,
         num_workers: int = 1,
         device: torch.device | str = "cpu",
-        dist: DistributedContext = SINGLE_PROCESS,
+        dist_context: DistributedContext = SINGLE_PROCESS,
     ) -> None:
         """Batch a dataset.
 
@@ -389,10 +389,10 @@ class PairLoader:
             batch_size: Pairs per batch, over all processes.
             num_workers: Threads that make batches; they do not change the result.
             device: The device of the views.
-            dist: The process, which receives its part of each batch.
+            dist_context: The process, which receives its part of each batch.
         """
         self.dataset, self.batch_size, self.num_workers = dataset, batch_size, num_workers
-        self.device, self.dist = torch.device(device), dist
+        self.device, self.dist_context = torch.device(device), dist_context
         self._cached_epoch_order = lru_cache(maxsize=2)(self._epoch_order)
 
     def __len__(self) -> int:
@@ -407,7 +407,7 @@ class PairLoader:
         """
         first_step = self.dataset.epoch * len(self)
         for batch in self.iterate(first_step, first_step + len(self)):
-            local = self.dist.local_slice(len(batch.anchors))
+            local = self.dist_context.local_slice(len(batch.anchors))
             views = batch.to_device(self.dataset.augmentations, self.device).views
             yield (*views, torch.from_numpy(batch.anchors[local]))
 
@@ -416,9 +416,11 @@ class PairLoader:
         epoch, batch_index = divmod(step, len(self))
         start = batch_index * self.batch_size
         anchors = self._cached_epoch_order(epoch)[start : start + self.batch_size]
-        return self.dataset.collate(anchors, self.dataset.sample_partners(anchors, epoch), epoch, self.dist)
+        return self.dataset.collate(
+            anchors, self.dataset.sample_partners(anchors, epoch), epoch, self.dist_context
+        )
 
-    def iterate(self, start: int, stop: int) -> Iterator[HostBatch]:
+    def iterate(self, start: int, stop: int) -> Generator[HostBatch, None, None]:
         """Yield the batches of steps `start` to `stop`, made ahead of time by `num_workers` threads."""
         return prefetch_map(self.batch_at, range(start, stop), self.num_workers)
 

@@ -113,12 +113,12 @@ def write_config(
             for neighbors in pairs.neighbors
         ],
     }
-    write_yaml(run_dir.config, settings | {"derived": derived})
+    write_yaml(run_dir.config_path, settings | {"derived": derived})
 
 
 def warn_precision_change(run_dir: RunDirectory, dtype: torch.dtype) -> None:
     """Warn if a run resumes with another precision."""
-    initial, current = read_yaml(run_dir.config)["derived"]["precision"], precision_name(dtype)
+    initial, current = read_yaml(run_dir.config_path)["derived"]["precision"], precision_name(dtype)
     if initial != current:
         logger.warning(
             "the run started in %s and resumes in %s; set `precision` to %s to keep it",
@@ -140,9 +140,9 @@ def write_preview(run_dir: RunDirectory, dataset: CaptionDataset, loader: PairLo
     num_pairs = min(_NUM_PREVIEW_PAIRS, len(views[0]))
     pixels = denormalize(torch.stack(list(views))[:, :num_pairs]) * 255
     pixels = pixels.round().byte().permute(1, 0, 3, 4, 2)
-    write_array(run_dir.preview_views, np.ascontiguousarray(pixels.numpy()))
+    write_array(run_dir.preview_views_path, np.ascontiguousarray(pixels.numpy()))
     write_json(
-        run_dir.preview_pairs,
+        run_dir.preview_pairs_path,
         [
             {
                 "anchor": dataset[int(a)].id,

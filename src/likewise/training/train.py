@@ -41,15 +41,15 @@ class Run:
     @property
     def encoder_path(self) -> Path:
         """The file of the trained encoder."""
-        return RunDirectory(self.path).encoder
+        return RunDirectory(self.path).encoder_path
 
     def metrics(self) -> list[dict[str, int | float]]:
         """Return the training metrics in the order of steps."""
-        return read_jsonl(RunDirectory(self.path).metrics)
+        return read_jsonl(RunDirectory(self.path).metrics_path)
 
     def validation_metrics(self) -> list[dict[str, int | float]]:
         """Return the validation metrics in the order of steps; empty without validation pairs."""
-        return read_jsonl(RunDirectory(self.path).validation)
+        return read_jsonl(RunDirectory(self.path).validation_path)
 
     @property
     def best_step(self) -> int:
@@ -93,16 +93,16 @@ def train(
         InterruptedRunError: after Ctrl-C, with a checkpoint written.
     """
     torch_device = local_device(torch.device(resolve_device(device)))
-    with init_distributed(torch_device) as dist, _lock_run(Path(out)):
+    with init_distributed(torch_device) as dist_context, _lock_run(Path(out)):
         trainer = Trainer.setup(
             dataset,
             out,
             TrainConfig() if config is None else config,
             PairConfig() if pair_config is None else pair_config,
-            dist=dist,
+            dist_context=dist_context,
             device=torch_device,
             num_workers=num_workers,
-            progress=progress if dist.is_main_process else NULL_PROGRESS,
+            progress=progress if dist_context.is_main_process else NULL_PROGRESS,
         )
         if trainer.is_finished:
             logger.info("%s is finished already", out)

@@ -5,7 +5,7 @@ import signal
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, closing, contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from types import FrameType
@@ -92,7 +92,7 @@ class Trainer:
         optimizer: The optimizer.
         device: The device.
         dtype: The dtype of autocast; float32 disables it.
-        dist: Rank and number of the processes.
+        dist_context: Rank and number of the processes.
         progress: Progress bars.
     """
 
@@ -108,7 +108,7 @@ class Trainer:
     optimizer: Optimizer
     device: torch.device
     dtype: torch.dtype
-    dist: DistributedContext
+    dist_context: DistributedContext
     progress: Progress
 
     def __post_init__(self) -> None:
@@ -129,7 +129,7 @@ class Trainer:
         config: TrainConfig,
         pair_config: PairConfig,
         *,
-        dist: DistributedContext,
+        dist_context: DistributedContext,
         device: torch.device,
         num_workers: int | None = None,
         progress: Progress = NULL_PROGRESS,
@@ -143,7 +143,7 @@ class Trainer:
             out: The directory of the run.
             config: The training config.
             pair_config: The pair config.
-            dist: The process.
+            dist_context: The process.
             device: The device.
             num_workers: Threads; defaults to half of the cores.
             progress: Progress bars.
@@ -156,13 +156,13 @@ class Trainer:
             if image_size != config.image_size:
                 check_input_size(backbone, backbone_config.name, image_size)
         build_schedule(config, len(dataset), dataset.path)
-        if not dist.is_main_process:
-            dist.barrier()
+        if not dist_context.is_main_process:
+            dist_context.barrier()
         loader, evaluator = build_loader(
             dataset,
             config,
             pair_config,
-            dist=dist,
+            dist_context=dist_context,
             device=device,
             num_workers=num_workers,
             progress=progress,
@@ -175,12 +175,12 @@ class Trainer:
             input_keys(dataset, loader.dataset, config),
             non_hashed=_NON_HASHED,
         )
-        if dist.is_main_process:
-            if not artifact.is_complete and not RunDirectory(artifact.path).config.is_file():
+        if dist_context.is_main_process:
+            if not artifact.is_complete and not RunDirectory(artifact.path).config_path.is_file():
                 write_preview(RunDirectory(artifact.path), dataset, loader)
-            dist.barrier()
+            dist_context.barrier()
         method = _build_method(config, schedule, loader, backbone, feature_dim)
-        if dist.world_size > 1:
+        if dist_context.world_size > 1:
             convert_to_sync_batchnorm(method, device)
         method.to(device).to(memory_format=torch.channels_last)
         return cls(
@@ -191,14 +191,14 @@ class Trainer:
             evaluator=evaluator,
             schedule=schedule,
             method=method,
-            ddp_method=wrap_ddp(method) if dist.world_size > 1 else method,
+            ddp_method=wrap_ddp(method) if dist_context.world_size > 1 else method,
             backbone_config=backbone_config,
             optimizer=build_optimizer(
                 config.optimizer, method, lr=schedule.peak_lr, weight_decay=config.weight_decay
             ),
             device=device,
             dtype=choose_dtype(config.precision, device),
-            dist=dist,
+            dist_context=dist_context,
             progress=progress,
         )
 
@@ -218,9 +218,9 @@ class Trainer:
             InterruptedRunError: after SIGINT or SIGTERM, with a checkpoint written.
             TrainingError: if the loss is not finite; the last good checkpoint is kept.
         """
-        if self.run_dir.config.is_file():
+        if self.run_dir.config_path.is_file():
             warn_precision_change(self.run_dir, self.dtype)
-        elif self.dist.is_main_process:
+        elif self.dist_context.is_main_process:
             self._write_config()
         self.step, self.totals = load_checkpoint(
             self.run_dir, self.method, self.optimizer, self.scaler, self.device
@@ -234,15 +234,19 @@ class Trainer:
             progress_bar = stack.enter_context(
                 self.progress.task("training", self.schedule.steps, "steps", self.step)
             )
-            self._train(stop_event, progress_bar, checkpoint_minutes)
+            batches = stack.enter_context(closing(self.loader.iterate(self.step, self.schedule.steps)))
+            self._train(batches, stop_event, progress_bar, checkpoint_minutes)
 
     def _train(
-        self, stop_event: threading.Event, progress_bar: ProgressBar, checkpoint_minutes: float | None
+        self,
+        batches: Iterator[HostBatch],
+        stop_event: threading.Event,
+        progress_bar: ProgressBar,
+        checkpoint_minutes: float | None,
     ) -> None:
         self.method.train()
         self.window, last_checkpoint_time = _LogWindow(), time.monotonic()
-        (early_stop,) = self.dist.any_rank(self._should_stop_early())
-        batches = self.loader.iterate(self.step, self.schedule.steps)
+        (early_stop,) = self.dist_context.any_rank(self._should_stop_early())
         while self.step < self.schedule.steps and not early_stop:
             wait_started = time.monotonic()
             batch = next(batches)
@@ -255,13 +259,13 @@ class Trainer:
                 checkpoint_minutes is not None
                 and time.monotonic() - last_checkpoint_time >= 60 * checkpoint_minutes
             )
-            interrupted, checkpoint_due, early_stop = self.dist.any_rank(
+            interrupted, checkpoint_due, early_stop = self.dist_context.any_rank(
                 stop_event.is_set(), checkpoint_due, self._should_stop_early()
             )
             is_last = early_stop or self.step == self.schedule.steps
             if is_last or checkpoint_due or interrupted:
                 self._check_finite()
-                if self.dist.is_main_process and (checkpoint_minutes is not None or interrupted):
+                if self.dist_context.is_main_process and (checkpoint_minutes is not None or interrupted):
                     self._save_checkpoint()
                 last_checkpoint_time = time.monotonic()
             if interrupted and not is_last:
@@ -341,7 +345,9 @@ class Trainer:
             "images_per_second": self._images_per_step() * self.window.steps / elapsed,
             "data_time_fraction": self.window.data_wait / elapsed,
         }
-        return row if output.skip_update is None else row | {"skipped": float(self.totals.num_skipped)}
+        return (
+            row if output.skip_update is None else row | {"skipped_updates": float(self.totals.num_skipped)}
+        )
 
     def _images_per_step(self) -> int:
         return len(self.loader.dataset.view_specs) * self.loader.batch_size
@@ -355,7 +361,7 @@ class Trainer:
         metrics = self.evaluator.evaluate(self.method.backbone, self.device, self.dtype)
         self.validation_logger.write({"step": self.step, **metrics})
         if best_step(self.validation_logger.rows) == self.step:
-            self._save_encoder(self.run_dir.best_encoder)
+            self._save_encoder(self.run_dir.best_encoder_path)
         progress_bar.update(0, postfix=f"validation {PRIMARY_METRIC} {metrics[PRIMARY_METRIC]:.3f}")
 
     def _should_stop_early(self) -> bool:
@@ -365,7 +371,7 @@ class Trainer:
 
     def _check_finite(self) -> None:
         """Raise TrainingError if the loss of a step was not finite."""
-        step = int(self.totals.first_nonfinite)
+        step = int(self.totals.first_nonfinite_step)
         if not step:
             return
         anchors = self.loader.batch_at(step - 1).anchors
@@ -397,7 +403,7 @@ class Trainer:
             "stem": self.backbone_config.stem,
             "device": str(self.device),
             "precision": precision_name(self.dtype),
-            "world_size": self.dist.world_size,
+            "world_size": self.dist_context.world_size,
         }
         settings = run_settings(self.config, pairs.pair_config)
         non_default = non_default_settings(self.config, pairs.pair_config)
@@ -406,11 +412,11 @@ class Trainer:
     @contextmanager
     def _open_loggers(self) -> Iterator[None]:
         """Open the metrics and, with validation pairs, the validation metrics, on rank 0."""
-        if self.dist.is_main_process:
-            tensorboard = self.run_dir.tensorboard
-            self.metrics_logger = MetricsLogger(self.run_dir.metrics, tensorboard, self.step)
+        if self.dist_context.is_main_process:
+            tensorboard = self.run_dir.tensorboard_dir
+            self.metrics_logger = MetricsLogger(self.run_dir.metrics_path, tensorboard, self.step)
             if self.evaluator is not None:
-                self.validation_logger = MetricsLogger(self.run_dir.validation, tensorboard, self.step)
+                self.validation_logger = MetricsLogger(self.run_dir.validation_path, tensorboard, self.step)
         try:
             yield
         finally:
@@ -430,13 +436,13 @@ class Trainer:
 
     def finalize(self) -> None:
         """Write the encoder, the last or the best one, and mark the run as finished."""
-        if self.dist.is_main_process:
+        if self.dist_context.is_main_process:
             if self.evaluator is None:
-                self._save_encoder(self.run_dir.encoder)
+                self._save_encoder(self.run_dir.encoder_path)
             else:
-                self._save_encoder(self.run_dir.last_encoder)
-                if self.run_dir.best_encoder.is_file():
-                    self.run_dir.best_encoder.replace(self.run_dir.encoder)
+                self._save_encoder(self.run_dir.last_encoder_path)
+                if self.run_dir.best_encoder_path.is_file():
+                    self.run_dir.best_encoder_path.replace(self.run_dir.encoder_path)
             image_cache = self.loader.dataset.image_cache
             skipped = {
                 "unreadable images": len(image_cache) - len(image_cache.readable),
@@ -446,7 +452,7 @@ class Trainer:
                 {"steps": self.step, "images": len(image_cache.readable)},
                 {reason: count for reason, count in skipped.items() if count},
             )
-        self.dist.barrier()
+        self.dist_context.barrier()
 
 
 @dataclass

@@ -22,7 +22,6 @@ from likewise.evaluation.statistics import Estimate, bootstrap, mean_per_class
 from likewise.models.encoders import ImageEncoder
 from likewise.models.features import Features
 from likewise.models.text_tower import TextAlignment
-from likewise.parallel import default_num_workers
 from likewise.progress import Progress
 
 EvalDataset = LabeledDataset | CaptionedDataset | DetectionDataset | SegmentationDataset
@@ -80,7 +79,8 @@ class EvalContext:
     dataset: EvalDataset
     precomputed_features: Features | None
     device: torch.device
-    requested_workers: int | None
+    num_workers: int
+    """Threads that decode images."""
     progress: Progress
 
     @property
@@ -109,11 +109,6 @@ class EvalContext:
                 field="encoder",
             )
         return self.encoder.text_alignment
-
-    @property
-    def num_workers(self) -> int:
-        """Number of threads that decode images."""
-        return default_num_workers() if self.requested_workers is None else self.requested_workers
 
     @property
     def features(self) -> Features:
