@@ -117,7 +117,7 @@ def test_duplicate_ids_are_skipped(tmp_path: Path, pictures: list[Picture]) -> N
     dataset = import_dataset(table, tmp_path / "out", options, shard_rows=2)
     assert [s.id for s in dataset] == ["0", "same", "2", "3", "5"]
     assert list(dataset.skipped_entries()) == [
-        {"id": "same", "location": "t.csv line 6", "reason": "duplicate id"}
+        {"id": "same", "location": "t.csv line 6", "reason": "duplicate id", "num_captions": 1}
     ]
     # Also where the first was imported by an earlier run.
     for name in ("samples-00002.parquet", "skipped-00002.jsonl"):
@@ -189,7 +189,7 @@ def test_source_without_readable_images_raises(
         (tmp_path / "out").mkdir()
     with pytest.raises(
         InvalidInputError,
-        match=r"no readable image in .*file is missing \(6 times, such as t\.csv line 2: .*/1f947\.jpg\)",
+        match=r"no readable image in .*file is missing \(6, such as t\.csv line 2: .*/1f947\.jpg\)",
     ):
         import_dataset(table, tmp_path / "out")
     assert (tmp_path / "out").exists() == target_exists

@@ -154,13 +154,17 @@ def import_summary(dataset: Path, summary: dict[str, Any]) -> str:
             ("without_caption", "without a caption"),
             ("with_several_captions", "with several captions"),
             ("empty_captions", "empty captions"),
+            ("rows_excluded_by_where", "rows excluded by `where`"),
         )
-        if summary[name]
+        if summary.get(name)
     ]
     skipped, ignored = summary["skipped"], summary["ignored"]
     if skipped:
         reasons = ", ".join(f"{count:,} {reason}" for reason, count in skipped.items())
-        lines.append(f"  skipped: {sum(skipped.values()):,} ({reasons}); see {dataset}/skipped-*.jsonl")
+        captions = f", with {summary['skipped_captions']:,} captions" if "skipped_captions" in summary else ""
+        lines.append(
+            f"  skipped: {sum(skipped.values()):,} ({reasons}){captions}; see {dataset}/skipped-*.jsonl"
+        )
     if ignored:
         files = f" of {summary['files']:,} files" if "files" in summary else ""
         reasons = format_ignored(ignored, summary["ignored_examples"])

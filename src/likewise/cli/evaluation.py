@@ -7,7 +7,15 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 from cyclopts import Parameter
 
-from likewise.cli.common import COMMON_OPTIONS, HELP_GROUPS, CommonOptions, app, comparison_table, make_table
+from likewise.cli.common import (
+    COMMON_OPTIONS,
+    HELP_GROUPS,
+    CommonOptions,
+    app,
+    check_skipped,
+    comparison_table,
+    make_table,
+)
 from likewise.cli.flags import INTS, STRINGS
 from likewise.strings import path_exists, split_unknown_names
 
@@ -162,7 +170,18 @@ class ImageEncoderFlags:
         )
 
 
-_DEFAULT_COLUMNS, _DEFAULT_PROTOCOLS = ColumnFlags(), ProtocolFlags()
+@Parameter(name="*", group=HELP_GROUPS["Output"])
+@dataclass(frozen=True, kw_only=True)
+class ResultFlags:
+    """Where results are written, and what counts as a failure."""
+
+    out: Path | None = None
+    """Directory of the results; defaults to `evaluation` in the run."""
+    strict: bool = False
+    """Exit with code 1 if an image or an annotation was skipped; the results are complete nevertheless."""
+
+
+_DEFAULT_COLUMNS, _DEFAULT_PROTOCOLS, _DEFAULT_RESULTS = ColumnFlags(), ProtocolFlags(), ResultFlags()
 DEFAULT_ENCODER_FLAGS = ImageEncoderFlags()
 
 
@@ -178,7 +197,7 @@ def evaluate(
     columns: ColumnFlags = _DEFAULT_COLUMNS,
     protocols: ProtocolFlags = _DEFAULT_PROTOCOLS,
     options: ImageEncoderFlags = DEFAULT_ENCODER_FLAGS,
-    out: Path | None = None,
+    result_flags: ResultFlags = _DEFAULT_RESULTS,
     common: CommonOptions = COMMON_OPTIONS,
 ) -> None:
     """Evaluate an image encoder on labeled or captioned images.
@@ -193,7 +212,6 @@ def evaluate(
         protocol: Protocols, repeatable or comma-separated: linear, fewshot, knn, knn-grid, retrieval,
             clustering, finetune, localization; with a text tower zeroshot and image-text; detection and
             segmentation.
-        out: Directory of the results; defaults to `evaluation` in the run.
     """
     from likewise.evaluation.evaluate import ProtocolFailedError
     from likewise.evaluation.evaluate import evaluate as evaluate_encoder
@@ -206,7 +224,7 @@ def evaluate(
             split_unknown_names(protocol, lambda _: False),
             config=protocols.to_config(options.image_size),
             columns=columns.to_columns(),
-            out=out,
+            out=result_flags.out,
             num_workers=options.num_workers,
             progress=common.progress(),
         )
@@ -214,6 +232,9 @@ def evaluate(
         print_evaluation(error.results, common)
         raise
     print_evaluation(results, common)
+    for result in results.raw:
+        info = result["dataset"]
+        check_skipped(info["skipped"], f"the evaluation on {info['name']}", strict=result_flags.strict)
 
 
 def print_evaluation(results: "EvalResults", common: CommonOptions) -> None:

@@ -106,7 +106,7 @@ def _run_stages(
     from likewise.data.dataset import CaptionDataset
     from likewise.data.importing import import_dataset
     from likewise.embeddings.embed import embed
-    from likewise.evaluation.evaluate import evaluate
+    from likewise.evaluation.evaluate import ProtocolFailedError, evaluate
     from likewise.report.run_report import write_report
     from likewise.training.train import train
 
@@ -125,21 +125,26 @@ def _run_stages(
             progress=progress,
         )
     trained = train(dataset, out / "run", config.train, config.pairs, progress=progress)
-    result, text = run_summary(trained)
+    (result, text), failure = run_summary(trained), None
     common.print_text(text)
     if datasets:
-        results = evaluate(
-            trained.path,
-            datasets,
-            config.protocols.protocol,
-            config=config.protocol_flags.to_config(None),
-            columns=config.columns.to_columns(),
-            progress=progress,
-        )
+        try:
+            results = evaluate(
+                trained.path,
+                datasets,
+                config.protocols.protocol,
+                config=config.protocol_flags.to_config(None),
+                columns=config.columns.to_columns(),
+                progress=progress,
+            )
+        except ProtocolFailedError as error:  # raised when the report is written
+            failure, results = error, error.results
         result = {**result, "results": results.raw}
-        common.print_text(*dataset_lines(results), results.table())
+        common.print_text(*dataset_lines(results), *([results.table()] if len(results) else []))
     page = write_report([trained.path], trained.path / "report.html")
     common.print_result({"dataset": str(dataset.path), **result, "report": str(page)}, f"report: {page}")
+    if failure is not None:
+        raise failure
 
 
 def read_recipe(recipe: str, overrides: Sequence[str] = ()) -> PipelineConfig:

@@ -204,8 +204,8 @@ class CaptionDataset:
         """Return the locations of the images from `start` to `stop`, or their bytes if they are embedded."""
         return [self[index].image for index in range(start, stop)]
 
-    def skipped_entries(self) -> Iterator[dict[str, str]]:
-        """Yield each skipped entry of the source with its `id`, `location` and `reason`."""
+    def skipped_entries(self) -> Iterator[dict[str, Any]]:
+        """Yield each skipped entry of the source with its `id`, `location`, `reason` and `num_captions`."""
         return read_skipped_entries(self.path)
 
     def summary(self) -> dict[str, Any]:
@@ -215,7 +215,7 @@ class CaptionDataset:
         return {"images": len(self), **manifest.counts, **reasons}
 
 
-def read_skipped_entries(path: Path) -> Iterator[dict[str, str]]:
+def read_skipped_entries(path: Path) -> Iterator[dict[str, Any]]:
     """Yield the skipped entries of a dataset, complete or not."""
     for file in sorted(path.glob("skipped-*.jsonl")):
         with damaged_as_error(file), file.open(encoding="utf-8") as lines:

@@ -51,10 +51,19 @@ class SampleValidator:
         if reason is None and not self.seen_ids.add(id_hash):
             reason = "duplicate id"
         if reason is not None:
-            return SkippedSample(id=entry.id, location=entry.location, reason=reason)
+            return _skip(entry, reason)
         captions = [normalize_caption(caption) for caption in entry.captions]
         self.num_empty_captions += captions.count("")
         return replace(entry, captions=tuple(filter(None, captions)))
+
+
+def _skip(entry: RawSample, reason: str, location: str | None = None) -> SkippedSample:
+    return SkippedSample(
+        id=entry.id,
+        location=entry.location if location is None else location,
+        reason=reason,
+        num_captions=len(entry.captions),
+    )
 
 
 def normalize_caption(caption: str) -> str:
@@ -113,6 +122,7 @@ _BASE64_STARTS = ("/9j/", "iVBORw0KGgo", "R0lGOD", "UklGR")  # of JPEG, PNG, GIF
 _DEFAULT_OPTIONS = ImportOptions()
 # Counts of a reader that a user may have to act on.
 COUNT_MESSAGES = {
+    "rows_excluded_by_where": "{:,} rows do not match `where`",
     "repeated_keys": "{:,} samples repeat the key of an earlier one in their archive; ids end in #2, ...",
     "joined_captions": "{:,} text files have several lines, which were joined; see `caption_lines`",
     "overridden_captions": "{:,} text files differ from the captions of the .json file, which were used",
@@ -178,7 +188,7 @@ def import_dataset(
         counts |= {"empty_captions": importer.validator.num_empty_captions, **_reader_counts(reader)}
         artifact.finish(counts, skipped, reader.ignored.counts, reader.ignored.examples)
     dataset = CaptionDataset(target)
-    _log_summary(len(dataset), counts, skipped, reader.ignored)
+    _log_summary(dataset, counts, skipped, reader.ignored)
     return dataset
 
 
@@ -258,7 +268,7 @@ def _decode_sample(entry: RawSample, root: Path, bands: BandSelection | None) ->
         location = entry.location
         if entry.image.path is not None and entry.image.path not in location:
             location = f"{location}: {str(root / entry.image.path)[:_MAX_PATH_CHARS]}"
-        return SkippedSample(id=entry.id, location=location, reason=str(error))
+        return _skip(entry, str(error), location)
     return Sample(
         id=entry.id,
         image=entry.image,
@@ -292,7 +302,11 @@ def _count_samples(target: Path, num_shards: int) -> tuple[dict[str, int], dict[
         counts["captions"] += sum(lengths)
         counts["without_caption"] += lengths.count(0)
         counts["with_several_captions"] += sum(length > 1 for length in lengths)
-    skipped = Counter(skipped_entry["reason"] for skipped_entry in read_skipped_entries(target))
+    skipped = Counter[str]()
+    for skipped_entry in read_skipped_entries(target):
+        skipped[skipped_entry["reason"]] += 1
+        if skipped_entry.get("num_captions"):
+            counts["skipped_captions"] += skipped_entry["num_captions"]
     return dict(counts), dict(sorted(skipped.items()))
 
 
@@ -304,14 +318,21 @@ def _reader_counts(reader: Reader) -> dict[str, int]:
 
 def _no_usable_message(source: str, target: Path, skipped: dict[str, int], ignored: IgnoredFiles) -> str:
     """Return an error message with the most frequent reasons and an example of each."""
-    examples: dict[str, str] = {}
-    for entry in read_skipped_entries(target):
-        examples.setdefault(entry["reason"], entry["location"].encode("utf-8", "backslashreplace").decode())
-    top_reasons = sorted(skipped, key=lambda reason: -skipped[reason])[:_NUM_EXAMPLES]
-    messages = [f"{reason} ({skipped[reason]:,} times, such as {examples[reason]})" for reason in top_reasons]
+    messages = [_format_skipped(target, skipped, max_reasons=_NUM_EXAMPLES)] if skipped else []
     if ignored.counts:
         messages.append(f"ignored: {ignored.summary()}")
     return f"no readable image in {source}: {'; '.join(messages) or 'no entry matches `where`'}"
+
+
+def _format_skipped(target: Path, skipped: dict[str, int], max_reasons: int | None = None) -> str:
+    """Return the most frequent reasons, each with its count and its first entry."""
+    examples: dict[str, str] = {}
+    for entry in read_skipped_entries(target):
+        examples.setdefault(entry["reason"], entry["location"].encode("utf-8", "backslashreplace").decode())
+    reasons = sorted(skipped, key=lambda reason: -skipped[reason])
+    return "; ".join(
+        f"{reason} ({skipped[reason]:,}, such as {examples[reason]})" for reason in reasons[:max_reasons]
+    )
 
 
 def _remove_output(target: Path, *, keep_dir: bool) -> None:
@@ -324,16 +345,14 @@ def _remove_output(target: Path, *, keep_dir: bool) -> None:
 
 
 def _log_summary(
-    num_images: int, counts: dict[str, int], skipped: dict[str, int], ignored: IgnoredFiles
+    dataset: CaptionDataset, counts: dict[str, int], skipped: dict[str, int], ignored: IgnoredFiles
 ) -> None:
     num_skipped = sum(skipped.values())
     if num_skipped:
-        reasons = "; ".join(
-            f"{reason} ({count:,})" for reason, count in sorted(skipped.items(), key=lambda item: -item[1])
-        )
-        if num_skipped > num_images:
+        if num_skipped > len(dataset):
             logger.warning("more than half of the entries were skipped: check the source before you use this")
-        logger.warning(f"skipped {num_skipped:,} entries: {reasons}")
+        captions = f" with {counts['skipped_captions']:,} captions" if "skipped_captions" in counts else ""
+        logger.warning(f"skipped {num_skipped:,} entries{captions}: {_format_skipped(dataset.path, skipped)}")
     if ignored.counts:
         logger.info(f"ignored {ignored.counts.total():,} files: {ignored.summary()}")
     for name, message in COUNT_MESSAGES.items():

@@ -2,7 +2,7 @@
 
 import logging
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -278,7 +278,7 @@ def _run_protocols(
     path = artifact.path / RESULTS_FILE
     stored = read_json(path) if path.is_file() else encoder_info | {"protocols": {}}
     # Counts of what was skipped may change without a change of the data.
-    result = stored | {"dataset": _describe_dataset(context)}
+    result = stored | {"dataset": _describe_dataset(context, stored["protocols"])}
     if artifact.is_complete and all(name in result["protocols"] for name in protocols):
         logger.info("results on %s exist: %s", context.dataset.name, path)
         if result != stored:
@@ -300,6 +300,7 @@ def _run_protocols(
                         "config": protocol.config_dict(),
                         "scores": [_save_score(name, score, artifact.path) for score in scores],
                     }
+                result["dataset"] = _describe_dataset(context, result["protocols"])
                 write_json(path, result)
             bar.update(postfix=name)
     artifact.finish(
@@ -318,7 +319,8 @@ def _run_protocol(protocol: Protocol, context: EvalContext) -> list[Score]:
         raise InvalidInputError(message, field=field, path=path) from error
 
 
-def _describe_dataset(context: EvalContext) -> dict[str, Any]:
+def _describe_dataset(context: EvalContext, protocols: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the part of `results.json` that is about the dataset, given the results of protocols."""
     dataset = context.dataset
     header = {"name": dataset.name, "path": str(dataset.path.resolve()), "key": dataset.key}
     if isinstance(dataset, CaptionedDataset):
@@ -339,6 +341,9 @@ def _describe_dataset(context: EvalContext) -> dict[str, Any]:
         counts = {split: int((dataset.splits == split).sum()) for split in ("train", "test")}
         details = {"num_classes": len(dataset.classes), "num_images": counts}
     skipped = {} if context.precomputed_features is None else dict(context.precomputed_features.skipped)
+    for protocol in protocols.values():  # detection and segmentation read the images themselves
+        for score in protocol["scores"]:
+            skipped |= score["details"].get("skipped", {})
     return header | details | {"skipped": skipped | dataset.skipped, "ignored": dataset.ignored}
 
 

@@ -261,6 +261,10 @@ def _describe_dataset(dataset_key: str, columns: Sequence[ReportEntry]) -> list[
         skipped = [f"{count:,} {reason}" for reason, count in sorted(result["dataset"]["skipped"].items())]
         if skipped:
             lines.append(f"Skipped images, {entry.name}: {', '.join(skipped)}.")
+        lines += [f"{entry.name}: {message}." for message in result.get("failures", {}).values()]
+    ignored = [f"{count:,} {reason}" for reason, count in sorted(info.get("ignored", {}).items())]
+    if ignored:
+        lines.append(f"Ignored files: {', '.join(ignored)}.")
     return lines
 
 

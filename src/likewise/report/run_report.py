@@ -23,6 +23,7 @@ from likewise.report.load import (
 from likewise.report.page import (
     ABSENT,
     Thumbnail,
+    count_noun,
     format_captions,
     format_percent,
     format_value,
@@ -270,16 +271,24 @@ def config_rows(entries: Sequence[ReportEntry]) -> list[dict[str, Any]]:
     return rows
 
 
-def skipped_counts(entries: Sequence[ReportEntry], inputs: PairInputs) -> list[tuple[str, str, int]]:
-    """Return the skipped images: step, reason and count."""
+def skipped_counts(entries: Sequence[ReportEntry], inputs: PairInputs) -> list[tuple[str, str, str]]:
+    """Return the skipped images and ignored files: step, reason and count."""
     rows = []
     if inputs.dataset is not None:
         rows += [
-            ("import", reason, n) for reason, n in sorted(inputs.dataset.artifact.manifest.skipped.items())
+            ("import", reason, count_noun(n, "image"))
+            for reason, n in sorted(inputs.dataset.artifact.manifest.skipped.items())
+        ]
+        rows += [
+            ("import, ignored", reason, count_noun(n, "file"))
+            for reason, n in sorted(inputs.dataset.artifact.manifest.ignored.items())
         ]
     for entry in entries:
         if entry.run is not None:
-            rows += [(entry.name, reason, n) for reason, n in sorted(entry.run.manifest.skipped.items())]
+            rows += [
+                (entry.name, reason, count_noun(n, "image"))
+                for reason, n in sorted(entry.run.manifest.skipped.items())
+            ]
     return rows
 
 

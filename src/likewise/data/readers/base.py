@@ -38,6 +38,8 @@ class SkippedSample:
     """File and row, for messages."""
     reason: str
     """Short phrase; skipped entries are counted by it."""
+    num_captions: int = 0
+    """Captions that are skipped with the entry, as far as they were read."""
 
 
 Entry = RawSample | SkippedSample

@@ -6,6 +6,7 @@ import unicodedata
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from functools import lru_cache
 from pathlib import Path
 from urllib.parse import unquote
 
@@ -174,7 +175,8 @@ def resolve_image_path(root: Path, path: str) -> tuple[str, bool, str | None]:
 
     The path as written comes first. Only where there is no such file, these are tried in this order, alone
     and together: the path of a `file://` URL, `/` for backslashes, decoded percent signs, and the same
-    characters composed or decomposed (NFC, NFD).
+    characters composed or decomposed (NFC, NFD). The last resort is the only file whose path differs in
+    letter case.
 
     Args:
         root: Folder that the path is relative to.
@@ -193,12 +195,42 @@ def resolve_image_path(root: Path, path: str) -> tuple[str, bool, str | None]:
         if (candidate, written) != (path, None) and _is_file(root, candidate):
             changes = [*(["`file://` URLs"] if written is not None else []), *([change] if change else [])]
             return candidate, True, " and ".join(changes)
-    return path, False, None
+    other_case = _find_other_case(root, unquote(path.replace("\\", "/")))
+    return (path, False, None) if other_case is None else (other_case, True, "another letter case")
 
 
 def _is_file(root: Path, path: str) -> bool:
     # A Path per row would be slow. `isfile` is False for names that are too long or contain a NUL character.
     return os.path.isfile(os.path.join(root, path))  # noqa: PTH113, PTH118
+
+
+def _find_other_case(root: Path, path: str) -> str | None:
+    """Return the only file below a folder whose path differs in letter case or in its Unicode form."""
+    found = ""
+    for part in path.split("/"):
+        if part in ("", ".", "..") or not part.isprintable():
+            return None
+        folder = os.path.join(root, found)  # noqa: PTH118
+        try:
+            names = _names_by_folded_name(folder, os.stat(folder).st_mtime_ns).get(_fold(part), [])  # noqa: PTH116
+        except OSError:
+            return None
+        if len(names) != 1:
+            return None
+        found = f"{found}/{names[0]}" if found else names[0]
+    return found if _is_file(root, found) else None
+
+
+@lru_cache(maxsize=64)
+def _names_by_folded_name(folder: str, _mtime: int) -> dict[str, list[str]]:
+    names: dict[str, list[str]] = {}
+    for name in os.listdir(folder):  # noqa: PTH208  # paths of a large folder would be slow
+        names.setdefault(_fold(name), []).append(name)
+    return names
+
+
+def _fold(name: str) -> str:
+    return unicodedata.normalize("NFC", name).casefold()
 
 
 def _parse_file_url(path: str) -> str | None:

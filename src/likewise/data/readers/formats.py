@@ -12,7 +12,14 @@ from likewise.data.images import is_image_name
 from likewise.data.readers.base import Reader, UInt64Set
 from likewise.data.readers.columns import match_score
 from likewise.data.readers.encodings import decode_text, read_head
-from likewise.data.readers.files import Folder, IgnoredFiles, resolve_image_path, walk_files, walk_folders
+from likewise.data.readers.files import (
+    Folder,
+    IgnoredFiles,
+    file_type_reason,
+    resolve_image_path,
+    walk_files,
+    walk_folders,
+)
 from likewise.data.readers.folder import open_image_folder
 from likewise.data.readers.huggingface import HUB_PREFIX
 from likewise.data.readers.json_tables import LINES_SUFFIXES, open_json_table
@@ -38,6 +45,7 @@ SUPPORTED_FORMATS = (
 )
 _NUM_PROBED_ROWS = 100  # rows whose images decide whether a table belongs to the folder
 _MAX_LISTED_TABLES = 6
+_UNLISTED_IMAGE = "image that the table does not list"
 
 
 def open_table_file(path: Path) -> Table:
@@ -276,12 +284,13 @@ def open_table_reader(path: Path, options: ImportOptions) -> TableReader:
 def _open_tables(path: Path, names: list[str], contents: FolderContents, options: ImportOptions) -> Reader:
     readers = tuple(open_table_reader(path / name, options) for name in names)
     message = f"{path.name}: reading table {', '.join(names)}"
-    unlisted, num_listed = _unlisted_images(path, readers) if contents.num_images else (IgnoredFiles(), 0)
-    num_unlisted = unlisted.counts.total()
+    ignored, num_listed = _ignored_files(path, readers, names, contents)
+    num_unlisted = ignored.counts[_UNLISTED_IMAGE]
     is_requested = (
         options.source_format == "table" or options.image_column is not None or options.images is not None
     )
-    if num_unlisted > num_listed and not is_requested:
+    lists_paths = any(reader.columns.image not in reader.table.embedded_columns() for reader in readers)
+    if lists_paths and num_unlisted > num_listed and not is_requested:
         raise InvalidInputError(
             f"{path} contains {contents.num_images:,} images, of which the table {', '.join(names)} lists "
             f"{contents.num_images - num_unlisted:,}; set `source_format` to table to import those, or to "
@@ -289,39 +298,39 @@ def _open_tables(path: Path, names: list[str], contents: FolderContents, options
             field="source_format",
             path=path,
         )
-    for name in contents.tables:
-        if name not in names:
-            unlisted.add("table that is not used", name)
     if len(readers) == 1 and os.path.dirname(names[0]) == "":  # noqa: PTH120
-        reader = replace(readers[0], notes=(message, *readers[0].notes))
-        reader.ignored.update(unlisted)
-        return reader
-    reader = ChainedReader(root=path.resolve(), readers=readers, names=tuple(names))
-    reader.ignored.update(unlisted)
+        reader: Reader = replace(readers[0], notes=(message, *readers[0].notes))
+    else:
+        reader = ChainedReader(root=path.resolve(), readers=readers, names=tuple(names))
+    reader.ignored.update(ignored)
     return reader
 
 
-def _unlisted_images(path: Path, readers: tuple[TableReader, ...]) -> tuple[IgnoredFiles, int]:
-    """Return the images below a folder that no table lists, and the number of images that tables list.
-
-    There are no unlisted images if the tables contain their images instead of paths.
-    """
-    unlisted, listed, num_listed = IgnoredFiles(), UInt64Set(), 0
+def _ignored_files(
+    path: Path, readers: tuple[TableReader, ...], names: list[str], contents: FolderContents
+) -> tuple[IgnoredFiles, int]:
+    """Return the files of a folder that its tables do not use, and the number of images that they list."""
+    listed, num_listed = UInt64Set(), 0
     for reader in readers:
         column = reader.columns.image or ""
         if column in reader.table.embedded_columns():
-            return unlisted, 0
+            continue
         for row in reader.table.iter_rows([column]):
             image = cell_image(row.values.get(column)) if isinstance(row, TableRow) else None
             if image is not None and image.path is not None:
                 file = resolve_image_path(reader.root, image.path)[0]
                 num_listed += listed.add(_path_hash(os.path.join(reader.root, file)))  # noqa: PTH118
-    root = str(path.resolve())
-    for name in walk_files(path, IgnoredFiles()):
-        # `add` tells whether a value is new; unlisted images are never asked for again.
-        if is_image_name(name) and listed.add(_path_hash(f"{root}/{name}")):
-            unlisted.add("image that the table does not list", name)
-    return unlisted, num_listed
+    ignored, root, unused_tables = IgnoredFiles(), str(path.resolve()), set(contents.tables) - set(names)
+    for name in walk_files(path, ignored):
+        if name in unused_tables:
+            ignored.add("table that is not used", name)
+        elif is_image_name(name):
+            # `add` tells whether a value is new; unlisted images are never asked for again.
+            if listed.add(_path_hash(f"{root}/{name}")):
+                ignored.add(_UNLISTED_IMAGE, name)
+        elif name not in names:
+            ignored.add(file_type_reason(name), name)
+    return ignored, num_listed
 
 
 def _path_hash(path: str) -> int:

@@ -94,13 +94,17 @@ class TableReader(Reader):
         return self._merge_scattered() if self._scan.is_scattered else self._merge_adjacent()
 
     def _iter_entries(self) -> Iterator[Entry]:
+        self.counts.clear()
         for row in self.table.iter_rows(self.columns.required_columns()):
+            self.counts["rows"] += 1
             if isinstance(row, SkippedSample):
                 yield row
                 continue
             try:
                 if self.columns.matches(row.values):
                     yield self._make_entry(row)
+                else:
+                    self.counts["rows_excluded_by_where"] += 1
             except ValueError:
                 yield SkippedSample(
                     id=f"{row.index:08d}",
@@ -316,6 +320,7 @@ class ChainedReader(Reader):
 
     def iter_samples(self) -> Iterator[Entry]:
         """Yield the samples of all tables."""
+        self.counts.clear()
         for name, error in self._errors.items():
             if error.field != "where":
                 yield SkippedSample(id=name, location=name, reason="table cannot be read")
@@ -335,6 +340,7 @@ class ChainedReader(Reader):
                 default_id = image.path if path == entry.id and image.path else f"{table_stem}/{entry.id}"
                 sample_id = entry.id if reader.columns.id is not None else default_id
                 yield replace(entry, id=sample_id, image=image, location=location)
+            self.counts.update(reader.counts)
 
     @cached_property
     def _matching(self) -> list[tuple[str, TableReader]]:

@@ -10,11 +10,12 @@ from typing import Any, NamedTuple
 
 from likewise.data.config import ImportOptions
 from likewise.data.dataset import ImageRef
+from likewise.data.image_formats import is_image_name
 from likewise.data.readers.base import SkippedSample
 from likewise.data.readers.cells import cell_text
 from likewise.data.readers.columns import find_path_column
 from likewise.data.readers.encodings import decode_text
-from likewise.data.readers.files import IgnoredFiles, find_image_root, resolve_image_path
+from likewise.data.readers.files import IgnoredFiles, find_image_root, resolve_image_path, walk_files
 from likewise.data.readers.formats import TABLE_SUFFIXES, open_table_file
 from likewise.data.readers.tables import Table
 from likewise.errors import InvalidInputError, did_you_mean
@@ -290,9 +291,21 @@ def read_text(path: Path) -> str:
         ) from error
 
 
-def ignore_file_type(ignored: IgnoredFiles, path: str) -> None:
-    """Count a file that is no image by its suffix."""
-    ignored.add(f"file type {os.path.splitext(path)[1].lower() or 'without suffix'}", path)  # noqa: PTH122
+def count_unused_images(path: Path, root: Path, files: Iterable[str], ignored: IgnoredFiles) -> None:
+    """Count the images in the folder of a dataset that no usable annotation names.
+
+    Args:
+        path: The dataset; nothing is counted if it is a file.
+        root: Folder that `files` are relative to.
+        files: Images with an annotation, and masks.
+        ignored: Receives the counts.
+    """
+    if not path.is_dir():
+        return
+    used = {os.path.realpath(os.path.join(root, file)) for file in files}  # noqa: PTH118
+    for name in walk_files(path, IgnoredFiles()):
+        if is_image_name(name) and os.path.realpath(os.path.join(path, name)) not in used:  # noqa: PTH118
+            ignored.add("image that no usable annotation names", name)
 
 
 def same_file_id(root: Path, file: str) -> str:

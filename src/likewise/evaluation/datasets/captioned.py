@@ -6,12 +6,14 @@ from pathlib import Path
 
 from likewise.data.readers.cells import cell_texts
 from likewise.data.readers.columns import find_caption_column, match_caption_columns
+from likewise.data.readers.files import IgnoredFiles
 from likewise.errors import InvalidInputError
 from likewise.evaluation.datasets.base import (
     DatasetTable,
     ImageDataset,
     SkippedEntries,
     content_key,
+    count_unused_images,
     dataset_name,
     find_table,
     open_dataset_table,
@@ -66,7 +68,8 @@ def open_captioned(path: str | Path, *, caption_column: str | None = None) -> Ca
             f"{table_path} has no caption of a test image in its column {column!r}{skipped.summary()}",
             path=table_path,
         )
-    files, root = tuple(captions), table.root
+    files, root, ignored = tuple(captions), table.root, IgnoredFiles()
+    count_unused_images(path, root, [file for split in captions_by_split.values() for file in split], ignored)
     return CaptionedDataset(
         name=f"{dataset_name(table_path)}-captions",
         path=path,
@@ -75,6 +78,7 @@ def open_captioned(path: str | Path, *, caption_column: str | None = None) -> Ca
         captions=tuple(map(tuple, captions.values())),
         caption_column=column,
         skipped=skipped.to_dict(),
+        ignored=dict(ignored.counts),
         key=content_key((root / file for file in files), captions.values()),
     )
 

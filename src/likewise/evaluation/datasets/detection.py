@@ -21,6 +21,7 @@ from likewise.evaluation.datasets.base import (
     ImageDataset,
     SkippedEntries,
     content_key,
+    count_unused_images,
     dataset_name,
     find_table,
     missing_split,
@@ -82,6 +83,7 @@ def open_detection(path: str | Path) -> DetectionDataset:
     else:
         root = path if path.is_dir() else path.parent
         name, images = root.resolve().name, _find_format(path, root, ignored)(skipped, ignored)
+    count_unused_images(path, root, [image.file for image in images], ignored)
     return _build_dataset(name, path, root, _merge_images(root, images, skipped), (skipped, ignored))
 
 

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from likewise.data.images import is_image_name
-from likewise.data.readers.files import IgnoredFiles, walk_files
+from likewise.data.readers.files import IgnoredFiles, file_type_reason, walk_files
 from likewise.errors import InvalidInputError
 from likewise.evaluation.datasets.annotations import infer_box_unit, pixels_to_fractions
 from likewise.evaluation.datasets.base import (
@@ -17,9 +17,9 @@ from likewise.evaluation.datasets.base import (
     ImageDataset,
     SkippedEntries,
     content_key,
+    count_unused_images,
     dataset_name,
     find_table,
-    ignore_file_type,
     missing_split,
     open_dataset_table,
     parse_split,
@@ -117,6 +117,7 @@ def open_labeled(
     if table is not None:
         root, images = _read_table(table, (label_column, split_column), skipped)
         name = path.resolve().name if path.is_dir() else dataset_name(table)
+        count_unused_images(path, root, [image.file for image in images], ignored)
     else:
         root, images = path, _read_folder(path, skipped, ignored)
         name = path.resolve().name
@@ -148,7 +149,7 @@ def _read_folder(path: Path, skipped: SkippedEntries, ignored: IgnoredFiles) -> 
         folder, *parts = file.split("/")
         split = parse_split(folder) if parts else None
         if not is_image_name(file):
-            ignore_file_type(ignored, file)
+            ignored.add(file_type_reason(file), file)
         elif split is None:
             skipped.add("images outside of the folders train, val and test", file)
         elif len(parts) < 2:

@@ -14,16 +14,16 @@ from PIL.ImageFile import ImageFile
 
 from likewise.data.images import UnreadableImageError, is_image_name, read_orientation
 from likewise.data.pixels import UPRIGHT, exif_orientation, orient_pixels
-from likewise.data.readers.files import IgnoredFiles, resolve_image_path, walk_files
+from likewise.data.readers.files import IgnoredFiles, file_type_reason, resolve_image_path, walk_files
 from likewise.errors import InvalidInputError
 from likewise.evaluation.datasets.annotations import read_frame
 from likewise.evaluation.datasets.base import (
     ImageDataset,
     SkippedEntries,
     content_key,
+    count_unused_images,
     dataset_name,
     find_table,
-    ignore_file_type,
     open_dataset_table,
     parse_split,
     read_text,
@@ -101,6 +101,9 @@ def open_segmentation(
     table = find_table(path, "index") if path.is_dir() else path
     if table is not None:
         (root, images), name = _read_table(table, skipped), dataset_name(table)
+        count_unused_images(
+            path, root, [file for image in images for file in (image.file, image.mask)], ignored
+        )
     else:
         root, images, name = path, _read_folders(path, skipped, ignored), path.resolve().name
     values_of = {
@@ -175,7 +178,7 @@ def _read_folders(path: Path, skipped: SkippedEntries, ignored: IgnoredFiles) ->
         kind = parts[1].lower() if len(parts) > 2 else ""
         if not is_image_name(file):
             if file != "classes.txt":
-                ignore_file_type(ignored, file)
+                ignored.add(file_type_reason(file), file)
         elif parse_split(parts[0]) is None or kind not in ("images", "masks"):
             skipped.add("images outside of the folders images and masks of train, val and test", file)
         else:

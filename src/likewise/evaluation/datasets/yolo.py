@@ -10,7 +10,7 @@ import yaml
 
 from likewise.data.images import is_image_name
 from likewise.data.readers.encodings import decode_text, iter_lines
-from likewise.data.readers.files import IgnoredFiles, resolve_image_path, walk_files
+from likewise.data.readers.files import IgnoredFiles, file_type_reason, resolve_image_path, walk_files
 from likewise.errors import InvalidInputError
 from likewise.evaluation.datasets.annotations import (
     AnnotatedBox,
@@ -20,7 +20,7 @@ from likewise.evaluation.datasets.annotations import (
     parse_class_number,
     parse_numbers,
 )
-from likewise.evaluation.datasets.base import SkippedEntries, ignore_file_type, read_text
+from likewise.evaluation.datasets.base import SkippedEntries, read_text
 
 _MAX_CLASSES = 100_000  # of a file that says only how many there are
 _SPLIT_KEYS = {"train": ("train",), "val": ("val", "valid", "validation"), "test": ("test",)}
@@ -169,7 +169,7 @@ def _iter_images(
             if is_image_name(file):
                 yield location / file
             elif not file.lower().endswith(".txt"):
-                ignore_file_type(ignored, file)
+                ignored.add(file_type_reason(file), file)
         return
     for line in iter_lines(location):
         name = line.text.strip()
