@@ -295,6 +295,7 @@ def test_invalid_bands_name_their_field() -> None:
         ((1, 2), (2.0, 98.0), "bands"),
         ((0,), (2.0, 98.0), "bands"),
         ((1,), (98.0, 2.0), "band_percentiles"),
+        ((), (1.0, 99.0), "band_percentiles"),
     ):
         with pytest.raises(InvalidInputError) as error:
             ImportOptions(bands=bands, band_percentiles=percentiles)

@@ -189,3 +189,13 @@ def test_encodings_and_written_numbers(tmp_path: Path, pictures: list[Picture], 
     by_id = {sample.id: sample for sample in dataset}
     assert by_id[names[0]].captions == ("ein großer Käfer",)
     assert (by_id[names[1]].captions, by_id[names[1]].label) == (("ü",), "1.10")
+
+
+def test_text_files_without_a_use_are_counted(tmp_path: Path, pictures: list[Picture]) -> None:
+    for name, data, caption in pictures[:2]:
+        write_file(tmp_path / "in" / f"{name}.jpg", data)
+        write_file(tmp_path / "in" / f"{name}.txt", caption)
+        write_file(tmp_path / "in" / f"{name}.json", json.dumps({"title": "a title"}))
+    dataset = import_dataset(tmp_path / "in", tmp_path / "out", ImportOptions(caption_column=("title",)))
+    assert [sample.captions for sample in dataset] == [("a title",)] * 2
+    assert dataset.artifact.manifest.counts["unused_text_files"] == 2

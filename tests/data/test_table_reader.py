@@ -557,3 +557,12 @@ def test_column_names_may_end_with_a_note(tmp_path: Path, pictures: list[Picture
     pd.DataFrame(rows, columns=["Image [path]", "Caption (English)"]).to_csv(tmp_path / "t.csv", index=False)
     dataset = import_dataset(tmp_path / "t.csv", tmp_path / "out")
     assert [sample.captions for sample in dataset] == [(caption,) for _, _, caption in pictures]
+
+
+def test_huge_integers_of_json_are_text(tmp_path: Path, pictures: list[Picture]) -> None:
+    write_images(tmp_path, pictures[:2])
+    huge = "9" * 5000
+    rows = [f'{{"image": "{name}.jpg", "caption": ["x", {huge}]}}' for name, _, _ in pictures[:2]]
+    for name, text in {"t.jsonl": "\n".join(rows), "t.json": f"[{','.join(rows)}]"}.items():
+        dataset = import_dataset(write_file(tmp_path / name, text), tmp_path / f"{name}-out")
+        assert [sample.captions for sample in dataset] == [("x", huge)] * 2

@@ -82,9 +82,14 @@ class ImportOptions:
         """Validate the fields.
 
         Raises:
-            InvalidInputError: if `limit` is below 1, a choice is unknown, or the bands are invalid.
+            InvalidInputError: if `limit` is below 1, a choice is unknown, the bands are invalid, or there are
+                percentiles without bands.
         """
         _ = self.band_selection
+        if not self.bands and self.band_percentiles != BAND_PERCENTILES:
+            raise InvalidInputError(
+                "`band_percentiles` has no effect without `bands`", field="band_percentiles"
+            )
         if self.limit is not None and self.limit < 1:
             raise InvalidInputError(f"`limit` must be at least 1, got {self.limit}", field="limit")
         for name, choices in (("source_format", SourceFormat), ("caption_lines", CaptionLines)):

@@ -125,6 +125,7 @@ COUNT_MESSAGES = {
     "rows_excluded_by_where": "{:,} rows do not match `where`",
     "repeated_keys": "{:,} samples repeat the key of an earlier one in their archive; ids end in #2, ...",
     "joined_captions": "{:,} text files have several lines, which were joined; see `caption_lines`",
+    "unused_text_files": "{:,} text files were not used, because `caption_column` names other keys",
     "overridden_captions": "{:,} text files differ from the captions of the .json file, which were used",
 }
 _NON_HASHED = ("root", "images", "source", "inferred")

@@ -40,8 +40,15 @@ def _build_object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return values
 
 
-JSON_DECODER = json.JSONDecoder(object_pairs_hook=_build_object, parse_float=JsonFloat)
-"""Decoder of table rows; duplicate keys raise DuplicateKeyError."""
+def _parse_int(written: str) -> int | str:
+    try:
+        return int(written)
+    except ValueError:  # more digits than Python converts
+        return written
+
+
+JSON_DECODER = json.JSONDecoder(object_pairs_hook=_build_object, parse_float=JsonFloat, parse_int=_parse_int)
+"""Decoder of table rows; duplicate keys raise DuplicateKeyError, and huge integers are text."""
 
 
 def cell_texts(value: Any, depth: int = 0) -> tuple[str, ...]:

@@ -17,7 +17,7 @@ from likewise.errors import InvalidInputError
 LINES_SUFFIXES = frozenset({".jsonl", ".ndjson"})
 _NUM_PROBED_ROWS = 100  # rows whose keys are used to infer columns
 _CHUNK_CHARS = 2**16
-_PLAIN_DECODER = json.JSONDecoder()
+_PLAIN_DECODER = json.JSONDecoder(parse_int=str)
 
 
 def read_json_document(path: Path) -> Any:

@@ -302,6 +302,9 @@ class SidecarReader(Reader):
         lines = [line for line in text_lines if line]
         if not lines:
             return values
+        if _TEXT_KEY not in self.columns.captions:
+            self.counts["unused_text_files"] += 1
+            return values
         text = " ".join(lines)
         separate = self._inferred.separate_lines
         json_captions = [

@@ -13,6 +13,7 @@ import pyarrow as pa
 from PIL import Image, UnidentifiedImageError
 
 from likewise.data.dataset import ImageRef
+from likewise.data.image_formats import SIGNATURE_BYTES, has_image_signature, pillow_formats
 from likewise.data.readers.base import SkippedSample
 from likewise.data.readers.cells import cell_text
 from likewise.hashing import content_fingerprint
@@ -144,10 +145,12 @@ def holds_images(cells: Iterable[Any]) -> bool:
 
 
 def _is_image(data: bytes) -> bool:
+    if has_image_signature(data[:SIGNATURE_BYTES]):  # also of formats that an extra decodes
+        return True
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            Image.open(io.BytesIO(data)).close()
+            Image.open(io.BytesIO(data), formats=pillow_formats()).close()
     except UnidentifiedImageError:
         return False
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError):
