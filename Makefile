@@ -25,7 +25,7 @@ demo: install  ## Train on emoji and write a report (about 4 minutes on 2 cores)
 	touch $@
 
 test: install .venv/.mpnet  ## Run the whole test suite
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist loadfile
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist loadfile --no-loadscope-reorder
 
 lint: install  ## Check style and types
 	$(BIN)/ruff check .

@@ -23,6 +23,11 @@ from likewise.neighbors.index import find_neighbors
 from support import MINILM
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Run the tests of whole commands first: they take longest, and the workers should finish together."""
+    items.sort(key=lambda item: item.path.parent != Path(__file__).parent)
+
+
 @pytest.fixture(scope="session")
 def emoji(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Return the table of a few hundred emoji images with captions, labels, splits, concepts and vendors."""

@@ -164,14 +164,15 @@ def read_recipe(recipe: str, overrides: Sequence[str] = ()) -> PipelineConfig:
         if name not in _SECTIONS:
             suggestion = did_you_mean(str(name), list(_SECTIONS))
             raise InvalidInputError(
-                f"recipe {recipe}: unknown section {name!r}; known: {', '.join(_SECTIONS)}.{suggestion}"
+                f"recipe {recipe}: unknown section {name!r}; known: {', '.join(_SECTIONS)}.{suggestion}",
+                field="recipe",
             )
         if not isinstance(section or {}, dict):
             raise InvalidInputError(
-                f"recipe {recipe}, section {name}: expected keys and values, got {section!r}"
+                f"recipe {recipe}, section {name}: expected keys and values, got {section!r}", field="recipe"
             )
     if "train" not in content:
-        raise InvalidInputError(f"recipe {recipe} has no section train")
+        raise InvalidInputError(f"recipe {recipe} has no section train", field="recipe")
     sections = {name: _normalize_keys(section or {}) for name, section in content.items() if name != "about"}
     for override in overrides:
         stage, key, value = _parse_override(override)
@@ -200,11 +201,13 @@ def _parse_override(override: str) -> tuple[str, str, Any]:
     name, equals, value = override.partition("=")
     stage, dot, key = name.partition(".")
     if not (equals and dot and stage in _STAGES):
-        raise InvalidInputError(f"`set_` must be SECTION.KEY=VALUE, such as train.seed=1, got {override!r}")
+        raise InvalidInputError(
+            f"`set_` must be SECTION.KEY=VALUE, such as train.seed=1, got {override!r}", field="set_"
+        )
     try:
         return stage, key.replace("-", "_"), yaml.safe_load(value)
     except (yaml.YAMLError, ValueError) as error:  # ValueError: a date such as 2025-99-99
-        raise InvalidInputError(f"the value of {override!r} is not valid YAML") from error
+        raise InvalidInputError(f"the value of {override!r} is not valid YAML", field="set_") from error
 
 
 def _normalize_keys(section: Mapping[Any, Any]) -> dict[str, Any]:
@@ -224,7 +227,7 @@ def _parse_sections(recipe: str, sections: Mapping[str, Mapping[str, Any]]) -> P
             parsed |= parse(sections.get(stage, {}))
         except LikewiseError as error:
             message = translate_fields(str(error), {"source": "`pairs`"})
-            raise InvalidInputError(f"recipe {recipe}, section {stage}: {message}") from error
+            raise InvalidInputError(f"recipe {recipe}, section {stage}: {message}", field="recipe") from error
     if "embed" not in sections:
         parsed["embed"] = None
     return PipelineConfig(**parsed)
@@ -241,7 +244,7 @@ def _parse_embed(section: Mapping[str, Any]) -> dict[str, Any]:
 
 def _parse_train(section: Mapping[str, Any]) -> dict[str, Any]:
     if "source" in section:
-        raise InvalidInputError("unknown key 'source'. Did you mean pairs?")
+        raise InvalidInputError("unknown key 'source'. Did you mean pairs?", field="recipe")
     section = {"source" if key == "pairs" else key: value for key, value in section.items()}
     settings, pairs, *options = _split(section, TrainConfig, PairConfig, *METHODS.values())
     for values in options:
@@ -271,7 +274,7 @@ def _split(section: Mapping[str, Any], *configs: type) -> list[dict[str, Any]]:
     for key in section:
         if key not in known:
             names = ["pairs" if name == "source" else name for name in known]
-            raise InvalidInputError(f"unknown key {key!r}.{did_you_mean(key, names)}")
+            raise InvalidInputError(f"unknown key {key!r}.{did_you_mean(key, names)}", field="recipe")
     return [
         {key: _convert(key, names[key], value) for key, value in section.items() if key in names}
         for names in hints

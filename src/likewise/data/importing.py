@@ -185,7 +185,7 @@ def import_dataset(
         if not counts.pop("images"):
             message = _no_usable_message(str(source), target, skipped, reader.ignored)
             _remove_output(target, keep_dir=existed)
-            raise InvalidInputError(message)
+            raise InvalidInputError(message, path=Path(source))
         counts |= {"empty_captions": importer.validator.num_empty_captions, **_reader_counts(reader)}
         artifact.finish(counts, skipped, reader.ignored.counts, reader.ignored.examples)
     dataset = CaptionDataset(target)

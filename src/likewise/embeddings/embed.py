@@ -259,7 +259,7 @@ def _embed_missing_shards(
     if not totals.num_rows:
         shutil.rmtree(artifact.path)  # a later call must read the images again
         reasons = ", ".join(f"{count} {reason}" for reason, count in totals.skipped.items())
-        raise InvalidInputError(f"no image of {dataset.path} is readable: {reasons}")
+        raise InvalidInputError(f"no image of {dataset.path} is readable: {reasons}", path=dataset.path)
     counts = {
         spec.modality: totals.num_rows,
         "dim": embedder.dim,
@@ -323,5 +323,6 @@ def _check_finite(vectors: np.ndarray, spec: EncoderSpec) -> None:
     if num_nonfinite:
         raise ArtifactError(
             f"the encoder {spec.name} returns NaN or infinity for {num_nonfinite:,} of {len(vectors):,} "
-            f"{spec.modality} of a shard, which was not saved; its weights are damaged"
+            f"{spec.modality} of a shard, which was not saved; its weights are damaged",
+            field="encoder",
         )

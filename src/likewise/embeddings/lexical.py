@@ -104,7 +104,9 @@ def _parse_vector(line: str, dim: int, location: str) -> np.ndarray | None:
         return None
     values = _parse_floats(fields[1:])
     if values is None or len(values) != dim:
-        raise ModelError(f"{location} does not contain {dim} numbers after the word; the file is damaged")
+        raise ModelError(
+            f"{location} does not contain {dim} numbers after the word; the file is damaged", field="encoder"
+        )
     return values
 
 

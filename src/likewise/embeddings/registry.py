@@ -55,7 +55,9 @@ def _resolve_clip(name: str) -> tuple[str, str, str]:
     """
     arch, _, weights = name.partition("/")
     if not arch or not weights:
-        raise ModelError(f"expected clip:ARCH/WEIGHTS, such as clip:ViT-B-32/openai, got clip:{name}")
+        raise ModelError(
+            f"expected clip:ARCH/WEIGHTS, such as clip:ViT-B-32/openai, got clip:{name}", field="encoder"
+        )
     weights_path = Path(weights).expanduser()
     if weights_path.is_file():
         return f"{arch}/{weights_path.stem}", f"{arch}/{weights_path}", f"{arch}/{fingerprint(weights_path)}"
@@ -83,7 +85,8 @@ def _resolve_image(name: str) -> tuple[str, str, str]:
         return path.resolve().name, str(path), fingerprint(weights_path)
     if not rest:
         raise ModelError(
-            f"{name} is not a complete run, a weights file, timm:NAME, random:NAME or clip:ARCH/WEIGHTS"
+            f"{name} is not a complete run, a weights file, timm:NAME, random:NAME or clip:ARCH/WEIGHTS",
+            field="encoder",
         )
     return name, name, name
 

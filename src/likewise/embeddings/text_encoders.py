@@ -88,7 +88,8 @@ def offline_model_path(name: str) -> Path:
     if digest != model.sha256:
         raise ModelError(
             f"the weights in {path} have SHA-256 {digest}, not {model.sha256}; delete them, then reinstall: "
-            f"{model.install_command}"
+            f"{model.install_command}",
+            path=path,
         )
     return path
 
@@ -96,7 +97,7 @@ def offline_model_path(name: str) -> Path:
 def _package_dir(module: str) -> Path:
     spec = importlib.util.find_spec(module)
     if spec is None or spec.origin is None:
-        raise ModelError(f"the package {module} is not installed")
+        raise ModelError(f"the package {module} is not installed", field="encoder")
     return Path(spec.origin).parent
 
 
@@ -116,7 +117,8 @@ def _extract_model(name: str, model: OfflineModel, part_dirs: list[Path]) -> Pat
             except (zipfile.BadZipFile, EOFError) as error:
                 raise ModelError(
                     f"the parts of {name} are not a valid zip file ({error}); reinstall: "
-                    f"{model.install_command}"
+                    f"{model.install_command}",
+                    field="encoder",
                 ) from error
             artifact.finish({"files": num_files})
     return path
@@ -161,7 +163,9 @@ def _member_path(member: zipfile.ZipInfo) -> PurePosixPath:
     path = PurePosixPath(member.filename)
     is_safe = not path.is_absolute() and ".." not in path.parts and "\\" not in member.filename
     if not is_safe or len(path.parts) < 2 or stat.S_ISLNK(member.external_attr >> 16):
-        raise ModelError(f"the zip file contains {member.filename!r}, which is outside of its folder")
+        raise ModelError(
+            f"the zip file contains {member.filename!r}, which is outside of its folder", field="encoder"
+        )
     return PurePosixPath(*path.parts[1:])
 
 
@@ -183,7 +187,7 @@ class ClipTextEncoder(TextEncoder):
         try:
             self._tokenize = open_clip.get_tokenizer(spec.name_or_path.partition("/")[0])
         except Exception as error:  # tokenizers of the hub raise many types of errors
-            raise ModelError(f"cannot load the tokenizer of {spec.name}: {error}") from error
+            raise ModelError(f"cannot load the tokenizer of {spec.name}: {error}", field="encoder") from error
         del model.visual  # only the text tower is used
         self._device = resolve_device(device)
         self._model: Any = model.to(self._device)

@@ -314,7 +314,7 @@ def _run_protocol(protocol: Protocol, context: EvalContext) -> list[Score]:
     try:
         return protocol.run(context)
     except (ValueError, LikewiseError) as error:
-        field, path = (getattr(error, name, None) for name in ("field", "path"))
+        field, path = getattr(error, "field", None), getattr(error, "path", None) or context.dataset.path
         message = f"{protocol.name} on {context.dataset.name}: {error}"
         raise InvalidInputError(message, field=field, path=path) from error
 

@@ -51,12 +51,16 @@ def build_backbone(config: BackboneConfig, *, pretrained: bool = False) -> tuple
             that cannot be downloaded, or features that are not one vector per image.
     """
     if config.name.split(".")[0] not in timm.list_models():
-        raise ModelError(f"unknown backbone {config.name!r}.{did_you_mean(config.name, timm.list_models())}")
+        raise ModelError(
+            f"unknown backbone {config.name!r}.{did_you_mean(config.name, timm.list_models())}",
+            field="backbone",
+        )
     try:
         model = timm.create_model(config.name, pretrained=pretrained, num_classes=0, **_timm_options(config))
     except Exception as error:  # timm and the hub raise a dozen types
         raise ModelError(
-            f"cannot build the backbone {config.name!r} at {config.image_size} px: {describe_error(error)}"
+            f"cannot build the backbone {config.name!r} at {config.image_size} px: {describe_error(error)}",
+            field="backbone",
         ) from error
     if config.stem == "cifar" and isinstance(model, ResNet):
         _use_cifar_stem(model, is_tiny=config.image_size <= _TINY_IMAGE)
@@ -106,7 +110,9 @@ def check_input_size(model: nn.Module, name: str, image_size: int) -> None:
         model.eval()(torch.zeros(1, 3, image_size, image_size))
     except Exception as error:  # shape errors deep in the model's own forward
         raise ModelError(
-            f"the backbone {name!r} does not accept {image_size}x{image_size} images: {describe_error(error)}"
+            f"the backbone {name!r} does not accept {image_size}x{image_size} images: "
+            f"{describe_error(error)}",
+            field="backbone",
         ) from error
 
 
@@ -116,6 +122,7 @@ def _feature_dim(model: nn.Module, config: BackboneConfig) -> int:
     features = model(torch.zeros(1, 3, config.image_size, config.image_size))
     if features.ndim != 2:
         raise ModelError(
-            f"the backbone {config.name!r} returns {tuple(features.shape)}, not one vector per image"
+            f"the backbone {config.name!r} returns {tuple(features.shape)}, not one vector per image",
+            field="backbone",
         )
     return features.shape[1]

@@ -174,7 +174,8 @@ class ImageEncoder:
                 raise ModelError(
                     f"the encoder {self.name} returns NaN or infinity{precision} for {num_nonfinite} of "
                     f"{is_readable.sum()} readable images of a batch; its weights are damaged, or too large "
-                    "for this precision"
+                    "for this precision",
+                    field="encoder",
                 )
             features[~is_readable] = np.nan
             yield features, errors
@@ -391,7 +392,7 @@ def _feature_dim(model: nn.Module, image_size: int) -> int:
     with torch.no_grad():
         features = model(torch.zeros(1, 3, image_size, image_size))
     if not isinstance(features, Tensor) or features.ndim != 2:
-        raise ModelError("this model does not return one feature vector per image")
+        raise ModelError("this model does not return one feature vector per image", field="encoder")
     return features.shape[1]
 
 
@@ -475,16 +476,22 @@ def load_clip(name: str, image_size: int | None = None) -> nn.Module:
         raise DependencyError("`clip:` encoders need open_clip: pip install 'likewise[clip]'") from error
     arch, _, weights = name.partition("/")
     if arch not in open_clip.list_models():
-        raise ModelError(f"unknown CLIP model {arch!r}.{did_you_mean(arch, open_clip.list_models())}")
+        raise ModelError(
+            f"unknown CLIP model {arch!r}.{did_you_mean(arch, open_clip.list_models())}", field="encoder"
+        )
     tags = open_clip.list_pretrained_tags_by_model(arch)
     if weights not in tags and not Path(weights).is_file():
-        raise ModelError(f"{weights!r} is neither a file nor a tag of {arch}; its tags: {', '.join(tags)}")
+        raise ModelError(
+            f"{weights!r} is neither a file nor a tag of {arch}; its tags: {', '.join(tags)}", field="encoder"
+        )
     if weights not in tags:
         check_weights_file(Path(weights))
     try:
         model = open_clip.create_model(arch, pretrained=weights, force_image_size=image_size)
     except Exception as error:  # open_clip and the hub raise a dozen types
-        raise ModelError(f"cannot load the CLIP model {name}: {describe_error(error)}") from error
+        raise ModelError(
+            f"cannot load the CLIP model {name}: {describe_error(error)}", field="encoder"
+        ) from error
     return model.eval().requires_grad_(False)
 
 

@@ -31,12 +31,16 @@ def load_torchvision_model(
     """
     model_names = torchvision.models.list_models(module=torchvision.models)
     if name not in model_names:
-        raise ModelError(f"unknown torchvision model {name!r}.{did_you_mean(name, model_names)}")
+        raise ModelError(
+            f"unknown torchvision model {name!r}.{did_you_mean(name, model_names)}", field="encoder"
+        )
     weights = torchvision.models.get_model_weights(name)["DEFAULT"]
     try:
         model = torchvision.models.get_model(name, weights=weights if pretrained else None)
     except Exception as error:  # the download raises a dozen types
-        raise ModelError(f"cannot load torchvision:{name}: {describe_error(error)}") from error
+        raise ModelError(
+            f"cannot load torchvision:{name}: {describe_error(error)}", field="encoder"
+        ) from error
     preset: Any = weights.transforms()
     image_size = preset.crop_size[0] if image_size is None else image_size
     transform = EvalTransform(
@@ -62,7 +66,9 @@ def _remove_classifier(model: nn.Module, name: str) -> str:
             layer_name = linear_names[-1]
             module.add_module(layer_name, nn.Identity())
             return f"{head_name}.{layer_name}"
-    raise ModelError(f"torchvision:{name} is not an image classifier with a removable last layer")
+    raise ModelError(
+        f"torchvision:{name} is not an image classifier with a removable last layer", field="encoder"
+    )
 
 
 def load_torch_hub_model(name: str, image_size: int | None) -> tuple[nn.Module, EvalTransform]:
@@ -80,10 +86,13 @@ def load_torch_hub_model(name: str, image_size: int | None) -> tuple[nn.Module, 
         model: Any = torch.hub.load(repo, entry_point, source=source, trust_repo=True)
     except Exception as error:  # the repository's own code
         raise ModelError(
-            f"cannot load {entry_point!r} from {repo!r} by torch.hub: {describe_error(error)}"
+            f"cannot load {entry_point!r} from {repo!r} by torch.hub: {describe_error(error)}",
+            field="encoder",
         ) from error
     if not isinstance(model, nn.Module):
-        raise ModelError(f"{entry_point!r} of {repo!r} returns {type(model).__name__}, not a torch module")
+        raise ModelError(
+            f"{entry_point!r} of {repo!r} returns {type(model).__name__}, not a torch module", field="encoder"
+        )
     image_size = 224 if image_size is None else image_size
     return model, EvalTransform(image_size=image_size, resize_size=round(image_size / 0.875))
 
@@ -126,12 +135,13 @@ def load_huggingface_model(
         model: Any
         model, loading_info = AutoModel.from_pretrained(name, output_loading_info=True)
     except Exception as error:  # the hub raises a dozen types
-        raise ModelError(f"cannot load hf:{name}: {describe_error(error)}") from error
+        raise ModelError(f"cannot load hf:{name}: {describe_error(error)}", field="encoder") from error
     # transformers initializes missing weights at random, without an error; only a pooling layer is optional.
     missing_keys = [key for key in loading_info["missing_keys"] if not key.startswith("pooler.")]
     if missing_keys:
         raise ModelError(
-            f"hf:{name} lacks {len(missing_keys)} weights ({', '.join(sorted(missing_keys)[:3])})"
+            f"hf:{name} lacks {len(missing_keys)} weights ({', '.join(sorted(missing_keys)[:3])})",
+            field="encoder",
         )
     has_text_tower = hasattr(model, "get_image_features") and hasattr(model, "get_text_features")
     transform = _huggingface_transform(name, image_size)
@@ -149,7 +159,7 @@ def _huggingface_transform(name: str, image_size: int | None) -> EvalTransform:
         processor_config, _ = ImageProcessingMixin.get_image_processor_dict(name)
     except Exception as error:  # the hub raises a dozen types
         raise ModelError(
-            f"hf:{name} has no readable preprocessor_config.json: {describe_error(error)}"
+            f"hf:{name} has no readable preprocessor_config.json: {describe_error(error)}", field="encoder"
         ) from error
     short_side = _parse_size(processor_config.get("size"), 224)
     crop_size = (
@@ -180,7 +190,9 @@ def _build_text_alignment(model: Any, name: str) -> TextAlignment:
     try:
         tokenizer: Any = AutoTokenizer.from_pretrained(name)
     except Exception as error:  # the hub raises a dozen types
-        raise ModelError(f"cannot load the tokenizer of hf:{name}: {describe_error(error)}") from error
+        raise ModelError(
+            f"cannot load the tokenizer of hf:{name}: {describe_error(error)}", field="encoder"
+        ) from error
 
     def encode_tokens(tokens: Any) -> Tensor:
         features = model.get_text_features(**tokens.to(model.device))

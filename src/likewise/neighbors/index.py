@@ -277,7 +277,7 @@ def find_or_compute_neighbors(
     num_comparable = _num_comparable(view, embeddings)
     if num_comparable < 2:
         description = _describe_corpus(view, embeddings, search_config, num_comparable)
-        raise InvalidInputError(f"{description}; pairs require at least 2")
+        raise InvalidInputError(f"{description}; pairs require at least 2", path=view.dataset.path)
     return _compute_neighbors(
         view, embeddings, search_config, max(k, DEFAULT_K), 512 * 2**20, device, progress
     )

@@ -377,7 +377,9 @@ def _analyze_configs(
                 view = views.get(pair_config.filter)
                 pairs = select_partners(find_candidates(view, pair_config, progress=progress), pair_config)
                 if not pairs.has_partner.any():
-                    raise InvalidInputError("no image has a partner other than itself")
+                    raise InvalidInputError(
+                        "no image has a partner other than itself", path=view.dataset.path
+                    )
             except InvalidInputError as error:
                 rows.append(AnalysisRow(**names, summary=pair_config.summary(), error=str(error)))
             else:

@@ -204,7 +204,8 @@ def select_partners(
     has_partner = selection.sampler.has_partner & allowed
     if pair_config.source != "self" and not has_partner.any():
         raise InvalidInputError(
-            f"no image of {view.dataset.path} has a partner ({pair_config.summary()}); relax the constraints"
+            f"no image of {view.dataset.path} has a partner ({pair_config.summary()}); relax the constraints",
+            path=view.dataset.path,
         )
     is_unpaired = allowed & ~has_partner & (pair_config.source != "self")
     excluded = ~allowed

@@ -246,9 +246,13 @@ def _parse_value(hint: Any, value: str, config_text: str) -> Any:
     types = [type_ for type_ in (get_args(hint) or (hint,)) if type_ is not type(None)]
     if types[0] is bool:
         if value not in ("", "true", "false"):
-            raise InvalidInputError(f"{value!r} in the pair config {config_text!r} must be true or false")
+            raise InvalidInputError(
+                f"{value!r} in the pair config {config_text!r} must be true or false", field="pair_config"
+            )
         return value != "false"
     try:
         return types[0](value) if types[0] in (int, float, Path) else value
     except ValueError as error:
-        raise InvalidInputError(f"{value!r} in the pair config {config_text!r} is not a number") from error
+        raise InvalidInputError(
+            f"{value!r} in the pair config {config_text!r} is not a number", field="pair_config"
+        ) from error

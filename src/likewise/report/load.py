@@ -104,7 +104,7 @@ def read_report_entries(paths: Sequence[Path | str]) -> list[ReportEntry]:
         InvalidInputError: if there is no folder, or the settings of a run are unreadable.
     """
     if not paths:
-        raise InvalidInputError("a report needs at least one run")
+        raise InvalidInputError("a report needs at least one run", field="runs")
     unique_paths = list(dict.fromkeys(Path(path).resolve() for path in paths))
     entries = [
         _read_evaluation(path) if _is_evaluation_only(path) else _read_run(path) for path in unique_paths
@@ -270,19 +270,23 @@ def load_pair_inputs(entries: Sequence[ReportEntry]) -> PairInputs:
 def _open_run_dataset(run: RunInfo) -> CaptionDataset:
     path = run.derived.get("dataset")
     if path is None:
-        raise ArtifactError("the run has no record of its dataset")
+        raise ArtifactError("the run has no record of its dataset", field="dataset")
     dataset = CaptionDataset(Path(path))
     if dataset.key != run.manifest.inputs.get("dataset") or len(dataset) == 0:
-        raise ArtifactError(f"the dataset at {path} has changed since the training")
+        raise ArtifactError(f"the dataset at {path} has changed since the training", path=Path(path))
     return dataset
 
 
 def _open_neighbor_source(style: int, dataset: CaptionDataset, ref: dict[str, str]) -> NeighborSource:
     neighbors = Neighbors(Path(ref["path"]))
     if neighbors.artifact.manifest.key != ref["key"]:
-        raise ArtifactError(f"the neighbors at {neighbors.path} have changed since the training")
+        raise ArtifactError(
+            f"the neighbors at {neighbors.path} have changed since the training", path=neighbors.path
+        )
     if len(neighbors) != len(dataset):
-        raise ArtifactError(f"the neighbors at {neighbors.path} are per caption, not per image")
+        raise ArtifactError(
+            f"the neighbors at {neighbors.path} are per caption, not per image", path=neighbors.path
+        )
     positions, similarity = neighbors.topk(min(MAX_NEIGHBORS, neighbors.k))
     return NeighborSource(
         style=style,

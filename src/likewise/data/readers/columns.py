@@ -150,7 +150,8 @@ def find_path_column(table: Table, options: ImportOptions) -> str | None:
     if len(candidates) > 1:
         names = " and ".join(map(repr, candidates))
         raise InvalidInputError(
-            f"{table.name} has several image columns of different files: {names}; rename all but one"
+            f"{table.name} has several image columns of different files: {names}; rename all but one",
+            field="image_column",
         )
     return next(iter(candidates), None)
 

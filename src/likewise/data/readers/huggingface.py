@@ -67,7 +67,7 @@ class HuggingFaceTable(Table):
                     index += 1
         except (pa.ArrowException, OSError) as error:
             raise InvalidInputError(
-                f"{self.name} is damaged after row {index}: {_one_line(error)}"
+                f"{self.name} is damaged after row {index}: {_one_line(error)}", field="source"
             ) from error
 
     def _replace_classes(self, values: dict[str, Any]) -> dict[str, Any]:
@@ -127,12 +127,14 @@ def open_hub_dataset(source: str) -> tuple[HuggingFaceTable, list[str]]:
 
     name, _, split = source.removeprefix(HUB_PREFIX).partition(":")
     if not name:
-        raise InvalidInputError(f"expected hf:OWNER/NAME or hf:OWNER/NAME:SPLIT, got {source}")
+        raise InvalidInputError(
+            f"expected hf:OWNER/NAME or hf:OWNER/NAME:SPLIT, got {source}", field="source"
+        )
     try:
         loaded = load_dataset(name, split=split or None, streaming=False)
     except Exception as error:  # the library, the hub and the network raise errors of many types
         raise InvalidInputError(
-            f"cannot load the dataset {name} from the Hugging Face hub: {_one_line(error)}"
+            f"cannot load the dataset {name} from the Hugging Face hub: {_one_line(error)}", field="source"
         ) from error
     hf_dataset, messages = _select_split(loaded, name, f"hf:{name}:SPLIT")
     return _build_table(
@@ -154,7 +156,9 @@ def _select_split(loaded: "Dataset | DatasetDict", name: str, usage: str) -> tup
     if len(splits) == 1:
         return loaded[splits[0]], []
     if "train" not in splits:
-        raise InvalidInputError(f"{name} has the splits {', '.join(splits)}; select one with {usage}")
+        raise InvalidInputError(
+            f"{name} has the splits {', '.join(splits)}; select one with {usage}", field="source"
+        )
     message = f"{name}: using split train of {', '.join(splits)}; select another with {usage}"
     return loaded["train"], [message]
 

@@ -241,7 +241,7 @@ class TableReader(Reader):
             elif isinstance(row, TableRow) and len(other_values) < _MAX_LISTED_VALUES:
                 other_values.update(_condition_values(self.columns, row))
         if not num_rows:
-            raise InvalidInputError(f"{self.table.name} has no rows")
+            raise InvalidInputError(f"{self.table.name} has no rows", path=self.root)
         if not num_matching and other_values:
             conditions = " and ".join(f"{name}={value}" for name, value in self.columns.where)
             raise InvalidInputError(

@@ -71,7 +71,8 @@ class FeatureMapExtractor(nn.Module):
         super().__init__()
         if not hasattr(model, "forward_intermediates"):
             raise ModelError(
-                f"{name} has no feature maps: detection and segmentation require a run or a timm model"
+                f"{name} has no feature maps: detection and segmentation require a run or a timm model",
+                field="encoder",
             )
         self.model = model
         try:
@@ -79,7 +80,9 @@ class FeatureMapExtractor(nn.Module):
                 blank = torch.zeros(1, 3, _PROBE_SIZE, _PROBE_SIZE)
                 feature_maps = self._all_maps(blank)
         except Exception as error:  # any error inside the model's own forward
-            raise ModelError(f"{name} has no feature maps of {_PROBE_SIZE} px images: {error}") from error
+            raise ModelError(
+                f"{name} has no feature maps of {_PROBE_SIZE} px images: {error}", field="encoder"
+            ) from error
         stage_by_stride = {
             _PROBE_SIZE // feature_map.shape[-1]: stage for stage, feature_map in enumerate(feature_maps)
         }
