@@ -1,4 +1,4 @@
-"""Strings: lists of names separated by commas, and the words of captions."""
+"""Strings: lists of names separated by commas, counts with their nouns, and the words of captions."""
 
 import os
 import re
@@ -27,6 +27,11 @@ def split_unknown_names(names: Iterable[str], is_known: Callable[[str], bool]) -
 def path_exists(name: str) -> bool:
     """Return whether a name is a path that exists; long lists of names are no paths."""
     return os.path.exists(name)  # noqa: PTH110  # `Path.exists` raises OSError for long names
+
+
+def count_noun(count: int, singular: str, plural: str | None = None) -> str:
+    """Return a number with its noun, such as `1 image` or `1,045 images`."""
+    return f"{count:,} {singular if count == 1 else plural or singular + 's'}"
 
 
 def split_words(text: str) -> list[str]:

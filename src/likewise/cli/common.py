@@ -14,6 +14,7 @@ from cyclopts import App, Group, Parameter
 
 from likewise.errors import InvalidInputError
 from likewise.progress import NULL_PROGRESS, Progress, RichProgress
+from likewise.strings import count_noun
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -147,7 +148,9 @@ def import_summary(dataset: Path, summary: dict[str, Any]) -> str:
     """Return the counts of an import as text, with what was skipped or ignored and why."""
     from likewise.data.readers.files import format_ignored  # the package of readers imports pyarrow
 
-    lines = [f"{summary['images']:,} images, {summary['captions']:,} captions: {dataset}"]
+    lines = [
+        f"{count_noun(summary['images'], 'image')}, {count_noun(summary['captions'], 'caption')}: {dataset}"
+    ]
     lines += [
         f"  {title}: {summary[name]:,}"
         for name, title in (
@@ -161,7 +164,9 @@ def import_summary(dataset: Path, summary: dict[str, Any]) -> str:
     skipped, ignored = summary["skipped"], summary["ignored"]
     if skipped:
         reasons = ", ".join(f"{count:,} {reason}" for reason, count in skipped.items())
-        captions = f", with {summary['skipped_captions']:,} captions" if "skipped_captions" in summary else ""
+        captions = ""
+        if "skipped_captions" in summary:
+            captions = f", with {count_noun(summary['skipped_captions'], 'caption')}"
         lines.append(
             f"  skipped: {sum(skipped.values()):,} ({reasons}){captions}; see {dataset}/skipped-*.jsonl"
         )

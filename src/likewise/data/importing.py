@@ -29,6 +29,7 @@ from likewise.data.readers.files import IgnoredFiles
 from likewise.errors import InvalidInputError
 from likewise.parallel import default_num_workers, prefetch_map
 from likewise.progress import NULL_PROGRESS, Progress, ProgressBar
+from likewise.strings import count_noun
 
 logger = logging.getLogger(__name__)
 
@@ -352,10 +353,13 @@ def _log_summary(
     if num_skipped:
         if num_skipped > len(dataset):
             logger.warning("more than half of the entries were skipped: check the source before you use this")
-        captions = f" with {counts['skipped_captions']:,} captions" if "skipped_captions" in counts else ""
-        logger.warning(f"skipped {num_skipped:,} entries{captions}: {_format_skipped(dataset.path, skipped)}")
+        captions = ""
+        if "skipped_captions" in counts:
+            captions = f" with {count_noun(counts['skipped_captions'], 'caption')}"
+        entries = count_noun(num_skipped, "entry", "entries")
+        logger.warning(f"skipped {entries}{captions}: {_format_skipped(dataset.path, skipped)}")
     if ignored.counts:
-        logger.info(f"ignored {ignored.counts.total():,} files: {ignored.summary()}")
+        logger.info(f"ignored {count_noun(ignored.counts.total(), 'file')}: {ignored.summary()}")
     for name, message in COUNT_MESSAGES.items():
         if counts.get(name):
             logger.info(message.format(counts[name]))

@@ -5,7 +5,8 @@ from typing import Any
 
 from likewise.data.audit.audit import AuditReport
 from likewise.data.dataset import CaptionDataset
-from likewise.report.page import ABSENT, ThumbnailCache, count_noun, format_fraction, render, write_page
+from likewise.report.page import ABSENT, ThumbnailCache, format_fraction, render, write_page
+from likewise.strings import count_noun
 
 _UNBOUNDED = 10**9
 _LENGTH_BINS = ((0, 2), (3, 5), (6, 10), (11, 15), (16, 20), (21, 30), (31, 55), (56, _UNBOUNDED))

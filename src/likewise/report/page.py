@@ -14,6 +14,7 @@ from PIL import Image
 from likewise.artifacts import write_text
 from likewise.data.dataset import CaptionDataset, Sample
 from likewise.data.images import UnreadableImageError, read_image
+from likewise.strings import count_noun
 
 THUMBNAIL_SIZE = 128  # twice the size on the page, for high-density screens
 _JPEG_QUALITY = 88
@@ -156,8 +157,3 @@ def format_value(value: object) -> str:
 def join_words(parts: list[str]) -> str:
     """Join with commas and a final `and`."""
     return " and ".join([", ".join(parts[:-1]), parts[-1]]) if len(parts) > 1 else "".join(parts)
-
-
-def count_noun(count: int, singular: str, plural: str | None = None) -> str:
-    """Return a number with its noun, such as `1 image` or `1,045 images`."""
-    return f"{count:,} {singular if count == 1 else plural or singular + 's'}"

@@ -18,13 +18,13 @@ from likewise.report.page import (
     MINUS,
     Thumbnail,
     ThumbnailCache,
-    count_noun,
     format_captions,
     format_percent,
     render,
     write_page,
 )
 from likewise.report.plots import ScatterPoint, binned_histogram, scatter_plot
+from likewise.strings import count_noun
 
 _MAX_GRID_COLUMNS = 9  # a wider grid does not fit on the page
 _THUMBNAIL_SIZE = 112

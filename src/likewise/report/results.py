@@ -11,13 +11,13 @@ from likewise.evaluation.statistics import Difference, Estimate
 from likewise.pairs.config import PairConfig
 from likewise.report.load import ReportEntry
 from likewise.report.page import (
-    count_noun,
     format_p_value,
     format_percent,
     format_percentage_points,
     format_value,
     join_words,
 )
+from likewise.strings import count_noun
 
 
 class UnknownProtocol(Protocol):

@@ -23,7 +23,6 @@ from likewise.report.load import (
 from likewise.report.page import (
     ABSENT,
     Thumbnail,
-    count_noun,
     format_captions,
     format_percent,
     format_value,
@@ -41,6 +40,7 @@ from likewise.report.results import (
     caveats,
     summary_sentences,
 )
+from likewise.strings import count_noun
 
 MAX_ANCHORS = 8
 _MAX_VIEWS = 40  # limits the size of a page with many runs

@@ -27,7 +27,7 @@ from likewise.data.dataset import CaptionDataset
 from likewise.data.perceptual_hash import PerceptualHashes
 from likewise.errors import DependencyError
 from likewise.progress import Progress
-from likewise.strings import split_words
+from likewise.strings import count_noun, split_words
 
 MIN_TEMPLATE_IMAGES = 20
 MIN_TEMPLATE_FRACTION = 0.001
@@ -308,15 +308,11 @@ def _boilerplate_finding(dataset: CaptionDataset, scan: CaptionScan, templates: 
         total=len(scan.caption_hashes),
         unit="captions",
         filtered=count,
-        note=_count_noun(len(template_hashes), "template"),
+        note=count_noun(len(template_hashes), "template") if len(template_hashes) else "",
         examples=tuple(example for template in boilerplate for example in template.examples(dataset, 2))[
             :MAX_EXAMPLES
         ],
     )
-
-
-def _count_noun(count: int, noun: str) -> str:
-    return f"{count:,} {noun}{'' if count == 1 else 's'}" if count else ""
 
 
 def _shared_finding(dataset: CaptionDataset, scan: CaptionScan) -> Finding:
@@ -338,7 +334,7 @@ def _shared_finding(dataset: CaptionDataset, scan: CaptionScan) -> Finding:
         count=int(np.isin(scan.caption_hashes, shared_captions.hashes[repeated]).sum()),
         total=len(scan.caption_hashes),
         unit="captions",
-        note=_count_noun(len(repeated), "text"),
+        note=count_noun(len(repeated), "text") if len(repeated) else "",
         examples=tuple(examples),
     )
 

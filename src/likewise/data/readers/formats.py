@@ -30,6 +30,7 @@ from likewise.data.readers.tables import Table, TableRow, cell_image
 from likewise.data.readers.text import open_text_table
 from likewise.data.readers.webdataset import is_tar, open_tar_archives
 from likewise.errors import InvalidInputError
+from likewise.strings import count_noun
 
 TEXT_SUFFIXES = frozenset({".csv", ".tsv", ".txt", ".token", ".tab"})
 JSON_SUFFIXES = LINES_SUFFIXES | {".json"}
@@ -171,13 +172,9 @@ def open_folder(path: Path, options: ImportOptions) -> Reader:
 
 def _describe_contents(contents: FolderContents) -> str:
     return (
-        f"{_count_noun(contents.num_images, 'image')}, {_count_noun(len(contents.tables), 'table')} and "
-        f"{_count_noun(len(contents.tars), 'tar archive')}"
+        f"{count_noun(contents.num_images, 'image')}, {count_noun(len(contents.tables), 'table')} and "
+        f"{count_noun(len(contents.tars), 'tar archive')}"
     )
-
-
-def _count_noun(count: int, noun: str) -> str:
-    return f"{count:,} {noun}{'' if count == 1 else 's'}"
 
 
 def _choose_format(path: Path, contents: FolderContents, tables: list[str], options: ImportOptions) -> str:
@@ -187,7 +184,7 @@ def _choose_format(path: Path, contents: FolderContents, tables: list[str], opti
         return "table"
     readings = {
         "table": f"the table {', '.join(tables[:_MAX_LISTED_TABLES])}" if tables else "",
-        "folder": _count_noun(contents.num_images, "image") if contents.num_images else "",
+        "folder": count_noun(contents.num_images, "image") if contents.num_images else "",
         "tar": f"tar archives such as {contents.tars[0]}" if contents.tars else "",
     }
     if contents.captioned_image is not None:
