@@ -29,7 +29,7 @@ from likewise.training.trainer import choose_dtype
 def run(device: torch.device, config: TrainConfig, rounds: int) -> Iterator[str]:
     """Yield one line per measurement."""
     dtype = choose_dtype("auto", device)
-    batch_size, image_size, steps = config.batch_size, config.image_size, config.max_steps or 1
+    batch_size, image_size, steps = config.batch_size, config.image_size or 224, config.max_steps or 1
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         dataset = import_dataset(make_photos(folder / "photos", 2 * batch_size), folder / "dataset")

@@ -26,10 +26,10 @@ from torchvision.transforms import v2
 
 from benchmarks.step import make_trainer, train
 from benchmarks.timing import alternate, format_result
-from likewise.data.config import ImportOptions
+from likewise.data.config import IMAGENET_MEAN, IMAGENET_STD, ImportOptions
 from likewise.data.importing import import_dataset
 from likewise.demo import make_emoji_dataset
-from likewise.models.backbones import IMAGENET_MEAN, IMAGENET_STD, BackboneConfig, build_backbone
+from likewise.models.backbones import BackboneConfig, build_backbone
 from likewise.training.config import TrainConfig
 from likewise.training.methods.base import projection_head
 from likewise.training.trainer import Trainer

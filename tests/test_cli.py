@@ -83,7 +83,7 @@ def test_help_groups_flags_and_shows_defaults_and_choices(capsys: pytest.Capture
     positions = [text.index(f"╭─ {group}") for group in groups]
     assert positions == sorted(positions)
     assert "--pairs CHOICE" in text
-    assert "[default: resnet50]" in text
+    assert "[default: scratch]" in text
     assert "[choices: auto, fp32, bf16" in " ".join(text.split())
     assert "`" not in text
 

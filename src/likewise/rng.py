@@ -61,6 +61,11 @@ def uniform(ids: np.ndarray, n: int, *, seed: int, epoch: int, stream: int) -> n
     return (bits >> np.uint64(11)).astype(np.float64) * 2.0**-53
 
 
+def derive_seed(*key: int) -> int:
+    """Return a seed for torch's generators from a seed, a stream and, if any, a step."""
+    return int(np.random.SeedSequence(key).generate_state(1)[0])
+
+
 def epoch_permutation(n: int, *, seed: int, epoch: int) -> np.ndarray:
     """Return the order of the samples in an epoch: (n,) int64."""
     return np.random.default_rng([seed, epoch]).permutation(n)

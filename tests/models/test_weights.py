@@ -24,7 +24,7 @@ import likewise
 from likewise.errors import ModelError
 from likewise.models.encoders import ImageEncoder
 from likewise.models.weights import load_weights
-from likewise.training.initial import get_backbone_config, init_backbone
+from likewise.training.initial import load_start
 from support import load_cpu_encoder, save_png
 
 IMAGES = torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(0))
@@ -204,7 +204,7 @@ def test_two_sets_of_weights_are_an_error_that_names_both(
     assert_same(load(tmp_path / "w.pth", weights_exclude=(prefixes[1],)), model)
     config = likewise.TrainConfig(backbone="test_resnet", image_size=96, init=str(tmp_path / "w.pth"))
     with pytest.raises(ModelError, match="give `init` a file that holds only one of them") as init_error:
-        init_backbone(config, get_backbone_config(config))
+        load_start(config)
     assert init_error.value.field == "init"
 
 
@@ -398,8 +398,8 @@ def test_initial_weights_are_read_by_the_same_rules(state: State, tmp_path: Path
         {"state_dict": add("module.", state) | {"module.fc.weight": torch.ones(3, 96)}}, tmp_path / "w.pth"
     )
     config = likewise.TrainConfig(backbone="test_resnet", image_size=96, init=str(tmp_path / "w.pth"))
-    backbone, _ = init_backbone(config, get_backbone_config(config))
-    for name, tensor in backbone.state_dict().items():
+    start, _ = load_start(config)
+    for name, tensor in start.backbone.state_dict().items():
         torch.testing.assert_close(tensor, state[name])
 
 

@@ -10,6 +10,8 @@ CaptionLines = Literal["auto", "separate", "join"]
 SourceFormat = Literal["auto", "folder", "table", "tar"]
 
 MAX_BANDS = 3
+IMAGENET_MEAN = (0.485, 0.456, 0.406)
+IMAGENET_STD = (0.229, 0.224, 0.225)
 BAND_PERCENTILES = (2.0, 98.0)
 
 

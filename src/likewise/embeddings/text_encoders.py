@@ -179,7 +179,7 @@ class ClipTextEncoder(TextEncoder):
         Raises:
             ModelError: if one of them cannot be loaded.
         """
-        from likewise.models.encoders import load_clip
+        from likewise.models.external import load_clip
 
         model = load_clip(spec.name_or_path)
         import open_clip

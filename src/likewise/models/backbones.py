@@ -13,8 +13,6 @@ from torch import nn
 
 from likewise.errors import ModelError, describe_error, did_you_mean
 
-IMAGENET_MEAN = (0.485, 0.456, 0.406)
-IMAGENET_STD = (0.229, 0.224, 0.225)
 SMALL_IMAGE = 64
 _TINY_IMAGE = 40
 
@@ -114,6 +112,29 @@ def check_input_size(model: nn.Module, name: str, image_size: int) -> None:
             f"{describe_error(error)}",
             field="backbone",
         ) from error
+
+
+def freeze_unused_parameters(model: nn.Module, image_size: int) -> list[str]:
+    """Turn off the gradients of parameters on which the features do not depend, such as those of a text tower.
+
+    `DistributedDataParallel` refuses parameters that take part in training and get no gradient.
+
+    Args:
+        model: Images (b, 3, h, w) -> features (b, d).
+        image_size: Side of the square input in pixels.
+
+    Returns:
+        The names of these parameters, among those with gradients.
+    """
+    trained = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+    images = torch.zeros(2, 3, image_size, image_size, device=next(iter(trained.values())).device)
+    with torch.enable_grad():
+        model.eval()(images).sum().backward()
+    unused = {name: parameter for name, parameter in trained.items() if parameter.grad is None}
+    for parameter in unused.values():
+        parameter.requires_grad_(False)
+    model.zero_grad(set_to_none=True)
+    return list(unused)
 
 
 @torch.no_grad()

@@ -5,6 +5,7 @@ import os
 import re
 import shlex
 import zipfile
+from collections.abc import Mapping
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ from likewise.artifacts import atomic_write
 from likewise.data.config import BandSelection, select_bands
 from likewise.errors import ArtifactError, ModelError, describe_error
 from likewise.models.backbones import BackboneConfig, build_backbone
+from likewise.models.transforms import EvalTransform
 
 _PAGE_OR_POINTER = {
     b"version https://git-lfs": "is a Git LFS pointer, not the weights; run `git lfs pull` in its repository",
@@ -235,27 +237,35 @@ def _check_values(expected: dict[str, Tensor], state_dict: dict[str, Tensor], lo
 def save_encoder(
     path: Path,
     backbone: nn.Module,
-    config: BackboneConfig,
+    structure: BackboneConfig | Mapping[str, Any],
     text_state: tuple[dict[str, Tensor], dict[str, int]] | None = None,
     bands: BandSelection | None = None,
+    transform: EvalTransform | None = None,
 ) -> None:
-    """Write a trained backbone with its configuration.
+    """Write a trained backbone with its weights and what builds it again.
 
     Args:
         path: A `.safetensors` file.
         backbone: The backbone.
-        config: Its configuration.
+        structure: Its configuration or, for a structure that timm does not build alone, the arguments of
+            `load_encoder` for an encoder of this structure.
         text_state: Weights of the text tower and the image projection, from `text_state_dict`, and the
             configuration of the text tower.
         bands: Choice of the bands of TIFF images of several bands in training.
+        transform: The preprocessing; by default a resize to the input size and ImageNet's normalization.
     """
     tensors, tower_config = text_state or ({}, None)
-    metadata = {
+    metadata: dict[str, Any] = {
         "kind": "encoder",
-        "backbone": asdict(config),
         "text_tower": tower_config,
         "bands": None if bands is None else asdict(bands),
     }
+    if isinstance(structure, BackboneConfig):
+        metadata["backbone"] = asdict(structure)
+    else:
+        metadata["start"] = {"load_args": dict(structure)}
+    if transform is not None:
+        metadata["transform"] = asdict(transform if bands is None else replace(transform, bands=bands))
     save_tensors(path, backbone.state_dict() | tensors, metadata)
 
 
@@ -294,9 +304,13 @@ def load_backbone(path: Path, image_size: int | None = None) -> tuple[nn.Module,
     config = config if image_size is None else replace(config, image_size=image_size)
     model, feature_dim = build_backbone(config)
     other_prefixes = (TEXT_TOWER_PREFIX, IMAGE_PROJECTION_PREFIX, ADAPTER_PREFIX)
-    state_dict = {name: tensor for name, tensor in tensors.items() if not name.startswith(other_prefixes)}
-    load_state_dict_strict(model, state_dict, str(path))
+    load_state_dict_strict(model, without_prefixes(tensors, other_prefixes), str(path))
     return model, config, feature_dim
+
+
+def without_prefixes(tensors: dict[str, Tensor], prefixes: tuple[str, ...]) -> dict[str, Tensor]:
+    """Return the tensors whose names start with none of the prefixes."""
+    return {name: tensor for name, tensor in tensors.items() if not name.startswith(prefixes)}
 
 
 def parse_bands(metadata: dict[str, Any]) -> BandSelection | None:

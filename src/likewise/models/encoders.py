@@ -1,6 +1,7 @@
 """Image encoders: runs, weight files and models of other libraries, loaded by name and used by `encode`."""
 
 import hashlib
+import logging
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
@@ -25,11 +26,8 @@ from likewise.data.images import (
     read_image,
 )
 from likewise.errors import (
-    DependencyError,
     InvalidInputError,
     ModelError,
-    describe_error,
-    did_you_mean,
 )
 from likewise.models.adapter import AdaptedModel, FeatureAdapter, load_adapter
 from likewise.models.backbones import (
@@ -39,14 +37,29 @@ from likewise.models.backbones import (
     classifier_names,
     default_stem,
 )
-from likewise.models.checkpoints import check_weights_file, load_backbone, load_encoder_file, parse_bands
-from likewise.models.external import load_huggingface_model, load_torch_hub_model, load_torchvision_model
+from likewise.models.checkpoints import (
+    IMAGE_PROJECTION_PREFIX,
+    TEXT_TOWER_PREFIX,
+    load_backbone,
+    load_encoder_file,
+    load_state_dict_strict,
+    parse_bands,
+    without_prefixes,
+)
+from likewise.models.external import (
+    load_clip,
+    load_huggingface_model,
+    load_torch_hub_model,
+    load_torchvision_model,
+)
 from likewise.models.text_tower import TextAlignment, encode_captions, load_text_alignment
 from likewise.models.transforms import EvalTransform
 from likewise.models.weights import load_weights
 from likewise.parallel import default_num_workers, prefetch_map, resolve_device
 from likewise.progress import NULL_PROGRESS, Progress
 from likewise.run_directory import RunDirectory
+
+logger = logging.getLogger(__name__)
 
 ENCODER_FORMATS = (
     "timm:NAME, random:NAME, torchvision:NAME, clip:ARCH/WEIGHTS, hub:OWNER/REPO/ENTRY or hf:NAME"
@@ -80,6 +93,8 @@ class ImageEncoder:
     """Configuration that builds the model without weights; None for models that timm does not build alone."""
     load_args: Mapping[str, Any] = field(default_factory=dict)
     """Arguments of `load_encoder` that load this encoder again."""
+    structure_args: Mapping[str, Any] = field(default_factory=dict)
+    """Arguments of `load_encoder` that load an encoder of this structure, perhaps with other weights."""
 
     @property
     def device(self) -> torch.device:
@@ -307,7 +322,10 @@ def load_encoder(
         "weights_exclude": list(weights_exclude),
         "image_size": image_size,
     }
-    return replace(loaded, load_args=load_args)
+    # A relative path would depend on the folder in which it is read again.
+    source = str(Path(name_or_path).resolve()) if os.path.exists(name_or_path) else name_or_path  # noqa: PTH110
+    structure_args = loaded.structure_args if loaded.structure_args else load_args | {"encoder": source}
+    return replace(loaded, load_args=load_args, structure_args=structure_args)
 
 
 def _load(
@@ -332,14 +350,18 @@ def _load(
         )
     if backbone is None:
         return _load_saved_encoder(path, path.stem, image_size)
-    return _load_weights(path, backbone, weights_prefix, weights_exclude, image_size)
+    return load_weights_encoder(
+        path, backbone, prefix=weights_prefix, exclude=weights_exclude, image_size=image_size
+    )
 
 
 def _load_saved_encoder(path: Path, name: str, image_size: int | None) -> ImageEncoder:
     tensors, metadata = load_encoder_file(path)
     adapter = load_adapter(tensors, metadata, path)
-    if metadata.get("start") is not None:
+    if metadata.get("start") is not None and adapter is not None:
         return _with_adapter(name, _load_start(metadata["start"], path), adapter)
+    if metadata.get("start") is not None:
+        return _load_trained(name, path, tensors, metadata, image_size)
     model, config, feature_dim = load_backbone(path, image_size)
     transform = EvalTransform(
         image_size=config.image_size, resize_size=config.image_size, bands=parse_bands(metadata)
@@ -348,6 +370,22 @@ def _load_saved_encoder(path: Path, name: str, image_size: int | None) -> ImageE
         transform = EvalTransform.from_dict(metadata["transform"]).resize_to(config.image_size)
     encoder = _build_encoder(name, model, transform, feature_dim, load_text_alignment(path))
     return _with_adapter(name, replace(encoder, backbone_config=config), adapter)
+
+
+def _load_trained(
+    name: str, path: Path, tensors: dict[str, Tensor], metadata: Mapping[str, Any], image_size: int | None
+) -> ImageEncoder:
+    """Load an encoder whose weights are in the file, and whose structure is that of another encoder."""
+    load_args = dict(metadata["start"]["load_args"])
+    if image_size is not None:
+        load_args["image_size"] = image_size
+    source = load_encoder(**load_args, device="cpu")
+    model = source.model.float()  # some models are stored in half precision
+    state_dict = without_prefixes(tensors, (TEXT_TOWER_PREFIX, IMAGE_PROJECTION_PREFIX))
+    load_state_dict_strict(model, state_dict, str(path))
+    transform = EvalTransform.from_dict(metadata["transform"]).resize_to(source.transform.image_size)
+    encoder = _build_encoder(name, model, transform, source.feature_dim, load_text_alignment(path))
+    return replace(encoder, structure_args=load_args)
 
 
 def _load_start(start: Mapping[str, Any], path: Path) -> ImageEncoder:
@@ -370,19 +408,38 @@ def _with_adapter(name: str, start: ImageEncoder, adapter: FeatureAdapter | None
     return _build_encoder(name, AdaptedModel(start.model, adapter), start.transform, start.feature_dim)
 
 
-def _load_weights(
-    path: Path, backbone: str, prefix: str, exclude: tuple[str, ...], image_size: int | None
+def load_weights_encoder(
+    path: Path,
+    backbone: str,
+    *,
+    prefix: str = "",
+    exclude: Sequence[str] = (),
+    image_size: int | None = None,
+    field: str = "weights_prefix",
 ) -> ImageEncoder:
+    """Load the encoder of a weights file that does not name its model; arguments as in `load_encoder`.
+
+    Args:
+        path: The file.
+        backbone: The timm model, or `torchvision:NAME`.
+        prefix: Prefix of the backbone's weights.
+        exclude: Prefixes of weights to ignore.
+        image_size: Side of the input in pixels; defaults to that of the model.
+        field: The config field to which errors about the prefix refer: `weights_prefix` or `init`.
+
+    Raises:
+        ModelError: if the model is unknown, or the weights are missing or do not fit.
+    """
     scheme, _, name = backbone.partition(":")
     if scheme == "torchvision":
         model, transform, head_name = load_torchvision_model(name, image_size, pretrained=False)
         head_names: tuple[str, ...] = (head_name,)
         config = None
     else:
-        config = BackboneConfig(name=backbone, image_size=224 if image_size is None else image_size)
+        config = BackboneConfig(name=backbone, image_size=_timm_image_size(backbone, image_size))
         model, _ = build_backbone(config)
-        transform, head_names = _timm_transform(model, image_size), classifier_names(backbone)
-    load_weights(model, path, prefix=prefix, exclude=exclude, head_names=head_names)
+        transform, head_names = _timm_transform(model, config.image_size), classifier_names(backbone)
+    load_weights(model, path, prefix=prefix, exclude=exclude, head_names=head_names, field=field)
     encoder = _build_encoder(path.stem, model, transform, _feature_dim(model, transform.image_size))
     return replace(encoder, backbone_config=config)
 
@@ -399,6 +456,7 @@ def _feature_dim(model: nn.Module, image_size: int) -> int:
 def _load_timm(name: str, image_size: int | None) -> ImageEncoder:
     config = BackboneConfig(name=name, image_size=_timm_image_size(name, image_size))
     model, feature_dim = build_backbone(config, pretrained=True)
+    logger.info("timm:%s: the classifier is dropped (%s)", name, ", ".join(classifier_names(name)))
     encoder = _build_encoder(f"timm:{name}", model, _timm_transform(model, image_size), feature_dim)
     return replace(encoder, backbone_config=config)
 
@@ -443,7 +501,8 @@ def _load_clip_encoder(name: str, image_size: int | None) -> ImageEncoder:
 
 
 def _load_torchvision(name: str, image_size: int | None) -> ImageEncoder:
-    model, transform, _ = load_torchvision_model(name, image_size, pretrained=True)
+    model, transform, head_name = load_torchvision_model(name, image_size, pretrained=True)
+    logger.info("torchvision:%s: the classifier is dropped (%s)", name, head_name)
     return _build_encoder(f"torchvision:{name}", model, transform, _feature_dim(model, transform.image_size))
 
 
@@ -457,42 +516,6 @@ def _load_huggingface(name: str, image_size: int | None) -> ImageEncoder:
     return _build_encoder(
         f"hf:{name}", model, transform, _feature_dim(model, transform.image_size), text_alignment
     )
-
-
-def load_clip(name: str, image_size: int | None = None) -> nn.Module:
-    """Load both towers of an open_clip model, in evaluation mode.
-
-    Args:
-        name: `ARCH/WEIGHTS`: an architecture of open_clip, and one of its tags or a file.
-        image_size: Side of the image tower's input in pixels; defaults to that of training.
-
-    Raises:
-        DependencyError: if open_clip is not installed.
-        ModelError: for an unknown architecture or tag, or weights that cannot be loaded.
-    """
-    try:
-        import open_clip
-    except ImportError as error:
-        raise DependencyError("`clip:` encoders need open_clip: pip install 'likewise[clip]'") from error
-    arch, _, weights = name.partition("/")
-    if arch not in open_clip.list_models():
-        raise ModelError(
-            f"unknown CLIP model {arch!r}.{did_you_mean(arch, open_clip.list_models())}", field="encoder"
-        )
-    tags = open_clip.list_pretrained_tags_by_model(arch)
-    if weights not in tags and not Path(weights).is_file():
-        raise ModelError(
-            f"{weights!r} is neither a file nor a tag of {arch}; its tags: {', '.join(tags)}", field="encoder"
-        )
-    if weights not in tags:
-        check_weights_file(Path(weights))
-    try:
-        model = open_clip.create_model(arch, pretrained=weights, force_image_size=image_size)
-    except Exception as error:  # open_clip and the hub raise a dozen types
-        raise ModelError(
-            f"cannot load the CLIP model {name}: {describe_error(error)}", field="encoder"
-        ) from error
-    return model.eval().requires_grad_(False)
 
 
 _LOADERS: dict[str, Callable[[str, int | None], ImageEncoder]] = {

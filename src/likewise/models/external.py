@@ -1,5 +1,6 @@
-"""Models of torchvision, torch.hub and Hugging Face, with their own preprocessing."""
+"""Models of torchvision, torch.hub, Hugging Face and open_clip, with their own preprocessing."""
 
+import logging
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -8,9 +9,12 @@ import torch
 import torchvision
 from torch import Tensor, nn
 
-from likewise.errors import ModelError, describe_error, did_you_mean
+from likewise.errors import DependencyError, ModelError, describe_error, did_you_mean
+from likewise.models.checkpoints import check_weights_file
 from likewise.models.text_tower import TextAlignment, encode_captions
 from likewise.models.transforms import EvalTransform
+
+logger = logging.getLogger(__name__)
 
 _HEAD_NAMES = ("fc", "classifier", "heads", "head")
 # Pillow's enum values, which Hugging Face's configurations use.
@@ -143,6 +147,12 @@ def load_huggingface_model(
             f"hf:{name} lacks {len(missing_keys)} weights ({', '.join(sorted(missing_keys)[:3])})",
             field="encoder",
         )
+    for key in loading_info["missing_keys"]:
+        # Not used below; random values would give the same model another fingerprint in every process.
+        nn.init.zeros_(model.get_parameter(key))
+    if loading_info["unexpected_keys"]:
+        dropped = sorted(loading_info["unexpected_keys"])
+        logger.info("hf:%s: the weights of its head are dropped (%s)", name, ", ".join(dropped[:3]))
     has_text_tower = hasattr(model, "get_image_features") and hasattr(model, "get_text_features")
     transform = _huggingface_transform(name, image_size)
     return (
@@ -206,3 +216,39 @@ def _build_text_alignment(model: Any, name: str) -> TextAlignment:
         )
 
     return TextAlignment(encode_text=encode_text, project_image=lambda features: features)
+
+
+def load_clip(name: str, image_size: int | None = None) -> nn.Module:
+    """Load both towers of an open_clip model, in evaluation mode.
+
+    Args:
+        name: `ARCH/WEIGHTS`: an architecture of open_clip, and one of its tags or a file.
+        image_size: Side of the image tower's input in pixels; defaults to that of training.
+
+    Raises:
+        DependencyError: if open_clip is not installed.
+        ModelError: for an unknown architecture or tag, or weights that cannot be loaded.
+    """
+    try:
+        import open_clip
+    except ImportError as error:
+        raise DependencyError("`clip:` encoders need open_clip: pip install 'likewise[clip]'") from error
+    arch, _, weights = name.partition("/")
+    if arch not in open_clip.list_models():
+        raise ModelError(
+            f"unknown CLIP model {arch!r}.{did_you_mean(arch, open_clip.list_models())}", field="encoder"
+        )
+    tags = open_clip.list_pretrained_tags_by_model(arch)
+    if weights not in tags and not Path(weights).is_file():
+        raise ModelError(
+            f"{weights!r} is neither a file nor a tag of {arch}; its tags: {', '.join(tags)}", field="encoder"
+        )
+    if weights not in tags:
+        check_weights_file(Path(weights))
+    try:
+        model = open_clip.create_model(arch, pretrained=weights, force_image_size=image_size)
+    except Exception as error:  # open_clip and the hub raise a dozen types
+        raise ModelError(
+            f"cannot load the CLIP model {name}: {describe_error(error)}", field="encoder"
+        ) from error
+    return model.eval().requires_grad_(False)

@@ -9,8 +9,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from likewise.data.config import BandSelection, select_bands
-from likewise.models.backbones import IMAGENET_MEAN, IMAGENET_STD
+from likewise.data.config import IMAGENET_MEAN, IMAGENET_STD, BandSelection, select_bands
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -14,8 +14,8 @@ from torch import Tensor
 from torch.nn.functional import pad
 from torchvision.transforms.v2 import functional as tv
 
+from likewise.data.config import IMAGENET_MEAN, IMAGENET_STD
 from likewise.errors import InvalidInputError, did_you_mean
-from likewise.models.backbones import IMAGENET_MEAN, IMAGENET_STD
 from likewise.rng import uniform
 
 _MAX_ATTEMPTS = 10
@@ -123,12 +123,15 @@ def _center_crop_boxes(heights: np.ndarray, widths: np.ndarray) -> np.ndarray:
     return np.stack([(heights - h) // 2, (widths - w) // 2, h, w], axis=-1)
 
 
-def crop_resize(pixels: np.ndarray, box: np.ndarray, image_size: int, *, flip: bool) -> Tensor:
+def crop_resize(
+    pixels: np.ndarray, box: np.ndarray, image_size: int, *, flip: bool, interpolation: str = "bilinear"
+) -> Tensor:
     """Crop and resize: (h, w, 3) uint8 and (top, left, height, width) -> (3, size, size) uint8."""
     top, left, height, width = box.tolist()
     # A copy, because torch does not support read-only memory; of the crop only, not of the image.
     crop = torch.from_numpy(pixels[top : top + height, left : left + width].copy()).permute(2, 0, 1)
-    view = tv.resize(crop, [image_size, image_size], antialias=True)
+    mode = tv.InterpolationMode(interpolation)
+    view = tv.resize(crop, [image_size, image_size], interpolation=mode, antialias=True)
     return view.flip(-1) if flip else view
 
 
@@ -155,20 +158,24 @@ def color_augment(
     return images
 
 
-def normalize(images: Float[Tensor, "b 3 h w"]) -> Float[Tensor, "b 3 h w"]:
-    """Normalize each channel by ImageNet's mean and standard deviation."""
-    mean, std = (
-        torch.tensor(values, device=images.device).view(3, 1, 1) for values in (IMAGENET_MEAN, IMAGENET_STD)
-    )
-    return (images - mean).div_(std)
+def normalize(
+    images: Float[Tensor, "b 3 h w"],
+    mean: tuple[float, ...] = IMAGENET_MEAN,
+    std: tuple[float, ...] = IMAGENET_STD,
+) -> Float[Tensor, "b 3 h w"]:
+    """Normalize each channel by its mean and standard deviation, by default those of ImageNet."""
+    means, stds = (torch.tensor(values, device=images.device).view(3, 1, 1) for values in (mean, std))
+    return (images - means).div_(stds)
 
 
-def denormalize(views: Float[Tensor, "... 3 h w"]) -> Float[Tensor, "... 3 h w"]:
+def denormalize(
+    views: Float[Tensor, "... 3 h w"],
+    mean: tuple[float, ...] = IMAGENET_MEAN,
+    std: tuple[float, ...] = IMAGENET_STD,
+) -> Float[Tensor, "... 3 h w"]:
     """Invert `normalize`; the result is clamped to [0, 1]."""
-    mean, std = (
-        torch.tensor(values, device=views.device).view(3, 1, 1) for values in (IMAGENET_MEAN, IMAGENET_STD)
-    )
-    return (views * std + mean).clamp(0, 1)
+    means, stds = (torch.tensor(values, device=views.device).view(3, 1, 1) for values in (mean, std))
+    return (views * stds + means).clamp(0, 1)
 
 
 def _jitter(

@@ -73,7 +73,7 @@ def save_checkpoint(
     if not bool(torch.isfinite(param_sums).all()):
         raise TrainingError(
             f"non-finite weights at step {step:,}. {describe_last_checkpoint(run_dir)} "
-            "Try a lower `base_lr` or precision 'fp32'.",
+            "Try a lower learning rate or precision 'fp32'.",
             path=run_dir.path,
         )
     previous = run_dir.list_checkpoints()

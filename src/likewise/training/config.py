@@ -4,10 +4,11 @@ This module imports no torch, because the command line reads it before it parses
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any, Literal
 
+from likewise.data.config import IMAGENET_MEAN, IMAGENET_STD
 from likewise.errors import InvalidInputError, TrainingError
 from likewise.neighbors.config import check_choices, check_range
 from likewise.pairs.config import PairConfig
@@ -24,6 +25,9 @@ from likewise.training.methods.options import (
 
 LR_REFERENCE_BATCH = 512
 MAX_STEPS = 250_000  # of the paper
+DEFAULT_BACKBONE = "resnet50"
+DEFAULT_IMAGE_SIZE = 224
+BACKBONE_INITS = ("scratch", "pretrained")  # `init` that builds `backbone`
 DEFAULT_EPOCHS = 100
 DEFAULT_NUM_VALIDATIONS = 20
 WARMUP_FRACTION = 0.02  # 5,000 of 250,000 steps in the paper
@@ -51,10 +55,11 @@ class TrainConfig:
 
     method: str | MethodOptions = "simclr"
     """Pre-training method: its name (`likewise methods` lists them), or its options."""
-    backbone: str = "resnet50"
-    """Name of a timm model."""
-    image_size: int = 224
-    """Height and width of the views in pixels."""
+    backbone: str | None = None
+    """Name of a timm model; defaults to that of `init`, else to resnet50. A weights file that names no model
+    needs it, and takes `torchvision:NAME`, too."""
+    image_size: int | None = None
+    """Height and width of the views in pixels; defaults to that of `init`, else to 224."""
     epochs: int | None = None
     """Epochs; defaults to 100, but at most 250,000 steps."""
     max_steps: int | None = None
@@ -68,8 +73,8 @@ class TrainConfig:
     """Augmentation of the views: `crop`, or `simclr` (crop, flip, color jitter, grayscale, blur). Defaults to
     `simclr` for self pairs and to `crop` otherwise, as in the paper."""
     stem: Stem | None = None
-    """First layers of the backbone: `default` is timm's, `cifar` keeps the resolution. Defaults to `cifar`
-    for images up to 64 pixels."""
+    """First layers of the backbone: `default` is timm's, `cifar` keeps the resolution. Defaults to that of
+    `init`, else to `cifar` for images up to 64 pixels."""
     optimizer: OptimizerName = "adamw"
     """`adamw`, or `adam` (weight decay is then part of the gradient)."""
     base_lr: float = 1e-3
@@ -79,7 +84,9 @@ class TrainConfig:
     precision: Precision = "auto"
     """Precision of matrix products; `auto` is bf16 or fp16 if the device supports it, else fp32."""
     init: str = "scratch"
-    """Initial weights of the backbone: `scratch`, `pretrained` (timm's), a weights file or a finished run."""
+    """Initial weights: `scratch`, `pretrained` (timm's, for `backbone`), a finished run, a weights file, or a
+    pretrained encoder: `timm:NAME`, `torchvision:NAME`, `hf:NAME`, `clip:ARCH/WEIGHTS` or
+    `hub:OWNER/REPO/ENTRY`. An encoder keeps its image size, interpolation, mean and standard deviation."""
     num_val_pairs: int = 0
     """Pairs that are held out of training for validation; the encoder with the best score is then the result
     of the run. 0 disables validation."""
@@ -250,6 +257,30 @@ def validate_combination(config: TrainConfig, pair_config: PairConfig) -> None:
         )
 
 
+def with_default_backbone(config: TrainConfig) -> TrainConfig:
+    """Return a config with the default backbone and image size where it has none."""
+    return replace(
+        config,
+        backbone=DEFAULT_BACKBONE if config.backbone is None else config.backbone,
+        image_size=DEFAULT_IMAGE_SIZE if config.image_size is None else config.image_size,
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Preprocessing:
+    """Interpolation of crops and normalization of channels, as a backbone expects them."""
+
+    interpolation: str = "bilinear"
+    """`bilinear` or `bicubic`."""
+    mean: tuple[float, ...] = IMAGENET_MEAN
+    """Mean of each channel, in [0, 1]."""
+    std: tuple[float, ...] = IMAGENET_STD
+    """Standard deviation of each channel."""
+
+
+DEFAULT_PREPROCESSING = Preprocessing()
+
+
 @dataclass(frozen=True, kw_only=True)
 class ViewSpec:
     """One view of each pair."""
@@ -262,28 +293,28 @@ class ViewSpec:
     """Height and width in pixels."""
     crop_scale: tuple[float, float] | None = None
     """Range of the area of a crop as a fraction of the image; defaults to that of the augmentation."""
+    preprocessing: Preprocessing = DEFAULT_PREPROCESSING
+    """Interpolation of the crop and normalization of its channels."""
 
 
-def build_view_specs(config: TrainConfig, pair_config: PairConfig) -> tuple[ViewSpec, ...]:
+def build_view_specs(
+    config: TrainConfig, pair_config: PairConfig, preprocessing: Preprocessing = DEFAULT_PREPROCESSING
+) -> tuple[ViewSpec, ...]:
     """Return the views of a batch, in the order that the method expects."""
-    options = config.method_options
-    augmentation, image_size = resolve_augmentation(config, pair_config), config.image_size
-    anchor = ViewSpec(source=0, augmentation=augmentation, image_size=image_size)
+    options, augmentation = config.method_options, resolve_augmentation(config, pair_config)
+    image_size = DEFAULT_IMAGE_SIZE if config.image_size is None else config.image_size
+    anchor = ViewSpec(source=0, augmentation=augmentation, image_size=image_size, preprocessing=preprocessing)
     if options.inputs == "anchor" or mines_in_batch(options):
         return (anchor,)
     num_positives = options.num_positives if isinstance(options, SupConOptions) else 1
-    partners = tuple(
-        ViewSpec(source=i, augmentation=augmentation, image_size=image_size)
-        for i in range(1, num_positives + 1)
-    )
+    partners = tuple(replace(anchor, source=i) for i in range(1, num_positives + 1))
     num_local_crops = options.num_local_crops if isinstance(options, SwAVOptions) else 0
-    local_size = round(image_size * _LOCAL_CROP_SIZE_RATIO)
-    extra_views = tuple(
-        ViewSpec(source=i % 2, augmentation=augmentation, image_size=local_size, crop_scale=_LOCAL_CROP_SCALE)
-        for i in range(num_local_crops)
+    local_crop = replace(
+        anchor, image_size=round(image_size * _LOCAL_CROP_SIZE_RATIO), crop_scale=_LOCAL_CROP_SCALE
     )
+    extra_views = tuple(replace(local_crop, source=i % 2) for i in range(num_local_crops))
     if options.inputs == "pair_and_caption" and augmentation != "crop":
-        extra_views = (ViewSpec(source=0, augmentation="crop", image_size=image_size),)
+        extra_views = (replace(anchor, augmentation="crop"),)
     return (anchor, *partners, *extra_views)
 
 

@@ -5,7 +5,6 @@ import logging
 import numpy as np
 import torch
 
-from likewise.artifacts import fingerprint
 from likewise.data.dataset import CaptionDataset
 from likewise.data.filters import DatasetView, open_view
 from likewise.data.image_cache import build_image_cache, cache_resolution
@@ -17,8 +16,7 @@ from likewise.pairs.build import find_candidates, select_partners
 from likewise.pairs.config import PairConfig
 from likewise.parallel import default_num_workers
 from likewise.progress import Progress
-from likewise.training.config import TrainConfig, build_view_specs
-from likewise.training.initial import resolve_init_weights
+from likewise.training.config import DEFAULT_PREPROCESSING, Preprocessing, TrainConfig, build_view_specs
 from likewise.training.loader import CaptionInputs, PairDataset, PairLoader, tokenize_captions
 from likewise.training.validation import PairRetrievalEvaluator, split_validation
 
@@ -34,6 +32,7 @@ def build_loader(
     device: torch.device,
     num_workers: int | None,
     progress: Progress,
+    preprocessing: Preprocessing = DEFAULT_PREPROCESSING,
 ) -> tuple[PairLoader, PairRetrievalEvaluator | None]:
     """Build the loader of training pairs, and the evaluator if validation pairs are held out.
 
@@ -47,15 +46,15 @@ def build_loader(
         device: The device that searches for neighbors.
         num_workers: Threads; defaults to all cores for the image cache, half of them for the loader.
         progress: Progress bars.
+        preprocessing: Interpolation and normalization of the views.
     """
-    view_specs = build_view_specs(config, pair_config)
+    view_specs = build_view_specs(config, pair_config, preprocessing)
     view = open_view(dataset, pair_config.filter)
     caption_inputs = _open_caption_inputs(view, config, pair_config, progress)
     candidates = find_candidates(view, pair_config, device=device.type, progress=progress)
     pairs = select_partners(candidates, pair_config)
-    image_cache = build_image_cache(
-        dataset, cache_resolution(config.image_size, len(dataset)), num_workers=num_workers, progress=progress
-    )
+    short_side = cache_resolution(view_specs[0].image_size, len(dataset))
+    image_cache = build_image_cache(dataset, short_side, num_workers=num_workers, progress=progress)
     if len(image_cache.readable) < len(dataset):
         pairs = select_partners(candidates, pair_config, image_cache.readable_mask)
     evaluator = None
@@ -76,8 +75,10 @@ def build_loader(
     return loader, evaluator
 
 
-def input_keys(dataset: CaptionDataset, pair_dataset: PairDataset, config: TrainConfig) -> dict[str, str]:
-    """Return the fingerprints of all inputs of a run."""
+def input_keys(
+    dataset: CaptionDataset, pair_dataset: PairDataset, start_fingerprint: str | None
+) -> dict[str, str]:
+    """Return the fingerprints of all inputs of a run; that of its start is None for random weights."""
     caption_inputs = pair_dataset.caption_inputs
     keys = {
         "dataset": dataset.key,
@@ -88,9 +89,8 @@ def input_keys(dataset: CaptionDataset, pair_dataset: PairDataset, config: Train
         keys["captions"] = caption_inputs.vectors.key
     if caption_inputs.tokens is not None:
         keys["tokens"] = caption_inputs.tokens.key
-    weights_path = resolve_init_weights(config.init)
-    if weights_path is not None:
-        keys["init"] = fingerprint(weights_path)
+    if start_fingerprint is not None:
+        keys["init"] = start_fingerprint
     return keys
 
 

@@ -34,7 +34,7 @@ from likewise.training.augmentations import (
     normalize,
     sample_view_params,
 )
-from likewise.training.config import ViewSpec, default_augmentation
+from likewise.training.config import DEFAULT_PREPROCESSING, Preprocessing, ViewSpec, default_augmentation
 from likewise.training.methods.base import Batch
 
 ARTIFACT_KIND = "tokens"
@@ -162,6 +162,7 @@ class HostBatch:
             length; zero without a caption. None if the method does not use them.
         tokens: (local, t) int64, a tokenized caption per pair; None if the method does not use them.
         labels: (b,) int64, the label of each pair; None unless pairs are sampled by label.
+        preprocessing: The normalization of the views.
     """
 
     anchors: np.ndarray
@@ -172,6 +173,7 @@ class HostBatch:
     caption_embeddings: Tensor | None = None
     tokens: Tensor | None = None
     labels: Tensor | None = None
+    preprocessing: Preprocessing = DEFAULT_PREPROCESSING
 
     def to_device(
         self, augmentations: Sequence[AugmentationConfig], device: torch.device, train_fraction: float = 0.0
@@ -183,8 +185,11 @@ class HostBatch:
             device: The device.
             train_fraction: The completed fraction of the run, in [0, 1).
         """
+        mean, std = self.preprocessing.mean, self.preprocessing.std
         views = [
-            normalize(color_augment(_to_float(crops.to(device, non_blocking=True)), params, augmentation))
+            normalize(
+                color_augment(_to_float(crops.to(device, non_blocking=True)), params, augmentation), mean, std
+            )
             for crops, params, augmentation in zip(self.crops, self.color_params, augmentations, strict=True)
         ]
         caption_embeddings, tokens, labels = (
@@ -315,6 +320,7 @@ class PairDataset(Dataset[tuple[Any, ...]]):
             self._caption_embeddings(anchors, partners),
             self._caption_tokens(sources[0], sources[1], epoch),
             None if labels is None else torch.from_numpy(labels[anchors]),
+            self.view_specs[0].preprocessing,
         )
 
     def _caption_embeddings(self, anchors: np.ndarray, partners: Sequence[np.ndarray]) -> Tensor | None:
@@ -352,7 +358,13 @@ class PairDataset(Dataset[tuple[Any, ...]]):
                     decoded[position] = self.image_cache.pixels(position)
                 flip = bool(view_params[view].crop[row, -1] < augmentation.flip_prob)
                 views[view].append(
-                    crop_resize(decoded[position], boxes[view][row], spec.image_size, flip=flip)
+                    crop_resize(
+                        decoded[position],
+                        boxes[view][row],
+                        spec.image_size,
+                        flip=flip,
+                        interpolation=spec.preprocessing.interpolation,
+                    )
                 )
         # Pixels stay channels last, as they were cropped; the device changes the layout.
         return [torch.stack([view.permute(1, 2, 0) for view in crops]).permute(0, 3, 1, 2) for crops in views]

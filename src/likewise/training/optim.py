@@ -1,7 +1,11 @@
 """Optimizer and learning-rate schedule: AdamW, linear warm-up, cosine decay."""
 
 import math
+import re
+from collections.abc import Iterable, Mapping
+from typing import Any
 
+from timm.models import group_parameters
 from timm.optim import param_groups_weight_decay
 from torch import Tensor, nn
 from torch.optim import Adam, AdamW, Optimizer
@@ -18,6 +22,84 @@ def build_optimizer(name: str, model: nn.Module, *, lr: float, weight_decay: flo
     """
     optimizer_class = {"adamw": AdamW, "adam": Adam}[name]
     return optimizer_class(param_groups_weight_decay(model, weight_decay), lr=lr, fused=True)
+
+
+def build_finetune_optimizer(
+    backbone: nn.Module,
+    head: nn.Module,
+    *,
+    lr: float,
+    weight_decay: float,
+    layer_decay: float,
+    frozen_steps: int,
+) -> Optimizer:
+    """Build AdamW for a pretrained backbone and a new head.
+
+    Args:
+        backbone: The backbone; parameters without gradients are left out.
+        head: The head, which is trained from the first step at the full learning rate.
+        lr: Peak learning rate.
+        weight_decay: Weight decay; biases and one-dimensional parameters have none.
+        layer_decay: Factor of the learning rate from each layer to the one before it (layer-wise
+            learning-rate decay; Clark et al. 2020, "ELECTRA", section 3.1).
+        frozen_steps: Steps before the backbone is trained; its learning rate then rises linearly over as many
+            steps.
+    """
+    layer_of = _layer_indices(backbone)
+    num_layers = max(layer_of.values(), default=0) + 1
+    groups: dict[tuple[float, float], dict[str, Any]] = {}
+    for name, parameter in backbone.named_parameters():
+        if not parameter.requires_grad:
+            continue
+        scale = layer_decay ** (num_layers - 1 - layer_of.get(name, num_layers - 1))
+        decay = 0.0 if parameter.ndim <= 1 else weight_decay
+        group = groups.setdefault(
+            (scale, decay),
+            {"params": [], "weight_decay": decay, "lr_scale": scale, "frozen_steps": frozen_steps},
+        )
+        group["params"].append(parameter)
+    return AdamW([*groups.values(), *param_groups_weight_decay(head, weight_decay)], lr=lr, fused=True)
+
+
+def _layer_indices(model: nn.Module) -> dict[str, int]:
+    """Return the index of the layer of each parameter, from the input on.
+
+    Models of timm say which parameters form a layer. In other models a layer is what stands under one number
+    in the names, such as `encoder.layer.3`; parameters without a number belong to the layer before them.
+    """
+    group_matcher: Any = getattr(model, "group_matcher", None)
+    if group_matcher is not None:
+        return group_parameters(model, group_matcher(coarse=False), reverse=True)
+    return number_layers(name for name, _ in model.named_parameters())
+
+
+def number_layers(names: Iterable[str]) -> dict[str, int]:
+    """Return the index of the layer of each parameter by its name, in the order of the names."""
+    indices: dict[str, int] = {}
+    index, current = 0, None
+    for name in names:
+        match = re.match(r"(?:.*?\.)?\d+(?=\.)", name)
+        if match is not None and match[0] != current:
+            index, current = index + 1, match[0]
+        indices[name] = index
+    return indices
+
+
+def lr_factor(group: Mapping[str, Any], step: int) -> float:
+    """Return the factor of the learning rate of a parameter group: 1 unless it has a scale or is frozen."""
+    frozen_steps = group.get("frozen_steps", 0)
+    if step < frozen_steps:
+        return 0.0
+    ramp = min(1.0, (step - frozen_steps + 1) / frozen_steps) if frozen_steps else 1.0
+    return ramp * group.get("lr_scale", 1.0)
+
+
+def discard_frozen_gradients(optimizer: Optimizer, step: int) -> None:
+    """Remove the gradients of groups that are still frozen, so that an optimizer leaves them unchanged."""
+    for group in optimizer.param_groups:
+        if step < group.get("frozen_steps", 0):
+            for parameter in group["params"]:
+                parameter.grad = None
 
 
 def warmup_cosine_lr(step: int, *, total_steps: int, warmup_steps: int, peak_lr: float) -> float:

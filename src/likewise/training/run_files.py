@@ -16,7 +16,12 @@ from likewise.pairs.config import PairConfig
 from likewise.pairs.sampling import Pairs
 from likewise.run_directory import RunDirectory
 from likewise.training.augmentations import denormalize
-from likewise.training.config import TrainConfig, parse_train_config, train_config_to_dict
+from likewise.training.config import (
+    TrainConfig,
+    parse_train_config,
+    train_config_to_dict,
+    with_default_backbone,
+)
 from likewise.training.loader import PairLoader
 
 if TYPE_CHECKING:
@@ -79,7 +84,7 @@ def run_settings(config: TrainConfig, pair_config: PairConfig) -> dict[str, Any]
 def non_default_settings(config: TrainConfig, pair_config: PairConfig) -> dict[str, Any]:
     """Return the settings that differ from the defaults of the method, and always `source` and `seed`."""
     settings = run_settings(config, pair_config)
-    default_config = parse_train_config({"method": config.method_options.name})
+    default_config = with_default_backbone(parse_train_config({"method": config.method_options.name}))
     defaults = run_settings(default_config, PairConfig())
     defaults["method"] = TrainConfig.method
     return {
@@ -138,7 +143,8 @@ def write_preview(run_dir: RunDirectory, dataset: CaptionDataset, loader: PairLo
     batch = loader.batch_at(0)
     views = batch.to_device(loader.dataset.augmentations, torch.device("cpu")).views[:2]
     num_pairs = min(_NUM_PREVIEW_PAIRS, len(views[0]))
-    pixels = denormalize(torch.stack(list(views))[:, :num_pairs]) * 255
+    mean, std = batch.preprocessing.mean, batch.preprocessing.std
+    pixels = denormalize(torch.stack(list(views))[:, :num_pairs], mean, std) * 255
     pixels = pixels.round().byte().permute(1, 0, 3, 4, 2)
     write_array(run_dir.preview_views_path, np.ascontiguousarray(pixels.numpy()))
     write_json(

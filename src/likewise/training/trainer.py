@@ -11,7 +11,6 @@ from pathlib import Path
 from types import FrameType
 from typing import cast
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
@@ -20,11 +19,11 @@ from likewise.artifacts import Artifact
 from likewise.data.dataset import CaptionDataset
 from likewise.distributed import DistributedContext, convert_to_sync_batchnorm, wrap_ddp
 from likewise.errors import InterruptedRunError, TrainingError
-from likewise.models.backbones import BackboneConfig, check_input_size
+from likewise.models.backbones import check_input_size
 from likewise.models.checkpoints import save_encoder
 from likewise.pairs.config import PairConfig
 from likewise.progress import NULL_PROGRESS, Progress, ProgressBar
-from likewise.rng import Stream
+from likewise.rng import Stream, derive_seed
 from likewise.run_directory import RunDirectory
 from likewise.training.checkpoint import (
     RunningTotals,
@@ -41,13 +40,19 @@ from likewise.training.config import (
     validate_combination,
 )
 from likewise.training.data import build_loader, input_keys
-from likewise.training.initial import get_backbone_config, init_backbone
+from likewise.training.initial import Start, load_start
 from likewise.training.loader import HostBatch, PairLoader
 from likewise.training.methods.base import Method, StepOutput
 from likewise.training.methods.build import build_method
 from likewise.training.methods.image_text import text_state
 from likewise.training.methods.options import MemoryBankOptions
-from likewise.training.optim import build_optimizer, skip_update_where, warmup_cosine_lr
+from likewise.training.optim import (
+    build_optimizer,
+    discard_frozen_gradients,
+    lr_factor,
+    skip_update_where,
+    warmup_cosine_lr,
+)
 from likewise.training.run_files import (
     DTYPES,
     MetricsLogger,
@@ -88,7 +93,7 @@ class Trainer:
         schedule: Steps, learning rate and intervals.
         method: The method that is trained.
         ddp_method: The method in `DistributedDataParallel`; the method itself in a single process.
-        backbone_config: The config of the backbone.
+        start: The initial weights, preprocessing and structure of the backbone.
         optimizer: The optimizer.
         device: The device.
         dtype: The dtype of autocast; float32 disables it.
@@ -104,7 +109,7 @@ class Trainer:
     schedule: TrainSchedule
     method: Method
     ddp_method: nn.Module
-    backbone_config: BackboneConfig
+    start: Start
     optimizer: Optimizer
     device: torch.device
     dtype: torch.dtype
@@ -150,11 +155,10 @@ class Trainer:
         """
         validate_combination(config, pair_config)
         dataset = CaptionDataset.open(dataset)
-        backbone_config = get_backbone_config(config)
-        backbone, feature_dim = init_backbone(config, backbone_config)
+        start, config = load_start(config)
         for image_size in {spec.image_size for spec in build_view_specs(config, pair_config)}:
             if image_size != config.image_size:
-                check_input_size(backbone, backbone_config.name, image_size)
+                check_input_size(start.backbone, str(config.backbone), image_size)
         build_schedule(config, len(dataset), dataset.path)
         if not dist_context.is_main_process:
             dist_context.barrier()
@@ -166,20 +170,21 @@ class Trainer:
             device=device,
             num_workers=num_workers,
             progress=progress,
+            preprocessing=start.preprocessing,
         )
         schedule = build_schedule(config, len(loader.dataset), dataset.path)
         artifact = Artifact.create_or_resume(
             Path(out),
             ARTIFACT_KIND,
             run_settings(config, pair_config),
-            input_keys(dataset, loader.dataset, config),
+            input_keys(dataset, loader.dataset, start.fingerprint),
             non_hashed=_NON_HASHED,
         )
         if dist_context.is_main_process:
             if not artifact.is_complete and not RunDirectory(artifact.path).config_path.is_file():
                 write_preview(RunDirectory(artifact.path), dataset, loader)
             dist_context.barrier()
-        method = _build_method(config, schedule, loader, backbone, feature_dim)
+        method = _build_method(config, schedule, loader, start.backbone, start.feature_dim)
         if dist_context.world_size > 1:
             convert_to_sync_batchnorm(method, device)
         method.to(device).to(memory_format=torch.channels_last)
@@ -192,7 +197,7 @@ class Trainer:
             schedule=schedule,
             method=method,
             ddp_method=wrap_ddp(method) if dist_context.world_size > 1 else method,
-            backbone_config=backbone_config,
+            start=start,
             optimizer=build_optimizer(
                 config.optimizer, method, lr=schedule.peak_lr, weight_decay=config.weight_decay
             ),
@@ -283,9 +288,10 @@ class Trainer:
 
     def _train_step(self, host_batch: HostBatch) -> StepOutput:
         """Take one optimizer step; the random numbers within it are a function of seed and step."""
-        _seed_rng(_derive_seed(self.config.seed, Stream.TRAIN_STEP, self.step), self.device)
+        _seed_rng(derive_seed(self.config.seed, Stream.TRAIN_STEP, self.step), self.device)
+        lr = self._lr(self.step)
         for group in self.optimizer.param_groups:
-            group["lr"] = self._lr(self.step)
+            group["lr"] = lr * lr_factor(group, self.step)
         batch = host_batch.to_device(
             self.loader.dataset.augmentations, self.device, self.step / self.schedule.steps
         )
@@ -293,6 +299,7 @@ class Trainer:
             output: StepOutput = self.ddp_method(batch)
         self.optimizer.zero_grad(set_to_none=True)
         self.scaler.scale(output.loss).backward()
+        discard_frozen_gradients(self.optimizer, self.step)
         if not self.scaler.is_enabled():
             skip_update = (~torch.isfinite(output.loss.detach())).float()
             if output.skip_update is not None:
@@ -379,7 +386,7 @@ class Trainer:
         others = f" and {len(anchors) - 5:,} more" if len(anchors) > 5 else ""
         raise TrainingError(
             f"non-finite loss at step {step:,} (images {ids}{others}). "
-            f"{describe_last_checkpoint(self.run_dir)} Try a lower `base_lr` or precision 'fp32'.",
+            f"{describe_last_checkpoint(self.run_dir)} Try a lower learning rate or precision 'fp32'.",
             path=self.run_dir.path,
         )
 
@@ -400,7 +407,7 @@ class Trainer:
         pairs = self.loader.dataset.pairs
         derived = asdict(self.schedule) | {
             "augmentation": resolve_augmentation(self.config, pairs.pair_config),
-            "stem": self.backbone_config.stem,
+            "stem": self.start.stem,
             "device": str(self.device),
             "precision": precision_name(self.dtype),
             "world_size": self.dist_context.world_size,
@@ -429,9 +436,10 @@ class Trainer:
         save_encoder(
             path,
             self.method.backbone,
-            self.backbone_config,
+            self.start.structure,
             text_state(self.method),
             self.loader.dataset.image_cache.bands,
+            self.start.transform,
         )
 
     def finalize(self) -> None:
@@ -472,7 +480,7 @@ def _build_method(
     if isinstance(options, MemoryBankOptions):
         options = replace(options, memory_bank_size=schedule.memory_bank_size)
     with torch.random.fork_rng(devices=[]):
-        torch.default_generator.manual_seed(_derive_seed(config.seed, Stream.HEADS))
+        torch.default_generator.manual_seed(derive_seed(config.seed, Stream.HEADS))
         method = build_method(
             options, backbone, feature_dim, caption_embedding_dim=0 if vectors is None else vectors.dim
         )
@@ -491,11 +499,6 @@ def choose_dtype(precision: str, device: torch.device) -> torch.dtype:
     if device.type != "cuda":
         return torch.float32
     return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
-
-
-def _derive_seed(*key: int) -> int:
-    """Return a seed for torch's generators from a seed, a stream and, if any, a step."""
-    return int(np.random.SeedSequence(key).generate_state(1)[0])
 
 
 def _seed_rng(seed: int, device: torch.device) -> None:

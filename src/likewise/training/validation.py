@@ -1,6 +1,6 @@
 """Validation on held-out pairs, and metrics that detect collapse."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -87,9 +87,7 @@ class PairRetrievalEvaluator:
             labels: (m,) int64, the label of each validation anchor, -1 without one; None without labels.
             seed: Seed of the augmentation.
         """
-        partner_spec = ViewSpec(
-            source=1, augmentation=view_spec.augmentation, image_size=view_spec.image_size
-        )
+        partner_spec = replace(view_spec, source=1)
         pair_dataset = PairDataset(image_cache, pairs, seed=seed, view_specs=[view_spec, partner_spec])
         batch = pair_dataset.collate(split.anchors, [split.partners], epoch=0)
         self._views = batch.to_device(pair_dataset.augmentations, torch.device("cpu")).views
