@@ -46,8 +46,16 @@ if TYPE_CHECKING:
     from likewise.progress import Progress, RichProgress
     from likewise.report.run_report import write_report
     from likewise.training import losses
-    from likewise.training.adaptation import AdaptOutcome, BlendScore, adapt
-    from likewise.training.config import AdaptConfig, TrainConfig
+    from likewise.training.adapt_config import (
+        AdaptConfig,
+        AdapterOptions,
+        FullOptions,
+        LevelOptions,
+        LoraOptions,
+    )
+    from likewise.training.adaptation import adapt
+    from likewise.training.blending import AdaptOutcome, BlendScore
+    from likewise.training.config import TrainConfig
     from likewise.training.loader import PairDataset, PairLoader
     from likewise.training.methods.options import (
         BarlowTwinsOptions,
@@ -74,6 +82,7 @@ __version__ = "0.1.0"
 __all__ = [
     "AdaptConfig",
     "AdaptOutcome",
+    "AdapterOptions",
     "ArtifactError",
     "AuditConfig",
     "AuditReport",
@@ -92,12 +101,15 @@ __all__ = [
     "Embeddings",
     "EncoderOptions",
     "EvalResults",
+    "FullOptions",
     "ImageEncoder",
     "ImportOptions",
     "InterruptedRunError",
     "InvalidInputError",
     "LabeledDataset",
+    "LevelOptions",
     "LikewiseError",
+    "LoraOptions",
     "MethodOptions",
     "MoCoOptions",
     "MoCoV3Options",
@@ -149,9 +161,13 @@ __all__ = [
 
 # Public names are imported on first use: `import likewise` and `likewise --help` do not import torch.
 _MODULES = {
-    "AdaptConfig": "likewise.training.config",
-    "AdaptOutcome": "likewise.training.adaptation",
-    "BlendScore": "likewise.training.adaptation",
+    "AdaptConfig": "likewise.training.adapt_config",
+    "AdaptOutcome": "likewise.training.blending",
+    "AdapterOptions": "likewise.training.adapt_config",
+    "BlendScore": "likewise.training.blending",
+    "FullOptions": "likewise.training.adapt_config",
+    "LevelOptions": "likewise.training.adapt_config",
+    "LoraOptions": "likewise.training.adapt_config",
     "adapt": "likewise.training.adaptation",
     "ArtifactError": "likewise.errors",
     "AuditConfig": "likewise.data.config",

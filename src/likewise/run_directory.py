@@ -51,7 +51,7 @@ class RunDirectory:
 
     @property
     def adaptation_path(self) -> Path:
-        """The validation of all blends of an adapter, and the chosen one (JSON)."""
+        """The validation of all blends of an adaptation, and the chosen one (JSON)."""
         return self.path / "adaptation.json"
 
     @property

@@ -15,13 +15,20 @@ from likewise.errors import InvalidInputError, ModelError, TrainingError
 from likewise.models.adapter import FeatureAdapter
 from likewise.models.encoders import load_encoder
 from likewise.training import adaptation
-from likewise.training.adaptation import adapt, feature_moments
-from likewise.training.config import AdaptConfig
+from likewise.training.adapt_config import AdaptConfig, AdapterOptions, parse_adapt_config
+from likewise.training.adaptation import adapt
+from likewise.training.feature_adapter import feature_moments
 from likewise.training.losses import soft_target_loss
 from support import save_png
 
 START = "random:resnet10t"
-SMALL = AdaptConfig(batch_size=32, max_steps=6, hidden_dim=16, projector_dims=(32, 16), num_val_pairs=20)
+SMALL = AdaptConfig(
+    level=AdapterOptions(hidden_dim=16),
+    batch_size=32,
+    max_steps=6,
+    projector_dims=(32, 16),
+    num_val_pairs=20,
+)
 
 
 @pytest.fixture(scope="module")
@@ -66,11 +73,11 @@ def test_an_interrupted_run_ends_with_the_same_bytes(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    def interrupt(*_: object) -> None:
+    def interrupt(*_: object, **__: object) -> None:
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(adaptation, "_choose_blend", interrupt)
+        patch.setattr(adaptation, "choose_blend", interrupt)
         adapt(dataset, start, tmp_path / "run", SMALL)
     adapt(dataset, start, tmp_path / "run", SMALL)
     for name in ("encoder.safetensors", "adaptation.json", "metrics.jsonl", "artifact.json"):
@@ -87,7 +94,7 @@ def test_a_useless_adapter_is_rejected(
         torch.nn.init.constant_(adapter.up.bias, 1e9)
         return adapter.eval().requires_grad_(False)
 
-    monkeypatch.setattr(adaptation, "_train_adapter", train_collapsed)
+    monkeypatch.setattr(adaptation, "train_adapter", train_collapsed)
     run = adapt(dataset, start, tmp_path / "run", SMALL)
     outcome = json.loads((run.path / "adaptation.json").read_text())
     assert outcome["blend"] == 0
@@ -134,7 +141,7 @@ def test_too_few_images(
 )
 def test_config_ranges(field: str, value: Any) -> None:
     with pytest.raises(InvalidInputError) as error:
-        AdaptConfig(**{field: value})
+        parse_adapt_config({field: value})
     assert error.value.field == field
 
 

@@ -121,3 +121,18 @@ def test_sync_batch_norm_does_not_rename_weights() -> None:
     convert_to_sync_batchnorm(model, torch.device("cpu"))
     assert list(model.state_dict()) == names
     assert not any(isinstance(m, nn.modules.batchnorm._BatchNorm) for m in model.modules())
+
+
+def test_two_processes_adapt_an_encoder_as_one(dataset: CaptionDataset, tmp_path: Path) -> None:
+    flags = (
+        "--encoder random:resnet10t --image-size 32 --level full --precision fp32 --batch-size 15 "
+        "--max-steps 3 --projector-dims 32 16 --num-val-pairs 20 --frozen-fraction 0 --quiet"
+    )
+    command = ["-m", "likewise.cli", "adapt", str(dataset.path), *flags.split(), "--out"]
+    torchrun(*command, str(tmp_path / "two"))
+    torchrun(*command, str(tmp_path / "one"), world_size=1)
+    one, two = (Run(tmp_path / name) for name in ("one", "two"))
+    for row, other in zip(one.metrics(), two.metrics(), strict=True):
+        assert other["loss"] == pytest.approx(row["loss"], rel=1e-4)
+        assert other["anchor_distance"] == pytest.approx(row["anchor_distance"], rel=0.05, abs=1e-6)
+    assert two.encoder_path.is_file()

@@ -1,6 +1,5 @@
 """Training from any start: preprocessing of views and encoder, strict weights, the stem of the start."""
 
-import json
 import logging
 from dataclasses import replace
 from pathlib import Path
@@ -24,34 +23,9 @@ from likewise.training.initial import load_start
 from likewise.training.train import train
 from likewise.training.trainer import Trainer
 from support import load_cpu_encoder as load_encoder
+from support import save_vit
 
 TINY = likewise.TrainConfig(batch_size=16, max_steps=2, base_lr=0.01)
-
-
-def save_vit(folder: Path) -> Path:
-    """Save a tiny ViT with a classifier in the format of Hugging Face, with its own preprocessing."""
-    from transformers import ViTConfig, ViTForImageClassification
-
-    torch.manual_seed(0)
-    config = ViTConfig(
-        hidden_size=32,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        intermediate_size=48,
-        image_size=32,
-        patch_size=8,
-    )
-    ViTForImageClassification(config).save_pretrained(folder)
-    (folder / "preprocessor_config.json").write_text(
-        json.dumps({
-            "image_processor_type": "ViTImageProcessor",
-            "size": {"height": 32, "width": 32},
-            "resample": 3,
-            "image_mean": [0.5, 0.4, 0.3],
-            "image_std": [0.2, 0.3, 0.4],
-        })
-    )  # fmt: skip
-    return folder
 
 
 @pytest.fixture(scope="module")

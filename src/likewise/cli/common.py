@@ -44,6 +44,7 @@ HELP_GROUPS = {
         "Pair sampling",
         "Neighbor search",
         "Method options",
+        "Level options",
         "Model and augmentation",
         "Optimization",
         "Validation",

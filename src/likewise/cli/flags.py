@@ -73,6 +73,7 @@ def make_flags(
     groups: Mapping[str, str] | None = None,
     parameters: Mapping[str, Parameter] | None = None,
     types: Mapping[str, Any] | None = None,
+    extra: Sequence[tuple[str, Any, Any]] = (),
 ) -> Any:
     """Return a dataclass with the fields of `config` as flags, to be used as `Annotated[..., FLATTEN]`.
 
@@ -84,6 +85,7 @@ def make_flags(
         groups: Other help groups, by field.
         parameters: Names or converters that differ from the default, by field.
         types: Types that differ from the annotation, by field.
+        extra: Further flags, as names, annotations and fields.
     """
     hints, docs = get_type_hints(config) | dict(types or {}), field_docs(config)
     names = {item.name: f"`--{item.name.replace('_', '-')}`" for item in fields(config)}
@@ -98,7 +100,7 @@ def make_flags(
             (parameters or {}).get(name),
         )
         specs.append((name, Annotated[hints[name], parameter], field(default=config_field.default)))
-    return make_flag_dataclass(f"{config.__name__}Flags", specs)
+    return make_flag_dataclass(f"{config.__name__}Flags", [*specs, *extra])
 
 
 def make_flag_dataclass(name: str, specs: Sequence[tuple[str, Any, Any]]) -> Any:

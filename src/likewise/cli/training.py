@@ -1,6 +1,6 @@
 """Commands of training: `train`, `adapt`, `methods`."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, get_type_hints
@@ -20,7 +20,8 @@ from likewise.cli.flags import (
 )
 from likewise.neighbors.config import SearchConfig
 from likewise.pairs.config import PairConfig
-from likewise.training.config import AdaptConfig, TrainConfig, parse_train_config
+from likewise.training.adapt_config import LEVELS, AdaptConfig, parse_adapt_config
+from likewise.training.config import TrainConfig, parse_train_config
 from likewise.training.methods.options import METHODS
 
 if TYPE_CHECKING:
@@ -32,7 +33,7 @@ if TYPE_CHECKING:
     from likewise.training.train import Run
 
 
-_METHOD_GROUP = "Method options"
+_METHOD_GROUP, _LEVEL_GROUP = "Method options", "Level options"
 
 _PairFlags = make_flags(
     PairConfig,
@@ -55,43 +56,39 @@ _TrainFlags = make_flags(
 TrainFlags = Annotated[_TrainFlags, FLATTEN]
 
 
-def _make_method_flags() -> Any:
-    """Return a dataclass with the options of all methods as flags; None means not given."""
+def _option_flags(options_by_name: Mapping[str, type], group: str) -> Iterator[tuple[str, Any, Any]]:
+    """Yield the options of all methods, or of all levels, as flags; None means not given."""
     hints: dict[str, Any] = {}
     docs: dict[str, str] = {}
-    for options in METHODS.values():
+    for options in options_by_name.values():
         hints = get_type_hints(options) | hints
         docs = field_docs(options) | docs
     names = {name: f"`--{name.replace('_', '-')}`" for name in docs}
-    specs = []
-    for name, defaults in _method_defaults().items():
-        methods = [
-            f"{', '.join(methods)}{default and ': '}{default}" for default, methods in defaults.items()
-        ]
+    for name, defaults in _option_defaults(options_by_name).items():
+        users = [f"{', '.join(users)}{default and ': '}{default}" for default, users in defaults.items()]
         parameter = Parameter(
-            group=HELP_GROUPS[_METHOD_GROUP],
-            help=f"{translate_fields(docs[name], names)} ({'; '.join(methods)})",
+            group=HELP_GROUPS[group],
+            help=f"{translate_fields(docs[name], names)} ({'; '.join(users)})",
             consume_multiple=True,
         )
-        specs.append((name, Annotated[hints[name] | None, parameter], field(default=None)))
-    return make_flag_dataclass("MethodFlags", specs)
+        yield name, Annotated[hints[name] | None, parameter], field(default=None)
 
 
-def _method_defaults() -> dict[str, dict[str, list[str]]]:
-    """Return the methods of each default of each option; no text for None and False."""
+def _option_defaults(options_by_name: Mapping[str, type]) -> dict[str, dict[str, list[str]]]:
+    """Return the methods or levels of each default of each option; no text for None and False."""
     defaults: dict[str, dict[str, list[str]]] = {}
-    for method, options in METHODS.items():
+    for user, options in options_by_name.items():
         for option in fields(options):
             value = option.default
             if option.name == "memory_bank_size":
                 value = getattr(options, "default_memory_bank_size", None)
             text = " ".join(map(str, value)) if isinstance(value, tuple) else str(value)
             text = "" if value is None or value is False else text
-            defaults.setdefault(option.name, {}).setdefault(text, []).append(method)
+            defaults.setdefault(option.name, {}).setdefault(text, []).append(user)
     return defaults
 
 
-_MethodFlags = _make_method_flags()
+_MethodFlags = make_flag_dataclass("MethodFlags", [*_option_flags(METHODS, _METHOD_GROUP)])
 MethodFlags = Annotated[_MethodFlags, FLATTEN]
 
 
@@ -194,8 +191,18 @@ def methods(*, common: CommonOptions = COMMON_OPTIONS) -> None:
 _AdaptFlags = make_flags(
     AdaptConfig,
     group="Optimization",
-    groups=dict.fromkeys(("num_val_pairs", "max_retention_loss"), "Validation"),
-    parameters={"projector_dims": Parameter(consume_multiple=True)},
+    groups={
+        "level": _LEVEL_GROUP,
+        **dict.fromkeys(("num_val_pairs", "max_retention_loss"), "Validation"),
+    },
+    parameters={
+        "level": Parameter(
+            help=f"What is trained: {'; '.join(f'`{name}`: {o.summary}' for name, o in LEVELS.items())}."
+        ),
+        "projector_dims": Parameter(consume_multiple=True),
+    },
+    types={"level": Literal[*LEVELS]},  # pyrefly: ignore[invalid-literal]
+    extra=[*_option_flags(LEVELS, _LEVEL_GROUP)],
 )
 AdaptFlags = Annotated[_AdaptFlags, FLATTEN]
 
@@ -234,8 +241,9 @@ def adapt(
 ) -> None:
     """Adapt a pretrained encoder to a dataset by its captions; keep the start if that does not help.
 
-    The features of all images are computed once. A small adapter is trained on them, which takes a minute or
-    two on a CPU. How much of it is used is decided on held-out pairs.
+    At level `adapter` the features of all images are computed once, and a small adapter is trained on them,
+    which takes a minute or two on a CPU. At `lora` and `full` the weights are trained on pairs of images, and
+    the same command resumes an interrupted run. How much of the change is used is decided on held-out pairs.
 
     Args:
         dataset: A dataset with caption embeddings.
@@ -243,19 +251,23 @@ def adapt(
             `hub:OWNER/REPO/ENTRY` (pretrained); or a weights file.
         out: Directory of the run.
     """
+    from likewise.distributed import is_main_process
     from likewise.training.adaptation import adapt as adapt_encoder
 
     start = options.load(encoder)
+    settings = {name: value for name, value in to_values(adapt_flags).items() if value is not None}
     run = adapt_encoder(
         dataset,
         start,
         out,
-        to_config(AdaptConfig, adapt_flags),
+        parse_adapt_config(settings),
         to_config(PairConfig, pair_flags),
         retain=comparison.retain,
         num_workers=options.num_workers,
         progress=common.progress(),
     )
+    if not is_main_process():
+        return
     result, *output = _outcome(run)
     if not comparison.eval_dataset:
         next_steps = f"  next: likewise evaluate {run.path} --dataset FOLDER; likewise report {run.path}"
@@ -282,7 +294,7 @@ def _outcome(run: "Run") -> "tuple[dict[str, Any], str, Table]":
         for score in outcome["scores"]
     ]
     text = (
-        f"blends of start (0) and adapted features (1), on {outcome['num_val_pairs']:,} held-out pairs, in %"
+        f"blends of start (0) and adapted encoder (1), on {outcome['num_val_pairs']:,} held-out pairs, in %"
     )
     return result, text, make_table(("blend", "mrr", *optional), rows)
 

@@ -115,7 +115,7 @@ def check_input_size(model: nn.Module, name: str, image_size: int) -> None:
 
 
 def freeze_unused_parameters(model: nn.Module, image_size: int) -> list[str]:
-    """Turn off the gradients of parameters on which the features do not depend, such as those of a text tower.
+    """Turn off the gradients of parameters on which the features do not depend, such as a text tower's.
 
     `DistributedDataParallel` refuses parameters that take part in training and get no gradient.
 

@@ -147,59 +147,6 @@ class TrainConfig:
         return parse_method_options(self.method, {}) if isinstance(self.method, str) else self.method
 
 
-@dataclass(frozen=True, kw_only=True)
-class AdaptConfig:
-    """Options of `adapt`: a residual adapter on the features of a pretrained encoder."""
-
-    hidden_dim: int = 512
-    """Width of the hidden layer of the adapter."""
-    projector_dims: tuple[int, ...] = (512, 128)
-    """Widths of the projection head, which is discarded after training."""
-    input_dropout: float = 0.2
-    """Dropout on the features, in place of image augmentation."""
-    max_steps: int = 600
-    """Optimizer steps."""
-    batch_size: int = 512
-    """Pairs per step."""
-    lr: float = 1e-3
-    """Peak learning rate of AdamW, after a linear warm-up; it falls along a cosine."""
-    weight_decay: float = 0.01
-    """Weight decay; biases and norms have none."""
-    temperature: float = 0.1
-    """Softmax temperature of both losses."""
-    caption_weight: float = 1.0
-    """Weight of the loss that compares images with caption embeddings; 0 leaves the loss of pairs alone."""
-    caption_temperature: float = 0.05
-    """Softmax temperature of the caption similarities that are the targets of this loss."""
-    num_val_pairs: int | None = None
-    """Pairs that are held out to choose the blend; defaults to a tenth of the images, at most 500."""
-    max_retention_loss: float = 0.005
-    """Largest loss of accuracy on the retention dataset, as a fraction."""
-    seed: int = 0
-    """Seed of the initial weights, the order of images, the partners, captions and dropout."""
-
-    def __post_init__(self) -> None:
-        """Validate every field.
-
-        Raises:
-            InvalidInputError: if a field is out of range; `field` is its name.
-        """
-        for name in ("hidden_dim", "max_steps"):
-            check_range(name, getattr(self, name), 1, None)
-        check_range("batch_size", self.batch_size, 2, None)
-        check_range("seed", self.seed, 0, None)
-        for name in ("lr", "temperature", "caption_temperature"):
-            check_positive(name, getattr(self, name))
-        for name in ("weight_decay", "caption_weight", "max_retention_loss"):
-            check_range(name, getattr(self, name), 0, None)
-        check_range("num_val_pairs", self.num_val_pairs, MIN_VAL_PAIRS, None)
-        if not 0 <= self.input_dropout < 1:
-            raise InvalidInputError(
-                f"`input_dropout` must be at least 0 and below 1, got {self.input_dropout}",
-                field="input_dropout",
-            )
-
-
 def parse_train_config(settings: Mapping[str, Any]) -> TrainConfig:
     """Build a config from flat settings: fields of `TrainConfig` and options of its method, by name.
 

@@ -69,7 +69,8 @@ def _layer_indices(model: nn.Module) -> dict[str, int]:
     """
     group_matcher: Any = getattr(model, "group_matcher", None)
     if group_matcher is not None:
-        return group_parameters(model, group_matcher(coarse=False), reverse=True)
+        layer_of: Any = group_parameters(model, group_matcher(coarse=False), reverse=True)
+        return layer_of
     return number_layers(name for name, _ in model.named_parameters())
 
 
