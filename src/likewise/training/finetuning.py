@@ -52,9 +52,10 @@ class AnchoredSimCLR(SiameseMethod):
     """SimCLR (Chen et al. 2020, eq. 1) that fine-tunes a pretrained backbone and stays near its features.
 
     The anchor is the mean squared distance between the features of a view and those of the start, each
-    divided by its standard deviation over the images (as in LDIFS, Mukhoti et al. 2023, "Fine-tuning can
-    cripple your foundation model", eq. 3, on the last features alone). The statistics of batch norm in the
-    backbone stay those of the start. The result is an exponential moving average of the weights.
+    divided by its standard deviation over the images (after LDIFS, Mukhoti et al. 2023, "Fine-tuning can
+    cripple your foundation model", which compares the features of all layers without dividing them). The
+    statistics of batch norm in the backbone stay those of the start. The result is an exponential moving
+    average of the weights.
     """
 
     def __init__(

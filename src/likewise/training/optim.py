@@ -41,7 +41,7 @@ def build_finetune_optimizer(
         lr: Peak learning rate.
         weight_decay: Weight decay; biases and one-dimensional parameters have none.
         layer_decay: Factor of the learning rate from each layer to the one before it (layer-wise
-            learning-rate decay; Clark et al. 2020, "ELECTRA", section 3.1).
+            learning-rate decay, as in BEiT, Bao et al. 2022).
         frozen_steps: Steps before the backbone is trained; its learning rate then rises linearly over as many
             steps.
     """
