@@ -148,7 +148,8 @@ def _load_init(config: TrainConfig) -> ImageEncoder:
         named = encoder if encoder.backbone_config else replace(encoder, name=config.backbone)
         return replace(named, structure_args=load_args)
     except ModelError as error:
-        if error.field not in (None, "encoder"):
+        # The name of an encoder includes that of its backbone; a file may lack the latter.
+        if error.field not in (None, "encoder") and (is_file or error.field != "backbone"):
             raise
         raise ModelError(f"`init`: {error}", field="init", path=error.path) from error
 
