@@ -295,3 +295,16 @@ def test_validation_images_are_held_out_of_train_and_used_in_the_refit() -> None
 def test_split_with_too_few_labels_raises() -> None:
     with pytest.raises(TypeCheckError):
         Split(X0, Y0[:3])
+
+
+def test_probe_of_fewer_images_than_features_converges() -> None:
+    """With few images and correlated features, an unfinished fit at a large C is far from the optimum."""
+    generator = torch.Generator().manual_seed(0)
+    spectrum = torch.arange(1, 301) ** -1.0
+    centers = torch.randn(10, 300, generator=generator) * spectrum
+    y = torch.arange(200) % 10
+    x = (centers[y] + torch.randn(200, 300, generator=generator) * spectrum) * 3 + 1
+    probe = LinearProbe.fit(Split(x[:120], y[:120]), Split(x[120:160], y[120:160]), num_classes=10)
+    assert probe.converged
+    expected = reference(x[:160].double(), y[:160], probe.C)
+    np.testing.assert_array_equal(probe.predict(x[160:]), expected.predict(x[160:].double().tolist()))

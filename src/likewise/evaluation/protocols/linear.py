@@ -1,5 +1,6 @@
 """Linear probe: logistic regression on frozen features, with C selected on validation images."""
 
+import logging
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -21,6 +22,8 @@ from likewise.evaluation.protocols.base import (
     stratified_split,
 )
 from likewise.evaluation.results import ResultRow
+
+logger = logging.getLogger(__name__)
 
 # Logits per block: 64 MiB in float32, independent of the number of images.
 _BLOCK_ELEMENTS = 2**24
@@ -116,7 +119,8 @@ def whiten(features: Float[Tensor, "n d"], labels: Int[Tensor, " n"]) -> Whitene
     mean = features.mean(dim=0)
     augmented = torch.cat([features - mean, features.new_ones(len(features), 1)], dim=1)
     centered = augmented[:, :-1]
-    axes = torch.linalg.eigh(centered.T @ centered / len(centered)).eigenvectors
+    # In double precision: in single precision, LAPACK fails for some matrices of low rank.
+    axes = torch.linalg.eigh((centered.T @ centered / len(centered)).double()).eigenvectors.to(features)
     centered.copy_(centered @ axes)
     classes, class_index = labels.unique(return_inverse=True)
     return WhitenedProblem(
@@ -238,8 +242,9 @@ def _dot(a: Theta, b: Theta) -> Float[Tensor, ""]:
 class LinearProbeConfig(ClassificationConfig):
     """Options of the linear probe."""
 
-    max_iterations: int = 100
-    """L-BFGS iterations per fit; 100 as in the LGSSL code and in scikit-learn."""
+    max_iterations: int = 1000
+    """Maximum number of L-BFGS iterations per fit. The 100 of the LGSSL code and of scikit-learn are too few
+    for fewer images than features and a large C: accuracies of unfinished fits were 20 points too low."""
     tolerance: float = 1e-5
     """Convergence threshold of the final fit, relative to the gradient's scale (see `fit_logistic`)."""
     sweep_tolerance: float = 1e-4
@@ -311,16 +316,25 @@ class LinearProbe:
             train, val = train.subset(train_indices), train.subset(val_indices)
         else:
             all_images = train.concat(val)
-        sweep = _sweep(config, whiten(train.x, train.y), val, num_classes=num_classes, callback=callback)
+        problem = whiten(train.x, train.y)
+        sweep, thetas = _sweep(config, problem, val, num_classes=num_classes, callback=callback)
         best_step = _best_step(sweep, list(sweep))
+        init_weight, init_bias = unwhiten(problem, thetas[best_step], num_classes)
         weight, bias, converged = fit_logistic(
             all_images.x,
             all_images.y,
             _c_at_step(best_step),
             num_classes,
+            # Classes that only the validation images have start at 0.
+            (init_weight, init_bias.nan_to_num(neginf=0.0)),
             max_iterations=config.max_iterations,
             tolerance=config.tolerance,
         )
+        if not converged:
+            logger.warning(
+                "the linear probe has not converged in %s iterations: its accuracy may be too low",
+                f"{config.max_iterations:,}",
+            )
         return cls(
             weight=weight,
             bias=bias,
@@ -342,8 +356,8 @@ def _sweep(
     *,
     num_classes: int,
     callback: Callable[[float, float], None] | None,
-) -> dict[int, float]:
-    """Return the validation accuracy at every step of the grid that the two-stage search visits."""
+) -> tuple[dict[int, float], dict[int, Theta]]:
+    """Return the validation accuracy and the weights at each step of the grid that the search visits."""
     thetas = {-_GRID_LIMIT - 1: problem.features.new_zeros(len(problem.classes), problem.features.shape[1])}
 
     def score(step: int) -> float:
@@ -357,7 +371,7 @@ def _sweep(
             callback(_c_at_step(step), accuracy)
         return accuracy
 
-    return search_grid(score)
+    return search_grid(score), thetas
 
 
 def search_grid(score_step: Callable[[int], float]) -> dict[int, float]:
