@@ -18,6 +18,7 @@ from likewise.artifacts import atomic_write
 from likewise.data.config import BandSelection, select_bands
 from likewise.errors import ArtifactError, ModelError, describe_error
 from likewise.models.backbones import BackboneConfig, build_backbone
+from likewise.models.transforms import EvalTransform
 
 _PAGE_OR_POINTER = {
     b"version https://git-lfs": "is a Git LFS pointer, not the weights; run `git lfs pull` in its repository",
@@ -238,6 +239,7 @@ def save_encoder(
     config: BackboneConfig,
     text_state: tuple[dict[str, Tensor], dict[str, int]] | None = None,
     bands: BandSelection | None = None,
+    transform: EvalTransform | None = None,
 ) -> None:
     """Write a trained backbone with its configuration.
 
@@ -248,14 +250,17 @@ def save_encoder(
         text_state: Weights of the text tower and the image projection, from `text_state_dict`, and the
             configuration of the text tower.
         bands: Choice of the bands of TIFF images of several bands in training.
+        transform: Preprocessing; defaults to a resize to the input size and ImageNet's normalization.
     """
     tensors, tower_config = text_state or ({}, None)
-    metadata = {
+    metadata: dict[str, Any] = {
         "kind": "encoder",
         "backbone": asdict(config),
         "text_tower": tower_config,
         "bands": None if bands is None else asdict(bands),
     }
+    if transform is not None:
+        metadata["transform"] = asdict(transform)
     save_tensors(path, backbone.state_dict() | tensors, metadata)
 
 
