@@ -12,7 +12,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 from torch.nn.functional import dropout
 
-from likewise.artifacts import Artifact, write_json
+from likewise.artifacts import Artifact, read_json, write_json
 from likewise.data.dataset import CaptionDataset
 from likewise.data.filters import open_view
 from likewise.errors import InvalidInputError, TrainingError
@@ -83,6 +83,14 @@ class AdaptOutcome:
     gain: tuple[float, float, float] | None
     """Difference of the mean reciprocal rank between the best blend and the start, with its 95 % interval
     (paired bootstrap over the validation pairs); None if no blend other than 0 was admissible."""
+
+    @classmethod
+    def read(cls, run: Run) -> "AdaptOutcome":
+        """Return the outcome of a finished run of `adapt`."""
+        values: dict[str, Any] = read_json(RunDirectory(run.path).adaptation_path)
+        values["scores"] = tuple(BlendScore(**score) for score in values["scores"])
+        values["gain"] = None if values["gain"] is None else tuple(values["gain"])
+        return cls(**values)
 
     def summary(self) -> str:
         """Return the outcome in one sentence."""
