@@ -22,7 +22,7 @@ from likewise.training.train import Run
 
 
 def test_demo_end_to_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    tiny = DemoConfig(subsample=6, epochs=1, episodes=50, start_image_size=64, adapt_steps=10)
+    tiny = DemoConfig(subsample=7, epochs=1, episodes=50, start_image_size=64, adapt_steps=10)
     monkeypatch.setattr(demo, "QUICK", tiny)
     out = tmp_path / "demo"
     result = demo.run_demo(out, quick=True)
