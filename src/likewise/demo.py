@@ -246,7 +246,7 @@ class DemoConfig:
 
 
 FULL = DemoConfig(subsample=1, epochs=9, episodes=5000, start_image_size=112, adapt_steps=600)
-QUICK = DemoConfig(subsample=3, epochs=4, episodes=1000, start_image_size=64, adapt_steps=100)
+QUICK = DemoConfig(subsample=3, epochs=4, episodes=1000, start_image_size=80, adapt_steps=150)
 TRAIN_IMAGE_SIZE = 40
 # The smallest demo has about 500 images to train on.
 ADAPT_BATCH_SIZE = 256
