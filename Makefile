@@ -16,7 +16,7 @@ help:  ## Show the targets
 
 install: .venv/.installed  ## Make .venv and install everything into it
 
-demo: install  ## Train on emoji and write a report (about 4 minutes on 2 cores)
+demo: install  ## Train and adapt encoders on emoji and write a report (a few minutes on 2 cores)
 	$(BIN)/likewise demo
 
 # The paper's encoder in five parts; what these packages ask for besides has nothing to do with the weights.

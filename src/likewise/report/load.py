@@ -53,11 +53,18 @@ class RunInfo:
     derived: dict[str, Any]
     metrics: list[dict[str, float | int]]
     preview: PairPreview | None
+    blend: float | None = None
+    """Weight of the adapted features, 0 if the start was kept; None for a training."""
 
     @property
     def pair_source(self) -> str:
         """The source of the positive pairs."""
         return str(self.config.get("source"))
+
+    @property
+    def is_adapted(self) -> bool:
+        """Whether the run adapted a pretrained encoder."""
+        return self.config.get("method") == "adapter"
 
     def metric_series(self, name: str) -> tuple[np.ndarray, np.ndarray]:
         """Return the steps and the finite values of a logged metric, (m,) each."""
@@ -126,15 +133,24 @@ def _read_run(path: Path) -> ReportEntry:
         derived=derived,
         metrics=read_jsonl(RunDirectory(path).metrics_path),
         preview=_read_preview(path),
+        blend=_read_blend(path),
     )
+    pairs, backbone = f"{run.pair_source} pairs", config.get("backbone")
     entry = ReportEntry(
         path=path,
-        label=f"{run.pair_source} pairs",
-        detail=str(config.get("method")),
-        phrase=f"{run.pair_source} pairs",
+        label=f"adapted {backbone}" if run.is_adapted else pairs,
+        detail=pairs if run.is_adapted else str(config.get("method")),
+        phrase=f"{backbone} adapted by {pairs}" if run.is_adapted else pairs,
         run=run,
     )
     return _add_results(entry, list(path.glob("evaluation/*/results.json")))
+
+
+def _read_blend(path: Path) -> float | None:
+    try:
+        return float(read_json(RunDirectory(path).adaptation_path)["blend"])
+    except READ_ERRORS:
+        return None
 
 
 def _read_evaluation(path: Path) -> ReportEntry:

@@ -143,7 +143,18 @@ class ResultTables:
 
     columns: list[ReportEntry]
     baseline_index: int
+    """Column of the common baseline."""
+    baseline_indices: list[int]
+    """Column of the baseline of each column: the common one, or the start of an adapted encoder."""
     tables: list[DatasetTable]
+
+    def baseline_of(self, column: int) -> ReportEntry:
+        """Return the baseline of a column."""
+        return self.columns[self.baseline_indices[column]]
+
+    def has_start(self, column: int) -> bool:
+        """Return whether the baseline of a column is the start that it was adapted from."""
+        return self.baseline_indices[column] == _start_index(self.columns, column)
 
 
 def build_result_tables(entries: Sequence[ReportEntry]) -> ResultTables | None:
@@ -152,29 +163,50 @@ def build_result_tables(entries: Sequence[ReportEntry]) -> ResultTables | None:
     if not columns:
         return None
     baseline_index = _baseline_index(columns)
-    baseline_entry = columns[baseline_index]
+    start_indices = [_start_index(columns, i) for i in range(len(columns))]
+    baseline_indices = [baseline_index if start is None else start for start in start_indices]
     differences = [
-        {}
-        if entry is baseline_entry
+        None
+        if i == baseline
         else {
             comparison.baseline.key: comparison.differences[0]
-            for comparison in compare_metrics([baseline_entry.rows, entry.rows])
+            for comparison in compare_metrics([columns[baseline].rows, columns[i].rows])
         }
-        for entry in columns
+        for i, baseline in enumerate(baseline_indices)
     ]
-    tables = [
-        _build_table(key, columns, baseline_index, differences)
-        for key in dict.fromkeys(_dataset_keys(columns))
-    ]
-    return ResultTables(columns=columns, baseline_index=baseline_index, tables=tables)
+    tables = [_build_table(key, columns, differences) for key in dict.fromkeys(_dataset_keys(columns))]
+    return ResultTables(
+        columns=columns, baseline_index=baseline_index, baseline_indices=baseline_indices, tables=tables
+    )
 
 
 def _baseline_index(columns: Sequence[ReportEntry]) -> int:
-    """Return the index of the first run with `self` pairs, else 0."""
+    """Return the index of the first training with `self` pairs, else 0; of an adapted encoder, its start."""
     self_pair_indices = (
-        i for i, entry in enumerate(columns) if entry.run and entry.run.pair_source == "self"
+        i
+        for i, entry in enumerate(columns)
+        if entry.run and entry.run.pair_source == "self" and not entry.run.is_adapted
     )
-    return next(self_pair_indices, 0)
+    index = next(self_pair_indices, 0)
+    start_index = _start_index(columns, index)
+    return index if start_index is None else start_index
+
+
+def _start_index(columns: Sequence[ReportEntry], index: int) -> int | None:
+    """Return the column of the encoder that a run has adapted; None if there is none."""
+    run = columns[index].run
+    if run is None or not run.is_adapted:
+        return None
+    start = (run.manifest.inputs.get("encoder"), run.config.get("image_size"))
+    return next(
+        (
+            i
+            for i, entry in enumerate(columns)
+            for encoder in [entry.results[0]["encoder"]]
+            if i != index and (encoder["fingerprint"], encoder["transform"]["image_size"]) == start
+        ),
+        None,
+    )
 
 
 def _dataset_keys(columns: Sequence[ReportEntry]) -> list[str]:
@@ -184,8 +216,7 @@ def _dataset_keys(columns: Sequence[ReportEntry]) -> list[str]:
 def _build_table(
     dataset_key: str,
     columns: Sequence[ReportEntry],
-    baseline_index: int,
-    differences: Sequence[dict[Any, Difference | None]],
+    differences: Sequence[dict[Any, Difference | None] | None],
 ) -> DatasetTable:
     rows_by_name = {
         row.key: row for entry in reversed(columns) for row in entry.rows if row.dataset_key == dataset_key
@@ -194,9 +225,7 @@ def _build_table(
     table_rows = []
     for row in rows:
         protocol = find_protocol(row)
-        cells = [
-            _build_cell(row, entry, i == baseline_index, differences[i]) for i, entry in enumerate(columns)
-        ]
+        cells = [_build_cell(row, entry, differences[i]) for i, entry in enumerate(columns)]
         item_count = count_noun(row.n, *protocol.item_nouns)
         table_rows.append(
             TableRow(
@@ -220,12 +249,13 @@ def _sort_key(row: ResultRow) -> tuple[int, str]:
 
 
 def _build_cell(
-    row: ResultRow, entry: ReportEntry, is_baseline: bool, differences: dict[Any, Difference | None]
+    row: ResultRow, entry: ReportEntry, differences: dict[Any, Difference | None] | None
 ) -> ResultCell:
+    """Return a cell; `differences` from the baseline are None for the baseline itself."""
     result = next((candidate for candidate in reversed(entry.rows) if candidate.key == row.key), None)
     if result is None:
         return ResultCell(estimate=None, note="not evaluated")
-    if is_baseline:
+    if differences is None:
         return ResultCell(estimate=result.estimate, note="baseline")
     difference = differences.get(row.key)
     if difference is None:
@@ -288,13 +318,20 @@ def summary_sentences(results: ResultTables) -> list[str]:
     if not challengers:
         row = _headline_row([row for row in rows if row.cells[baseline_index].estimate])
         return [] if row is None else [_describe_values(columns, baseline_index, row)]
-    sentences = []
+    sentences = [
+        f"The adaptation kept the start, because it was not better on held-out pairs: {entry.phrase} has the "
+        "features of its start."
+        for entry in columns
+        if entry.run and entry.run.blend == 0
+    ]
     for i in challengers:
         compared_rows = [row for row in rows if row.cells[i].difference]
         row = _headline_row(compared_rows)
         if row is not None and (difference := row.cells[i].difference) is not None:
-            sentences.append(_describe_difference(columns[i], columns[baseline_index], row, difference))
-            sentences.append(_summarize_differences(columns[i], compared_rows, i))
+            baseline = results.baseline_of(i)
+            sentences.append(_describe_difference(columns[i], baseline, row, difference))
+            noun = "start" if results.has_start(i) else "baseline"
+            sentences.append(_summarize_differences(columns[i], compared_rows, i, noun))
     return [sentence for sentence in sentences if sentence]
 
 
@@ -313,11 +350,15 @@ def _describe_values(columns: Sequence[ReportEntry], baseline_index: int, row: T
     order = [baseline_index, *(i for i in range(len(columns)) if i != baseline_index)]
     values = [
         f"{cell.value} % {cell.interval} for "
-        f"{f'an encoder trained on {entry.phrase}' if entry.run else entry.phrase}"
+        f"{f'an encoder trained on {entry.phrase}' if _is_training(entry) else entry.phrase}"
         for entry, cell in ((columns[i], row.cells[i]) for i in order)
         if cell.estimate
     ]
     return f"{_metric_phrase(row)}: {'; '.join(values)}."
+
+
+def _is_training(entry: ReportEntry) -> bool:
+    return entry.run is not None and not entry.run.is_adapted
 
 
 def _describe_difference(
@@ -342,7 +383,9 @@ def _describe_difference(
     )
 
 
-def _summarize_differences(entry: ReportEntry, rows: Sequence[TableRow], column: int) -> str:
+def _summarize_differences(
+    entry: ReportEntry, rows: Sequence[TableRow], column: int, baseline_noun: str
+) -> str:
     """Return the number of higher and lower metrics, because the first sentence has only one metric."""
     if len(rows) < 2:
         return ""
@@ -350,7 +393,7 @@ def _summarize_differences(entry: ReportEntry, rows: Sequence[TableRow], column:
     directions = [difference.direction for difference in differences if not difference.is_uncertain]
     num_uncertain = len(differences) - len(directions)
     parts = [
-        f"{directions.count('higher')} higher than the baseline",
+        f"{directions.count('higher')} higher than the {baseline_noun}",
         f"{directions.count('lower')} lower",
         f"{directions.count('')} without a significant difference",
     ]
@@ -361,12 +404,10 @@ def _summarize_differences(entry: ReportEntry, rows: Sequence[TableRow], column:
 
 def caveats(results: ResultTables) -> list[str]:
     """Return the other settings in which a run differs from the baseline: they may explain a difference."""
-    columns, baseline_run = results.columns, results.columns[results.baseline_index].run
-    if baseline_run is None:
-        return []
     sentences = []
-    for entry in columns:
-        if entry.run is None or entry.run is baseline_run:
+    for i, entry in enumerate(results.columns):
+        baseline_run = results.baseline_of(i).run
+        if entry.run is None or baseline_run is None or entry.run is baseline_run:
             continue
         config, baseline_config = (
             {**run.config, **_relevant_derived(run.derived)} for run in (entry.run, baseline_run)

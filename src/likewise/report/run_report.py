@@ -309,6 +309,8 @@ _IMPORT_FLAGS = (
     "images",
     "limit",
 )
+# Settings of an adaptation that describe its start; the flags that load it are in the derived settings.
+_START_SETTINGS = ("method", "backbone", "image_size")
 
 
 class ReproductionCommands:
@@ -365,8 +367,17 @@ class ReproductionCommands:
     def _train_command(self, entry: ReportEntry, run: RunInfo) -> str:
         dataset = self._relative(Path(str(run.derived.get("dataset"))))
         config = run.derived.get("non_default", run.config)
+        if run.is_adapted:
+            start = str(run.derived["start"]["encoder"])
+            encoder = start if ":" in start else self._relative(Path(start).resolve())
+            config = {name: value for name, value in config.items() if name not in _START_SETTINGS}
+            config |= run.derived["start"]
+            # A flag that is absent means false or the default of the start.
+            config = {name: None if value in (False, "") else value for name, value in config.items()}
+            config["encoder"] = encoder
         flags = {"pairs" if name == "source" else name: value for name, value in config.items()}
-        return _command_line("train", dataset, out=self._relative(entry.path), **flags)
+        command = "adapt" if run.is_adapted else "train"
+        return _command_line(command, dataset, out=self._relative(entry.path), **flags)
 
     def _evaluate_command(self, entry: ReportEntry, result: dict[str, Any]) -> str:
         protocols = result["protocols"]

@@ -3,12 +3,16 @@
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from likewise.artifacts import read_json
+from likewise.run_directory import RunDirectory
+from likewise.training.train import Run
 from likewise.training.validation import knn_accuracy, retrieval_ranks
 
 BLENDS = (0.0, 0.25, 0.5, 0.75, 1.0)
@@ -42,6 +46,14 @@ class AdaptOutcome:
     gain: tuple[float, float, float] | None
     """Difference of the mean reciprocal rank between the best blend and the start, with its 95 % interval
     (paired bootstrap over the validation pairs); None if no blend other than 0 was admissible."""
+
+    @classmethod
+    def read(cls, run: Run) -> "AdaptOutcome":
+        """Return the outcome of a finished run of `adapt`."""
+        values: dict[str, Any] = read_json(RunDirectory(run.path).adaptation_path)
+        values["scores"] = tuple(BlendScore(**score) for score in values["scores"])
+        values["gain"] = None if values["gain"] is None else tuple(values["gain"])
+        return cls(**values)
 
     def summary(self) -> str:
         """Return the outcome in one sentence."""
