@@ -268,3 +268,32 @@ def test_settings_round_trip(level: str) -> None:
     settings = adapt_config_to_dict(config)
     assert adapt_config_to_dict(parse_adapt_config(settings)) == settings
     assert (settings["batch_size"], settings["lr"]) == (config.pairs_per_step, config.peak_lr)
+
+
+def test_layers_of_names_with_numbers_of_all_kinds() -> None:
+    names = ["class_embedding", "proj", "conv1.weight", "resblocks.0.attn.w", "resblocks.1.mlp.0.w", "ln.w"]
+    assert number_layers(names) == dict(zip(names, (0, 2, 0, 1, 2, 2), strict=True))
+    names = ["conv_proj.w", "encoder_layer_0.ln_1.w", "encoder_layer_0.mlp.0.w", "encoder_layer_1.ln_1.w"]
+    assert list(number_layers(names).values())[1:] == [1, 1, 2]
+
+
+def test_lora_layers_are_selected_by_their_full_name() -> None:
+    """`conv` is updated, and the depthwise layer `block.conv`, whose name ends in it, is not."""
+    model = nn.Sequential()
+    model.add_module("conv", nn.Conv2d(3, 8, 3))
+    block = nn.Sequential()
+    block.add_module("conv", nn.Conv2d(8, 8, 3, groups=8))
+    model.add_module("block", block)
+    model.add_module("pool", nn.AdaptiveAvgPool2d(1))
+    model.add_module("flatten", nn.Flatten())
+    wrapped = add_lora(model, 32, LoraOptions())
+    updated = {name.split("base_model.model.")[-1] for name, _ in wrapped.named_modules() if "lora_A" in name}
+    assert {name.split(".lora_A")[0] for name in updated} == {"conv"}
+
+
+def test_self_pairs_are_validated_on_pairs_by_caption(
+    dataset: CaptionDataset, start: likewise.ImageEncoder, tmp_path: Path
+) -> None:
+    config = AdaptConfig(max_steps=2, batch_size=32, num_val_pairs=20)
+    run = adapt(dataset, start, tmp_path / "run", config, likewise.PairConfig(source="self"))
+    assert 0 < read_outcome(run.path)["scores"][0]["mrr"] < 1

@@ -16,7 +16,7 @@ from jaxtyping import Float
 from PIL import Image
 from torch import Tensor, nn
 
-from likewise.artifacts import MANIFEST, Artifact
+from likewise.artifacts import MANIFEST, Artifact, config_hash
 from likewise.data.config import BandSelection
 from likewise.data.dataset import CaptionDataset, ImageRef
 from likewise.data.images import (
@@ -95,6 +95,11 @@ class ImageEncoder:
     """Arguments of `load_encoder` that load this encoder again."""
     structure_args: Mapping[str, Any] = field(default_factory=dict)
     """Arguments of `load_encoder` that load an encoder of this structure, perhaps with other weights."""
+
+    @property
+    def key(self) -> str:
+        """Hash of all that the features depend on: weights, structure and preprocessing."""
+        return config_hash("encoder", asdict(self.transform), {"model": self.fingerprint})
 
     @property
     def device(self) -> torch.device:
@@ -315,6 +320,8 @@ def load_encoder(
     device = resolve_device(device)
     loaded = _load(name_or_path, backbone, weights_prefix, tuple(weights_exclude), image_size)
     loaded.model.to(device)
+    if device == "cpu":
+        loaded.model.float()  # most layers have no half precision on a CPU
     load_args = {
         "encoder": name_or_path,
         "backbone": backbone,
@@ -322,10 +329,27 @@ def load_encoder(
         "weights_exclude": list(weights_exclude),
         "image_size": image_size,
     }
-    # A relative path would depend on the folder in which it is read again.
-    source = str(Path(name_or_path).resolve()) if os.path.exists(name_or_path) else name_or_path  # noqa: PTH110
-    structure_args = loaded.structure_args if loaded.structure_args else load_args | {"encoder": source}
+    structure_args = loaded.structure_args or resolve_load_args(load_args)
     return replace(loaded, load_args=load_args, structure_args=structure_args)
+
+
+def resolve_load_args(load_args: Mapping[str, Any]) -> dict[str, Any]:
+    """Return arguments of `load_encoder` with an absolute path: they may be used again in another folder."""
+    return {name: _resolve_path(value) if name == "encoder" else value for name, value in load_args.items()}
+
+
+def _resolve_path(name_or_path: str) -> str:
+    if os.path.exists(name_or_path):  # noqa: PTH110  # `Path.exists` raises OSError for long names
+        return str(Path(name_or_path).resolve())
+    scheme, _, name = name_or_path.partition(":")
+    if scheme in ("hf", "hub") and os.path.exists(name):  # noqa: PTH110
+        return f"{scheme}:{Path(name).resolve()}"
+    if scheme == "hub" and os.path.isdir(os.path.dirname(name)):  # noqa: PTH112, PTH120
+        return f"hub:{Path(name).resolve()}"
+    arch, _, weights = name.partition("/")
+    if scheme == "clip" and os.path.isfile(weights):  # noqa: PTH113
+        return f"clip:{arch}/{Path(weights).resolve()}"
+    return name_or_path
 
 
 def _load(

@@ -1,6 +1,6 @@
 """The data of an adaptation: pairs, held-out pairs, features of the start, captions, retention dataset."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -65,7 +65,7 @@ class AdaptData:
 
     def input_keys(self, encoder: ImageEncoder) -> dict[str, str]:
         """Return the fingerprints of all inputs."""
-        keys = {"dataset": self.dataset.key, "encoder": encoder.fingerprint, "pairs": self.pairs.key}
+        keys = {"dataset": self.dataset.key, "encoder": encoder.key, "pairs": self.pairs.key}
         if self.captions is not None:
             keys["captions"] = self.captions.key
         if self.image_cache is not None:
@@ -100,9 +100,13 @@ def open_adapt_data(
         TrainingError: if there are too few images.
     """
     options = config.level_options
-    candidates = find_candidates(
-        open_view(dataset, pair_config.filter), pair_config, device=encoder.device.type, progress=progress
-    )
+    view = open_view(dataset, pair_config.filter)
+    candidates = find_candidates(view, pair_config, device=encoder.device.type, progress=progress)
+    # An image is always the nearest to itself: self pairs are validated on pairs by caption.
+    val_config, val_candidates = replace(pair_config, self_pair_prob=0.0), candidates
+    if pair_config.source == "self":
+        val_config = PairConfig(caption_encoder=pair_config.caption_encoder, filter=pair_config.filter)
+        val_candidates = find_candidates(view, val_config, device=encoder.device.type, progress=progress)
     features = _features(encoder, dataset, num_workers, progress)
     readable_mask = np.zeros(len(dataset), bool)
     readable_mask[features.indices] = True
@@ -111,18 +115,18 @@ def open_adapt_data(
         short_side = cache_resolution(encoder.transform.image_size, len(dataset))
         image_cache = build_image_cache(dataset, short_side, num_workers=num_workers, progress=progress)
         readable_mask &= image_cache.readable_mask
-    pairs = select_partners(candidates, pair_config, readable_mask)
+    val_pairs = select_partners(val_candidates, val_config, readable_mask)
     num_val_pairs = config.num_val_pairs
     if num_val_pairs is None:
-        num_val_pairs = min(_MAX_DEFAULT_VAL_PAIRS, int(_DEFAULT_VAL_FRACTION * len(pairs.anchors)))
+        num_val_pairs = min(_MAX_DEFAULT_VAL_PAIRS, int(_DEFAULT_VAL_FRACTION * len(val_pairs.anchors)))
     if num_val_pairs < MIN_VAL_PAIRS:
         raise TrainingError(
-            f"{dataset.path} has {len(pairs.anchors):,} usable images, too few to hold out {MIN_VAL_PAIRS} "
-            "validation pairs, without which a gain cannot be shown",
+            f"{dataset.path} has {len(val_pairs.anchors):,} usable images, too few to hold out "
+            f"{MIN_VAL_PAIRS} validation pairs, without which a gain cannot be shown",
             field="num_val_pairs",
             path=dataset.path,
         )
-    split = split_validation(pairs, num_val_pairs, seed=config.seed)
+    split = split_validation(val_pairs, num_val_pairs, seed=config.seed)
     pairs = select_partners(candidates, pair_config, split.training_mask(readable_mask))
     if len(pairs.anchors) < config.pairs_per_step:
         raise TrainingError(

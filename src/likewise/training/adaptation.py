@@ -78,6 +78,7 @@ def adapt(
     with init_distributed(local_device(torch.device(encoder.device.type))) as dist_context:
         if not dist_context.is_main_process:
             dist_context.barrier()
+            progress = NULL_PROGRESS
         data = open_adapt_data(dataset, encoder, config, pair_config, retain, num_workers, progress)
         settings = (
             {"method": config.level_options.name, "encoder": encoder.name}

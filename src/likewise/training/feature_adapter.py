@@ -14,7 +14,7 @@ from torch.nn.functional import dropout
 from likewise.errors import TrainingError
 from likewise.models.adapter import FeatureAdapter
 from likewise.models.checkpoints import ADAPTER_PREFIX, save_tensors
-from likewise.models.encoders import ImageEncoder
+from likewise.models.encoders import ImageEncoder, resolve_load_args
 from likewise.neighbors.vectors import ImageVectors
 from likewise.progress import Progress
 from likewise.rng import Stream, epoch_permutation, uniform
@@ -30,6 +30,7 @@ from likewise.training.validation import effective_rank, feature_std
 
 WARMUP_STEPS = 30
 _NUM_LOGGED_ROWS = 50
+_MIN_STD, _MIN_RELATIVE_STD = 1e-6, 0.1
 
 
 @final
@@ -200,7 +201,11 @@ def _sample_captions(
 def feature_moments(
     vectors: Float[np.ndarray, "n d"], indices: Int[np.ndarray, " m"], block_size: int = 8192
 ) -> tuple[Float[Tensor, " d"], Float[Tensor, " d"]]:
-    """Return mean and standard deviation of selected rows, in float64 by blocks; std is at least 1e-6."""
+    """Return mean and standard deviation of selected rows, in float64 by blocks.
+
+    The deviation is at least a tenth of its median: a feature that hardly varies on these images, such as a
+    rectified one that is always 0, may vary on others, and must not outweigh all features there.
+    """
     total = np.zeros(vectors.shape[1])
     squares = np.zeros(vectors.shape[1])
     for start in range(0, len(indices), block_size):
@@ -209,7 +214,8 @@ def feature_moments(
         squares += (block**2).sum(axis=0)
     mean = total / len(indices)
     std = np.sqrt(np.maximum(squares / len(indices) - mean**2, 0))
-    return torch.from_numpy(mean).float(), torch.from_numpy(np.maximum(std, 1e-6)).float()
+    std = np.maximum(std, max(_MIN_STD, _MIN_RELATIVE_STD * float(np.median(std))))
+    return torch.from_numpy(mean).float(), torch.from_numpy(std).float()
 
 
 def save_adapted_encoder(path: Path, start: ImageEncoder, adapter: FeatureAdapter) -> None:
@@ -224,7 +230,10 @@ def save_adapted_encoder(path: Path, start: ImageEncoder, adapter: FeatureAdapte
         "adapter": {"feature_dim": start.feature_dim, "hidden_dim": adapter.down.out_features},
     }
     if start.backbone_config is None:
-        metadata["start"] = {"load_args": dict(start.load_args), "fingerprint": start.fingerprint}
+        metadata["start"] = {
+            "load_args": resolve_load_args(start.load_args),
+            "fingerprint": start.fingerprint,
+        }
     else:
         tensors |= start.model.state_dict()
         metadata |= {"backbone": asdict(start.backbone_config), "transform": asdict(start.transform)}

@@ -3,6 +3,7 @@
 Blending is WiSE-FT (Wortsman et al. 2022, "Robust fine-tuning of zero-shot models", eq. 1).
 """
 
+import re
 from collections.abc import Mapping, Sequence
 from copy import deepcopy
 from dataclasses import asdict, replace
@@ -362,7 +363,9 @@ def add_lora(model: nn.Module, image_size: int, options: LoraOptions) -> nn.Modu
             "the encoder has no linear or convolutional layer that level 'lora' can update; use level 'full'",
             field="level",
         )
-    lora_config = LoraConfig(r=options.lora_rank, lora_alpha=options.lora_alpha, target_modules=names)
+    # A list of names would also select all layers whose names end with one of them.
+    pattern = "|".join(map(re.escape, names))
+    lora_config = LoraConfig(r=options.lora_rank, lora_alpha=options.lora_alpha, target_modules=pattern)
     wrapped: Any = model
     peft_model = get_peft_model(wrapped, lora_config)
     freeze_unused_parameters(peft_model, image_size)

@@ -47,7 +47,7 @@ class Start:
     transform: EvalTransform | None = None
     """Preprocessing of the encoder whose weights these are; None for `scratch` and `pretrained`."""
     fingerprint: str | None = None
-    """Hash of weights and structure of this encoder; None for `scratch` and `pretrained`."""
+    """Hash of weights, structure and preprocessing of this encoder; None for `scratch` and `pretrained`."""
 
     @property
     def stem(self) -> str:
@@ -109,7 +109,7 @@ def make_start(encoder: ImageEncoder) -> Start:
         feature_dim=encoder.feature_dim,
         structure=structure,
         transform=encoder.transform,
-        fingerprint=encoder.fingerprint,
+        fingerprint=encoder.key,
     )
 
 

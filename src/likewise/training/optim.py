@@ -1,5 +1,6 @@
 """Optimizer and learning-rate schedule: AdamW, linear warm-up, cosine decay."""
 
+import logging
 import math
 import re
 from collections.abc import Iterable, Mapping
@@ -9,6 +10,8 @@ from timm.models import group_parameters
 from timm.optim import param_groups_weight_decay
 from torch import Tensor, nn
 from torch.optim import Adam, AdamW, Optimizer
+
+logger = logging.getLogger(__name__)
 
 MIN_LR = 1e-6
 
@@ -47,6 +50,8 @@ def build_finetune_optimizer(
     """
     layer_of = _layer_indices(backbone)
     num_layers = max(layer_of.values(), default=0) + 1
+    if num_layers == 1 and layer_decay < 1:
+        logger.warning("`layer_decay` has no effect: the names of the weights do not tell the layers apart")
     groups: dict[tuple[float, float], dict[str, Any]] = {}
     for name, parameter in backbone.named_parameters():
         if not parameter.requires_grad:
@@ -64,8 +69,8 @@ def build_finetune_optimizer(
 def _layer_indices(model: nn.Module) -> dict[str, int]:
     """Return the index of the layer of each parameter, from the input on.
 
-    Models of timm say which parameters form a layer. In other models a layer is what stands under one number
-    in the names, such as `encoder.layer.3`; parameters without a number belong to the layer before them.
+    Models of timm say which parameters form a layer. In other models a layer is what stands under the first
+    number in the names, such as `encoder.layer.3`; parameters without a number belong to the layer before.
     """
     group_matcher: Any = getattr(model, "group_matcher", None)
     if group_matcher is not None:
@@ -75,15 +80,18 @@ def _layer_indices(model: nn.Module) -> dict[str, int]:
 
 
 def number_layers(names: Iterable[str]) -> dict[str, int]:
-    """Return the index of the layer of each parameter by its name, in the order of the names."""
+    """Return the index of the layer of each parameter by its name, in the order of the names.
+
+    A projection of the features, such as `proj` of open_clip, belongs to the last layer.
+    """
     indices: dict[str, int] = {}
     index, current = 0, None
     for name in names:
-        match = re.match(r"(?:.*?\.)?\d+(?=\.)", name)
+        match = re.match(r"(?:.*?\.)?(?:\w*_)?\d+(?=\.)", name)
         if match is not None and match[0] != current:
             index, current = index + 1, match[0]
         indices[name] = index
-    return indices
+    return {name: index if re.match(r"(proj|(\w+_)?projection)\b", name) else i for name, i in indices.items()}
 
 
 def lr_factor(group: Mapping[str, Any], step: int) -> float:
