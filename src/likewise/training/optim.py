@@ -87,11 +87,12 @@ def number_layers(names: Iterable[str]) -> dict[str, int]:
     indices: dict[str, int] = {}
     index, current = 0, None
     for name in names:
-        match = re.match(r"(?:.*?\.)?(?:\w*_)?\d+(?=\.)", name)
+        match = re.match(r"(?:.*?\.)??(?:\w*_)?\d+(?=\.)", name)
         if match is not None and match[0] != current:
             index, current = index + 1, match[0]
         indices[name] = index
-    return {name: index if re.match(r"(proj|(\w+_)?projection)\b", name) else i for name, i in indices.items()}
+    is_projection = re.compile(r"(proj|(\w+_)?projection)\b").match
+    return {name: index if is_projection(name) else i for name, i in indices.items()}
 
 
 def lr_factor(group: Mapping[str, Any], step: int) -> float:
