@@ -305,7 +305,7 @@ def test_batches_without_negatives_skip_the_update_and_are_counted(
     config = replace(with_options(short_run("pair-classifier"), negative_threshold=-1.0), max_steps=3)
     run = train(dataset, tmp_path / "run", config)
     assert run.artifact.manifest.skipped == {"batches without a positive or a negative": 3}
-    assert run.metrics()[-1]["skipped"] == 3
+    assert run.metrics()[-1]["skipped_updates"] == 3
     one_step = train(dataset, tmp_path / "one", replace(config, max_steps=1))
     first, last = (load_tensors(r.encoder_path)[0] for r in (one_step, run))
     for name, tensor in first.items():

@@ -65,7 +65,12 @@ class AdaptData:
 
     def input_keys(self, encoder: ImageEncoder) -> dict[str, str]:
         """Return the fingerprints of all inputs."""
-        keys = {"dataset": self.dataset.key, "encoder": encoder.key, "pairs": self.pairs.key}
+        keys = {
+            "dataset": self.dataset.key,
+            "encoder": encoder.fingerprint,
+            "preprocessing": encoder.key,
+            "pairs": self.pairs.key,
+        }
         if self.captions is not None:
             keys["captions"] = self.captions.key
         if self.image_cache is not None:
