@@ -566,3 +566,11 @@ def test_huge_integers_of_json_are_text(tmp_path: Path, pictures: list[Picture])
     for name, text in {"t.jsonl": "\n".join(rows), "t.json": f"[{','.join(rows)}]"}.items():
         dataset = import_dataset(write_file(tmp_path / name, text), tmp_path / f"{name}-out")
         assert [sample.captions for sample in dataset] == [("x", huge)] * 2
+
+
+def test_parquet_columns_whose_names_are_no_text_raise(tmp_path: Path) -> None:
+    path = write_parquet(tmp_path / "t.parquet", {"image": ["a.jpg"], "caption": ["x"]})
+    path.write_bytes(path.read_bytes().replace(b"image", b"im\xffge"))
+    with pytest.raises(InvalidInputError, match="is not a Parquet file: 'utf-8' codec") as error:
+        import_dataset(path, tmp_path / "out")
+    assert error.value.path == path

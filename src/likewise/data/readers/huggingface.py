@@ -65,7 +65,7 @@ class HuggingFaceTable(Table):
                     else:
                         yield TableRow(index, location, self._replace_classes(values))
                     index += 1
-        except (pa.ArrowException, OSError) as error:
+        except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
             raise InvalidInputError(
                 f"{self.name} is damaged after row {index}: {_one_line(error)}", field="source"
             ) from error

@@ -64,7 +64,7 @@ class ParquetTable(FileTable):
                     else:
                         yield TableRow(index, location, values)
                     index += 1
-        except (pa.ArrowException, OSError) as error:
+        except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
             raise InvalidInputError(
                 f"{self.path} is damaged after row {index}: {' '.join(str(error).split())}", path=self.path
             ) from error
@@ -78,7 +78,7 @@ def open_parquet_table(path: Path) -> ParquetTable:
     """
     try:
         schema = pq.read_schema(path)
-    except (pa.ArrowException, OSError) as error:
+    except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
         raise InvalidInputError(
             f"{path} is not a Parquet file: {' '.join(str(error).split())}", path=path
         ) from error
