@@ -27,6 +27,7 @@ from helpers.pictures import (
 from likewise.data.importing import import_dataset
 from likewise.data.readers import ImportOptions, open_reader
 from likewise.data.readers.base import RawSample, SkippedSample
+from likewise.data.readers.columns import match_caption_columns
 from likewise.data.readers.parquet import open_parquet_table
 from likewise.data.readers.tables import TableRow
 from likewise.errors import InvalidInputError
@@ -574,3 +575,8 @@ def test_parquet_columns_whose_names_are_no_text_raise(tmp_path: Path) -> None:
     with pytest.raises(InvalidInputError, match="is not a Parquet file: 'utf-8' codec") as error:
         import_dataset(path, tmp_path / "out")
     assert error.value.path == path
+
+
+def test_long_column_names_take_linear_time() -> None:
+    names = [f"caption {'(' * 200_000}x)", "x" + "[" * 200_000, "file"]
+    assert match_caption_columns(names) == [names[0]]

@@ -244,6 +244,9 @@ def match_caption_columns(names: Sequence[str]) -> list[str]:
 def _match_names(column_names: Sequence[str], names: Sequence[str]) -> list[str]:
     by_casefold = {column.strip().casefold(): column for column in reversed(column_names)}
     # `Caption (English)` is a caption where no column has the name alone.
-    without_note = {re.sub(r"\s*[(\[].*[)\]]$", "", name): column for name, column in by_casefold.items()}
+    without_note = {
+        re.split(r"[(\[]", name, maxsplit=1)[0].rstrip() if name.endswith((")", "]")) else name: column
+        for name, column in by_casefold.items()
+    }
     by_casefold = without_note | by_casefold
     return [by_casefold[name] for name in names if name in by_casefold]
