@@ -329,6 +329,11 @@ def test_nothing_is_unpickled(state: State, tmp_path: Path) -> None:
     assert not target.exists()
 
 
+def write_broken_directory(path: Path, state: State) -> None:
+    torch.save(state, path)
+    path.write_bytes(path.read_bytes().replace(b"PK\x01\x02", b"PK\x01\x00"))
+
+
 def write_truncated(path: Path, state: State, save: Callable[..., None], size: int) -> None:
     save({k: v.contiguous() for k, v in state.items()}, path)
     path.write_bytes(path.read_bytes()[:size])
@@ -358,6 +363,7 @@ def write_tar(path: Path) -> None:
         (lambda p, _: p.write_bytes(bytes(9000)), "neither of safetensors nor of torch.save"),
         (lambda p, s: write_truncated(p, s, torch.save, 50_000), "is truncated"),
         (lambda p, s: write_truncated(p, s, torch.save, 200), "is truncated"),
+        (write_broken_directory, "is damaged or truncated"),
         (lambda p, s: write_truncated(p, s, save_file, 50_000), "is not an intact safetensors file"),
         (lambda p, s: write_truncated(p, s, save_file, 100), "is not an intact safetensors file"),
         (lambda p, _: p.write_bytes(gzip.compress(b"weights")), "compressed by gzip; decompress it"),

@@ -2,6 +2,7 @@
 
 import builtins
 import json
+import os
 from bisect import bisect_right
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -153,7 +154,10 @@ class CaptionDataset:
         Raises:
             ArtifactError: if the folder is missing.
         """
-        if not self.root.is_dir() and not (len(self) and self[0].image.bytes is not None):
+        # `Path.is_dir` raises OSError for long names.
+        if not os.path.isdir(self.root) and not (  # noqa: PTH112
+            len(self) and self[0].image.bytes is not None
+        ):
             raise ArtifactError(
                 f"{self.root}, the image folder of {self.path}, does not exist", path=self.root
             )

@@ -4,6 +4,7 @@ import json
 import os
 import re
 import shlex
+import struct
 import zipfile
 from collections.abc import Mapping
 from dataclasses import asdict, replace
@@ -131,8 +132,11 @@ def read_pickled(path: Path) -> Any:
 
 def _check_archive(path: Path) -> None:
     """Raise ModelError for a zip archive that is not of `torch.save`."""
-    with zipfile.ZipFile(path) as archive:
-        names = {name.rpartition("/")[2] for name in archive.namelist()}
+    try:
+        with zipfile.ZipFile(path) as archive:
+            names = {name.rpartition("/")[2] for name in archive.namelist()}
+    except (zipfile.BadZipFile, NotImplementedError, ValueError, EOFError, struct.error):
+        return  # `torch.load` reports the damage
     if "constants.pkl" in names:
         raise ModelError(
             f"{path} is a TorchScript program, which is never loaded; save its state_dict() by torch.save",
