@@ -366,7 +366,7 @@ def demo(
 
     Args:
         out: Directory of all results; defaults to `likewise-demo`, or `likewise-demo-quick`.
-        quick: Run a smaller demo, under 90 seconds on 2 CPU cores.
+        quick: Run a smaller demo: a third of the data, fewer steps, smaller images.
         device: `cpu`, `cuda`, ...; defaults to a GPU if there is one.
     """
     from likewise.demo import START, run_demo
