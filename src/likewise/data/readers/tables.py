@@ -1,7 +1,6 @@
 """Interface of tables: rows of values by column, in any format."""
 
 import io
-import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -13,7 +12,7 @@ import pyarrow as pa
 from PIL import Image, UnidentifiedImageError
 
 from likewise.data.dataset import ImageRef
-from likewise.data.image_formats import SIGNATURE_BYTES, has_image_signature, pillow_formats
+from likewise.data.image_formats import SIGNATURE_BYTES, has_image_signature, pillow_formats, quiet_libraries
 from likewise.data.readers.base import SkippedSample
 from likewise.data.readers.cells import cell_text
 from likewise.hashing import content_fingerprint
@@ -148,8 +147,7 @@ def _is_image(data: bytes) -> bool:
     if has_image_signature(data[:SIGNATURE_BYTES]):  # also of formats that an extra decodes
         return True
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
+        with quiet_libraries():
             Image.open(io.BytesIO(data), formats=pillow_formats()).close()
     except UnidentifiedImageError:
         return False

@@ -4,6 +4,8 @@ import io
 import re
 import unicodedata
 from collections import defaultdict
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -12,6 +14,7 @@ from jaxtyping import Int, UInt8
 from PIL import Image
 from PIL.ImageFile import ImageFile
 
+from likewise.data.image_formats import quiet_libraries
 from likewise.data.images import UnreadableImageError, is_image_name, read_orientation
 from likewise.data.pixels import UPRIGHT, exif_orientation, orient_pixels
 from likewise.data.readers.files import IgnoredFiles, file_type_reason, resolve_image_path, walk_files
@@ -224,9 +227,11 @@ def _unique_images(root: Path, images: list[_MaskedImage], skipped: SkippedEntri
     return list(first_entries.values())
 
 
-def _open_mask(path: Path) -> Image.Image:
+@contextmanager
+def _open_mask(path: Path) -> Iterator[Image.Image]:
     # Pillow maps uncompressed TIFF files that are opened by path with the width as shown: garbage if rotated.
-    return Image.open(io.BytesIO(path.read_bytes()))
+    with quiet_libraries(), Image.open(io.BytesIO(path.read_bytes())) as image:
+        yield image
 
 
 def _raw_mode(image: Image.Image) -> str:
